@@ -1,0 +1,1 @@
+"""Devices, links and model architectures as data files, each figure with its source."""

@@ -1,0 +1,184 @@
+"""The operator graph: what a traced model is, from the front end to code generation.
+
+A model is a chain of blocks. Structurally equal blocks share one `BlockKind`, whose graph is written once. Sizes are
+symbolic in the batch and the sequence (`Size`), so that one trace serves every micro-batch and sequence length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from autopar.graph.size import Size, size_at
+
+COMPUTE = "compute"
+"""The dtype of a tensor held in the job's compute dtype; other dtypes are torch's names ("float32", "int64", "bool").
+"float32" means at least float32: a float64 job computes such tensors in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """One tensor's global shape (symbolic), dtype name and whether a gradient flows through it."""
+
+    shape: tuple[int | Size, ...]
+    dtype: str = COMPUTE
+    requires_grad: bool = False
+
+    def at(self, batch: int, seq: int) -> tuple[int, ...]:
+        """The shape in integers for ``batch`` samples of ``seq`` positions."""
+        return tuple(size_at(size, batch, seq) for size in self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An argument that is another node's value."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One value of a graph.
+
+    ``kind`` is "input" (``target``: the batch key or the name of the value handed in), "parameter" or "buffer"
+    (``target``: the name relative to the block), or "op" (``op``: the operator, e.g. "aten.linear" or
+    "autopar.rotary"; ``args``/``kwargs`` hold `Ref`, `Size`, numbers, strings, None and tuples of these).
+    ``module`` is the path of the module that computed it, relative to the block.
+    """
+
+    name: str
+    kind: str
+    meta: TensorMeta
+    op: str = ""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    target: str = ""
+    module: str = ""
+
+    def operands(self) -> tuple[str, ...]:
+        """Names of the tensor arguments, in order: args first, then kwargs by insertion; repeats stay."""
+        found: list[str] = []
+        map_refs(self.args, lambda name: found.append(name) or name)  # type: ignore[func-returns-value]
+        map_refs(tuple(self.kwargs.values()), lambda name: found.append(name) or name)  # type: ignore[func-returns-value]
+        return tuple(found)
+
+
+def map_refs(value: Any, rename: Callable[[str], str]) -> Any:
+    """``value`` with every `Ref` inside renamed."""
+    if isinstance(value, Ref):
+        return Ref(rename(value.name))
+    if isinstance(value, tuple | list):
+        return tuple(map_refs(item, rename) for item in value)
+    if isinstance(value, dict):
+        return {key: map_refs(item, rename) for key, item in value.items()}
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class OpGraph:
+    """Nodes in execution order by name, and the names of the outputs."""
+
+    nodes: dict[str, Node]
+    outputs: tuple[str, ...]
+
+    def of(self, kind: str) -> Iterator[Node]:
+        """The nodes of one kind ("input", "parameter", "buffer", "op"), in order."""
+        return (node for node in self.nodes.values() if node.kind == kind)
+
+    def users(self) -> dict[str, list[str]]:
+        """For each node, the names of the nodes that read it (once each)."""
+        users: dict[str, list[str]] = {name: [] for name in self.nodes}
+        for node in self.nodes.values():
+            for operand in dict.fromkeys(node.operands()):
+                users[operand].append(node.name)
+        return users
+
+    def __str__(self) -> str:
+        lines = []
+        for node in self.nodes.values():
+            shape = ", ".join(map(str, node.meta.shape))
+            body = node.target if node.kind != "op" else f"{node.op}{node.args!r}{node.kwargs or ''}"
+            lines.append(f"{node.name}: {node.meta.dtype}[{shape}] = {node.kind} {body}")
+        return "\n".join([*lines, f"return {', '.join(self.outputs)}"])
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a block's input comes from: output ``index`` of block ``block``, a batch tensor, or a shared constant.
+
+    ``origin`` is "block", "batch" or "constant"; ``key`` is the batch key, or the constant's node name.
+    """
+
+    origin: str
+    block: int = -1
+    index: int = 0
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKind:
+    """A repeated piece of the model, written once. ``name`` is a Python class name, unique in the model."""
+
+    name: str
+    graph: OpGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One occurrence of a kind: ``path`` is its module path ("" for pieces outside a repeated module), ``inputs``
+    maps the kind's input nodes to sources, ``parameters`` the kind's parameter and buffer targets to full names."""
+
+    kind: str
+    path: str
+    inputs: dict[str, Source]
+    parameters: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGraph:
+    """A traced model: kinds, the blocks in order, and what surrounds them.
+
+    * ``constants``: values that depend on no parameter and no batch data (rotary tables), computed once per stage;
+      its outputs are what blocks name by `Source("constant", key=...)`. Its only leaves are buffers and the batch
+      keys in ``positions_from`` (read for their sizes alone).
+    * The last block's first output is the loss **summed** over the micro-batch; ``count`` is a graph from batch tensors
+      to the number the sum is divided by (valid targets).
+    * ``batch``: for each batch key, the tensor one micro-batch brings.
+    * ``parameters``/``buffers``: full name to meta. ``tied``: groups of full names that are one tensor; the first name
+      of a group is the one listed in ``parameters``.
+    * ``buffer_values``: the flattened values of buffers that are known and small, so that emitted code can hold them.
+    * ``max_seq``: longest sequence the model takes, if it says. ``notes``: what the user should be told once.
+    """
+
+    name: str
+    kinds: dict[str, BlockKind]
+    blocks: tuple[Block, ...]
+    constants: OpGraph
+    count: OpGraph
+    batch: dict[str, TensorMeta]
+    parameters: dict[str, TensorMeta]
+    buffers: dict[str, TensorMeta]
+    tied: tuple[tuple[str, ...], ...] = ()
+    buffer_values: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    max_seq: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with anything a plan depends on."""
+        from autopar.graph.serialize import model_to_json
+
+        text = json.dumps(model_to_json(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def count_parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        total = 0
+        for meta in self.parameters.values():
+            numel = 1
+            for size in meta.at(1, 1):
+                numel *= size
+            total += numel
+        return total

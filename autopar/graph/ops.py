@@ -1,0 +1,84 @@
+"""The operator vocabulary of `OpGraph`: canonical names and the torch call that runs each.
+
+One table serves the rule proofs, the saved-for-backward analysis, the reference interpreter and the emitter's tests.
+Names are torch's without overloads ("aten.linear"), plus a few composites ("autopar.*") that simplification raises:
+
+    autopar.rotary(x, cos, sin)                      x*cos + rotate_half(x)*sin, last dim whole
+    autopar.cross_entropy(logits, labels, ignore)    sum over targets, float32 or wider; logits [..., v], labels [...]
+    autopar.cast(x, dtype)                           dtype "float32" (at least) or "compute" or torch's name
+
+Shape operators are canonical too: `aten.unflatten(x, dim, sizes)` (one entry may be -1), `aten.flatten(x, start, end)`,
+`aten.reshape` only where these do not do; `aten.slice(x, dim, start, end)` (step 1; end may be a Size);
+`aten.select(x, dim, index)`. Dims in args are non-negative. Every node has a single tensor output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+WIDE = {torch.float64: torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding, half-split form (RoFormer, arXiv 2104.09864, as in the Llama code)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore: int = -100) -> torch.Tensor:
+    """Summed cross-entropy over the last dim of ``logits``; targets equal to ``ignore`` count nothing."""
+    wide = logits.to(WIDE.get(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=ignore, reduction="sum")
+
+
+def cast(x: torch.Tensor, dtype: str, compute: torch.dtype = torch.float32) -> torch.Tensor:
+    """Cast to a named dtype; "compute" is the job's; "float32" never narrows a float64 tensor."""
+    if dtype == "compute":
+        return x.to(compute)
+    if dtype == "float32" and torch.float64 in (x.dtype, compute):
+        return x.to(torch.float64)
+    return x.to(DTYPES[dtype])
+
+
+def callable_of(op: str) -> Callable[..., torch.Tensor]:
+    """The function that runs canonical operator ``op`` on tensors. Raises KeyError if there is none."""
+    return CALLS[op] if op in CALLS else _aten(op)
+
+
+def _aten(op: str) -> Callable[..., Any]:
+    namespace, _, name = op.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    if packet is None:
+        raise KeyError(op)
+    return packet  # type: ignore[no-any-return]
+
+
+CALLS: dict[str, Callable[..., torch.Tensor]] = {
+    "autopar.rotary": rotary,
+    "autopar.cross_entropy": cross_entropy,
+    "autopar.cast": cast,
+    "aten.linear": F.linear,
+    "aten.scaled_dot_product_attention": F.scaled_dot_product_attention,
+    "aten.rms_norm": F.rms_norm,
+    "aten.layer_norm": lambda x, shape, weight=None, bias=None, eps=1e-5: F.layer_norm(x, shape, weight, bias, eps),
+    "aten.embedding": lambda weight, ids, *rest: F.embedding(ids, weight, *rest),
+    "aten.unflatten": lambda x, dim, sizes: x.unflatten(dim, sizes),
+    "aten.flatten": lambda x, start, end: x.flatten(start, end),
+    "aten.slice": lambda x, dim, start, end: x.narrow(dim, start, end - start),
+    "aten.cat": lambda tensors, dim=0: torch.cat(tuple(tensors), dim),
+    "aten.gelu": lambda x, approximate="none": F.gelu(x, approximate=approximate),
+    "aten.dropout": F.dropout,
+}

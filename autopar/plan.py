@@ -1,0 +1,226 @@
+"""The plan: the complete, serialisable decision, with its predicted cost, bound and provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autopar.cluster import Cluster
+
+from autopar.errors import BadInputError
+from autopar.job import Job
+from autopar.sharding.decision import BlockDecision
+
+PLAN_VERSION = 1
+MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "transient", "reserve")
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Device mesh: axis sizes, outermost first in rank order. pp: stages; dp: batch; tp: the model axis."""
+
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    def axes(self) -> dict[str, int]:
+        """All axes, outermost first."""
+        return {"pp": self.pp, "dp": self.dp, "tp": self.tp}
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis}={size}" for axis, size in self.axes().items())
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One full choice inside a block kind, with its cost vector (per rank, per micro-batch unless said otherwise).
+
+    ``recompute`` is "none" or "full". Seconds: ``forward_s``, ``backward_s`` (recomputation included), ``step_s``
+    (once per optimizer step, exposed). Bytes: ``resident_bytes`` (parameters, gradients, optimizer state),
+    ``inflight_bytes`` (saved for backward per micro-batch in flight), ``transient_bytes`` (peak while it runs).
+    ``parameters``: elements held per rank on the model axes (before any sharding over dp).
+    """
+
+    name: str
+    decision: BlockDecision
+    recompute: str
+    forward_s: float
+    backward_s: float
+    step_s: float
+    resident_bytes: int
+    inflight_bytes: int
+    transient_bytes: int
+    parameters: int
+    sources: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Blocks ``start`` up to ``stop`` (indices into the model's blocks) under candidate ``candidate``."""
+
+    start: int
+    stop: int
+    candidate: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pipeline stage: runs of blocks, predicted seconds per micro-batch, and bytes per rank by kind."""
+
+    runs: tuple[Run, ...]
+    forward_s: float
+    backward_s: float
+    step_s: float
+    memory: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """``step_time`` s; ``tokens_per_second`` of the whole cluster; ``mfu`` model FLOP/s over peak; ``interval`` s;
+    ``breakdown``: seconds by name, adding up to ``step_time``."""
+
+    step_time: float
+    tokens_per_second: float
+    mfu: float
+    interval: tuple[float, float]
+    breakdown: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything needed to run, price and explain one way of training the model on the cluster.
+
+    ``micro_batch``: samples per data rank per micro-batch; ``micro_batches``: how many per step.
+    ``zero``: 0 or 3. ``schedule``: "none" (one stage) or "1f1b". ``bound``: a valid lower bound in seconds on the
+    step time of every plan in the searched space; ``gap`` = (found - bound) / bound.
+    """
+
+    model: str
+    fingerprint: str
+    cluster: Cluster
+    job: Job
+    mesh: Mesh
+    micro_batch: int
+    micro_batches: int
+    schedule: str
+    zero: int
+    candidates: dict[str, Candidate]
+    stages: tuple[Stage, ...]
+    predicted: Predicted
+    bound: float
+    gap: float
+    status: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+    searched: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def candidate_of(self, block: int) -> Candidate:
+        """The candidate block ``block`` runs under."""
+        for stage in self.stages:
+            for run in stage.runs:
+                if run.start <= block < run.stop:
+                    return self.candidates[run.candidate]
+        raise BadInputError(f"plan for {self.model}: no stage holds block {block}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values; `from_json` reads it back equal."""
+        data: dict[str, Any] = {"version": PLAN_VERSION}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if name in ("cluster", "job"):
+                value = value.to_json()
+            elif name in ("mesh", "predicted"):
+                value = asdict(value)
+            elif name == "candidates":
+                value = {key: _candidate_json(candidate) for key, candidate in value.items()}
+            elif name == "stages":
+                value = [asdict(stage) for stage in value]
+            data[name] = value
+        return json.loads(json.dumps(data))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Plan:
+        """Inverse of `to_json`. Raises BadInputError for another version or missing fields."""
+        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
+            found = data.get("version") if isinstance(data, dict) else type(data).__name__
+            raise BadInputError(f"not a version-{PLAN_VERSION} plan (found {found!r}): run `autopar search` again")
+        try:
+            fields = {name: data[name] for name in Plan.__dataclass_fields__}
+            fields["cluster"] = Cluster.from_json(data["cluster"])
+            fields["job"] = Job.from_json(data["job"])
+            fields["mesh"] = Mesh(**data["mesh"])
+            fields["predicted"] = Predicted(**{**data["predicted"], "interval": tuple(data["predicted"]["interval"])})
+            fields["candidates"] = {
+                key: Candidate(**{**value, "decision": BlockDecision.from_json(value["decision"])})
+                for key, value in data["candidates"].items()
+            }
+            fields["stages"] = tuple(
+                Stage(**{**stage, "runs": tuple(Run(**run) for run in stage["runs"])}) for stage in data["stages"]
+            )
+            fields["notes"] = tuple(data["notes"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadInputError(f"the plan is damaged: {type(error).__name__} at {error}; search again") from error
+        return Plan(**fields)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, all of it or nothing."""
+        write_whole(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a saved plan. Raises BadInputError when it is missing or damaged."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise BadInputError(f"cannot read plan {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise BadInputError(f"plan {path} is not JSON ({error}); it may be cut short: search again") from error
+        try:
+            return Plan.from_json(data)
+        except BadInputError as error:
+            raise BadInputError(f"plan {path}: {error}") from error
+
+    def check_model(self, fingerprint: str, what: str = "this model") -> None:
+        """Refuse to be used for a model it was not made for."""
+        if fingerprint != self.fingerprint:
+            raise BadInputError(
+                f"the plan was made for {self.model} ({self.fingerprint}), but {what} has fingerprint {fingerprint}: "
+                "another model, shape or version of it; search again for this one"
+            )
+
+    def __str__(self) -> str:
+        from autopar.report.text import plan_text
+
+        return plan_text(self)
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    data = {name: getattr(candidate, name) for name in candidate.__dataclass_fields__}
+    return {**data, "decision": candidate.decision.to_json()}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by way of a temporary one in the same folder, so that nothing half-written stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

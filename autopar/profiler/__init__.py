@@ -1,0 +1,1 @@
+"""Measures operators and collectives on the device at hand."""

@@ -1,0 +1,1 @@
+"""Sharding algebra: layouts, conversions between them, and one rule per operator."""

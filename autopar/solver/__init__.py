@@ -1,0 +1,1 @@
+"""Costs, the intra-block and stage ILPs, and the search over meshes."""
