@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from autopar.cluster import Cluster
-
 from autopar.errors import BadInputError
 from autopar.job import Job
 from autopar.sharding.decision import BlockDecision
@@ -104,7 +103,8 @@ class Plan:
 
     ``micro_batch``: samples per data rank per micro-batch; ``micro_batches``: how many per step.
     ``zero``: 0 or 3. ``schedule``: "none" (one stage) or "1f1b". ``bound``: a valid lower bound in seconds on the
-    step time of every plan in the searched space; ``gap`` = (found - bound) / bound.
+    step time of every plan in the searched space; ``gap`` = (found - bound) / bound. ``described``: for each candidate
+    its sharding in words, a line per operator with parameters, written when the plan was made.
     """
 
     model: str
@@ -126,6 +126,7 @@ class Plan:
     searched: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    described: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def candidate_of(self, block: int) -> Candidate:
         """The candidate block ``block`` runs under."""
@@ -171,9 +172,14 @@ class Plan:
                 Stage(**{**stage, "runs": tuple(Run(**run) for run in stage["runs"])}) for stage in data["stages"]
             )
             fields["notes"] = tuple(data["notes"])
+            fields["described"] = {key: tuple(lines) for key, lines in data["described"].items()}
+            plan = Plan(**fields)
+            plan.check_whole()
+        except BadInputError as error:
+            raise BadInputError(f"the plan is damaged: {error}; search again") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInputError(f"the plan is damaged: {type(error).__name__} at {error}; search again") from error
-        return Plan(**fields)
+        return plan
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, all of it or nothing."""
@@ -192,6 +198,45 @@ class Plan:
             return Plan.from_json(data)
         except BadInputError as error:
             raise BadInputError(f"plan {path}: {error}") from error
+
+    def check_whole(self) -> None:
+        """Raise BadInputError where the plan contradicts itself (a file edited or damaged)."""
+        if self.mesh.size != self.cluster.devices:
+            raise BadInputError(f"mesh {self.mesh} has {self.mesh.size} ranks, the cluster {self.cluster.devices}")
+        samples = self.mesh.dp * self.micro_batch * self.micro_batches
+        if samples != self.job.global_batch:
+            raise BadInputError(
+                f"dp={self.mesh.dp} x micro_batch={self.micro_batch} x micro_batches={self.micro_batches} is {samples} "
+                f"samples, the job's global batch {self.job.global_batch}"
+            )
+        if len(self.stages) != self.mesh.pp:
+            raise BadInputError(f"{len(self.stages)} stages for pp={self.mesh.pp}")
+        expected = 0
+        for run in (run for stage in self.stages for run in stage.runs):
+            if run.start != expected or run.stop <= run.start:
+                raise BadInputError(f"blocks {run.start} to {run.stop} where block {expected} should start")
+            if run.candidate not in self.candidates:
+                raise BadInputError(f"no candidate {run.candidate!r}")
+            expected = run.stop
+
+    def check_job(self, job: Job) -> None:
+        """Refuse to be used for another job: shapes and memory were decided for this one."""
+        if job != self.job:
+            names = [name for name in job.to_json() if getattr(job, name) != getattr(self.job, name)]
+            told = "; ".join(f"{name} {getattr(self.job, name)}, not {getattr(job, name)}" for name in names)
+            raise BadInputError(f"the plan was made for another job ({told}): search again for this one")
+
+    def check_cluster(self, cluster: Cluster) -> None:
+        """Refuse to be used on another cluster than the one it was made for (measured figures may differ)."""
+        if str(cluster) != str(self.cluster):
+            raise BadInputError(
+                f"the plan was made for cluster {self.cluster}, not {cluster}: search again for this one"
+            )
+        origins = {cluster.device.origin, self.cluster.device.origin}
+        if origins == {"catalog"} and cluster != self.cluster:
+            raise BadInputError(
+                f"the plan was priced with other figures for {cluster} than given now: search again with these"
+            )
 
     def check_model(self, fingerprint: str, what: str = "this model") -> None:
         """Refuse to be used for a model it was not made for."""

@@ -18,6 +18,8 @@ COMPUTE = "compute"
 """The dtype of a tensor held in the job's compute dtype; other dtypes are torch's names ("float32", "int64", "bool").
 "float32" means at least float32: a float64 job computes such tensors in float64."""
 
+_UNHASHED = ("name", "notes", "buffer_values")
+
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
@@ -167,10 +169,14 @@ class ModelGraph:
     notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with anything a plan depends on."""
+        """Sixteen hex digits that change with anything a plan depends on.
+
+        Not with the name or the values of buffers: a catalog name and a module of the same structure share plans.
+        """
         from autopar.graph.serialize import model_to_json
 
-        text = json.dumps(model_to_json(self), sort_keys=True, separators=(",", ":"))
+        data = {key: value for key, value in model_to_json(self).items() if key not in _UNHASHED}
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def count_parameters(self) -> int:

@@ -1,0 +1,34 @@
+# make demo | test | check | proof: each makes .venv from the pinned constraints.txt first, once.
+PYTHON := $(firstword $(foreach python,$(PYTHON) python3 python3.13 python3.12 python3.11,\
+	$(shell $(python) -c 'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
+BIN := .venv/bin
+READY := .venv/.ready
+CODE := autopar tests examples benchmarks
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check proof clean
+
+demo: $(READY)
+	$(BIN)/autopar search llama3-8b --cluster 8x8:h100 --global-batch 512 --seq-len 8192
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+check: $(READY)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+proof: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "autopar needs Python 3.11 or newer; name it with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

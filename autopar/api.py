@@ -1,0 +1,138 @@
+"""The compile-time calls: search, predict, emit, parallelize, verify. Each is a thin line through the parts below.
+
+A model is a ``torch.nn.Module`` (its parameters may be on the meta device) or a string: a catalog name
+(``"llama3-8b"``), the path of a Hugging Face ``config.json``, or ``"module.py:function"``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autopar.cluster import Cluster
+from autopar.errors import BadInputError
+from autopar.job import Job
+from autopar.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from autopar.graph.ir import ModelGraph
+
+    Model = nn.Module | str
+    Inputs = Mapping[str, Tensor] | None
+    Loss = Callable[..., Tensor] | None
+
+
+def search(
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    inputs: Inputs = None,
+    loss: Loss = None,
+    fix: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The fastest plan that fits for training ``model`` on ``cluster``.
+
+    * ``inputs``: example tensors for one sample by the model's keyword, default token ids and labels.
+    * ``loss``: ``fn(outputs, batch)``, default the model's own.
+    * ``fix``: any part of the plan (``{"tp": 8, "recompute": "full"}``); the rest is searched.
+
+    Raises BadInputError, UnsupportedError, or InfeasibleError when nothing fits.
+    """
+    from autopar.report.words import describe
+    from autopar.solver.fix import parse_fix
+    from autopar.solver.search import search as solve
+
+    choices = parse_fix(fix).given()
+    begin = time.perf_counter()
+    graph = _graph_of(model, inputs, loss)
+    traced = time.perf_counter() - begin
+    plan = solve(graph, job, cluster, choices)
+    decisions = {name: candidate.decision for name, candidate in plan.candidates.items()}
+    return replace(
+        plan,
+        model=_name_of(model, graph),
+        seconds={"trace": traced, **plan.seconds},
+        described=describe(graph, decisions),
+    )
+
+
+def predict(
+    model: Model,
+    job: Job,
+    cluster: Cluster,
+    fix: Mapping[str, Any],
+    inputs: Inputs = None,
+    loss: Loss = None,
+) -> Plan:
+    """The plan that ``fix`` describes, priced: a plan given, not searched.
+
+    What ``fix`` leaves open is chosen best (as `search` would); ``plan.fixed`` tells what was given, and the printed
+    plan names what was chosen. Raises as `search` does.
+    """
+    return search(model, job, cluster, inputs=inputs, loss=loss, fix=fix)
+
+
+def emit(plan: Plan, model: Model, out: str | Path, inputs: Inputs = None, loss: Loss = None) -> None:
+    """Write the folder ``out`` that trains the plan under ``torchrun`` with torch alone.
+
+    A module whose parameters hold values gives them to the folder as starting weights; otherwise training starts from
+    an initialisation. Raises BadInputError if the plan was made for another model; then nothing is written.
+    """
+    from autopar.codegen.emit import emit as write
+
+    graph = _checked(plan, model, inputs, loss)
+    write(plan, graph, out, _weights_of(model))
+
+
+def parallelize(model: Model, plan: Plan, inputs: Inputs = None, loss: Loss = None) -> nn.Module:
+    """Under ``torchrun``: this rank's runnable module, from the same source that `emit` writes.
+
+    Raises BadInputError for another model or world size.
+    """
+    from autopar.codegen.parallelize import parallelize as build
+
+    _checked(plan, model, inputs, loss)
+    return build(model, plan)
+
+
+def verify(plan: Plan, model: Model, inputs: Inputs = None, loss: Loss = None) -> Any:
+    """Compare the plan's module with the single device, in this process: loss and every parameter gradient.
+
+    Returns the measured errors. Raises VerificationError where they are too large, BadInputError if the plan was made
+    for another model.
+    """
+    from autopar.codegen.verify import verify as compare
+
+    _checked(plan, model, inputs, loss)
+    return compare(plan, model, inputs)
+
+
+def _graph_of(model: Model, inputs: Inputs, loss: Loss) -> ModelGraph:
+    from autopar.models import model_graph
+
+    return model_graph(model, inputs, loss)
+
+
+def _name_of(model: Model, graph: ModelGraph) -> str:
+    return model if isinstance(model, str) else graph.name
+
+
+def _checked(plan: Plan, model: Model, inputs: Inputs, loss: Loss) -> ModelGraph:
+    """The model's graph, which must be the one the plan was made for."""
+    if not isinstance(plan, Plan):
+        raise BadInputError(f"expected a Plan, not {type(plan).__name__}: load one with autopar.Plan.load(path)")
+    graph = _graph_of(model, inputs, loss)
+    plan.check_model(graph.fingerprint(), _name_of(model, graph))
+    return graph
+
+
+def _weights_of(model: Model) -> dict[str, Tensor] | None:
+    """The model's parameters and buffers if they hold values, else None."""
+    if isinstance(model, str) or any(value.is_meta for value in model.parameters()):
+        return None
+    return dict(model.state_dict())

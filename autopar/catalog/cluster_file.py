@@ -1,0 +1,230 @@
+"""Cluster files: what users write, in TOML, YAML or JSON.
+
+    device = "h100"              # a catalog device, or a table with every figure (as `Cluster.save` writes)
+    nodes = 8
+    devices_per_node = 8
+    memory_bytes = 80e9          # optional; so is reserve_bytes
+    [inter_node]                 # optional; so is [intra_node]
+    bandwidth = 25e9             # bytes/s per port and direction
+    latency_s = 5e-6
+    shared_by = 2                # devices per port
+    efficiency = 0.9
+
+Several groups of equal nodes are written as ``[[groups]]``, each with these keys. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
+
+from autopar.catalog.devices_file import LINKS, load_device
+from autopar.cluster import Cluster, Device, Link, NodeGroup
+from autopar.errors import BadInputError
+
+
+def _spelled(value: object) -> object:
+    """A whole number that YAML 1.1 took for text, such as ``80e9``."""
+    try:
+        return int(number) if isinstance(value, str) and (number := float(value)).is_integer() else value
+    except ValueError:
+        return value
+
+
+Bytes = Annotated[int, BeforeValidator(_spelled)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class LinkFile(_Model):
+    """What may be said of a link; the rest stays as in the catalog."""
+
+    bandwidth: float | None = None
+    latency_s: float | None = None
+    efficiency: float | None = None
+    shared_by: float | None = None
+
+
+class WholeLink(_Model):
+    """Every figure of a link."""
+
+    bandwidth: float
+    latency_s: float
+    efficiency: float
+    shared_by: float
+
+
+class DeviceFile(_Model):
+    """Every figure of a device."""
+
+    name: str
+    title: str
+    backend: str
+    memory_bytes: int
+    reserve_bytes: int
+    peak_flops: dict[str, float]
+    memory_bandwidth: float
+    processors: int
+    matmul_efficiency: float
+    attention_efficiency: float
+    memory_efficiency: float
+    launch_s: float
+    collective_s: float
+    intra_node: WholeLink
+    inter_node: WholeLink
+    origin: str
+    sources: dict[str, str]
+
+
+class GroupFile(_Model):
+    """A group of equal nodes."""
+
+    device: str | DeviceFile
+    nodes: PositiveInt
+    devices_per_node: PositiveInt
+    memory_bytes: Bytes | None = None
+    reserve_bytes: Bytes | None = None
+    intra_node: LinkFile | None = None
+    inter_node: LinkFile | None = None
+
+
+class ClusterFile(_Model):
+    """A whole file in the form with groups."""
+
+    groups: list[GroupFile]
+
+
+def read_cluster(path: Path) -> Cluster:
+    """The cluster described by a file. Raises BadInputError naming the file and the offending key."""
+    data = _parsed(path)
+    model = ClusterFile if "groups" in data else GroupFile
+    try:
+        file = model.model_validate(data)
+    except ValidationError as error:
+        raise BadInputError(f"cluster file {path}: {_first_problem(error)}") from error
+    groups = file.groups if isinstance(file, ClusterFile) else [file]
+    try:
+        return Cluster(tuple(_group(group, path) for group in groups))
+    except BadInputError as error:
+        raise BadInputError(f"cluster file {path}: {error}") from error
+
+
+def write_cluster(cluster: Cluster, path: Path) -> None:
+    """Write every figure of the cluster; the suffix chooses the format."""
+    from autopar.plan import write_whole
+
+    data = cluster.to_json()
+    if path.suffix == ".json":
+        text = json.dumps(data, indent=1) + "\n"
+    elif path.suffix in (".yaml", ".yml"):
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    elif path.suffix == ".toml":
+        text = "\n".join(_toml(data)) + "\n"
+    else:
+        raise BadInputError(f"cluster file {path}: unknown format {path.suffix!r}; end it in .toml, .yaml or .json")
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise BadInputError(f"cannot write cluster file {path}: {error.strerror or error}") from error
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise BadInputError(f"cannot read cluster file {path}: {reason or error}") from error
+    try:
+        if path.suffix == ".toml":
+            data = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            data = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            data = json.loads(text)
+        else:
+            raise BadInputError(f"cluster file {path}: unknown format {path.suffix!r}; end it in .toml, .yaml or .json")
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInputError(f"cluster file {path} is not valid {path.suffix[1:].upper()}: {reason}") from error
+    if not isinstance(data, dict):
+        raise BadInputError(f"cluster file {path}: expected keys device, nodes, devices_per_node, found {data!r:.60}")
+    return data
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first thing pydantic found, naming the key and, for an unknown one, those that are known."""
+    problems = error.errors()
+    first = next((problem for problem in problems if "str" not in problem["loc"]), problems[0])
+    places = [str(part) for part in first["loc"] if part not in ("str", "DeviceFile")]
+    key = ".".join(places)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; known there: {', '.join(_known(places[:-1]))}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"key {key!r}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']!r:.60}"
+
+
+def _known(places: list[str]) -> list[str]:
+    """The keys a place in a file may have."""
+    models: Mapping[str, type[BaseModel]] = {"device": DeviceFile, "intra_node": LinkFile, "inter_node": LinkFile}
+    named = [place for place in places if not place.isdigit()]
+    if named and named[-1] in models:
+        return list(models[named[-1]].model_fields)
+    return list(GroupFile.model_fields) + ["groups"] * (not named)
+
+
+def _group(group: GroupFile, path: Path) -> NodeGroup:
+    if isinstance(group.device, str):
+        device = load_device(group.device, group.devices_per_node)
+    else:
+        figures = group.device.model_dump()
+        device = Device.from_json(figures)
+    changes: dict[str, Any] = {}
+    for name in ("memory_bytes", "reserve_bytes"):
+        if getattr(group, name) is not None:
+            changes[name] = getattr(group, name)
+    told = list(changes)
+    for name in LINKS:
+        link: LinkFile | None = getattr(group, name)
+        if link is not None:
+            figures = link.model_dump(exclude_none=True)
+            told += [f"{name}.{figure}" for figure in figures]
+            changes[name] = _changed(getattr(device, name), figures)
+    if changes:
+        changes["sources"] = {**device.sources, **dict.fromkeys(told, f"cluster file {path.name}")}
+        device = replace(device, **changes)
+    return NodeGroup(device, group.nodes, group.devices_per_node)
+
+
+def _changed(link: Link, figures: dict[str, float]) -> Link:
+    return replace(link, **figures)
+
+
+def _toml(data: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """TOML lines of nested tables of numbers and strings: plain values first, then tables, then arrays of tables."""
+    lines = [
+        f"{_toml_key(key)} = {json.dumps(value, ensure_ascii=False)}"
+        for key, value in data.items()
+        if not isinstance(value, dict | list)
+    ]
+    for key, value in data.items():
+        path = prefix + _toml_key(key)
+        if isinstance(value, dict):
+            lines += ["", f"[{path}]", *_toml(value, path + ".")]
+        elif isinstance(value, list):
+            for item in value:
+                lines += ["", f"[[{path}]]", *_toml(item, path + ".")]
+    return lines
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)

@@ -1,0 +1,86 @@
+"""Device figures from the catalog: one YAML file per device in ``catalog/devices/``, each figure with its source.
+
+A figure is ``{value, source}``; a constant of the cost model also carries the range (``low``, ``high``) it may
+plausibly lie in. ``cpu`` has no file: the machine at hand is measured (`autopar.profiler.cpu`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autopar.cluster import Device, Link
+from autopar.errors import BadInputError
+
+FOLDER = Path(__file__).parent / "devices"
+LINKS = ("intra_node", "inter_node")
+TEXTS = ("title", "backend")
+INTEGERS = ("memory_bytes", "reserve_bytes", "processors")
+
+
+def device_names() -> tuple[str, ...]:
+    """Every device that can be named in a cluster, in alphabetical order."""
+    return tuple(sorted([path.stem for path in FOLDER.glob("*.yaml")] + ["cpu"]))
+
+
+def load_device(name: str, devices_per_node: int) -> Device:
+    """The device called ``name``; for "cpu", this machine with ``devices_per_node`` ranks sharing it.
+
+    Raises BadInputError for an unknown name, listing the known ones.
+    """
+    if name == "cpu":
+        from autopar.profiler.cpu import cpu_device
+
+        return cpu_device(devices_per_node)
+    if name not in device_names():
+        raise BadInputError(f"unknown device {name!r}; the catalog has {', '.join(device_names())}")
+    return _from_catalog(name)
+
+
+@cache
+def _from_catalog(name: str) -> Device:
+    return read_device(name, yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+
+
+def figures_of(data: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """The figures of a device file by dotted name: ``{"peak_flops.bf16": {"value": ..., "source": ...}, ...}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in data.items():
+        if isinstance(entry, dict) and "value" in entry:
+            found[prefix + name] = entry
+        elif isinstance(entry, dict):
+            found.update(figures_of(entry, f"{prefix}{name}."))
+    return found
+
+
+def read_device(name: str, data: dict[str, Any]) -> Device:
+    """A device from the contents of its file. Raises BadInputError naming a figure without source or out of range."""
+    figures = figures_of(data)
+    values: dict[str, float] = {}
+    for key, figure in figures.items():
+        place = f"device file {name!r}, {key}"
+        value = figure["value"]
+        if unknown := set(figure) - {"value", "source", "low", "high"}:
+            raise BadInputError(f"{place}: unknown entry {sorted(unknown)[0]!r}; known: value, source, low, high")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise BadInputError(f"{place}: {value!r} is not a number (YAML wants the sign in 1.5e+12)")
+        if not str(figure.get("source") or "").strip():
+            raise BadInputError(f"{place}: no source; every figure says where it is from")
+        if not figure.get("low", value) <= value <= figure.get("high", value):
+            raise BadInputError(f"{place}: {value} is outside its plausible range {figure['low']} to {figure['high']}")
+        values[key] = value
+    fields: dict[str, Any] = {text: data[text] for text in TEXTS}
+    fields["peak_flops"] = _part(values, "peak_flops")
+    for link in LINKS:
+        fields[link] = Link(**_part(values, link))
+    for key, value in values.items():
+        if "." not in key:
+            fields[key] = int(value) if key in INTEGERS else float(value)
+    return Device(name=name, sources={key: figure["source"] for key, figure in figures.items()}, **fields)
+
+
+def _part(values: dict[str, float], prefix: str) -> dict[str, float]:
+    return {key.split(".", 1)[1]: float(v) for key, v in values.items() if key.startswith(prefix + ".")}

@@ -1,0 +1,277 @@
+"""The cluster: groups of nodes, the devices in them and the links between them.
+
+A `Cluster` is self-contained: it carries every figure a price depends on, so that a saved plan stays priced as it was.
+Figures come from `autopar.catalog` (data files, each figure with its source), or for ``cpu`` from a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import BadInputError
+
+BACKENDS = ("cuda", "cpu")
+FORM = 'NODESxDEVICES_PER_NODE:DEVICE, such as "8x8:h100" (one node of 4 CPU ranks: "1x4:cpu")'
+
+
+def _check_positive(owner: str, values: Mapping[str, float], zero: tuple[str, ...] = ()) -> None:
+    for name, value in values.items():
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value < 0 or (value == 0 and name not in zero):
+            bound = "a number of at least 0" if name in zero else "a positive number"
+            raise BadInputError(f"{owner}: {name} must be {bound}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One tier of the network, as one device sees it.
+
+    ``bandwidth``: bytes/s per direction of one port. ``shared_by``: devices that share one port (8 devices on 4
+    network cards: 2). ``efficiency``: the fraction of ``bandwidth`` that large messages reach. ``latency_s``: seconds
+    one step of a collective takes however small its message.
+    """
+
+    bandwidth: float
+    latency_s: float
+    efficiency: float = 1.0
+    shared_by: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive("link", {f.name: getattr(self, f.name) for f in fields(self)}, zero=("latency_s",))
+        if self.efficiency > 1:
+            raise BadInputError(f"link: efficiency must be at most 1, not {self.efficiency!r}")
+
+    @property
+    def device_bandwidth(self) -> float:
+        """Bytes/s per direction that each device reaches when all of them use the link at once."""
+        return self.bandwidth * self.efficiency / self.shared_by
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator (or one CPU rank) with the figures its prices depend on.
+
+    * ``backend``: torch's device type, "cuda" or "cpu"; collectives run on NCCL or gloo accordingly.
+    * ``memory_bytes``: what the driver reports in total; ``reserve_bytes``: of these, what no tensor can use.
+    * ``peak_flops``: dense FLOP/s by dtype ("bf16", "fp32", ...); ``memory_bandwidth``: bytes/s.
+    * ``processors``: units that work on one tile each at a time (SMs); 1 where work is not cut in tiles.
+    * ``matmul_efficiency``, ``attention_efficiency``: fraction of the peak reached by large matmuls and by fused
+      attention; ``memory_efficiency``: fraction of the bandwidth reached by large streaming operators.
+    * ``launch_s``: seconds each operator costs however small it is.
+    * ``collective_s``: seconds each collective costs before its first byte moves.
+    * ``intra_node``, ``inter_node``: the links of the usual node of these devices.
+    * ``sources``: where each figure is from, by name. ``origin``: "catalog" or "measured".
+    """
+
+    name: str
+    title: str
+    backend: str
+    memory_bytes: int
+    reserve_bytes: int
+    peak_flops: dict[str, float] = field(hash=False)
+    memory_bandwidth: float
+    processors: int
+    matmul_efficiency: float
+    attention_efficiency: float
+    memory_efficiency: float
+    launch_s: float
+    collective_s: float
+    intra_node: Link
+    inter_node: Link
+    origin: str = "catalog"
+    sources: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        owner = f"device {self.name!r}"
+        if self.backend not in BACKENDS:
+            raise BadInputError(f"{owner}: unknown backend {self.backend!r}; one of {', '.join(BACKENDS)}")
+        texts = ("name", "title", "backend", "peak_flops", "intra_node", "inter_node", "origin", "sources")
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in texts}
+        _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes"))
+        if not self.peak_flops:
+            raise BadInputError(f"{owner}: peak_flops is empty; give the dense FLOP/s of at least one dtype")
+        _check_positive(owner, {f"peak_flops.{dtype}": value for dtype, value in self.peak_flops.items()})
+        for name in ("matmul_efficiency", "attention_efficiency", "memory_efficiency"):
+            if getattr(self, name) > 1:
+                raise BadInputError(f"{owner}: {name} must be at most 1, not {getattr(self, name)!r}")
+        if self.reserve_bytes >= self.memory_bytes:
+            raise BadInputError(
+                f"{owner}: memory_bytes {self.memory_bytes:,} leaves nothing above the {self.reserve_bytes:,} bytes "
+                "of reserve_bytes"
+            )
+
+    def peak(self, dtype: str) -> float:
+        """Dense peak FLOP/s for a job's dtype. Raises BadInputError if the device has no figure for it."""
+        if dtype not in self.peak_flops:
+            raise BadInputError(
+                f"device {self.name!r} has no {dtype} matmul rate; it has {', '.join(self.peak_flops)}"
+                + ("" if self.backend == "cpu" else " (fp64 jobs are proofs: run them on cpu)")
+            )
+        return self.peak_flops[dtype]
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**data, "intra_node": self.intra_node.to_json(), "inter_node": self.inter_node.to_json()}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Device:
+        """Inverse of `to_json`. Raises KeyError or TypeError for missing or unknown fields."""
+        links = {name: Link(**data[name]) for name in ("intra_node", "inter_node")}
+        return Device(**{**data, "peak_flops": dict(data["peak_flops"]), "sources": dict(data["sources"]), **links})
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGroup:
+    """``nodes`` equal nodes with ``devices_per_node`` devices each."""
+
+    device: Device
+    nodes: int
+    devices_per_node: int
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "devices_per_node"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise BadInputError(f"cluster: {name} must be a positive integer, not {value!r}; the form is {FORM}")
+
+    def __str__(self) -> str:
+        return f"{self.nodes}x{self.devices_per_node}:{self.device.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Node groups in rank order. Groups must be alike: the search does not mix devices or node sizes yet.
+
+    Raises BadInputError when they differ, naming what does.
+    """
+
+    groups: tuple[NodeGroup, ...]
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise BadInputError("cluster: no nodes; give at least one node group")
+        first = self.groups[0]
+        for other in self.groups[1:]:
+            if other.device.name != first.device.name:
+                raise BadInputError(
+                    f"cluster: mixes devices {first.device.name!r} and {other.device.name!r}; plans are made for one "
+                    "device: leave all but one out, or plan each part by itself"
+                )
+            for name in ("devices_per_node", "device"):
+                if getattr(other, name) != getattr(first, name):
+                    what = "figures of the device or its links" if name == "device" else name
+                    raise BadInputError(
+                        f"cluster: node groups {first} and {other} differ in {what}; plans are made for equal nodes: "
+                        "use the figures of the slowest for all"
+                    )
+
+    @property
+    def device(self) -> Device:
+        return self.groups[0].device
+
+    @property
+    def nodes(self) -> int:
+        return sum(group.nodes for group in self.groups)
+
+    @property
+    def devices_per_node(self) -> int:
+        return self.groups[0].devices_per_node
+
+    @property
+    def devices(self) -> int:
+        """Number of devices: the world size."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def intra_node(self) -> Link:
+        return self.device.intra_node
+
+    @property
+    def inter_node(self) -> Link:
+        return self.device.inter_node
+
+    def __str__(self) -> str:
+        return f"{self.nodes}x{self.devices_per_node}:{self.device.name}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The cluster as plain JSON values, device figures included; `from_json` reads it back equal."""
+        groups = [
+            {"device": g.device.to_json(), "nodes": g.nodes, "devices_per_node": g.devices_per_node}
+            for g in self.groups
+        ]
+        return {"groups": groups}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Cluster:
+        """Inverse of `to_json`. Raises BadInputError, KeyError or TypeError when fields are wrong or missing."""
+        groups = (
+            NodeGroup(Device.from_json(group["device"]), group["nodes"], group["devices_per_node"])
+            for group in data["groups"]
+        )
+        return Cluster(tuple(groups))
+
+    @staticmethod
+    def parse(text: str) -> Cluster:
+        """Read ``"8x8:h100"``: nodes x devices per node : catalog device.
+
+        Raises BadInputError for another form, a count that is not positive, or a device the catalog lacks.
+        """
+        from autopar.catalog.devices_file import load_device
+
+        groups = []
+        for part in str(text).split("+"):
+            match = re.fullmatch(r"\s*(-?\d+)\s*[xX]\s*(-?\d+)\s*:\s*(\S+)\s*", part)
+            if not match:
+                raise BadInputError(
+                    f"cannot read cluster {str(text)!r}: write {FORM}, or name a .toml/.yaml/.json file"
+                )
+            nodes, devices_per_node = int(match[1]), int(match[2])
+            if nodes < 1 or devices_per_node < 1:
+                raise BadInputError(
+                    f"cluster {str(text)!r}: {nodes} nodes of {devices_per_node} devices; both must be at least 1"
+                )
+            groups.append(NodeGroup(load_device(match[3], devices_per_node), nodes, devices_per_node))
+        return Cluster(_merged(groups))
+
+    @staticmethod
+    def load(path: str | Path) -> Cluster:
+        """Read a cluster file (.toml, .yaml, .yml or .json); see `autopar.catalog.cluster_file` for its keys.
+
+        Raises BadInputError naming the file and the key that is missing, unknown or wrong.
+        """
+        from autopar.catalog.cluster_file import read_cluster
+
+        return read_cluster(Path(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write a cluster file that `load` reads back equal; the suffix (.toml, .yaml, .json) chooses the format."""
+        from autopar.catalog.cluster_file import write_cluster
+
+        write_cluster(self, Path(path))
+
+    def with_links(self, intra_node: Link | None = None, inter_node: Link | None = None) -> Cluster:
+        """The same nodes with other links."""
+        device = replace(
+            self.device, intra_node=intra_node or self.intra_node, inter_node=inter_node or self.inter_node
+        )
+        return Cluster(tuple(replace(group, device=device) for group in self.groups))
+
+
+def _merged(groups: list[NodeGroup]) -> tuple[NodeGroup, ...]:
+    """Neighbouring groups of equal nodes as one."""
+    merged: list[NodeGroup] = []
+    for group in groups:
+        last = merged[-1] if merged else None
+        if last and (last.device, last.devices_per_node) == (group.device, group.devices_per_node):
+            merged[-1] = replace(last, nodes=last.nodes + group.nodes)
+        else:
+            merged.append(group)
+    return tuple(merged)

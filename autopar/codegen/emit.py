@@ -1,0 +1,184 @@
+"""Write the folder that trains a plan: module.py, train.py, what they import, the plan, and how to start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from autopar.errors import BadInputError, UnsupportedError
+from autopar.graph.ir import ModelGraph, Ref
+from autopar.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUNTIME = Path(__file__).parent / "runtime"
+WEIGHTS_FILE = "initial.pt"
+TORCH_DTYPES = {"bf16": ("bfloat16", "float32"), "fp32": ("float32", "float32"), "fp64": ("float64", "float64")}
+"""Compute and master dtype of a job's dtype, by torch's names."""
+
+_FROM_TOKENS = {
+    "input_ids": "ids",
+    "labels": "ids",
+    "attention_mask": "torch.ones_like(ids)",
+    "position_ids": "torch.arange(SEQ_LEN, device=ids.device).expand_as(ids)",
+}
+"""How train.py makes the batch tensors of a language model from token ids."""
+
+
+def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the folder ``out``: all of it, or nothing if anything fails.
+
+    ``weights``: initial values by full name, written along (default: train.py draws them from its seed). A folder
+    that autopar wrote before is replaced; other files in it (checkpoints) stay. Raises BadInputError for another model
+    than the plan's, a folder that holds something else, or a missing weight.
+    """
+    out = Path(out)
+    plan.check_model(graph.fingerprint(), graph.name)
+    _check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        write_folder(plan, graph, temporary, weights)
+        temporary.chmod(0o755)
+        _move_in(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the files of `emit` into an existing folder."""
+    from autopar.codegen.emit_module import module_source
+
+    (folder / "module.py").write_text(module_source(plan, graph))
+    shutil.copyfile(RUNTIME / "collectives.py", folder / "collectives.py")
+    runtime = folder / "runtime"
+    runtime.mkdir()
+    for source in sorted(RUNTIME.glob("*.py")):
+        if source.name != "collectives.py":
+            shutil.copyfile(source, runtime / source.name)
+
+    templates = Environment(
+        loader=PackageLoader("autopar.codegen"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    values = _values(plan, graph, weights is not None)
+    for name in ("train.py", "launch.sh", "README.md"):
+        (folder / name).write_text(templates.get_template(f"{name}.jinja").render(values))
+    (folder / "launch.sh").chmod(0o755)
+    plan.save(folder / "plan.json")
+    if weights is not None:
+        _save_weights(graph, weights, folder / WEIGHTS_FILE)
+
+
+def vocabulary_of(graph: ModelGraph) -> int:
+    """Rows of the table that token ids look up. Raises UnsupportedError if the model has no such table."""
+    for block in graph.blocks:
+        nodes = graph.kinds[block.kind].graph.nodes
+        ids = {name for name, source in block.inputs.items() if (source.origin, source.key) == ("batch", "input_ids")}
+        for node in nodes.values():
+            if node.op == "aten.embedding" and any(isinstance(a, Ref) and a.name in ids for a in node.args[1:2]):
+                return int(nodes[node.args[0].name].meta.at(1, 1)[0])
+    raise UnsupportedError(
+        f"{graph.name}: no embedding reads 'input_ids', so train.py cannot tell its vocabulary; models that do not "
+        "start from token ids run through autopar.parallelize"
+    )
+
+
+def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
+    compute, master = TORCH_DTYPES[plan.job.dtype]
+    unknown = [key for key in graph.batch if key not in _FROM_TOKENS]
+    if unknown:
+        raise UnsupportedError(
+            f"{graph.name} takes {', '.join(unknown)}, which train.py cannot make from token ids; give autopar a model "
+            f"that takes {', '.join(_FROM_TOKENS)} alone, or run it through autopar.parallelize"
+        )
+    names = [block.path or block.kind for block in graph.blocks]
+    stages = []
+    for index, stage in enumerate(plan.stages):
+        first, last = stage.runs[0].start, stage.runs[-1].stop - 1
+        recomputed = [
+            (run.start, run.stop - 1) for run in stage.runs if plan.candidates[run.candidate].recompute != "none"
+        ]
+        stages.append(
+            {
+                "index": index,
+                "blocks": _span(names, first, last),
+                "recompute": ", ".join(_span(names, *span) for span in recomputed) or "none",
+            }
+        )
+    return {
+        "model": plan.model,
+        "devices": plan.cluster.devices,
+        "nodes": plan.cluster.nodes,
+        "devices_per_node": plan.cluster.devices_per_node,
+        "device_type": plan.cluster.device.backend,
+        "mesh": plan.mesh.axes(),
+        "mesh_text": str(plan.mesh),
+        "global_batch": plan.job.global_batch,
+        "seq_len": plan.job.seq_len,
+        "dtype": plan.job.dtype,
+        "micro_batch": plan.micro_batch,
+        "micro_batches": plan.micro_batches,
+        "schedule": plan.schedule,
+        "zero": plan.zero,
+        "compute_dtype": compute,
+        "master_dtype": master,
+        "vocabulary": vocabulary_of(graph),
+        "predicted_step_s": float(f"{plan.predicted.step_time:.4g}"),
+        "batch": {key: _FROM_TOKENS[key] for key in graph.batch},
+        "stages": stages,
+        "has_weights": has_weights,
+    }
+
+
+def _span(names: list[str], first: int, last: int) -> str:
+    return names[first] if first == last else f"{names[first]} to {names[last]}"
+
+
+def _save_weights(graph: ModelGraph, weights: Mapping[str, Tensor], path: Path) -> None:
+    import torch
+
+    groups = {group[0]: group for group in graph.tied}
+    chosen = {}
+    for name in graph.parameters:
+        held = next((key for key in groups.get(name, (name,)) if key in weights), None)
+        if held is None:
+            raise BadInputError(f"no weight named {name} was given for {graph.name}; give all of them or none")
+        chosen[name] = weights[held].detach().cpu().clone()
+    torch.save(chosen, path)
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise BadInputError(f"cannot write the folder {out}: it is a file; name another place")
+    if out.is_dir() and any(out.iterdir()) and not _is_emitted(out):
+        raise BadInputError(f"{out} holds files that autopar did not write; name an empty or a new folder")
+
+
+def _is_emitted(folder: Path) -> bool:
+    try:
+        data = json.loads((folder / "plan.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and "fingerprint" in data
+
+
+def _move_in(new: Path, out: Path) -> None:
+    """Put ``new`` in the place of ``out``, taking along what the user has put there."""
+    if not out.exists():
+        new.rename(out)
+        return
+    written = {path.name for path in new.iterdir()} | {WEIGHTS_FILE, "__pycache__"}
+    for path in out.iterdir():
+        if path.name not in written:
+            os.replace(path, new / path.name)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.old.") as old:
+        out.rename(Path(old) / "out")
+        new.rename(out)

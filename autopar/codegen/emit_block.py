@@ -1,0 +1,314 @@
+"""One graph under one decision as the body of a function: operators on local shards, conversions as collectives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from autopar.codegen.expressions import Site, Sizes, render
+from autopar.codegen.source import Binary, Call, Expr, Method, Text, Value, literal, values_in
+from autopar.codegen.statements import Program, Step
+from autopar.errors import UnsupportedError
+from autopar.graph.ir import COMPUTE, Node, OpGraph, Ref, map_refs
+from autopar.graph.size import BATCH, SEQ, Size
+from autopar.sharding.check import chosen
+from autopar.sharding.conversions import Step as Conversion
+from autopar.sharding.conversions import path, same
+from autopar.sharding.decision import BlockDecision
+from autopar.sharding.layout import Layout, SpmdType
+from autopar.sharding.local import produced_layouts
+
+FUNCTIONS = {
+    "SR": "all_gather",
+    "SI": "all_gather_invariant",
+    "PR": "all_reduce",
+    "PI": "all_reduce_invariant",
+    "PS": "reduce_scatter",
+    "IR": "replicate",
+    "RS": "shard",
+    "IS": "shard_invariant",
+    "SS": "all_to_all",
+    "SP": "zero_pad",
+    "RP": "keep_first",
+    "IP": "keep_first_invariant",
+}
+"""The function of `runtime/collectives.py` for each pair of types."""
+
+_VARIANTS = {"aten.embedding": "vocab_embedding", "autopar.cross_entropy": "vocab_cross_entropy"}
+_ELEMENTWISE = "add sub mul div neg silu gelu relu tanh sigmoid pow rsqrt mean sum softmax eq ne lt gt le ge where cos sin"
+_SHAPE = "unflatten flatten reshape view transpose t permute unsqueeze squeeze expand slice select contiguous cast detach"
+_GROUPS = dict.fromkeys(_ELEMENTWISE.split(), "elementwise") | dict.fromkeys(_SHAPE.split(), "shape")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the emitted code is for: sizes of the model axes larger than one, the precision, and one micro-batch.
+
+    ``seconds(kind, bytes, axis)`` predicts a collective, if it can.
+    """
+
+    axes: Mapping[str, int]
+    double: bool
+    micro_batch: int
+    seq_len: int
+    compute_bytes: int
+    seconds: Callable[[str, int, str], float | None] = lambda kind, nbytes, axis: None
+
+
+@dataclass(slots=True)
+class Body:
+    """Writes one graph. ``arguments``: input node name to argument name; ``weights``: parameter and buffer node name
+    to the expression that is its local tensor; ``decision`` None: nothing is split."""
+
+    graph: OpGraph
+    decision: BlockDecision | None
+    setting: Setting
+    arguments: Mapping[str, str]
+    weights: Mapping[str, Expr]
+    axis_text: str = "self.{}"
+    extra: Mapping[str, str] = field(default_factory=dict)
+    reserved: frozenset[str] = frozenset()
+    _steps: list[Step] = field(default_factory=list)
+    _held: dict[str, list[tuple[Layout, str]]] = field(default_factory=dict)
+    _hints: dict[str, str] = field(default_factory=dict)
+
+    def program(self) -> Program:
+        """The statements. Raises UnsupportedError for what cannot be written."""
+        for node in self.graph.nodes.values():
+            if node.kind == "input":
+                self._add_input(node)
+            elif node.kind != "op":
+                self._add_weight(node)
+            else:
+                self._add_op(node)
+        outputs = tuple(self._materialise(name, self._promised(name)) for name in self.graph.outputs)
+        arguments = {f"input {name}": text for name, text in self.arguments.items()}
+        arguments |= {key: text for key, text in self.extra.items() if self._reads(key)}
+        return Program(arguments, [*self._preamble(), *self._steps], outputs, self.reserved)
+
+    # Values
+
+    def _add_input(self, node: Node) -> None:
+        key = f"input {node.name}"
+        self._hints[key] = self.arguments[node.name]
+        self._held[node.name] = [(self._arrives(node.name), key)]
+
+    def _add_weight(self, node: Node) -> None:
+        key = f"weight {node.name}"
+        self._hints[key] = "_".join(node.target.split(".")[-2:])
+        self._steps.append(Step(key, self.weights[node.name], self._hints[key], "weight"))
+        self._held[node.name] = [(self._arrives(node.name), key)]
+
+    def _add_op(self, node: Node) -> None:
+        operands = node.operands()
+        needs, output, variant = [Layout()] * len(operands), Layout(), ""
+        if self.decision is not None and self.setting.axes:
+            choice = {axis: s for axis, s in chosen(node, self.graph, self.decision).items() if axis in self.setting.axes}
+            needs, output = (list(produced_layouts(node, choice)[0]), produced_layouts(node, choice)[1])
+            variant = next((f"{axis}" for axis, strategy in choice.items() if strategy.variant), "")
+        read = iter([Value(self._materialise(name, need)) for name, need in zip(operands, needs, strict=True)])
+        args, kwargs = _substituted(node.args, read), _substituted(node.kwargs, read)
+        shapes = tuple(self.graph.nodes[name].meta.shape for name in operands)
+        site = Site(node, args, kwargs, shapes, output, self._sizes())
+        expr = render(site)
+        if variant:
+            expr = _over_vocabulary(node, args, expr, Text(self.axis_text.format(variant)))
+        key = f"op {node.name}"
+        self._hints[key] = self._hint(node, site)
+        self._steps.append(Step(key, expr, self._hints[key], _GROUPS.get(node.op.partition(".")[2], "operator")))
+        self._held[node.name] = [(output, key)]
+
+    def _arrives(self, name: str) -> Layout:
+        return self._reduced(self.decision.inputs[name]) if self.decision is not None else Layout()
+
+    def _promised(self, name: str) -> Layout:
+        return self._reduced(self.decision.outputs[name]) if self.decision is not None else Layout()
+
+    def _reduced(self, layout: Layout) -> Layout:
+        return Layout(tuple((axis, kind) for axis, kind in layout.types if axis in self.setting.axes))
+
+    # Conversions
+
+    def _materialise(self, name: str, target: Layout) -> str:
+        """The key of tensor ``name`` in ``target``; conversions are written where they are first needed."""
+        node = self.graph.nodes[name]
+        grad = node.meta.requires_grad
+        for layout, key in self._held[name]:
+            if same(layout, target, grad):
+                return key
+        assert self.decision is not None
+        for conversion in self.decision.conversions:
+            if conversion.tensor == name and same(self._reduced(conversion.target), target, grad):
+                source = self._reduced(conversion.source)
+                key = self._materialise(name, source)
+                for axis, step in path(source, target, grad):
+                    key = self._convert(node, key, axis, step)
+                self._held[name].append((target, key))
+                return key
+        raise UnsupportedError(
+            f"{self.decision.kind}: {name} is needed as {target}, but the decision holds it as "
+            f"{', '.join(str(layout) for layout, _ in self._held[name])} and has no conversion to that"
+        )
+
+    def _convert(self, node: Node, key: str, axis: str, step: Conversion) -> str:
+        function = FUNCTIONS[step.source.kind + step.target.kind] if step.source.kind + step.target.kind != "RI" else ""
+        if not function or (function == "replicate" and not node.meta.requires_grad):
+            return key
+        expr = self._conversion(function, Value(key), Text(self.axis_text.format(axis)), step)
+        new = f"{key} {axis}:{step.target}"
+        self._hints[new] = self._hints[key]
+        comments = self._comments(node, axis, step)
+        self._steps.append(Step(new, expr, self._hints[new], "weight" if key.startswith("weight ") else "exchange", comments))
+        return new
+
+    def _conversion(self, function: str, x: Expr, axis: Expr, step: Conversion) -> Expr:
+        """The call, between views of the blocks where a dim is split in blocks."""
+        dims: list[int] = []
+        blocked: list[tuple[int, int | Size]] = []
+        for kind in (step.source, step.target):
+            if kind.kind == "S":
+                dims.append(kind.dim)
+                if kind.blocks != 1:
+                    blocked.append((kind.dim, kind.blocks))
+        for dim, blocks in sorted(blocked, reverse=True, key=lambda pair: pair[0]):
+            x = Method(x, "unflatten", (literal(dim), Call("", (self._sizes().expr(blocks), literal(-1)))))
+        shifted = [dim + sum(other <= dim for other, _ in blocked) for dim in dims]
+        x = Call(function, (x, axis, *(literal(dim) for dim in shifted)))
+        for dim, _ in sorted(blocked, key=lambda pair: pair[0]):
+            x = Method(x, "flatten", (literal(dim), literal(dim + 1)))
+        return x
+
+    def _comments(self, node: Node, axis: str, step: Conversion) -> tuple[str, ...]:
+        """What moves: bytes of the tensor that is whole on the axis, for one micro-batch, forward and backward."""
+        moved = [f"{_action(step.forward)}"] if step.forward_bytes else []
+        back = _action(step.backward) if step.backward_bytes else "nothing to move"
+        nbytes = self.setting.compute_bytes if node.meta.dtype == COMPUTE else 4
+        for size in node.meta.at(self.setting.micro_batch, self.setting.seq_len):
+            nbytes *= size
+        amount = _amount(nbytes)
+        what = f"{node.target}" if node.kind == "parameter" else "per micro-batch"
+        if not moved:
+            if step.source.kind == "I" and node.kind == "parameter":
+                return ()
+            return (f"{axis}: nothing to move; backward: {back}" + (f" of {amount}" if step.backward_bytes else ""),)
+        seconds = self.setting.seconds(step.forward, nbytes, axis)
+        time = f", {_time(seconds)}" if seconds is not None else ""
+        return (f"{axis} {moved[0]}, {amount} {what}{time}; backward: {back}",)
+
+    # Names and sizes
+
+    def _sizes(self) -> Sizes:
+        known: dict[Size, Expr] = {}
+        for symbol, letter in ((BATCH, "b"), (SEQ, "s")):
+            if f"size {letter}" in self.extra or self._source_of(symbol) is not None:
+                known[symbol] = Value(f"size {letter}")
+        return Sizes(self.setting.axes, known, self.setting.double)
+
+    def _source_of(self, symbol: Size) -> Expr | None:
+        for node in self.graph.of("input"):
+            if symbol in node.meta.shape:
+                dim = node.meta.shape.index(symbol)
+                size: Expr = Method(Text(f"{self.arguments[node.name]}.shape"), "[]", (literal(dim),))
+                for axis in self._arrives(node.name).splits(dim):
+                    size = Binary("*", size, Text(f"{self.axis_text.format(axis)}.size()"))
+                return size
+        return None
+
+    def _reads(self, key: str) -> bool:
+        return any(key in values_in(step.expr) for step in self._steps)
+
+    def _preamble(self) -> list[Step]:
+        """Sizes, dtype and device, where some expression asks for them."""
+        first = next((node for node in self.graph.of("input")), None)
+        wide = next((node for node in self.graph.of("input") if node.meta.dtype == COMPUTE), None)
+        found: dict[str, Expr | None] = {
+            "size b": self._source_of(BATCH),
+            "size s": self._source_of(SEQ),
+            "dtype": Text(f"{self.arguments[wide.name]}.dtype") if wide else None,
+            "device": Text(f"{self.arguments[first.name]}.device") if first else None,
+        }
+        names = {"size b": "batch", "size s": "seq", "dtype": "dtype", "device": "device"}
+        steps = []
+        for key, expr in found.items():
+            if key in self.extra or not self._reads(key):
+                continue
+            if expr is None:
+                raise UnsupportedError(f"no input of the block tells the {names[key]} that it needs")
+            # Read before the argument's name is given to another value.
+            steps.append(Step(key, expr, names[key], "preamble"))
+        return steps
+
+    def _hint(self, node: Node, site: Site) -> str:
+        """The name a person would give: the module that computed it, or the operand it is a view or update of."""
+        op = node.op.partition(".")[2]
+        operands = [self._hints[value.key] for value in _values(site.args)]
+        part = _module_name(node.module)
+        if op == "scaled_dot_product_attention":
+            return "attention"
+        if op in ("cross_entropy", "nll_loss"):
+            return "loss"
+        if op in ("rms_norm", "layer_norm"):
+            return "normed"
+        if op in ("linear", "addmm", "embedding", "matmul", "bmm", "mm"):
+            return part or "product"
+        if op == "add" and self._is_residual(node):
+            return operands[0]
+        if op in ("mul", "add", "sub", "div") and len(operands) > 1:
+            return part if part and not node.module.endswith(("norm", "layernorm")) else "normed"
+        return operands[0] if operands else (part or op)
+
+    def _is_residual(self, node: Node) -> bool:
+        shapes = [self.graph.nodes[name].meta.shape for name in node.operands()]
+        return len(shapes) == 2 and shapes[0] == shapes[1] == node.meta.shape
+
+
+def _values(args: object) -> list[Value]:
+    if isinstance(args, Value):
+        return [args]
+    return [value for item in args for value in _values(item)] if isinstance(args, tuple) else []
+
+
+def _substituted(value: object, read):  # type: ignore[no-untyped-def]
+    """``value`` with every `Ref` replaced by the next of ``read``."""
+    if isinstance(value, Ref):
+        return next(read)
+    if isinstance(value, tuple | list):
+        return tuple(_substituted(item, read) for item in value)
+    if isinstance(value, dict):
+        return {key: _substituted(item, read) for key, item in value.items()}
+    return value
+
+
+def _over_vocabulary(node: Node, args: tuple[object, ...], plain: Expr, axis: Expr) -> Expr:
+    if node.op not in _VARIANTS:
+        raise UnsupportedError(f"{node.name} ({node.op}): no implementation over a split vocabulary")
+    assert isinstance(plain, Call)
+    first, second, *rest = plain.arguments
+    return Call(_VARIANTS[node.op], (first, second, axis, *rest))
+
+
+def _module_name(module: str) -> str:
+    parts = [part for part in module.split(".") if part and not part.isdigit()]
+    if not parts:
+        return ""
+    name = re.sub(r"(_proj|_layernorm|_layer_norm)$", "", parts[-1])
+    return name if name.isidentifier() else ""
+
+
+def _action(action: str) -> str:
+    return action.replace("_", "-")
+
+
+def _amount(nbytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes} B"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+__all__ = ["FUNCTIONS", "Body", "Setting", "SpmdType", "map_refs"]

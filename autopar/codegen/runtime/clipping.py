@@ -1,0 +1,52 @@
+"""The gradient norm of the whole model, over every mesh axis and pipeline stage."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float | None, mesh: DeviceMesh, not_counted: set[int]
+) -> Tensor:
+    """Scale the gradients so that their global 2-norm is at most ``max_norm`` (None: leave them); returns the norm.
+
+    ``not_counted``: ids of parameters that are copies of one on another stage.
+    """
+    weights = [weight for weight in parameters if weight.grad is not None]
+    # Gradients by the axes they are sharded over: a whole one must not be counted once per rank.
+    by_axes: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+    for weight in weights:
+        gradient = weight.grad
+        if id(weight) not in not_counted and isinstance(gradient, DTensor):
+            by_axes[_sharded_axes(gradient)].append(gradient.to_local())
+
+    local = next((weight for weight in weights if isinstance(weight.grad, DTensor)), None)
+    square = torch.zeros((), device=mesh.device_type, dtype=local.dtype if local is not None else torch.float32)
+    for axes in sorted(by_axes):
+        part = get_total_norm(by_axes[axes]) ** 2
+        for axis in axes:
+            dist.all_reduce(part, group=mesh[axis].get_group())
+        square += part
+    if mesh["pp"].size() > 1:
+        dist.all_reduce(square, group=mesh["pp"].get_group())
+    norm = square.sqrt()
+    if max_norm is not None:
+        clip_grads_with_norm_(weights, max_norm, norm)
+    return norm
+
+
+def _sharded_axes(gradient: DTensor) -> tuple[str, ...]:
+    mesh = gradient.device_mesh
+    names = mesh.mesh_dim_names or ()
+    return tuple(
+        name
+        for dim, (name, placement) in enumerate(zip(names, gradient.placements, strict=True))
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )

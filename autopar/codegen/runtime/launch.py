@@ -1,0 +1,68 @@
+"""Start and stop: one process per device, started by torchrun, joined into the plan's device mesh."""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+def check_launch(axes: dict[str, int], devices_per_node: int, any_topology: bool = False) -> None:
+    """Leave with status 2 and one line (from rank 0) if torchrun started something else than the plan needs.
+
+    ``axes``: sizes of the mesh axes. ``any_topology``: do not insist on ``devices_per_node`` processes on each node.
+    """
+    needed = 1
+    for size in axes.values():
+        needed *= size
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shape = " x ".join(f"{axis}={size}" for axis, size in axes.items())
+    if world != needed:
+        refuse(f"this plan needs {needed} processes ({shape}), but {world} were started: use launch.sh")
+    if not any_topology and local != min(devices_per_node, needed):
+        refuse(
+            f"this plan was made for {devices_per_node} devices per node, but {local} processes were started on one: "
+            "search again for this cluster, or pass --any-topology to run it all the same"
+        )
+
+
+def start(axes: dict[str, int], device_type: str, timeout_s: float | None = None) -> tuple[DeviceMesh, torch.device]:
+    """Join the process group; returns the device mesh and this rank's device.
+
+    The mesh has the axes of ``axes`` (outermost first; rank order is row-major) and "shard", of size 1, inside "dp":
+    FSDP2 replicates over "dp" and shards over "shard" when parameters are not sharded (ZeRO 0). ``device_type``: "cuda"
+    or "cpu"; a machine without GPUs runs a plan made for GPUs on its CPU.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        os.environ.setdefault(name, value)
+    if device_type == "cuda" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s) if timeout_s else None)
+    sizes = {"pp": axes["pp"], "dp": axes["dp"], "shard": 1, "tp": axes["tp"]}
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)), device
+
+
+def stop() -> None:
+    """Leave the process group together: a rank that leaves early makes gloo abort the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def refuse(message: str) -> NoReturn:
+    """Print one line and leave with status 2. To be called by every rank; rank 0 speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # torchrun ends all ranks as soon as one has left: let rank 0 speak first
+    sys.exit(2)

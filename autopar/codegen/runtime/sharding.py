@@ -1,0 +1,45 @@
+"""Data parallelism by FSDP2: one group per block, the rest of the stage in a root group."""
+
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard_stage(stage: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zero: int, compute: torch.dtype) -> None:
+    """Wrap a stage for the data axis, in place. Afterwards every parameter is a DTensor over the data and model axes.
+
+    ``zero``: 0 keeps parameters, gradients and optimizer state whole on each data rank; 3 shards all three and gathers
+    a block's parameters for its forward and again for its backward. ``compute``: the dtype blocks run in; parameters,
+    gradient reduction and optimizer state keep the dtype of the parameters.
+    """
+    master = next(stage.parameters()).dtype
+    options = {
+        # Data parallelism over "dp" alone when sharded; replicate over "dp", shard over one rank when not.
+        "mesh": mesh["dp"] if zero == 3 else mesh["dp", "shard"],
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute if compute != master else None, reduce_dtype=master, cast_forward_inputs=False
+        ),
+    }
+    # A weight that two blocks share has to be gathered once for both: it goes with the root.
+    holders = Counter(id(weight) for block in blocks for weight in block.parameters())
+    for block in blocks:
+        weights = list(block.parameters())
+        if weights and all(holders[id(weight)] == 1 for weight in weights):
+            fully_shard(block, reshard_after_forward=zero == 3, **options)
+    fully_shard(stage, reshard_after_forward=False, **options)
+
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is already divided by the tokens of all ranks, so gradients are added up, not averaged. Without
+            # the second line the factor becomes a pre-multiplied sum, which gloo does not have in float32.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compile each block's forward, without graph breaks; FSDP2's hooks and recomputation stay outside."""
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]

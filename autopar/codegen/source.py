@@ -1,0 +1,168 @@
+"""Python expressions as small trees, and their layout as formatted source lines.
+
+Lines are laid out so that `ruff format` and `black` leave them alone at any line length from `WIDTH` up: what does not
+fit is exploded, one argument per line, with a trailing comma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+WIDTH = 88
+INDENT = "    "
+
+_PRECEDENCE = {"==": 1, "!=": 1, "<": 1, ">": 1, "<=": 1, ">=": 1, "|": 2, "&": 3, "+": 4, "-": 4}
+_PRECEDENCE |= {"*": 5, "/": 5, "@": 5, "//": 5, "%": 5, "neg": 6, "**": 7}
+_ATOM = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A computed value, printed as the name it gets or as its own expression where it is written inline."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Source text that binds tightly: a name, a literal, an attribute."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """``function(arguments)``; an argument may be a (keyword, expression) pair."""
+
+    function: str
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """``object.name(arguments)``, or ``object[...]`` for the name "[]"."""
+
+    object: Expr
+    name: str
+    arguments: tuple[Argument, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """``left operator right``; the operator "neg" is the unary minus on ``left``."""
+
+    operator: str
+    left: Expr
+    right: Expr
+
+
+Expr = Value | Text | Call | Method | Binary
+Argument = Expr | tuple[str, Expr]
+Resolve = Callable[[str], "Expr | str"]
+"""For a value's key, its name, or the expression written in its place."""
+
+
+def text_of(expr: Expr, resolve: Resolve) -> str:
+    """The expression on one line."""
+    return _text(expr, resolve)[0]
+
+
+def _text(expr: Expr, resolve: Resolve) -> tuple[str, int]:
+    if isinstance(expr, Value):
+        found = resolve(expr.key)
+        return (found, _ATOM) if isinstance(found, str) else _text(found, resolve)
+    if isinstance(expr, Text):
+        return expr.text, _ATOM
+    if isinstance(expr, Call):
+        return f"{expr.function}({', '.join(_argument(a, resolve) for a in expr.arguments)})", _ATOM
+    if isinstance(expr, Method):
+        target = _grouped(expr.object, resolve, _ATOM)
+        arguments = ", ".join(_argument(a, resolve) for a in expr.arguments)
+        return (f"{target}[{arguments}]" if expr.name == "[]" else f"{target}.{expr.name}({arguments})"), _ATOM
+    level = _PRECEDENCE[expr.operator]
+    if expr.operator == "neg":
+        return f"-{_grouped(expr.left, resolve, level)}", level
+    # Left to right, but for the power, which binds to the right; comparisons do not chain.
+    left = _grouped(expr.left, resolve, level + (expr.operator == "**" or level == 1))
+    right = _grouped(expr.right, resolve, level + (expr.operator != "**"))
+    tight = expr.operator == "**" and left.replace(".", "").isidentifier() and right.isdigit()
+    return (f"{left}**{right}" if tight else f"{left} {expr.operator} {right}"), level
+
+
+def _grouped(expr: Expr, resolve: Resolve, level: int) -> str:
+    text, own = _text(expr, resolve)
+    return text if own >= level else f"({text})"
+
+
+def _argument(argument: Argument, resolve: Resolve) -> str:
+    if isinstance(argument, tuple):
+        return f"{argument[0]}={text_of(argument[1], resolve)}"
+    return text_of(argument, resolve)
+
+
+def values_in(expr: Expr) -> Iterator[str]:
+    """Keys of the values an expression reads, in order, repeats included."""
+    if isinstance(expr, Value):
+        yield expr.key
+    elif isinstance(expr, Call):
+        for argument in expr.arguments:
+            yield from values_in(argument[1] if isinstance(argument, tuple) else argument)
+    elif isinstance(expr, Method):
+        yield from values_in(expr.object)
+        for argument in expr.arguments:
+            yield from values_in(argument[1] if isinstance(argument, tuple) else argument)
+    elif isinstance(expr, Binary):
+        yield from values_in(expr.left)
+        yield from values_in(expr.right)
+
+
+def statement(prefix: str, expr: Expr, resolve: Resolve, indent: int) -> list[str]:
+    """``prefix`` ("x = ", "return ", "") and the expression as lines at ``indent`` levels."""
+    margin = INDENT * indent
+    line = f"{margin}{prefix}{text_of(expr, resolve)}"
+    if len(line) <= WIDTH:
+        return [line]
+    while isinstance(expr, Value):
+        found = resolve(expr.key)
+        if isinstance(found, str):
+            break
+        expr = found
+    if isinstance(expr, Call) and expr.arguments:
+        return [
+            f"{margin}{prefix}{expr.function}(",
+            *_exploded(expr.arguments, resolve, indent + 1),
+            f"{margin})",
+        ]
+    if isinstance(expr, Method) and expr.arguments and expr.name != "[]":
+        target = _grouped(expr.object, resolve, _ATOM)
+        if len(margin + prefix + target) + len(expr.name) + 2 <= WIDTH:
+            return [
+                f"{margin}{prefix}{target}.{expr.name}(",
+                *_exploded(expr.arguments, resolve, indent + 1),
+                f"{margin})",
+            ]
+    return [line]
+
+
+def _exploded(arguments: tuple[Argument, ...], resolve: Resolve, indent: int) -> list[str]:
+    lines: list[str] = []
+    for argument in arguments:
+        prefix, expr = (f"{argument[0]}=", argument[1]) if isinstance(argument, tuple) else ("", argument)
+        *first, last = statement(prefix, expr, resolve, indent)
+        lines += [*first, last + ","]
+    return lines
+
+
+def literal(value: object) -> Text:
+    """A Python literal: numbers, strings, None and tuples of these."""
+    if isinstance(value, tuple | list):
+        inner = ", ".join(literal(item).text for item in value)
+        return Text(f"({inner},)" if len(value) == 1 else f"({inner})")
+    if isinstance(value, str):
+        return Text('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"')
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return Text(f'float("{value}")')
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        return Text(f"{value:.1f}")
+    return Text(repr(value))

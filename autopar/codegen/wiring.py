@@ -1,0 +1,89 @@
+"""How blocks hang together in the emitted stage: names of what flows between them, and which are loops, modules, methods."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from autopar.errors import UnsupportedError
+from autopar.graph.ir import BlockKind, ModelGraph
+from autopar.plan import Candidate, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One block of the model: its index and path, stage, candidate, class (or method) name, and call arguments."""
+
+    index: int
+    kind: str
+    path: str
+    stage: int
+    candidate: Candidate
+    callee: str
+    arguments: tuple[str, ...]
+
+    @property
+    def container(self) -> str:
+        """The module list it is in ("" if it is in none)."""
+        head, _, last = self.path.rpartition(".")
+        return head if last.isdigit() else ""
+
+    @property
+    def position(self) -> int:
+        return int(self.path.rpartition(".")[2])
+
+
+def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
+    """Every block where the plan puts it. Raises UnsupportedError for a model that is no chain."""
+    flow = flow_names(model)
+    names: dict[tuple[str, str], str] = {}
+    placed = []
+    stages = {block: s for s, stage in enumerate(plan.stages) for run in stage.runs for block in range(run.start, run.stop)}
+    for index, block in enumerate(model.blocks):
+        candidate = plan.candidate_of(index)
+        key = (block.kind, repr(candidate.decision.to_json()))
+        if key not in names:
+            count = sum(kind == block.kind for kind, _ in names)
+            names[key] = block.kind if not count else f"{block.kind}{count + 1}"
+        callee = names[key] if block.path else _snake(names[key])
+        arguments = []
+        for source in block.inputs.values():
+            if source.origin == "block" and source.block != index - 1:
+                raise UnsupportedError(
+                    f"block {index} ({block.path or block.kind}) reads the output of block {source.block}: emitted stages "
+                    "pass activations from each block to the next only"
+                )
+            arguments.append(flow[source.index] if source.origin == "block" else argument_name(source.key))
+        placed.append(Placed(index, block.kind, block.path, stages[index], candidate, callee, tuple(arguments)))
+    return tuple(placed)
+
+
+def flow_names(model: ModelGraph) -> tuple[str, ...]:
+    """Names of the activations that go from block to block: what the most frequent kind calls them."""
+    kinds = [block.kind for block in model.blocks[1:]]
+    common = max(dict.fromkeys(kinds), key=kinds.count) if kinds else model.blocks[0].kind
+    block = next((b for b in model.blocks[1:] if b.kind == common), model.blocks[0])
+    names: dict[int, str] = {}
+    for name, source in block.inputs.items():
+        if source.origin == "block":
+            node = model.kinds[common].graph.nodes[name]
+            names[source.index] = argument_name(node.target or name)
+    count = max((len(model.kinds[b.kind].graph.outputs) for b in model.blocks), default=1)
+    return tuple(names.get(index, f"hidden_{index + 1}" if index else "hidden") for index in range(count))
+
+
+def argument_names(kind: BlockKind, flow: dict[str, str]) -> dict[str, str]:
+    """Argument names of a kind's forward, by input node."""
+    return {
+        node.name: flow.get(node.name, argument_name(node.target or node.name)) for node in kind.graph.of("input")
+    }
+
+
+def argument_name(text: str) -> str:
+    """``text`` as a Python name."""
+    name = re.sub(r"\W", "_", text.rpartition(".")[2])
+    return name if name.isidentifier() else f"x_{name}"
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

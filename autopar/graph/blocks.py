@@ -1,0 +1,233 @@
+"""Cuts a simplified model graph into a chain of blocks, and finds the blocks that are the same.
+
+A block is one call of a repeated layer (`autopar.graph.structure.repeats`), or a piece between layers: Prologue, Middle,
+Epilogue. What depends on neither parameters nor batch data is shared: it becomes the constants graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from autopar.graph.draft import Draft
+from autopar.graph.ir import Block, BlockKind, Node, OpGraph, Ref, Source, TensorMeta, map_refs
+from autopar.graph.naming import leaf_name, named
+from autopar.graph.structure import layer_of
+
+
+@dataclass(slots=True)
+class Segment:
+    """A run of operators: ``path`` is the layer (with ``@k`` for repeated calls), "" for a piece between layers."""
+
+    path: str
+    nodes: list[str] = field(default_factory=list)
+
+    @property
+    def module(self) -> str:
+        return re.sub(r"@\d+", "", self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The chain: kinds by name, blocks in order, the constants graph."""
+
+    kinds: dict[str, BlockKind]
+    blocks: tuple[Block, ...]
+    constants: OpGraph
+
+
+def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str]) -> Blocks:
+    """Partition ``draft``. ``layers``: path to structure key; ``class_names``: path to class name."""
+    shared = _shared(draft, layers)
+    segments = _segments(draft, layers, shared)
+    home = {name: index for index, segment in enumerate(segments) for name in segment.nodes}
+    wanted = _outputs(draft, segments, home)
+    constants, constant_names = _constants(draft, segments, layers, shared)
+    kinds: dict[str, BlockKind] = {}
+    forms: dict[tuple[object, ...], str] = {}
+    blocks: list[Block] = []
+    for index, segment in enumerate(segments):
+        nodes, sources, targets = _extract(draft, segment, index, home, wanted, shared, constant_names)
+        form = canonical(nodes, wanted[index])
+        if form not in forms:
+            wished = _kind_name(segment, index, len(segments), class_names)
+            forms[form] = name = _unique(wished, kinds)
+            graph, _ = named(nodes, wanted[index], _input_names(nodes, sources))
+            kinds[name] = BlockKind(name, graph)
+        kind = kinds[forms[form]]
+        inputs = dict(zip((node.name for node in kind.graph.of("input")), sources, strict=True))
+        blocks.append(Block(kind.name, segment.module, inputs, targets))
+    return Blocks(kinds, tuple(blocks), constants)
+
+
+def _shared(draft: Draft, layers: Mapping[str, str]) -> set[str]:
+    """Constant nodes that no layer's own buffer feeds."""
+    shared: set[str] = set()
+    for node in draft.nodes.values():
+        if node.name in draft.constant and all(name in shared for name in node.operands()):
+            if node.kind != "buffer" or layer_of(node.target, dict(layers)) is None:
+                shared.add(node.name)
+    return shared
+
+
+def _segments(draft: Draft, layers: Mapping[str, str], shared: set[str]) -> list[Segment]:
+    segments: list[Segment] = []
+    known = dict(layers)
+    for node in draft.nodes.values():
+        if node.kind != "op" or node.name in shared:
+            continue
+        path = layer_of(node.module, known) or ""
+        if not segments or segments[-1].path != path:
+            segments.append(Segment(path))
+        segments[-1].nodes.append(node.name)
+    paths = [segment.path for segment in segments if segment.path]
+    if len(set(paths)) < 2 or len(set(paths)) != len(paths):
+        whole = Segment("", [name for segment in segments for name in segment.nodes])
+        return [whole]
+    return _absorb(segments)
+
+
+def _absorb(segments: list[Segment]) -> list[Segment]:
+    """What runs between two layers of one container belongs to the layer before it."""
+    merged: list[Segment] = []
+    for index, segment in enumerate(segments):
+        following = segments[index + 1] if index + 1 < len(segments) else None
+        before = merged[-1] if merged else None
+        if not segment.path and before and following and _container(before.path) == _container(following.path):
+            before.nodes.extend(segment.nodes)
+        else:
+            merged.append(segment)
+    return merged
+
+
+def _container(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _outputs(draft: Draft, segments: Sequence[Segment], home: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """For each segment, its nodes that later segments read (and the loss), in order."""
+    read: set[str] = {draft.output}
+    for index, segment in enumerate(segments):
+        for name in segment.nodes:
+            read.update(operand for operand in draft.nodes[name].operands() if home.get(operand, index) != index)
+    wanted = [tuple(name for name in segment.nodes if name in read) for segment in segments]
+    rest = tuple(name for name in wanted[-1] if name != draft.output)
+    wanted[-1] = (draft.output, *rest)
+    return wanted
+
+
+def _is_own(node: Node, segment: Segment) -> bool:
+    return not segment.path or node.target.startswith(segment.module + ".")
+
+
+def _constants(
+    draft: Draft, segments: Sequence[Segment], layers: Mapping[str, str], shared: set[str]
+) -> tuple[OpGraph, dict[str, str]]:
+    """The graph of shared constants that blocks read, and the names of its outputs by draft name."""
+    outputs: dict[str, None] = {}
+    for segment in segments:
+        for name in segment.nodes:
+            for operand in draft.nodes[name].operands():
+                node = draft.nodes[operand]
+                if operand in shared and not (node.kind == "buffer" and _is_own(node, segment)):
+                    outputs[operand] = None
+    needed = set(outputs)
+    for node in reversed(draft.nodes.values()):
+        if node.name in needed:
+            needed.update(node.operands())
+    nodes = [node for node in draft.nodes.values() if node.name in needed]
+    graph, names = named(nodes, tuple(outputs), {})
+    return graph, {name: names[name] for name in outputs}
+
+
+def _extract(
+    draft: Draft,
+    segment: Segment,
+    index: int,
+    home: Mapping[str, int],
+    wanted: Sequence[tuple[str, ...]],
+    shared: set[str],
+    constant_names: Mapping[str, str],
+) -> tuple[list[Node], list[Source], dict[str, str]]:
+    """One segment as a graph of its own: leaves first; sources of its inputs in order; targets to full names."""
+    inputs: dict[str, Node] = {}
+    parameters: dict[str, Node] = {}
+    buffers: dict[str, Node] = {}
+    sources: list[Source] = []
+    targets: dict[str, str] = {}
+    prefix = segment.module + "." if segment.path else ""
+    ops: list[Node] = []
+    for name in segment.nodes:
+        node = draft.nodes[name]
+        for operand in node.operands():
+            leaf = draft.nodes[operand]
+            if home.get(operand) == index or operand in inputs or operand in parameters or operand in buffers:
+                continue
+            if leaf.kind == "parameter" or (leaf.kind == "buffer" and _is_own(leaf, segment)):
+                target = leaf.target.removeprefix(prefix) if leaf.target.startswith(prefix) else leaf.target
+                targets[target] = leaf.target
+                (parameters if leaf.kind == "parameter" else buffers)[operand] = replace(leaf, target=target, module="")
+                continue
+            inputs[operand] = Node(operand, "input", leaf.meta)
+            if leaf.kind == "input":
+                sources.append(Source("batch", key=leaf.target))
+            elif operand in shared:
+                sources.append(Source("constant", key=constant_names[operand]))
+            else:
+                block = home[operand]
+                sources.append(Source("block", block=block, index=wanted[block].index(operand)))
+        ops.append(replace(node, module=_relative(node.module, segment)))
+    return [*inputs.values(), *parameters.values(), *buffers.values(), *ops], sources, targets
+
+
+def _relative(path: str, segment: Segment) -> str:
+    if not segment.path:
+        return path
+    return path.removeprefix(segment.path).removeprefix(".") if path.startswith(segment.path) else ""
+
+
+def canonical(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[object, ...]:
+    """A value equal for graphs that are equal up to the names of nodes (input targets are not compared)."""
+    numbers = {node.name: f"%{place}" for place, node in enumerate(nodes)}
+    return (
+        *(
+            (
+                node.kind,
+                node.meta,
+                node.op,
+                repr(map_refs(node.args, numbers.__getitem__)),
+                repr(sorted(map_refs(node.kwargs, numbers.__getitem__).items())),
+                "" if node.kind == "input" else node.target,
+                node.module,
+            )
+            for node in nodes
+        ),
+        tuple(numbers[name] for name in outputs),
+    )
+
+
+def _input_names(nodes: Sequence[Node], sources: Sequence[Source]) -> dict[str, str]:
+    inputs = [node for node in nodes if node.kind == "input"]
+    return {
+        node.name: {"block": "hidden", "batch": leaf_name(source.key), "constant": source.key}[source.origin]
+        for node, source in zip(inputs, sources, strict=True)
+    }
+
+
+def _kind_name(segment: Segment, index: int, count: int, class_names: Mapping[str, str]) -> str:
+    if segment.path:
+        return class_names[segment.module]
+    if count == 1:
+        return "Model"
+    return "Prologue" if index == 0 else "Epilogue" if index == count - 1 else "Middle"
+
+
+def _unique(wished: str, taken: Mapping[str, object]) -> str:
+    name, number = wished, 2
+    while name in taken:
+        name, number = f"{wished}{number}", number + 1
+    return name
+
+
+__all__ = ["Blocks", "Ref", "TensorMeta", "canonical", "cut"]

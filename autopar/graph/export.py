@@ -1,0 +1,159 @@
+"""Runs `torch.export` on a fake copy of the user's model; the model itself is never touched."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from autopar.errors import AutoparError, BadInputError, UnsupportedError
+from autopar.graph.importing import TRACE_DTYPE
+
+Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSpec:
+    """The tensors of one micro-batch as traced: for each key, shape, dtype, and which dims are the sequence."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    seq_dims: dict[str, tuple[int, ...]]
+
+
+class LossOf(nn.Module):
+    """forward(batch) → loss; ``model`` is called with the batch tensors that its forward takes."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        outputs = self.model(**call_arguments(self.model, batch))
+        loss = scalar_of(outputs) if self._loss is None else self._loss(outputs, batch)
+        if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise BadInputError(f"the loss must be a scalar floating-point tensor, got {given}")
+        return loss
+
+
+def call_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``batch`` that ``model.forward`` takes, and ``use_cache=False`` where there is such a switch."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    arguments = {key: value for key, value in batch.items() if takes_all or key in parameters}
+    if "use_cache" in parameters:
+        arguments["use_cache"] = False
+    return arguments
+
+
+def scalar_of(outputs: Any) -> torch.Tensor:
+    """The model's own loss: ``outputs.loss``, ``outputs["loss"]``, or the only scalar among the outputs.
+
+    Raises BadInputError when there is none.
+    """
+    if isinstance(getattr(outputs, "loss", None), torch.Tensor):
+        return outputs.loss  # type: ignore[no-any-return]
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), torch.Tensor):
+        return outputs["loss"]  # type: ignore[no-any-return]
+    items = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    scalars = [item for item in items if isinstance(item, torch.Tensor) and item.ndim == 0]
+    if len(scalars) == 1:
+        return scalars[0]
+    raise BadInputError(
+        f"the model returns {type(outputs).__name__} without a loss; pass loss=fn(outputs, batch) returning a scalar"
+    )
+
+
+def fake_copy(model: nn.Module, stubs: Mapping[int, nn.Module], mode: FakeTensorMode, wide_buffers: bool) -> nn.Module:
+    """A training-mode copy with fake tensors on the CPU: parameters in the trace dtype, buffers in their own.
+
+    ``stubs``: modules (by id) that the copy replaces. Nothing of a replaced module is copied.
+    """
+    memo: dict[int, Any] = dict(stubs)
+    kept: list[nn.Module] = []
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if id(module) not in stubs:
+            kept.append(module)
+            pending.extend(child for child in module.children())
+
+    def fake(tensor: torch.Tensor, narrow: bool) -> torch.Tensor:
+        dtype = TRACE_DTYPE if narrow and tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+
+    with mode:
+        for module in kept:
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in memo:
+                    grad = parameter.requires_grad and parameter.is_floating_point()
+                    memo[id(parameter)] = nn.Parameter(fake(parameter, True), requires_grad=grad)
+            for buffer in module._buffers.values():
+                if buffer is not None and id(buffer) not in memo:
+                    memo[id(buffer)] = fake(buffer, not wide_buffers)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            module.gradient_checkpointing = False  # recomputation is the plan's choice
+    return copied.train()
+
+
+def export(
+    model: nn.Module, batch: BatchSpec, loss: Loss | None, stubs: Mapping[int, nn.Module], static_seq: bool
+) -> ExportedProgram:
+    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``.
+
+    Raises UnsupportedError with torch's reason when the model cannot be traced.
+    """
+    try:
+        return _export(model, batch, loss, stubs, static_seq, wide_buffers=True)
+    except AutoparError:
+        raise
+    except RuntimeError as error:
+        # A float32 buffer mixed into half-precision activations, as `model.to(bf16)` would not have it.
+        if "dtype" not in str(error):
+            raise UnsupportedError(_reason(model, error)) from error
+    except Exception as error:
+        raise UnsupportedError(_reason(model, error)) from error
+    try:
+        return _export(model, batch, loss, stubs, static_seq, wide_buffers=False)
+    except AutoparError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(_reason(model, error)) from error
+
+
+def _export(
+    model: nn.Module,
+    batch: BatchSpec,
+    loss: Loss | None,
+    stubs: Mapping[int, nn.Module],
+    static_seq: bool,
+    wide_buffers: bool,
+) -> ExportedProgram:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    copied = fake_copy(model, stubs, mode, wide_buffers)
+    with mode:
+        tensors = {key: torch.zeros(shape, dtype=batch.dtypes[key]) for key, shape in batch.shapes.items()}
+    dynamic = {
+        key: {0: Dim.AUTO, **({} if static_seq else {dim: Dim.AUTO for dim in batch.seq_dims[key]})} for key in tensors
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's notes about its own internals
+        return torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
+
+
+def _reason(model: nn.Module, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {lines[0]}"

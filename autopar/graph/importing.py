@@ -1,0 +1,261 @@
+"""From a `torch.export` program to a `Draft` in canonical operators.
+
+Removed here: asserts, aliases, copies, device moves, size queries; sub-graphs run under no_grad are inlined; calls that
+return lists (split, chunk, unbind) become one view per item. Every dim is non-negative, every default dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from autopar.errors import UnsupportedError
+from autopar.graph.draft import FLOATING, Draft
+from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
+from autopar.graph.size import Size
+from autopar.graph.sizes import Sizes
+
+TRACE_DTYPE = torch.bfloat16
+"""The model is traced with parameters of this dtype, so that upcasts to float32 show."""
+
+SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy"})
+CASTS = frozenset({"to", "_to_copy", "type_as"})
+LISTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
+DROPPED_ARGUMENTS = frozenset({"device", "pin_memory", "layout", "memory_format", "non_blocking", "copy"})
+DIM_ARGUMENTS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"})
+RENAMED = {"view": "reshape", "_unsafe_view": "reshape", "__and__": "bitwise_and", "__or__": "bitwise_or"}
+
+
+@dataclass(slots=True)
+class Importer:
+    """State of one import. ``names``: canonical full name of each parameter and buffer of the traced copy."""
+
+    sizes: Sizes
+    names: Mapping[str, str]
+    trainable: Callable[[str], bool]
+    draft: Draft = field(default_factory=Draft)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    _values: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    _leaves: dict[tuple[str, str], Ref] = field(default_factory=dict)
+
+    def program(self, program: ExportedProgram, batch_keys: Sequence[str]) -> Draft:
+        """Import the whole program; its one output is the loss."""
+        keys = iter(batch_keys)
+        inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        graph = program.graph_module.graph
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                spec = inputs[node.name]
+                if spec.kind == InputKind.USER_INPUT:
+                    key = next(keys)
+                    self._leaf(node, "input", key)
+                elif spec.kind == InputKind.PARAMETER:
+                    self._leaf(node, "parameter", self.names[spec.target or ""])
+                elif spec.kind == InputKind.BUFFER:
+                    self._leaf(node, "buffer", self.names[spec.target or ""])
+                elif spec.kind == InputKind.CONSTANT_TENSOR:
+                    self._leaf(node, "buffer", str(spec.target))
+                    self.constants[str(spec.target)] = program.constants[str(spec.target)]
+                else:
+                    raise UnsupportedError(f"the model takes an input of kind {spec.kind.name} ({spec.target})")
+        self._body(program.graph_module, no_grad=False)
+        output = next(node for node in reversed(graph.nodes) if node.op == "output")
+        (loss,) = output.args[0]
+        self.draft.output = self._values[loss].name
+        return self.draft
+
+    def _leaf(self, node: torch.fx.Node, kind: str, target: str) -> None:
+        if (kind, target) in self._leaves:
+            self._values[node] = self._leaves[kind, target]
+            return
+        value = node.meta["val"]
+        grad = kind == "parameter" and self.trainable(target)
+        meta = TensorMeta(self.sizes.shape(value), dtype_name(value.dtype), grad)
+        ref = Ref(self.draft.add(Node(self.draft.fresh(node.name), kind, meta, target=target)))
+        self._values[node] = self._leaves[kind, target] = ref
+
+    def _body(self, module: torch.fx.GraphModule, no_grad: bool) -> None:
+        for node in module.graph.nodes:
+            if node.op == "call_function":
+                self.draft.module = module_path(node) or self.draft.module
+                self._call(module, node, no_grad)
+
+    def _call(self, module: torch.fx.GraphModule, node: torch.fx.Node, no_grad: bool) -> None:
+        target, value = node.target, node.meta.get("val")
+        if target is operator.getitem:
+            source, index = node.args
+            self._values[node] = self._values[source][index]  # type: ignore[index]
+        elif str(target) == "wrap_with_set_grad_enabled":
+            enabled, body, *operands = node.args
+            self._inline(module, node, body, operands, no_grad=not enabled)
+        elif str(target) == "wrap_with_autocast":
+            _, dtype, enabled, _, body, *operands = node.args
+            if enabled:
+                raise UnsupportedError(f"{self._place()} enters autocast({dtype}); cast explicitly instead")
+            self._inline(module, node, body, operands, no_grad)
+        elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            self._values[node] = self.sizes.read(value)
+        elif value is None or isinstance(value, torch.SymBool | bool):
+            return  # an assertion: its truth was part of tracing
+        elif isinstance(value, torch.SymFloat | float):
+            raise UnsupportedError(f"{self._place()} computes a number from the batch or sequence size at run time")
+        elif isinstance(target, torch._ops.OpOverload):
+            self._operator(node, target, value, no_grad)
+        else:
+            raise UnsupportedError(f"{self._place()} calls {target}, which autopar cannot take apart")
+
+    def _inline(
+        self, module: torch.fx.GraphModule, node: torch.fx.Node, body: Any, operands: Sequence[Any], no_grad: bool
+    ) -> None:
+        inner = getattr(module, body.target)
+        places = (n for n in inner.graph.nodes if n.op == "placeholder")
+        for place, operand in zip(places, operands, strict=True):
+            self._values[place] = self._values[operand] if isinstance(operand, torch.fx.Node) else operand
+        self._body(inner, no_grad)
+        output = next(n for n in reversed(inner.graph.nodes) if n.op == "output")
+        self._values[node] = tuple(self._values[item] if item is not None else None for item in output.args[0])
+
+    def _operator(self, node: torch.fx.Node, target: torch._ops.OpOverload, value: Any, no_grad: bool) -> None:
+        op = target._schema.name.replace("::", ".")
+        name = op.removeprefix("aten.")
+        if target._schema.is_mutable:
+            raise UnsupportedError(f"{self._place()} changes a tensor in place ({op}); write it out of place")
+        args, kwargs = self._arguments(node, target)
+        if no_grad:
+            args, kwargs = self._detached(args), self._detached(kwargs)
+        if name in SAME:
+            self._values[node] = args[0]
+        elif name in CASTS:
+            self._values[node] = self.draft.cast(args[0], dtype_name(value.dtype))
+        elif name in LISTS:
+            self._values[node] = self._items(args, node, target, value)
+        elif not isinstance(value, torch.Tensor):
+            raise UnsupportedError(f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it")
+        else:
+            name = RENAMED.get(name, name)
+            shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
+            op = f"aten.{name}" if op.startswith("aten.") else op
+            self._values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
+
+    def _arguments(self, node: torch.fx.Node, target: torch._ops.OpOverload) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword-only arguments in the operator's own order, trailing defaults dropped."""
+        args: list[Any] = []
+        defaults: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        rank = _rank(node)
+        for place, argument in enumerate(target._schema.arguments):
+            default = argument.default_value
+            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name, default)
+            if argument.name in DROPPED_ARGUMENTS:
+                continue
+            value = self._value(value)
+            if argument.name in DIM_ARGUMENTS and rank is not None and value is not None:
+                extra = target._schema.name in ("aten::unsqueeze", "aten::stack")
+                value = _positive(value, rank + extra)
+            if argument.kwarg_only:
+                if value != default:
+                    kwargs[argument.name] = value
+            else:
+                args.append(value)
+                defaults.append(default if argument.has_default_value() else ...)
+        while args and defaults[-1] is not ... and args[-1] == _tupled(defaults[-1]):
+            args.pop()
+            defaults.pop()
+        return tuple(args), kwargs
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, torch.fx.Node):
+            return self._values[value]
+        if isinstance(value, torch.dtype):
+            return dtype_name(value)
+        if isinstance(value, Mapping):
+            return {key: self._value(item) for key, item in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return tuple(self._value(item) for item in value)
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise UnsupportedError(f"{self._place()} passes {value!r} to an operator; autopar has no form for it")
+
+    def _detached(self, value: Any) -> Any:
+        if isinstance(value, Ref):
+            meta = self.draft.meta(value)
+            if not meta.requires_grad:
+                return value
+            return Ref(self.draft.emit("aten.detach", value, shape=meta.shape))
+        if isinstance(value, tuple):
+            return tuple(self._detached(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._detached(item) for key, item in value.items()}
+        return value
+
+    def _items(self, args: tuple[Any, ...], node: torch.fx.Node, target: Any, values: Sequence[Any]) -> list[Ref]:
+        """The items of a split: slices, or selections from one unflatten when the pieces are equal."""
+        x: Ref = args[0]
+        names = [argument.name for argument in target._schema.arguments]
+        dim = dict(zip(names, args, strict=False)).get("dim", 0)
+        if target._schema.name == "aten::unbind":
+            return [self.draft.select(x, dim, index) for index in range(len(values))]
+        sizes = [self.sizes.read(value.shape[dim]) for value in values]
+        if len(set(sizes)) == 1 and len(sizes) > 1:
+            blocks = self.draft.unflatten(x, dim, (len(sizes), sizes[0]), free=1)
+            return [self.draft.select(blocks, dim, index) for index in range(len(sizes))]
+        ends: list[int | Size] = [0]
+        for size in sizes:
+            ends.append(ends[-1] + size)
+        return [self.draft.slice(x, dim, start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+    def _place(self) -> str:
+        return f"module {self.draft.module!r}" if self.draft.module else "the model"
+
+
+def module_path(node: torch.fx.Node) -> str | None:
+    """Path in the user's model of the module that ran ``node``, with ``@k`` on repeated calls; None if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = str(next(reversed(stack.values()))[0])
+    if not (path + ".").startswith("model."):
+        return None
+    return path[len("model.") :] if path != "model" else ""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return COMPUTE if dtype == TRACE_DTYPE else str(dtype).removeprefix("torch.")
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _rank(node: torch.fx.Node) -> int | None:
+    for value in node.args:
+        items: Iterable[Any] = value if isinstance(value, list | tuple) else (value,)
+        for item in items:
+            if isinstance(item, torch.fx.Node) and isinstance(item.meta.get("val"), torch.Tensor):
+                return item.meta["val"].ndim
+    return None
+
+
+def _positive(value: Any, rank: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_positive(item, rank) for item in value)
+    return value % max(rank, 1) if isinstance(value, int) else value
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def close(value: Any, wanted: float) -> bool:
+    """Whether a graph's literal is ``wanted`` up to float32 rounding."""
+    return is_number(value) and math.isclose(value, wanted, rel_tol=1e-6)
+
+
+__all__ = ["FLOATING", "Importer", "close", "dtype_name", "is_number", "module_path"]

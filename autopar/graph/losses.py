@@ -1,0 +1,141 @@
+"""The loss contract: a sum over the batch, divided by a count that is computed from batch tensors.
+
+`lower` turns the traced loss into (graph of the sum, graph of the count). Accepted: cross-entropy (mean or sum, ignore
+index) on logits and class indices, negative log likelihood of a log-softmax, `mean()` and `sum()` over everything, mse
+and l1 losses; each optionally scaled by a number. Anything else is refused, since how it adds up over micro-batches and
+ranks would be a guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autopar.errors import BadInputError
+from autopar.graph.draft import Draft, live
+from autopar.graph.importing import is_number
+from autopar.graph.ir import Node, OpGraph, Ref
+from autopar.graph.size import BATCH, Size, divide
+
+ACCEPTED = (
+    "autopar takes a cross-entropy over class indices (reduction mean or sum, ignore_index), or the mean or sum of a "
+    "tensor over all its elements (mse_loss, l1_loss), optionally times a number; give such a loss with "
+    "loss=fn(outputs, batch)"
+)
+MEAN, SUM = 1, 2  # at::Reduction
+
+
+def lower(draft: Draft) -> tuple[Draft, OpGraph]:
+    """Rewrite the output of ``draft`` to the sum over the batch, and build the count graph.
+
+    Raises BadInputError for a loss that is not a sum, or a sum over a count.
+    """
+    chain: list[Node] = []
+    node = draft.nodes[draft.output]
+    while (inner := _scaled(node)) is not None:
+        chain.append(node)
+        node = draft.nodes[inner.name]
+    draft.module = node.module
+    total, count = _base(draft, node)
+    for scale in reversed(chain):
+        args = tuple(total if arg == Ref(node.name) else arg for arg in scale.args)
+        node, total = scale, Ref(draft.emit(scale.op, *args, shape=(), dtype=scale.meta.dtype))
+    draft.output = total.name
+    return live(draft), count
+
+
+def _scaled(node: Node) -> Ref | None:
+    """The loss that ``node`` multiplies or divides by a number, or casts."""
+    if node.kind == "op" and node.op in ("aten.mul", "aten.div", "autopar.cast", "aten.neg") and not node.kwargs:
+        tensors = [arg for arg in node.args if isinstance(arg, Ref)]
+        if len(tensors) == 1 and all(isinstance(arg, Ref | str) or is_number(arg) for arg in node.args):
+            return tensors[0]
+    return None
+
+
+def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
+    if node.op == "aten.cross_entropy_loss":
+        return _cross_entropy(draft, node)
+    if node.op in ("aten.nll_loss_nd", "aten.nll_loss"):
+        logs = draft.producer(node.args[0], "aten.log_softmax")
+        if logs and logs.args[1] == len(logs.meta.shape) - 1 and not logs.kwargs:
+            return _cross_entropy(draft, replace(node, args=(logs.args[0], *node.args[1:])))
+    if node.op in ("aten.mse_loss", "aten.l1_loss"):
+        x, y, *reduction = node.args
+        shape = max(draft.shape(x), draft.shape(y), key=len)
+        difference = Ref(draft.emit("aten.sub", x, y, shape=shape, dtype=node.meta.dtype))
+        op = ("aten.mul", difference, difference) if node.op == "aten.mse_loss" else ("aten.abs", difference)
+        terms = Ref(draft.emit(*op, shape=shape))
+        return _total(draft, node, terms, (reduction or [MEAN])[0] == MEAN)
+    if node.op in ("aten.mean", "aten.sum") and (len(node.args) == 1 or len(node.args[1]) == len(draft.shape(node.args[0]))):
+        return _total(draft, node, node.args[0], node.op == "aten.mean")
+    what = f"ends in {node.op}" if node.kind == "op" else "does not depend on the model"
+    raise BadInputError(f"the loss {what} (module {node.module!r}), which is not a sum over a count; {ACCEPTED}")
+
+
+def _total(draft: Draft, node: Node, terms: Ref, mean: bool) -> tuple[Ref, OpGraph]:
+    numel: int | Size = 1
+    for size in draft.shape(terms):
+        numel = numel * size
+    if divide(numel, BATCH) is None or not draft.meta(terms).requires_grad:
+        raise BadInputError(f"the loss sums a tensor of shape {draft.shape(terms)} that has no batch dim; {ACCEPTED}")
+    total = Ref(draft.emit("aten.sum", terms, shape=(), dtype=node.meta.dtype))
+    return total, _constant_count(numel) if mean else NO_COUNT
+
+
+NO_COUNT = OpGraph({}, ())
+"""The count of a loss that is a plain sum: nothing is divided by."""
+
+
+def _constant_count(numel: int | Size) -> OpGraph:
+    counted = Draft()
+    name = counted.emit("aten.full", (), numel, shape=(), dtype="int64")
+    node = counted.nodes[name]
+    return OpGraph({"count": replace(node, name="count", kwargs={"dtype": "int64"})}, ("count",))
+
+
+def _cross_entropy(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
+    """Logits [..., v] unflattened and uncast; labels [...]."""
+    names = ("logits", "labels", "weight", "reduction", "ignore", "smoothing")
+    given = dict(zip(names, node.args, strict=False))
+    reduction, ignore = given.get("reduction", MEAN), given.get("ignore", -100)
+    if given.get("weight") is not None or given.get("smoothing", 0.0) != 0.0 or reduction not in (MEAN, SUM):
+        raise BadInputError(
+            "the cross-entropy uses class weights, label smoothing or no reduction, which autopar does not divide over "
+            f"ranks yet; {ACCEPTED}"
+        )
+    logits, labels = _uncast(draft, node.args[0]), _uncast(draft, node.args[1])
+    if draft.meta(labels).dtype not in ("int64", "int32"):
+        raise BadInputError(f"the cross-entropy has class probabilities as targets; {ACCEPTED}")
+    if len(draft.shape(logits)) > 2:  # torch puts the classes at dim 1
+        order = (0, *range(2, len(draft.shape(logits))), 1)
+        shape = tuple(draft.shape(logits)[dim] for dim in order)
+        logits = Ref(draft.emit("aten.permute", logits, order, shape=shape))
+    flat_logits, flat_labels = draft.producer(logits, "aten.flatten"), draft.producer(labels, "aten.flatten")
+    if flat_logits and flat_labels and flat_logits.args[1] == 0:
+        whole = flat_logits.args[0]
+        if draft.shape(whole)[:-1] == draft.shape(flat_labels.args[0]):
+            logits, labels = _uncast(draft, whole), flat_labels.args[0]
+    total = Ref(draft.emit("autopar.cross_entropy", logits, labels, ignore, shape=(), dtype="float32"))
+    return total, NO_COUNT if reduction == SUM else _valid_count(draft, labels, ignore)
+
+
+def _uncast(draft: Draft, value: Ref) -> Ref:
+    """The composite widens by itself; what only flattens or casts before it goes."""
+    inner = draft.producer(value, "autopar.cast")
+    if inner and draft.meta(inner.args[0]).dtype in ("compute", "int64"):
+        return inner.args[0]  # type: ignore[no-any-return]
+    return value
+
+
+def _valid_count(draft: Draft, labels: Ref, ignore: int) -> OpGraph:
+    """sum(labels != ignore), as a graph from batch tensors."""
+    needed = {labels.name}
+    for node in reversed(draft.nodes.values()):
+        if node.name in needed:
+            needed.update(node.operands())
+    counted = Draft({name: node for name, node in draft.nodes.items() if name in needed}, constant=set(draft.constant))
+    if any(node.kind == "parameter" for node in counted.nodes.values()):
+        raise BadInputError(f"the targets of the cross-entropy depend on parameters; {ACCEPTED}")
+    valid = Ref(counted.emit("aten.ne", labels, ignore, shape=counted.shape(labels), dtype="bool"))
+    counted.output = counted.emit("aten.sum", valid, shape=(), dtype="int64")
+    return counted.graph()

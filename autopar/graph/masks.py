@@ -1,0 +1,86 @@
+"""Constant attention masks recognised by their values: causal ones become ``is_causal``, full ones go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from autopar.graph.draft import Draft, Rule
+from autopar.graph.interpret import run_graph
+from autopar.graph.ir import Node, OpGraph, Ref
+
+SMALL = ((1, 2), (2, 5), (3, 8))
+LARGEST = 16384
+"""Masks are evaluated at a few small sizes, and at one just beyond each number they compare positions with."""
+
+
+def rules(values: dict[str, torch.Tensor], max_seq: int | None) -> dict[str, list[Rule]]:
+    """The mask rule. ``values``: buffers known by full name; ``max_seq``: longest sequence the model takes."""
+
+    def mask(node: Node, new: Draft) -> Ref | None:
+        ref = node.kwargs.get("attn_mask")
+        if not isinstance(ref, Ref) or ref.name not in new.constant or node.kwargs.get("is_causal"):
+            return None
+        shape = new.shape(ref)
+        queries, keys = new.shape(node.args[0])[-2], new.shape(node.args[1])[-2]
+        if shape[-2:] != (queries, keys) or queries != keys:
+            return None
+        kind = _kind(constant_graph(new, ref.name), values, max_seq)
+        if kind is None:
+            return None
+        options = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
+        if kind == "causal":
+            options["is_causal"] = True
+        return Ref(new.emit(node.op, *node.args, shape=node.meta.shape, options=options))
+
+    return {"aten.scaled_dot_product_attention": [mask]}
+
+
+def constant_graph(draft: Draft, *outputs: str) -> OpGraph:
+    """The part of ``draft`` that computes ``outputs``."""
+    needed = set(outputs)
+    for node in reversed(draft.nodes.values()):
+        if node.name in needed:
+            needed.update(node.operands())
+    return OpGraph({name: node for name, node in draft.nodes.items() if name in needed}, outputs)
+
+
+def _kind(graph: OpGraph, buffers: dict[str, torch.Tensor], max_seq: int | None) -> str | None:
+    """ "causal", "full", or None for anything else or unknown."""
+    leaves: dict[str, torch.Tensor] = {}
+    for node in graph.of("buffer"):
+        if node.target not in buffers:
+            return None
+        leaves[node.name] = buffers[node.target]
+    # A window or chunk of n positions shows only beyond n: look there too, unless no sequence gets that long.
+    edges = {abs(n) + 2 for node in graph.of("op") for n in _integers((node.args, node.kwargs)) if abs(n) > 6}
+    edges = {edge for edge in edges if max_seq is None or edge <= max_seq + 1}
+    if any(edge > LARGEST for edge in edges):
+        return None
+    kinds = {_kind_at(graph, leaves, batch, seq) for batch, seq in (*SMALL, *((1, edge) for edge in sorted(edges)))}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _kind_at(graph: OpGraph, leaves: dict[str, torch.Tensor], batch: int, seq: int) -> str | None:
+    try:
+        (mask,) = run_graph(graph, leaves, torch.float32, (batch, seq))
+    except (RuntimeError, IndexError):
+        return None  # sizes the mask cannot have
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((allowed | (mask <= -1e4)).all()):
+        return None  # a bias, not a mask
+    if bool(allowed.all()):
+        return "full"
+    return "causal" if bool((allowed == torch.ones(mask.shape[-2:], dtype=torch.bool).tril()).all()) else None
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _integers(item)
+    elif isinstance(value, dict):
+        yield from _integers(tuple(value.values()))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value

@@ -1,0 +1,160 @@
+"""`trace`: a PyTorch model to a `ModelGraph`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.errors import BadInputError, UnsupportedError
+from autopar.graph import losses, masks, raising
+from autopar.graph.blocks import cut
+from autopar.graph.draft import Draft
+from autopar.graph.export import BatchSpec, Loss, export
+from autopar.graph.importing import Importer
+from autopar.graph.ir import ModelGraph, TensorMeta
+from autopar.graph.simplify import simplify
+from autopar.graph.sizes import Sizes
+from autopar.graph.structure import repeats
+
+SAMPLES = 4
+POSITIONS = 24
+"""Sizes of the example batch; they leave no mark, since both are symbolic."""
+
+
+def trace(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, loss: Loss | None = None, name: str | None = None
+) -> ModelGraph:
+    """Trace ``model`` with its loss.
+
+    ``inputs``: example tensors of one sample (no batch dim) by name of the argument of ``model.forward`` (or for the
+    loss alone); by default token ids ``input_ids`` and ``labels``, both int64 [s]. Dims as long as the sample's sequence
+    (dim 0 of its first integer tensor) are symbolic. ``loss``: fn(outputs, batch) → scalar; by default the model's own.
+    The model may be on meta or hold weights; it is not modified.
+
+    Raises BadInputError for inputs or a loss that cannot be used, UnsupportedError for a model that cannot be traced.
+    """
+    spec = batch_spec(model, inputs, loss)
+    parameters, aliases = _canonical_names(model, model.named_parameters(remove_duplicate=False))
+    buffers, buffer_aliases = _canonical_names(model, model.named_buffers(remove_duplicate=False))
+    layers = repeats(model)
+    program = export(model, spec, loss, {}, static_seq=False)
+    sizes, metas = _sizes(program, spec)
+    names = {f"model.{alias}": full for alias, full in {**aliases, **buffer_aliases}.items()}
+    importer = Importer(sizes, names, lambda full: parameters[full].requires_grad)
+    draft = importer.program(program, list(spec.shapes))
+    max_seq = _max_seq(model)
+    draft = simplify(draft, raising.RULES, masks.rules({}, max_seq))
+    draft, count = losses.lower(draft)
+    draft = simplify(draft, raising.RULES)
+    class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
+    blocks = cut(draft, layers, class_names)
+    used = {node.target: node.meta for node in draft.nodes.values() if node.kind == "parameter"}
+    used_buffers = {node.target: node.meta for node in draft.nodes.values() if node.kind == "buffer"}
+    return ModelGraph(
+        name=name or type(model).__name__,
+        kinds=blocks.kinds,
+        blocks=blocks.blocks,
+        constants=blocks.constants,
+        count=count,
+        batch=metas,
+        parameters={full: used[full] for full in parameters if full in used},
+        buffers=used_buffers,
+        tied=_tied(aliases),
+        max_seq=max_seq,
+    )
+
+
+def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | None) -> BatchSpec:
+    """The traced batch. Raises BadInputError when ``inputs`` do not fit the model's forward."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    samples = dict(inputs) if inputs is not None else _default_inputs(model, list(parameters), loss)
+    for key, value in samples.items():
+        if not isinstance(value, torch.Tensor):
+            raise BadInputError(f"inputs[{key!r}] is a {type(value).__name__}; give example tensors of one sample")
+        if not takes_all and key not in parameters and loss is None:
+            raise BadInputError(
+                f"{type(model).__name__}.forward takes {', '.join(parameters)}, not {key}; name the inputs as forward does, "
+                "or pass loss=fn(outputs, batch) that uses it"
+            )
+    integer = [value for value in samples.values() if value.ndim and not value.is_floating_point()]
+    length = integer[0].shape[0] if integer else None
+    return BatchSpec(
+        shapes={key: (SAMPLES, *value.shape) for key, value in samples.items()},
+        dtypes={key: torch.bfloat16 if value.is_floating_point() else value.dtype for key, value in samples.items()},
+        seq_dims={
+            key: tuple(dim + 1 for dim, size in enumerate(value.shape) if size == length) for key, value in samples.items()
+        },
+    )
+
+
+def _default_inputs(model: nn.Module, parameters: list[str], loss: Loss | None) -> dict[str, torch.Tensor]:
+    tokens = torch.zeros(POSITIONS, dtype=torch.int64)
+    if {"input_ids", "labels"} <= set(parameters):
+        return {"input_ids": tokens, "labels": tokens}
+    if loss is not None and parameters:
+        return {"input_ids" if "input_ids" in parameters else parameters[0]: tokens, "labels": tokens}
+    raise BadInputError(
+        f"{type(model).__name__}.forward takes {', '.join(parameters) or 'nothing'}, not input_ids and labels: pass "
+        "inputs={name: example tensor of one sample} and, if the model returns no loss, loss=fn(outputs, batch)"
+    )
+
+
+def _sizes(program: torch.export.ExportedProgram, spec: BatchSpec) -> tuple[Sizes, dict[str, TensorMeta]]:
+    """The reader of symbolic sizes, and the metas of the batch tensors."""
+    signature = program.graph_signature
+    user = set(signature.user_inputs)
+    places = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in user]
+    roles: dict[Any, str] = {}
+    for key, node in zip(spec.shapes, places, strict=True):
+        for dim, size in enumerate(node.meta["val"].shape):
+            role = "b" if dim == 0 else "s" if dim in spec.seq_dims[key] else None
+            if role is None:
+                continue
+            if isinstance(size, int) or not size.node.expr.is_Symbol:
+                what = "batch" if role == "b" else "sequence"
+                raise UnsupportedError(f"the model fixes the {what} dim of {key} to {size}")
+            roles[size.node.expr] = role
+    sizes = Sizes(roles)
+    metas = {
+        key: TensorMeta(
+            sizes.shape(node.meta["val"]),
+            "compute" if spec.dtypes[key].is_floating_point else str(spec.dtypes[key]).removeprefix("torch."),
+        )
+        for key, node in zip(spec.shapes, places, strict=True)
+    }
+    return sizes, metas
+
+
+def _canonical_names(model: nn.Module, tensors: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Distinct tensors by their first full name, and every full name → first name of the same tensor."""
+    first: dict[int, str] = {}
+    distinct: dict[str, torch.Tensor] = {}
+    names: dict[str, str] = {}
+    for full, tensor in tensors:
+        names[full] = first.setdefault(id(tensor), full)
+        distinct.setdefault(names[full], tensor)
+    return distinct, names
+
+
+def _tied(aliases: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+    groups: dict[str, list[str]] = {}
+    for alias, full in aliases.items():
+        groups.setdefault(full, []).append(alias)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _max_seq(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    for attribute in ("max_position_embeddings", "n_positions", "block_size", "max_seq_len"):
+        value = getattr(config, attribute, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+__all__ = ["Draft", "trace"]

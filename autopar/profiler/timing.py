@@ -1,0 +1,32 @@
+"""Timing a function: warm-up, repeats within a budget, the median."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median ``seconds`` of ``repeats`` runs, and their relative ``spread`` (interquartile range over median)."""
+
+    seconds: float
+    spread: float
+    repeats: int
+
+
+def timed(function: Callable[[], object], budget_s: float = 0.1, least: int = 5, most: int = 10_000) -> Timing:
+    """Run once to warm up, then between ``least`` and ``most`` times, stopping once ``budget_s`` seconds are spent."""
+    function()
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while len(samples) < least or (len(samples) < most and time.perf_counter() - begin < budget_s):
+        start = time.perf_counter()
+        function()
+        samples.append(time.perf_counter() - start)
+    samples.sort()
+    middle = median(samples)
+    quarter = len(samples) // 4
+    return Timing(middle, (samples[-1 - quarter] - samples[quarter]) / middle, len(samples))

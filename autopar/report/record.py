@@ -1,0 +1,55 @@
+"""The plan as the one JSON object that ``--json`` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autopar.plan import Plan, Stage
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """Plain JSON values: seconds, bytes, and counts.
+
+    ``cluster`` is the short form (``"8x8:h100"``); ``mesh`` axis sizes, outermost first; ``memory`` bytes per rank by
+    kind, one object per stage; ``searched`` counts; ``seconds`` by phase.
+    """
+    predicted = plan.predicted
+    return {
+        "model": plan.model,
+        "cluster": str(plan.cluster),
+        "job": plan.job.to_json(),
+        "mesh": plan.mesh.axes(),
+        "micro_batch": plan.micro_batch,
+        "schedule": plan.schedule,
+        "stages": [_stage_record(plan, stage) for stage in plan.stages],
+        "step_time_s": predicted.step_time,
+        "tokens_per_second": predicted.tokens_per_second,
+        "mfu": predicted.mfu,
+        "interval": list(predicted.interval),
+        "memory": [{**stage.memory, "total": stage.total_bytes} for stage in plan.stages],
+        "bound_s": plan.bound,
+        "gap": plan.gap,
+        "status": plan.status,
+        "searched": dict(plan.searched),
+        "seconds": dict(plan.seconds),
+    }
+
+
+def _stage_record(plan: Plan, stage: Stage) -> dict[str, Any]:
+    runs = [
+        {
+            "blocks": [run.start, run.stop],
+            "kind": plan.candidates[run.candidate].decision.kind,
+            "recompute": plan.candidates[run.candidate].recompute,
+        }
+        for run in stage.runs
+    ]
+    return {
+        "blocks": [stage.runs[0].start, stage.runs[-1].stop],
+        "runs": runs,
+        "micro_batches": plan.micro_batches,
+        "zero": plan.zero,
+        "forward_s": stage.forward_s,
+        "backward_s": stage.backward_s,
+        "step_s": stage.step_s,
+    }

@@ -1,0 +1,182 @@
+"""The plan as text: what ``print(plan)`` shows, at most 100 columns wide. Works from the plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from autopar.plan import MEMORY_KINDS, Plan
+from autopar.report.units import gib, seconds_text
+
+WIDTH = 100
+LABEL = 13
+"""Columns of the left-hand labels."""
+HEADS = {"parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "activs"}
+
+
+def plan_text(plan: Plan) -> str:
+    """The whole plan: the decision, the prediction, the stages, and how each kind of block is split."""
+    sections = (_decision(plan), _prediction(plan), _stages(plan), _sharding(plan), _notes(plan))
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _decision(plan: Plan) -> list[str]:
+    job, mesh, cluster = plan.job, plan.mesh, plan.cluster
+    lines = [
+        f"{plan.model} on {cluster}: {cluster.devices} x {cluster.device.title}",
+        *_item(
+            "job", f"{job.global_batch:,} sequences of {job.seq_len:,} tokens per step, {job.dtype}, {job.optimizer}"
+        ),
+        *_item("mesh", f"{mesh} ({'; '.join(_axis_words(plan)) or 'one device'})"),
+        *_item(
+            "micro-batch",
+            f"{_count(plan.micro_batch, 'sequence')} on each data rank, {plan.micro_batches:,} per step",
+        ),
+        *_item("schedule", "no pipeline" if plan.schedule == "none" else plan.schedule),
+        *_item("memory by", f"ZeRO-{plan.zero}, recompute {_recompute(plan)}"),
+    ]
+    if plan.fixed:
+        given = {key: str(value) for key, value in plan.fixed.items()}
+        lines += _item("fixed", _pairs(given))
+        lines += _item("chosen", _pairs(chosen(plan)))
+    return lines
+
+
+def chosen(plan: Plan) -> dict[str, str]:
+    """The parts of the plan that were not fixed but chosen, by fix key."""
+    mesh = plan.mesh
+    whole = {
+        "pp": str(mesh.pp),
+        "dp": str(mesh.dp),
+        "tp": str(mesh.tp),
+        "micro_batch": str(plan.micro_batch),
+        "zero": str(plan.zero),
+        "recompute": _recompute(plan),
+        "schedule": plan.schedule,
+    }
+    if mesh.tp > 1:
+        whole["sp"] = str("sequence parallel" in plan.described.get("tp", ())).lower()
+    return {key: value for key, value in whole.items() if key not in plan.fixed and "mesh" not in plan.fixed}
+
+
+def _axis_words(plan: Plan) -> list[str]:
+    words = []
+    if plan.mesh.pp > 1:
+        words.append("pp: pipeline stages")
+    if plan.mesh.dp > 1:
+        words.append("dp: data parallel")
+    if plan.mesh.tp > 1:
+        names = [name.removesuffix(" parallel") for name in plan.described.get("tp", ())]
+        words.append(f"tp: {' + '.join(names)} parallel" if names else "tp: nothing split")
+    return words
+
+
+def _recompute(plan: Plan) -> str:
+    """How many blocks are recomputed in backward: ``none``, ``full``, or the count."""
+    runs = [run for stage in plan.stages for run in stage.runs]
+    total = sum(run.stop - run.start for run in runs)
+    full = sum(run.stop - run.start for run in runs if plan.candidates[run.candidate].recompute != "none")
+    if full == 0:
+        return "none"
+    return f"full for {full} of {total} blocks"
+
+
+def _prediction(plan: Plan) -> list[str]:
+    found = plan.predicted
+    low, high = (seconds_text(value) for value in found.interval)
+    per_device = found.tokens_per_second / plan.cluster.devices
+    lines = [
+        *_item("step time", f"{seconds_text(found.step_time)} (between {low} and {high})"),
+        *_item(
+            "throughput",
+            f"{found.tokens_per_second:,.0f} tokens/s, {per_device:,.0f} per device, MFU {100 * found.mfu:.1f}%",
+        ),
+        *_item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in found.breakdown.items() if s)),
+        *_item(
+            "bound", f"{seconds_text(plan.bound)} at best in the searched space: gap {_gap(plan.gap)}, {plan.status}"
+        ),
+    ]
+    if plan.searched:
+        lines += _item(
+            "searched", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in plan.searched.items())
+        )
+    if plan.seconds:
+        lines += _item("seconds", ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.seconds.items()))
+    return lines
+
+
+def _gap(gap: float) -> str:
+    return "0" if gap == 0 else f"{100 * gap:.2g}%"
+
+
+def _stages(plan: Plan) -> list[str]:
+    head = [
+        "stage",
+        "blocks",
+        "forward",
+        "backward",
+        "once",
+        *(HEADS.get(kind, kind) for kind in MEMORY_KINDS),
+        "total",
+    ]
+    rows = []
+    for index, stage in enumerate(plan.stages):
+        memory = [gib(stage.memory.get(kind, 0)) for kind in MEMORY_KINDS]
+        times = [seconds_text(value) for value in (stage.forward_s, stage.backward_s, stage.step_s)]
+        rows.append(
+            [str(index), _span(stage.runs[0].start, stage.runs[-1].stop), *times, *memory, gib(stage.total_bytes)]
+        )
+    device = plan.cluster.device
+    title = f"time per micro-batch and once per step; memory per rank in GiB, of {gib(device.memory_bytes)}:"
+    return [title, *_table(head, rows)]
+
+
+def _span(start: int, stop: int) -> str:
+    return f"{start}-{stop - 1}" if stop - start > 1 else str(start)
+
+
+def _sharding(plan: Plan) -> list[str]:
+    runs: dict[str, list[str]] = {}
+    for run in (run for stage in plan.stages for run in stage.runs):
+        runs.setdefault(run.candidate, []).append(_span(run.start, run.stop))
+    lines: list[str] = []
+    printed: dict[tuple[str, ...], str] = {}
+    for name, spans in runs.items():
+        candidate, told = plan.candidates[name], plan.described.get(name, ())
+        noun = "block" if len(spans) == 1 and spans[0].isdigit() else "blocks"
+        where = f"{candidate.decision.kind}, {noun} {', '.join(spans)}"
+        times = f"{seconds_text(candidate.forward_s)} forward, {seconds_text(candidate.backward_s)} backward"
+        lines.append(f"{where}: {times}{'' if candidate.recompute == 'none' else f', recompute {candidate.recompute}'}")
+        lines += [f"  {line}" for line in told] if told not in printed else [f"  split as {printed[told]}"]
+        if told:
+            printed.setdefault(told, where)
+    return lines
+
+
+def _notes(plan: Plan) -> list[str]:
+    return [line for note in plan.notes for line in _item("note", note)]
+
+
+def _item(label: str, text: str) -> list[str]:
+    """A labelled paragraph, wrapped to the width under its own start."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and LABEL + len(lines[-1]) + 1 + len(word) > WIDTH:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return [f"{label if index == 0 else '':<{LABEL}}{line}".rstrip() for index, line in enumerate(lines)]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Right-aligned columns, two spaces apart."""
+    whole = [list(head), *map(list, rows)]
+    widths = [max(len(row[column]) for row in whole) for column in range(len(head))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in whole]
+
+
+def _pairs(values: dict[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun if number == 1 else noun + ("es" if noun.endswith("ch") else "s")
+    return f"{number:,} {plural}"

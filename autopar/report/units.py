@@ -1,0 +1,37 @@
+"""Numbers as people read them: seconds, bytes, counts."""
+
+from __future__ import annotations
+
+GIB = 2**30
+
+
+def seconds_text(value: float) -> str:
+    """Three significant digits in s, ms or µs: ``9.41 s``, ``12.3 ms``."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if abs(value) >= scale:
+            return f"{_digits(value / scale)} {unit}"
+    return "0 s" if value == 0 else f"{_digits(value / 1e-6)} µs"
+
+
+def gib(value: float) -> str:
+    """Bytes in GiB, without the unit: ``12.3``; ``0`` only for nothing at all."""
+    if value == 0:
+        return "0"
+    return f"{value / GIB:.1f}" if value >= GIB else _digits(value / GIB, 2)
+
+
+def _digits(value: float, digits: int = 3) -> str:
+    """``value`` to ``digits`` significant digits, never in powers of ten."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    places = digits - 1
+    magnitude = abs(value)
+    while magnitude < 1 and places < 9:
+        magnitude *= 10
+        places += 1
+    while magnitude >= 10:
+        magnitude /= 10
+        places -= 1
+    return f"{value:.{max(places, 0)}f}"

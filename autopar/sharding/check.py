@@ -1,0 +1,217 @@
+"""Is a block decision whole? Are its types right at every operand, its conversions reachable, its splits even?"""
+
+from __future__ import annotations
+
+import math
+
+from autopar.errors import UnsupportedError, VerificationError
+from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
+from autopar.graph.size import BATCH, Size, divide, size_at
+from autopar.sharding.conversions import same
+from autopar.sharding.decision import BlockDecision
+from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
+from autopar.sharding.local import produced_layouts
+from autopar.sharding.rules import Strategy, strategies_of
+
+
+def check_decision(
+    kind: BlockKind, decision: BlockDecision, batch: int | None = None, seq: int | None = None
+) -> dict[str, Layout]:
+    """The layout every node is produced in (inputs: arrives in), if the decision is whole.
+
+    Checks that every op node has a known strategy on every axis, that each operand was produced in or converted to the
+    layout its strategy asks for, that conversions start at what is there, that parameters are stored I or S(d), that
+    outputs leave as promised, and that splits are even (those that depend on b or s when ``batch`` and ``seq`` are
+    given). Raises VerificationError naming the node.
+    """
+    graph = kind.graph
+    where = f"block kind {kind.name}"
+    produced: dict[str, Layout] = {}
+    held: dict[str, list[Layout]] = {}
+    unknown = {c.tensor for c in decision.conversions} | set(decision.strategies) | set(decision.inputs)
+    unknown -= set(graph.nodes)
+    if unknown:
+        raise VerificationError(
+            f"{where}: the decision speaks of nodes that are not there: {', '.join(sorted(unknown))}"
+        )
+    for node in graph.nodes.values():
+        if node.kind == "op":
+            layout = _check_op(node, graph, decision, held, where, batch, seq)
+        else:
+            layout = _check_input(node, decision, where)
+        _check_splits(node, layout, decision, where, batch, seq)
+        produced[node.name] = layout
+        held[node.name] = [layout]
+        grad = node.meta.requires_grad
+        for conversion in decision.conversions:
+            if conversion.tensor == node.name:
+                if not _has(held[node.name], conversion.source, grad):
+                    raise VerificationError(
+                        f"{where}: {node.name} is converted from {conversion.source} to {conversion.target}, but "
+                        f"is held as {_texts(held[node.name])} only"
+                    )
+                _check_splits(node, conversion.target, decision, where, batch, seq)
+                held[node.name].append(conversion.target)
+    for name in graph.outputs:
+        promised = decision.outputs.get(name)
+        if promised is None:
+            raise VerificationError(f"{where}: no layout is given for output {name}")
+        if not _has(held[name], promised, graph.nodes[name].meta.requires_grad):
+            raise VerificationError(f"{where}: output {name} leaves as {promised}, held as {_texts(held[name])} only")
+    return produced
+
+
+def operand_layouts(node: Node, graph: OpGraph, decision: BlockDecision) -> tuple[Layout, ...]:
+    """The layout ``node``'s strategies ask of each operand."""
+    return produced_layouts(node, chosen(node, graph, decision))[0]
+
+
+def chosen(node: Node, graph: OpGraph, decision: BlockDecision) -> dict[str, Strategy]:
+    """The strategy of an op node on each axis, in mesh order. Raises VerificationError for a missing or unknown one."""
+    names = decision.strategies.get(node.name, {})
+    known = {strategy.name: strategy for strategy in strategies_of(node, graph)}
+    choice = {}
+    for axis in decision.axes:
+        if names.get(axis) not in known:
+            raise VerificationError(
+                f"block kind {decision.kind}: {node.name} ({node.op}) has strategy {names.get(axis)!r} on axis {axis}; "
+                f"known: {', '.join(known)}"
+            )
+        choice[axis] = known[names[axis]]
+    return choice
+
+
+def _check_op(
+    node: Node,
+    graph: OpGraph,
+    decision: BlockDecision,
+    held: dict[str, list[Layout]],
+    where: str,
+    batch: int | None,
+    seq: int | None,
+) -> Layout:
+    choice = chosen(node, graph, decision)
+    needs, output = produced_layouts(node, choice)
+    for name, need in zip(node.operands(), needs, strict=True):
+        if not _has(held[name], need, graph.nodes[name].meta.requires_grad):
+            raise VerificationError(
+                f"{where}: {node.name} ({node.op}) needs {name} as {need}, which is held as {_texts(held[name])} only"
+            )
+    for factor in {strategy.name for strategy in choice.values()}:
+        axes = [axis for axis, strategy in choice.items() if strategy.name == factor]
+        extent, ranks = choice[axes[0]].extent, math.prod(decision.axes[axis] for axis in axes)
+        if extent is not None and _uneven(extent, ranks, batch, seq):
+            raise VerificationError(
+                f"{where}: {node.name} ({node.op}) splits factor {factor} of size {extent} over {ranks} ranks "
+                f"({', '.join(axes)}), which does not divide"
+            )
+    if sum(bool(strategy.variant) for strategy in choice.values()) > 1:
+        raise VerificationError(f"{where}: {node.name} ({node.op}) splits its vocabulary on several axes")
+    return output
+
+
+def _check_input(node: Node, decision: BlockDecision, where: str) -> Layout:
+    layout = decision.inputs.get(node.name)
+    if layout is None:
+        raise VerificationError(f"{where}: no layout is given for {node.kind} {node.name}")
+    for axis in decision.axes:
+        kind = layout[axis]
+        stored = kind == I or (kind.kind == "S" and kind.blocks == 1) or (kind == R and not node.meta.requires_grad)
+        if node.kind == "parameter" and not stored:
+            raise VerificationError(
+                f"{where}: parameter {node.target} is stored as {kind} on {axis}; only I and S(d) are"
+            )
+        if node.kind == "buffer" and kind == P:
+            raise VerificationError(f"{where}: buffer {node.target} is stored as partial sums on {axis}")
+    return layout
+
+
+def _check_splits(
+    node: Node, layout: Layout, decision: BlockDecision, where: str, batch: int | None, seq: int | None
+) -> None:
+    foreign = [axis for axis, _ in layout.types if axis not in decision.axes]
+    if foreign:
+        raise VerificationError(f"{where}: {node.name} has a layout on axis {foreign[0]}, which is not in the decision")
+    sizes = list(node.meta.shape)
+    for axis, kind in layout.types:
+        if kind.kind != "S":
+            continue
+        inner = divide(sizes[kind.dim], kind.blocks) if kind.dim < len(sizes) else None
+        ranks = math.prod(decision.axes[other] for other in layout.splits(kind.dim))
+        if (
+            inner is None
+            or _uneven(inner, decision.axes[axis], batch, seq)
+            or _uneven(sizes[kind.dim], ranks, batch, seq)
+        ):
+            shape = ", ".join(map(str, sizes))
+            raise VerificationError(f"{where}: {node.name} [{shape}] cannot be held as {layout} on {decision.axes}")
+
+
+def _uneven(size: int | Size, ranks: int, batch: int | None, seq: int | None) -> bool:
+    if isinstance(size, Size) and (batch is None or seq is None):
+        return False
+    return size_at(size, batch or 1, seq or 1) % ranks != 0
+
+
+def _has(layouts: list[Layout], wanted: Layout, grad: bool) -> bool:
+    return any(same(layout, wanted, grad) for layout in layouts)
+
+
+def _texts(layouts: list[Layout]) -> str:
+    return "; ".join(str(layout) or "I" for layout in layouts)
+
+
+def check_data_parallel(model: ModelGraph) -> None:
+    """Check that the batch may be split everywhere: samples are computed independently, and the loss is their sum.
+
+    Raises UnsupportedError naming the first operator that mixes samples.
+    """
+    outputs: list[tuple[SpmdType, ...]] = []
+    known: dict[tuple[str, tuple[SpmdType, ...]], tuple[SpmdType, ...]] = {}
+    for block in model.blocks:
+        graph = model.kinds[block.kind].graph
+        given = {}
+        for node in graph.of("input"):
+            source = block.inputs[node.name]
+            if source.origin == "block":
+                given[node.name] = outputs[source.block][source.index]
+            elif source.origin == "batch":
+                given[node.name] = _batch_type(model.batch[source.key].shape)
+            else:
+                given[node.name] = R
+        key = (block.kind, tuple(given.values()))
+        if key not in known:
+            known[key] = _split_batch(graph, given, f"{model.name}, {block.path or block.kind}")
+        outputs.append(known[key])
+    if outputs and outputs[-1][0] != P:
+        raise UnsupportedError(
+            f"{model.name}: the loss is not a sum over samples (its type over the batch is {outputs[-1][0]}), so it "
+            "cannot be trained data-parallel; return a sum over targets, or a sum over a count"
+        )
+    given = {node.name: _batch_type(model.batch[node.target].shape) for node in model.count.of("input")}
+    (count, *_) = _split_batch(model.count, given, f"{model.name}, count of targets")
+    if count not in (P, R):
+        raise UnsupportedError(f"{model.name}: the count the loss is divided by is not a sum over samples")
+
+
+def _batch_type(shape: tuple[int | Size, ...]) -> SpmdType:
+    return S(0) if shape and shape[0] == BATCH else R
+
+
+def _split_batch(graph: OpGraph, given: dict[str, SpmdType], where: str) -> tuple[SpmdType, ...]:
+    """The types of a graph's outputs over an axis that splits the batch, with no conversions; parameters are R."""
+    types: dict[str, SpmdType] = {}
+    for node in graph.nodes.values():
+        if node.kind != "op":
+            types[node.name] = given.get(node.name, R)
+            continue
+        operands = tuple(types[name] for name in node.operands())
+        match = next((s for s in strategies_of(node, graph) if s.inputs == operands), None)
+        if match is None:
+            place = f" in {node.module}" if node.module else ""
+            raise UnsupportedError(
+                f"{where}: {node.op} ({node.name}{place}) mixes samples of the batch: no rule computes it from "
+                f"{', '.join(map(str, operands))}; register a rule for it, or train without data parallelism (dp=1)"
+            )
+        types[node.name] = match.output
+    return tuple(types[name] for name in graph.outputs)

@@ -1,0 +1,153 @@
+"""Runs a block kind as a `BlockDecision` says, on local shards, without process groups.
+
+`run` executes on any `World`: all ranks in one process (`run_sharded`), which proves rules and decisions forward and
+backward, or a single rank (`run_local`), which under `FakeTensorMode` shows what is saved for backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from autopar.errors import VerificationError
+from autopar.graph.ir import BlockKind, Node, OpGraph, Ref
+from autopar.graph.ops import callable_of
+from autopar.sharding.conversions import Step, path, same
+from autopar.sharding.decision import BlockDecision
+from autopar.sharding.layout import Layout
+from autopar.sharding.local import blocks_at, local_shape, localize, produced_layouts, shard, unshard
+from autopar.sharding.rules import Strategy, strategy_of
+from autopar.sharding.simulate import LocalWorld, SimulatedWorld, Values, World
+from autopar.sharding.variants import VARIANTS
+
+__all__ = ["convert_values", "local_shape", "localize", "run", "run_local", "run_op", "run_sharded", "shard", "unshard"]
+
+
+def run_op(
+    node: Node, choice: Mapping[str, Strategy], operands: list[Values], world: World, batch: int, seq: int, compute: Any
+) -> Values:
+    """One operator on each rank of the world. ``operands``: the ranks' values of each operand, as the choice asks."""
+    _, output = produced_layouts(node, choice)
+    args, kwargs = localize(node, output, world.axes, batch, seq)
+    if node.op == "autopar.cast":
+        kwargs = {**kwargs, "compute": compute}
+    calls = []
+    for rank in range(len(world.ranks)):
+        tensors = iter([values[rank] for values in operands])
+        calls.append((_fill(args, tensors), _fill(kwargs, tensors)))
+    special = {axis: strategy.variant for axis, strategy in choice.items() if strategy.variant}
+    if not special:
+        function = callable_of(node.op)
+        return [function(*a, **k) for a, k in calls]
+    if len(special) > 1:
+        raise VerificationError(f"{node.name} ({node.op}) runs a variant on several axes: {', '.join(special)}")
+    ((axis, variant),) = special.items()
+    runs = [VARIANTS[node.op, variant](c[axis], *a, **k) for c, (a, k) in zip(world.ranks, calls, strict=True)]
+    sent: list[Any] = [None] * len(runs)
+    done: Values = []
+    while not done:
+        asked = []
+        for generator, value in zip(runs, sent, strict=True):
+            try:
+                asked.append(generator.send(value))
+            except StopIteration as stop:
+                done.append(stop.value)
+        if asked:
+            sent = world.all_reduce([x for _, x in asked], axis, asked[0][0])
+    return done
+
+
+def _fill(value: Any, tensors: Any) -> Any:
+    """``value`` with each `Ref` replaced by the next tensor."""
+    if isinstance(value, Ref):
+        return next(tensors)
+    if isinstance(value, tuple | list):
+        return tuple(_fill(item, tensors) for item in value)
+    if isinstance(value, dict):
+        return {key: _fill(item, tensors) for key, item in value.items()}
+    return value
+
+
+def convert_values(
+    values: Values, source: Layout, target: Layout, world: World, batch: int, seq: int, grad: bool = True
+) -> Values:
+    """What the ranks hold after the shortest path of conversions from ``source`` to ``target``."""
+    layout = source
+    for axis, step in path(source, target, grad):
+        after = layout.with_type(axis, step.target)
+        here, there = (blocks_at(where, axis, world.axes, batch, seq) for where in (layout, after))
+        values = world.convert(values, Step(here, there, step.forward, step.backward), axis)
+        layout = after
+    return values
+
+
+def run(
+    graph: OpGraph,
+    decision: BlockDecision,
+    values: Mapping[str, Values],
+    world: World,
+    batch: int,
+    seq: int,
+    compute: Any,
+) -> tuple[Values, ...]:
+    """The outputs of ``graph``, in the decision's output layouts, from its inputs in the decision's input layouts.
+
+    ``values``: for each input, parameter and buffer node, what the ranks hold. ``compute``: the job's dtype. Raises
+    VerificationError when an operand was not made available in the layout its strategy asks for.
+    """
+    held: dict[str, list[tuple[Layout, Values]]] = {}
+
+    def find(name: str, layout: Layout, why: str) -> Values:
+        grad = graph.nodes[name].meta.requires_grad
+        for have, there in held[name]:
+            if same(have, layout, grad):
+                return there
+        have_text = "; ".join(str(have) for have, _ in held[name])
+        raise VerificationError(f"{why} needs {name} as {layout}, which is held as {have_text} only")
+
+    for node in graph.nodes.values():
+        if node.kind == "op":
+            choice = {axis: strategy_of(node, graph, decision.strategies[node.name][axis]) for axis in decision.axes}
+            needs, layout = produced_layouts(node, choice)
+            pairs = zip(node.operands(), needs, strict=True)
+            operands = [find(name, need, f"{node.name} ({node.op})") for name, need in pairs]
+            made = run_op(node, choice, operands, world, batch, seq, compute)
+        else:
+            made, layout = list(values[node.name]), decision.inputs[node.name]
+        held[node.name] = [(layout, made)]
+        for conversion in decision.conversions:
+            if conversion.tensor == node.name:
+                start = find(node.name, conversion.source, "a conversion")
+                grad = node.meta.requires_grad
+                there = convert_values(start, conversion.source, conversion.target, world, batch, seq, grad)
+                held[node.name].append((conversion.target, there))
+    return tuple(find(name, decision.outputs[name], "the output") for name in graph.outputs)
+
+
+def run_sharded(
+    kind: BlockKind,
+    decision: BlockDecision,
+    values: Mapping[str, Values],
+    batch: int,
+    seq: int,
+    compute: torch.dtype = torch.float64,
+) -> tuple[Values, ...]:
+    """Run on all ranks of the decision's axes in this process, in rank order, differentiably."""
+    return run(kind.graph, decision, values, SimulatedWorld(decision.axes), batch, seq, compute)
+
+
+def run_local(
+    kind: BlockKind,
+    decision: BlockDecision,
+    values: Mapping[str, torch.Tensor],
+    batch: int,
+    seq: int,
+    compute: torch.dtype = torch.bfloat16,
+    world: LocalWorld | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Run one rank on its local tensors, with conversions of the right shapes (see `LocalWorld`)."""
+    world = world or LocalWorld(decision.axes)
+    outputs = run(kind.graph, decision, {n: [x] for n, x in values.items()}, world, batch, seq, compute)
+    return tuple(out[0] for out in outputs)

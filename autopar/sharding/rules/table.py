@@ -1,0 +1,24 @@
+"""The rule table of all families, and the rule of one node."""
+
+from __future__ import annotations
+
+from autopar.graph.ir import Node, OpGraph
+from autopar.sharding.factors import Mismatch, Rule
+from autopar.sharding.rules import attention, elementwise, indexing, loss, matmul, norms, reductions, shapes
+from autopar.sharding.rules.entry import Call, Entry
+
+_FAMILIES = (matmul, attention, norms, loss, indexing, reductions, elementwise, shapes)
+
+RULES: dict[str, Entry] = {entry.op: entry for family in _FAMILIES for entry in family.ENTRIES}
+"""Every operator's entry, by canonical name."""
+
+
+def rule_of(node: Node, graph: OpGraph) -> Rule | None:
+    """The rule of one operator call; None for an operator, or a form of it, that has none: it runs replicated."""
+    entry = RULES.get(node.op)
+    if entry is None:
+        return None
+    try:
+        return entry.rule(Call.of(node, graph))
+    except Mismatch:
+        return None

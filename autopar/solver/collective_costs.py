@@ -1,0 +1,140 @@
+"""Seconds one collective takes: hierarchical, latency and bandwidth, by message size and by how ranks sit on nodes.
+
+A group of n ranks that holds a tensor of V bytes in full between them moves, per rank and for the best algorithms
+(Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", IJHPCA 2005; the same
+factors are the "bus bandwidth" of nccl-tests, doc/PERFORMANCE.md):
+
+    all_gather, reduce_scatter   V (n-1)/n      in n-1 steps (a ring)
+    all_reduce                   2 V (n-1)/n    in 2(n-1) steps (reduce-scatter, then all-gather), or up and down a tree
+    all_to_all                   V/n (n-1)/n    in n-1 messages
+    send_recv                    V              in one
+
+**Hierarchy.** A ring of l ranks a node crosses each node boundary once, and l rings that leave by l different ports run
+at once; so the ring moves at the pace of the slower of the link inside the node and l ports. All groups of an axis run
+at the same time, each device through its own share of a port (`Link.shared_by`).
+
+**Message size.** NCCL has protocols that trade bandwidth for latency and picks the fastest; so does the model, with the
+figures of NCCL's own (NVIDIA/nccl, src/graph/tuning.cc). gloo has one; its reduce-scatter moves as much as its
+all-reduce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, gcd, log2
+
+from autopar.cluster import Cluster
+
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """A way to move a message: seconds to begin, fraction of the bandwidth, and how many times the latency of the
+    smallest message one step takes inside a node and between nodes."""
+
+    start_s: float
+    bandwidth: float
+    intra: float
+    inter: float
+
+
+NCCL = (
+    Protocol(start_s=3.6e-6, bandwidth=0.25, intra=1.0, inter=1.0),  # LL: flags beside every 4 bytes
+    Protocol(start_s=10.0e-6, bandwidth=0.92, intra=4.0, inter=1.5),  # LL128: flags beside every 120 bytes
+    Protocol(start_s=8.4e-6, bandwidth=1.0, intra=7.2, inter=3.6),  # Simple: chunks with memory fences
+)
+"""From NVIDIA/nccl, src/graph/tuning.cc: baseLat and hwLat of a ring (NVLink 0.47, 1.9, 3.4; network 2.7, 4.0, 9.6
+microseconds), busBw factors 1/4 and 0.92."""
+
+TREE_BANDWIDTH = 0.9
+"""Bandwidth of NCCL's trees against its rings (same file)."""
+
+GLOO = (Protocol(start_s=0.0, bandwidth=1.0, intra=1.0, inter=1.0),)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How the ranks of one group sit: on ``nodes`` nodes, at least ``per_node`` on each (an axis's worst group)."""
+
+    ranks: int
+    nodes: int
+    per_node: int
+
+
+class CollectiveCosts:
+    """Prices collectives on one cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._gloo = cluster.device.backend == "cpu"
+        self._protocols = GLOO if self._gloo else NCCL
+        self._placements: dict[tuple[int, int], Placement] = {}
+        self._seconds: dict[tuple[str, float, int, int], float] = {}
+
+    def seconds(self, kind: str, nbytes: float, size: int, stride: int) -> float:
+        """Time of collective ``kind`` over an axis of ``size`` ranks whose neighbours are ``stride`` ranks apart.
+
+        ``nbytes``: bytes of the tensor in full, before or after it is split over the axis (what each rank sends, for
+        send_recv). Every group of the axis runs it at the same time. Raises KeyError for an unknown kind.
+        """
+        if kind not in KINDS:
+            raise KeyError(kind)
+        if size == 1 or nbytes <= 0:
+            return 0.0
+        key = (kind, nbytes, size, stride)
+        found = self._seconds.get(key)
+        if found is None:
+            place = self.placement(size, stride)
+            found = min(self._timed(kind, nbytes, place, protocol) for protocol in self._protocols)
+            self._seconds[key] = found
+        return found
+
+    def placement(self, size: int, stride: int) -> Placement:
+        """Where the ranks of a group sit, for the group that spans most nodes with fewest ranks on each."""
+        found = self._placements.get((size, stride))
+        if found is None:
+            found = self._placements[(size, stride)] = _placement(size, stride, self.cluster.devices_per_node)
+        return found
+
+    def _timed(self, kind: str, nbytes: float, place: Placement, protocol: Protocol) -> float:
+        intra, inter = self.cluster.intra_node, self.cluster.inter_node
+        step = intra.latency_s * protocol.intra
+        hop = inter.latency_s * protocol.inter
+        inside = intra.device_bandwidth * protocol.bandwidth
+        outside = inter.device_bandwidth * protocol.bandwidth
+        start = self.cluster.device.collective_s + protocol.start_s
+        n = place.ranks
+
+        if kind == "send_recv":
+            return start + (nbytes / inside + step if place.nodes == 1 else nbytes / outside + hop)
+        if kind == "all_to_all":
+            piece = nbytes / n / n
+            local = place.per_node - 1
+            remote = n - place.per_node
+            return start + max(local * piece / inside, remote * piece / outside) + local * step + remote * hop
+
+        # One pass around the ring: a reduce-scatter or an all-gather.
+        slowest = inside if place.nodes == 1 else min(inside, place.per_node * outside)
+        transfer = nbytes * (n - 1) / n / slowest
+        crossings = place.nodes - 1
+        ring = (n - 1 - crossings) * step + crossings * hop
+        if kind == "all_gather" or (kind == "reduce_scatter" and not self._gloo):
+            return start + transfer + ring
+        # NCCL's all-reduce alone may go up and down a tree instead, in fewer steps.
+        tree = (place.per_node - 1) * step + ceil(log2(place.nodes)) * hop + transfer * (1 / TREE_BANDWIDTH - 1)
+        return start + 2 * (transfer + (ring if self._gloo else min(ring, tree)))
+
+
+def _placement(size: int, stride: int, per_node: int) -> Placement:
+    """The worst group of an axis; groups repeat after lcm(size * stride, per_node) ranks."""
+    span = size * stride
+    nodes, fewest = 1, size
+    for start in range(0, span * per_node // gcd(span, per_node), span):
+        for offset in range(min(stride, per_node)):
+            where: dict[int, int] = {}
+            for rank in range(start + offset, start + offset + span, stride):
+                where[rank // per_node] = where.get(rank // per_node, 0) + 1
+            if (len(where), -min(where.values())) > (nodes, -fewest):
+                nodes, fewest = len(where), min(where.values())
+    return Placement(size, nodes, fewest)

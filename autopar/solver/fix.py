@@ -1,0 +1,220 @@
+"""Fixed parts of the plan: what `fix={"tp": 8, "recompute": "full"}` and `--fix tp=8` mean, each in one place.
+
+    dp=n           the batch is split n ways                 zero=0|3     gradients all-reduced | everything sharded over dp
+    fsdp=n         shard-group size: 1 is zero=0, dp is zero=3
+    tp=n           a model axis of size n on which every matmul with a divisible feature factor is split by it
+    sp=true|false  values between blocks are split by sequence over tp | held whole, invariant
+    pp=n           n stages                                  schedule     "none" for one stage, else "1f1b"
+    micro_batch=n  samples per data rank per micro-batch
+    recompute      "none" | "full", or per block: "LlamaDecoderLayer:full" or "0-3:full" (block indices), comma separated
+    mesh           "pp=2,dp=2,tp=2", or {"pp": 2, "dp": 2, "tp": 2}: all three at once (what is not named is 1)
+    cp, ep, vpp, offload    their neutral value only (`capabilities`)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autopar.errors import BadInputError, UnsupportedError
+from autopar.solver.capabilities import CAPABILITIES
+
+_FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+AXES = ("pp", "dp", "tp")
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """Parsed and validated; None means: searched. ``recompute``: (block selector, choice), a later entry wins;
+    the selector is "" for all blocks, a kind's name, or "3" / "0-3"."""
+
+    pp: int | None = None
+    dp: int | None = None
+    tp: int | None = None
+    zero: int | None = None
+    fsdp: int | None = None
+    sp: bool | None = None
+    schedule: str | None = None
+    micro_batch: int | None = None
+    recompute: tuple[tuple[str, str], ...] = ()
+
+    def recompute_of(self, index: int, kind: str) -> str | None:
+        """What is fixed for block ``index`` of kind ``kind``, or None."""
+        found = None
+        for selector, choice in self.recompute:
+            numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
+            inside = bool(numbers) and int(numbers[1]) <= index <= int(numbers[2] or numbers[1]) if numbers else False
+            if selector in ("", kind) or inside:
+                found = choice
+        return found
+
+    def given(self) -> dict[str, Any]:
+        """What was fixed, as plain values for the plan's record."""
+        values: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if name == "recompute":
+                if value:
+                    values[name] = ",".join(f"{selector}:{choice}" if selector else choice for selector, choice in value)
+            elif value is not None:
+                values[name] = value
+        return values
+
+    def check(self, devices: int, blocks: Iterable[str]) -> None:
+        """Refuse what contradicts the cluster or the model (``blocks``: the kind of each block).
+
+        Raises BadInputError.
+        """
+        kinds = list(blocks)
+        sizes = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) is not None}
+        product = 1
+        for size in sizes.values():
+            product *= size
+        named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        if devices % product or (len(sizes) == len(AXES) and product != devices):
+            raise BadInputError(
+                f"fix: {named} makes {product} ranks, but the cluster has {devices} devices; "
+                "the sizes of pp, dp and tp must multiply to that"
+            )
+        if self.pp is not None and self.pp > len(kinds):
+            raise BadInputError(f"fix: pp={self.pp} stages, but the model has only {len(kinds)} blocks to spread")
+        if self.pp is not None and self.schedule is not None and (self.schedule == "none") != (self.pp == 1):
+            wanted = "none" if self.pp == 1 else "1f1b"
+            raise BadInputError(f'fix: schedule={self.schedule} contradicts pp={self.pp}; that runs under "{wanted}"')
+        for selector, _ in self.recompute:
+            numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
+            last = int(numbers[2] or numbers[1]) if numbers else -1
+            if (numbers and last >= len(kinds)) or (not numbers and selector and selector not in kinds):
+                raise BadInputError(
+                    f"fix: recompute names block {selector!r}; the model has blocks 0-{len(kinds) - 1} of kinds "
+                    f"{', '.join(dict.fromkeys(kinds))}"
+                )
+
+
+def parse_fix(fix: Fix | Mapping[str, Any] | Iterable[str] | None) -> Fix:
+    """Read a dict (``{"tp": 8}``) or ``key=value`` strings.
+
+    Raises BadInputError for unknown keys and values of the wrong form, UnsupportedError for what cannot be
+    executed yet.
+    """
+    if isinstance(fix, Fix):
+        return fix
+    pairs = list(fix.items()) if isinstance(fix, Mapping) else [_split(item) for item in fix or ()]
+    values: dict[str, Any] = {}
+    for key, text in pairs:
+        value = _value(key, text)
+        for name, part in value.items() if key == "mesh" else ((key, value),):
+            if name in values and values[name] != part:
+                raise BadInputError(f"fix: {name} is given twice, as {values[name]!r} and {part!r}")
+            values[name] = part
+    for key in ("cp", "ep", "vpp", "offload"):
+        values.pop(key, None)
+    _check_zero(values)
+    return Fix(**values)
+
+
+def _split(item: str) -> tuple[str, str]:
+    key, separator, value = item.partition("=")
+    if not separator or not key.strip() or not value.strip():
+        raise BadInputError(f"fix: expected KEY=VALUE such as tp=8, not {item!r}")
+    return key.strip(), value.strip()
+
+
+def _value(key: str, given: Any) -> Any:
+    capability = CAPABILITIES.get(key)
+    if capability is None:
+        raise BadInputError(f"fix: unknown key {key!r}; the keys are {', '.join(CAPABILITIES)}")
+    value = _READERS[capability.form](key, given)
+    told = tuple(choice for _, choice in value) if capability.form == "recompute" else (value,)
+    for choice in told:
+        if capability.executable is not None and choice not in capability.executable:
+            raise UnsupportedError(f"fix: {key}={given} cannot be executed: {capability.missing}")
+    return value
+
+
+def _size(key: str, given: Any) -> int:
+    text = str(given).strip()
+    if isinstance(given, bool) or not re.fullmatch(r"[1-9]\d*", text):
+        raise BadInputError(f"fix: {key} must be a positive integer, not {given!r}")
+    return int(text)
+
+
+def _level(key: str, given: Any) -> int:
+    if isinstance(given, bool) or str(given).strip() not in ("0", "1", "2", "3"):
+        raise BadInputError(f"fix: {key} must be 0, 1, 2 or 3, not {given!r}")
+    return int(str(given))
+
+
+def _switch(key: str, given: Any) -> bool:
+    text = str(given).strip().lower()
+    if text not in _FLAGS:
+        raise BadInputError(f"fix: {key} must be true or false, not {given!r}")
+    return _FLAGS[text]
+
+
+def _one_of(key: str, given: Any, known: tuple[str, ...]) -> str:
+    text = str(given).strip().lower()
+    if text not in known:
+        raise BadInputError(f"fix: {key} must be one of {', '.join(known)}, not {given!r}")
+    return text
+
+
+def _schedule(key: str, given: Any) -> str:
+    return _one_of(key, given, ("none", "gpipe", "1f1b", "interleaved", "zbv", "dualpipev"))
+
+
+def _offload(key: str, given: Any) -> str:
+    return "none" if given in (False, None) else _one_of(key, given, ("none", "activations", "optimizer", "all"))
+
+
+def _recompute(key: str, given: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(given, Mapping):
+        entries = [(str(selector), str(choice)) for selector, choice in given.items()]
+    else:
+        parts = [part.strip() for part in str(given).split(",")]
+        entries = [tuple(part.rsplit(":", 1)) if ":" in part else ("", part) for part in parts]  # type: ignore[misc]
+    known = ("none", "selective", "full")
+    return tuple((selector.strip(), _one_of(key, choice, known)) for selector, choice in entries)
+
+
+def _mesh(key: str, given: Any) -> dict[str, int]:
+    if isinstance(given, Mapping):
+        pairs = [(str(axis), size) for axis, size in given.items()]
+    elif hasattr(given, "axes"):
+        pairs = list(given.axes().items())
+    else:
+        parts = [part for part in re.split(r"[,x\s]+", str(given)) if part]
+        pairs = [tuple(part.split("=", 1)) if "=" in part else (part, "") for part in parts]  # type: ignore[misc]
+    if not pairs or any(axis not in AXES for axis, _ in pairs):
+        raise BadInputError(f'fix: {key} must name sizes of pp, dp, tp, such as "pp=2,dp=2,tp=2", not {given!r}')
+    sizes = {axis: _size(f"{key}.{axis}", size) for axis, size in pairs}
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def _check_zero(values: dict[str, Any]) -> None:
+    """`fsdp` and `zero` say the same thing in this table; together they must agree."""
+    shard, dp, level = values.get("fsdp"), values.get("dp"), values.get("zero")
+    if shard is None:
+        return
+    if dp is not None and shard not in (1, dp):
+        raise UnsupportedError(
+            f"fix: fsdp={shard} with dp={dp} shards over a part of the data ranks, which is not emitted yet; "
+            f"use fsdp=1 (zero=0) or fsdp={dp} (zero=3)"
+        )
+    meant = 0 if shard == 1 else 3
+    if level is not None and level != meant and dp != 1:
+        raise BadInputError(f"fix: fsdp={shard} means zero={meant}, which contradicts zero={level}")
+
+
+_READERS = {
+    "size": _size,
+    "level": _level,
+    "switch": _switch,
+    "schedule": _schedule,
+    "name": _schedule,
+    "recompute": _recompute,
+    "offload": _offload,
+    "mesh": _mesh,
+}

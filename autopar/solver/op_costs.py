@@ -1,0 +1,153 @@
+"""Seconds one operator takes on one device: a roofline with shape-aware efficiency.
+
+    seconds = sum of matmuls  max(FLOP / (peak * efficiency(shape)), bytes / bandwidth)
+            + streamed bytes / bandwidth
+            + kernels * launch
+
+Efficiency of a matmul = the device's figure for large ones, times how well its shape fills the machine: the output is
+cut into tiles, tiles run in waves of one per processor, and a last wave that is not full, or tiles that stick out, are
+lost (NVIDIA, "Matrix Multiplication Background User's Guide", sections on tile and wave quantization). The best of the
+tile sizes in `TILES` counts, as a library would choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+from autopar.cluster import Device
+from autopar.graph.ir import Node
+from autopar.job import Job
+from autopar.solver.work import Attention, LocalTensor, Matmul, Work, variant, work
+
+__all__ = ["LocalTensor", "OpCosts", "OpTime"]
+
+TILES: tuple[tuple[int, int, float], ...] = (
+    (128, 256, 1.0),
+    (256, 128, 1.0),
+    (128, 128, 0.92),
+    (64, 128, 0.78),
+    (128, 64, 0.78),
+    (64, 64, 0.6),
+)
+"""Tile height, width, and the speed of a full wave of them against the largest: smaller tiles load more bytes per FLOP
+from the cache. Plausible range of a speed: the square root of (its area over the largest), to 1."""
+
+SPLITS = (1, 2, 4, 8, 16)
+"""Ways to cut the inner dim so that few tiles still fill the machine (split-K)."""
+
+FILL_K = 128
+"""Inner length that a tile takes to fill and drain its pipeline; plausible 32 to 512."""
+
+SUM_K = 512
+"""Inner length that summing the parts of a split tile takes as long as: 256 KiB of float32 written and read through the
+cache against 64 KiFLOP a step; plausible 128 to 1024."""
+
+ATTENTION_TILE = 128
+"""Queries that one processor of the fused attention kernel works on (FlashAttention-2: 128 for head dims up to 128)."""
+
+FILL_KEYS = 256
+"""Keys that such a tile takes to fill its pipeline; plausible 64 to 1024."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpTime:
+    """Seconds forward and backward; ``source``: "catalog" or "measured" (where the device's figures are from)."""
+
+    forward: float
+    backward: float
+    source: str
+
+
+class OpCosts:
+    """Prices operators of one job on one device. Prices are remembered by operator and local shapes."""
+
+    def __init__(self, device: Device, job: Job) -> None:
+        """Raises BadInputError if the device has no matmul rate for the job's dtype."""
+        self.device = device
+        self.job = job
+        self._peak = {job.compute_bytes: device.peak(job.dtype)}
+        for dtype, nbytes in (("fp32", 4), ("fp64", 8)):
+            if dtype in device.peak_flops:
+                self._peak.setdefault(nbytes, device.peak_flops[dtype])
+        self._bandwidth = device.memory_bandwidth * device.memory_efficiency
+        self._ops: dict[object, OpTime] = {}
+        self._matmuls: dict[tuple[Matmul, int], float] = {}
+
+    def seconds(self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> OpTime:
+        """Time of ``node`` on local tensors; ``inputs`` and ``grads`` (wants a gradient) follow ``node.operands()``."""
+        key = (node.op, variant(node), tuple(inputs), output, tuple(grads))
+        found = self._ops.get(key)
+        if found is None:
+            forward, backward = work(node, inputs, output, grads)
+            width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
+            found = OpTime(self._time(forward, width), self._time(backward, width), self.device.origin)
+            self._ops[key] = found
+        return found
+
+    def stream_seconds(self, nbytes: float, kernels: int = 1) -> float:
+        """Time of ``kernels`` kernels that read and write ``nbytes`` bytes together."""
+        return nbytes / self._bandwidth + kernels * self.device.launch_s if nbytes else 0.0
+
+    def optimizer_seconds(self, elements: int) -> float:
+        """One fused AdamW step over ``elements`` master parameters of this rank: reads the parameter, its gradient and
+        two moments, writes all but the gradient."""
+        return self.stream_seconds(7 * elements * self.job.master_bytes)
+
+    def clip_seconds(self, elements: int) -> float:
+        """Gradient clipping on this rank: reads gradients for the norm, scales them. Its all-reduce is not here."""
+        return self.stream_seconds(3 * elements * self.job.master_bytes, kernels=2)
+
+    def matmul_seconds(self, matmul: Matmul, bytes_per_element: int) -> float:
+        """Time at the rate of the arithmetic alone, without bytes and launch."""
+        key = (matmul, bytes_per_element)
+        found = self._matmuls.get(key)
+        if found is None:
+            peak = self._peak.get(bytes_per_element, self._peak[self.job.compute_bytes])
+            rate = peak * self.device.matmul_efficiency * _fill(matmul, self.device.processors)
+            found = self._matmuls[key] = matmul.flops / rate if matmul.flops else 0.0
+        return found
+
+    def attention_seconds(self, attention: Attention, bytes_per_element: int) -> float:
+        """Time of a fused attention kernel at the rate of its arithmetic alone."""
+        if not attention.flops:
+            return 0.0
+        peak = self._peak.get(bytes_per_element, self._peak[self.job.compute_bytes])
+        fill = _attention_fill(attention, self.device.processors)
+        return attention.flops / (peak * self.device.attention_efficiency * fill)
+
+    def _time(self, part: Work, width: int) -> float:
+        seconds = sum(self.matmul_seconds(matmul, width) for matmul in part.matmuls)
+        if part.attention:
+            seconds += self.attention_seconds(part.attention, width)
+        seconds = max(seconds, part.matmul_bytes / self._bandwidth)
+        return seconds + part.nbytes / self._bandwidth + part.kernels * self.device.launch_s
+
+
+def _fill(matmul: Matmul, processors: int) -> float:
+    """Fraction of the speed of a large matmul that this shape allows, in (0, 1]."""
+    if processors == 1:  # rates of such a device are those of the tiles it chose when measured
+        return 1.0
+    batch, m, n, k = matmul
+    least = float("inf")
+    for height, width, speed in TILES:
+        tiles = batch * ceil(m / height) * ceil(n / width)
+        per_wave = processors * height * width / speed
+        for split in SPLITS:
+            length = k / split + FILL_K + (SUM_K if split > 1 else 0)
+            least = min(least, ceil(tiles * split / processors) * length * per_wave)
+    return batch * m * n * k / least
+
+
+def _attention_fill(attention: Attention, processors: int) -> float:
+    """Fraction of the speed of a large attention problem with head dim 128, in (0, 1]."""
+    if processors == 1:
+        return 1.0
+    keys = attention.keys * (0.5 if attention.causal else 1.0)
+    length = keys / (keys + FILL_KEYS)
+    # Short heads do fewer FLOP per softmax element; FlashAttention-2's figures for 64 are 0.8 to 0.9 of those for 128.
+    head = min(1.0, sqrt(sqrt(attention.head_dim / 128)))
+    tiles = attention.batch * ceil(attention.queries / ATTENTION_TILE)
+    covered = attention.batch * attention.queries / ATTENTION_TILE
+    return length * head * covered / (ceil(tiles / processors) * processors)

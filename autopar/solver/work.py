@@ -1,0 +1,346 @@
+"""What one operator does: matmul FLOP and bytes moved, forward and backward, from local shapes.
+
+Prices follow from this by a roofline (`autopar.solver.op_costs`). Bytes are those of the kernels that eager PyTorch
+runs: each reads its operands from memory and writes its result there; views move nothing. FLOP are those of matmuls
+and attention; everything else is bound by bytes.
+
+Conventions
+* a matmul of (m, k) and (k, n) is 2*m*n*k FLOP; its backward is one such matmul for each operand with a gradient;
+* fused attention runs two matmuls forward and five backward (the scores are computed again: FlashAttention-2, Dao,
+  arXiv 2307.08691, section 4), so 2.5 times the forward; a causal mask halves the work done;
+* `flops`, which counts model FLOP for MFU, does **not** halve causal attention (PaLM, arXiv 2204.02311, appendix B;
+  Megatron, arXiv 2104.04473), so that figures compare with those papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+from autopar.graph.ir import Node
+
+ATTENTION = "aten.scaled_dot_product_attention"
+
+
+class LocalTensor(NamedTuple):
+    """One rank's piece of a tensor (a named tuple, because prices are looked up by it: its hash must be cheap)."""
+
+    shape: tuple[int, ...]
+    bytes_per_element: int
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.bytes_per_element
+
+
+class Matmul(NamedTuple):
+    """``batch`` products of (m, k) and (k, n)."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.n * self.k
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Fused attention of ``batch`` (samples times query heads) problems; ``matmuls``: 2 forward, 5 backward."""
+
+    batch: int
+    queries: int
+    keys: int
+    head_dim: int
+    causal: bool
+    matmuls: int
+
+    @property
+    def flops(self) -> float:
+        """FLOP done: blocks above the diagonal are skipped."""
+        return 2 * self.matmuls * self.batch * self.queries * self.keys * self.head_dim * (0.5 if self.causal else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One direction of one operator: its matmul-like parts, other bytes moved, and how many kernels it launches.
+
+    ``nbytes`` are moved by streaming kernels and do not overlap with the matmuls, whose own operands are in
+    ``matmul_bytes``.
+    """
+
+    matmuls: tuple[Matmul, ...] = ()
+    attention: Attention | None = None
+    matmul_bytes: float = 0.0
+    nbytes: float = 0.0
+    kernels: int = 0
+
+    @property
+    def flops(self) -> float:
+        return sum(matmul.flops for matmul in self.matmuls) + (self.attention.flops if self.attention else 0)
+
+
+NOTHING = Work()
+
+
+def work(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> tuple[Work, Work]:
+    """Forward and backward work of ``node`` on local tensors; ``inputs`` and ``grads`` follow ``node.operands()``."""
+    count = _COUNTS.get(node.op, _elementwise)
+    forward, backward = count(node, inputs, output, grads)
+    return forward, backward if any(grads) else NOTHING
+
+
+def variant(node: Node) -> Any:
+    """What a price depends on beside operator and shapes; hashable."""
+    if node.op == ATTENTION:
+        return is_causal(node)
+    if node.op == "aten.einsum":
+        return node.args[0]
+    return None
+
+
+def flops(node: Node, input_shapes: Sequence[tuple[int, ...]], output_shape: tuple[int, ...]) -> float:
+    """Model FLOP of the forward: matmuls and attention, causal attention in full (see the module's conventions)."""
+    if node.op == ATTENTION:
+        query, key = input_shapes[0], input_shapes[1]
+        head_dims = query[-1] + input_shapes[2][-1]
+        return 2.0 * prod(query[:-1]) * key[-2] * head_dims
+    matmul = matmul_of(node, input_shapes, output_shape)
+    return float(matmul.flops) if matmul else 0.0
+
+
+def is_causal(node: Node) -> bool:
+    """Whether an attention node masks the future; its place follows torch's signature."""
+    if "is_causal" in node.kwargs:
+        return bool(node.kwargs["is_causal"])
+    return len(node.args) > 5 and bool(node.args[5])
+
+
+def matmul_of(node: Node, shapes: Sequence[tuple[int, ...]], output: tuple[int, ...]) -> Matmul | None:
+    """The one matrix product that ``node`` is, or None."""
+    if node.op == "aten.linear":
+        return Matmul(1, prod(output[:-1]), output[-1], shapes[0][-1])
+    if node.op in ("aten.mm", "aten.addmm"):
+        left = shapes[node.op == "aten.addmm"]
+        return Matmul(1, output[-2], output[-1], left[-1])
+    if node.op in ("aten.bmm", "aten.baddbmm", "aten.matmul"):
+        left, right = shapes[-2], shapes[-1]
+        if len(left) == 1 or len(right) == 1:
+            return Matmul(1, prod(output), 1, left[-1])
+        if len(right) == 2:
+            return Matmul(1, prod(output[:-1]), output[-1], left[-1])
+        return Matmul(prod(output[:-2]), output[-2], output[-1], left[-1])
+    if node.op == "aten.einsum" and len(shapes) == 2:
+        return _einsum_matmul(node.args[0], shapes)
+    return None
+
+
+def _einsum_matmul(equation: str, shapes: Sequence[tuple[int, ...]]) -> Matmul:
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    left, right = inputs.split(",")
+    sizes = dict(zip(left, shapes[0], strict=True)) | dict(zip(right, shapes[1], strict=True))
+    both = set(left) & set(right)
+    return Matmul(
+        batch=prod(sizes[f] for f in both & set(result)),
+        m=prod(sizes[f] for f in set(left) - both),
+        n=prod(sizes[f] for f in set(right) - both),
+        k=prod(sizes[f] for f in both - set(result)),
+    )
+
+
+Counted = tuple[Work, Work]
+Counter = Callable[[Node, Sequence[LocalTensor], LocalTensor, Sequence[bool]], Counted]
+
+
+def _matmul(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Left and right operand and, first (addmm) or last (linear), a bias."""
+    product = matmul_of(node, [tensor.shape for tensor in inputs], output.shape)
+    if product is None:
+        return _elementwise(node, inputs, output, grads)
+    first = 1 if node.op in ("aten.addmm", "aten.baddbmm") else 0
+    left, right = inputs[first], inputs[first + 1]
+    biases = [i for i in range(len(inputs)) if i not in (first, first + 1)]
+    batch, m, n, k = product
+    moved = left.nbytes + right.nbytes + output.nbytes + sum(inputs[i].nbytes for i in biases)
+    back, back_bytes = [], 0
+    for position, matmul in ((first, Matmul(batch, m, k, n)), (first + 1, Matmul(batch, n, k, m))):
+        if grads[position]:
+            back.append(matmul)
+            back_bytes += left.nbytes + right.nbytes + output.nbytes
+    summed = [i for i in biases if grads[i]]
+    return (
+        Work((product,), matmul_bytes=moved, kernels=1),
+        Work(
+            tuple(back),
+            matmul_bytes=back_bytes,
+            nbytes=sum(output.nbytes + inputs[i].nbytes for i in summed),
+            kernels=len(back) + len(summed),
+        ),
+    )
+
+
+def _attention(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    query, key, value = inputs[:3]
+    batch, causal = prod(query.shape[:-2]), is_causal(node)
+    head_dim = (query.shape[-1] + value.shape[-1]) // 2
+    sizes = (batch, query.shape[-2], key.shape[-2], head_dim, causal)
+    read = sum(tensor.nbytes for tensor in inputs)
+    statistics = 4 * prod(query.shape[:-1])
+    forward = Work(attention=Attention(*sizes, matmuls=2), matmul_bytes=read + output.nbytes + statistics, kernels=1)
+    # Backward reads everything and the output's gradient, and first computes rowsum(dO * O) in a kernel of its own.
+    backward = Work(
+        attention=Attention(*sizes, matmuls=5),
+        matmul_bytes=2 * read + 2 * output.nbytes + statistics,
+        nbytes=2 * output.nbytes + statistics,
+        kernels=3,
+    )
+    return forward, backward
+
+
+def _elementwise(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Reads each operand once; the gradient of each operand reads the output's gradient and one saved tensor."""
+    size = output.nbytes
+    moved = 0
+    kernels = 0
+    for tensor, grad in zip(inputs, grads, strict=True):
+        if grad:
+            moved += 3 * size + _reduced(tensor, output)
+            kernels += 1 + (tensor.elements != output.elements)
+    return Work(nbytes=sum(t.nbytes for t in inputs) + size, kernels=1), Work(nbytes=moved, kernels=kernels)
+
+
+def _sum_like(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Addition and subtraction: the gradient is handed on as it is, or summed where an operand was broadcast."""
+    back = [tensor for tensor, grad in zip(inputs, grads, strict=True) if grad and tensor.elements != output.elements]
+    return (
+        Work(nbytes=sum(t.nbytes for t in inputs) + output.nbytes, kernels=1),
+        Work(nbytes=sum(_reduced(tensor, output) for tensor in back), kernels=len(back)),
+    )
+
+
+def _reduced(tensor: LocalTensor, output: LocalTensor) -> int:
+    """Bytes of summing a gradient of the output's size down to a broadcast operand."""
+    return output.nbytes + tensor.nbytes if tensor.elements != output.elements else 0
+
+
+def _copy(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Reads everything, writes everything; so does its gradient."""
+    moved = Work(nbytes=sum(t.nbytes for t in inputs) + output.nbytes, kernels=1)
+    return moved, moved
+
+
+def _cat(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """The gradients are views of the output's gradient."""
+    return Work(nbytes=2 * output.nbytes, kernels=1), NOTHING
+
+
+def _view(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Moves nothing. A gradient is summed where a dim was expanded, and written into zeros where a part was taken."""
+    source = inputs[0]
+    if output.elements > source.elements:
+        return NOTHING, Work(nbytes=output.nbytes + source.nbytes, kernels=1)
+    if output.elements < source.elements:
+        return NOTHING, Work(nbytes=source.nbytes + 2 * output.nbytes, kernels=2)
+    return NOTHING, NOTHING
+
+
+def _reduction(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """The gradient of a sum is a broadcast view; others are read against their input."""
+    read = Work(nbytes=sum(t.nbytes for t in inputs) + output.nbytes, kernels=1)
+    if node.op in ("aten.sum", "aten.mean"):
+        return read, NOTHING
+    return read, Work(nbytes=2 * inputs[0].nbytes + output.nbytes, kernels=1)
+
+
+def _softmax(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    return (
+        Work(nbytes=inputs[0].nbytes + output.nbytes, kernels=1),
+        Work(nbytes=2 * output.nbytes + inputs[0].nbytes, kernels=1),
+    )
+
+
+def _norm(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Layer and RMS norm as one fused kernel each way, and one more for the gradients of weight and bias."""
+    size = output.nbytes
+    backward = (3 * size if grads[0] else 0) + (2 * size if any(grads[1:]) else 0)
+    return (
+        Work(nbytes=sum(t.nbytes for t in inputs) + size, kernels=1),
+        Work(nbytes=backward, kernels=int(grads[0]) + int(any(grads[1:]))),
+    )
+
+
+def _embedding(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Reads the rows looked up; the gradient clears a whole table and adds the rows into it."""
+    weight, ids = inputs[0], inputs[1]
+    return (
+        Work(nbytes=2 * output.nbytes + ids.nbytes, kernels=1),
+        Work(nbytes=weight.nbytes + 3 * output.nbytes + ids.nbytes, kernels=3),
+    )
+
+
+def _cross_entropy(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Logits widened to float32, log-softmax, loss; and the same backwards (`graph.ops.cross_entropy`)."""
+    logits = inputs[0]
+    wide = max(4, logits.bytes_per_element)
+    widened = logits.bytes_per_element != wide
+    cast = logits.elements * (logits.bytes_per_element + wide) if widened else 0
+    return (
+        Work(nbytes=cast + logits.elements * 2 * wide, kernels=2 + widened),
+        Work(nbytes=cast + logits.elements * 4 * wide, kernels=2 + widened),
+    )
+
+
+def _rotary(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Half negated (1 pass over x), concatenated (2), two products (4) and a sum (3); backward the same in reverse."""
+    tables = sum(tensor.nbytes for tensor in inputs[1:])
+    passes = Work(nbytes=10 * output.nbytes + tables, kernels=5)
+    return passes, passes
+
+
+def _dropout(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Reads, writes, and keeps a one-byte mask."""
+    moved = Work(nbytes=2 * output.nbytes + output.elements, kernels=1)
+    return moved, moved
+
+
+MATMULS = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum")
+VIEWS = (
+    *("view", "reshape", "unflatten", "flatten", "transpose", "permute", "t", "numpy_T", "movedim"),
+    *("unsqueeze", "squeeze", "expand", "expand_as", "slice", "select", "narrow", "split", "split_with_sizes"),
+    *("chunk", "unbind", "getitem", "diagonal", "alias", "detach", "lift_fresh_copy"),
+)
+REDUCTIONS = (
+    *("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "logsumexp", "norm", "argmax", "all", "any"),
+)
+COPIES = (
+    *("clone", "contiguous", "_to_copy", "to", "copy", "repeat", "repeat_interleave", "roll", "flip", "pad"),
+    "constant_pad_nd",
+)
+
+_FAMILIES: tuple[tuple[Counter, Sequence[str]], ...] = (
+    (_matmul, MATMULS),
+    (_view, VIEWS),
+    (_reduction, REDUCTIONS),
+    (_copy, COPIES),
+    (_sum_like, ("add", "sub", "rsub")),
+    (_softmax, ("softmax", "_softmax", "log_softmax", "_log_softmax")),
+    (_norm, ("layer_norm", "rms_norm", "native_layer_norm")),
+)
+
+_COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILIES for name in names} | {
+    ATTENTION: _attention,
+    "aten.cat": _cat,
+    "aten.embedding": _embedding,
+    "aten.dropout": _dropout,
+    "autopar.cast": _copy,
+    "autopar.rotary": _rotary,
+    "autopar.cross_entropy": _cross_entropy,
+}

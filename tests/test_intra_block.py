@@ -1,0 +1,169 @@
+"""The intra-block ILP against enumeration, and the traps a wrong formulation falls into."""
+
+import itertools
+import random
+
+import pytest
+
+from autopar.errors import AutoparError
+from autopar.solver.intra_block import solve
+from autopar.solver.problem import Choice, Op, Output, Problem, Source, path, price, shortest
+
+LAYOUTS = ("R", "P", "S0", "S1")
+
+
+def tree_seconds(direct, start, wanted):
+    """Cheapest conversions that make ``wanted`` from ``start``: every choice of a parent per layout is tried."""
+    others = [layout for layout in LAYOUTS if layout != start]
+    best = None
+    for parents in itertools.product((None, *LAYOUTS), repeat=len(others)):
+        edges = {child: parent for child, parent in zip(others, parents, strict=True) if parent is not None}
+        if any((parent, child) not in direct or parent == child for child, parent in edges.items()):
+            continue
+        held = {start}
+        while grown := {child for child, parent in edges.items() if parent in held and child not in held}:
+            held |= grown
+        if wanted <= held:
+            cost = sum(direct[parent, child] for child, parent in edges.items())
+            best = cost if best is None else min(best, cost)
+    return best
+
+
+def enumerate_best(problem, byte_price=0.0):
+    """The optimum by trying every strategy of every operator and every layout of every source."""
+    best = None
+    sources = {source.name: source for source in problem.sources}
+    leaving = [dict(zip(range(9), way, strict=False)) for way in itertools.product(*(o.layouts for o in problem.outputs))]
+    for layouts in itertools.product(*(source.layouts for source in problem.sources)):
+        arrival = dict(zip(sources, layouts, strict=True))
+        ties = {}
+        if any(s.tie and ties.setdefault(s.tie, arrival[s.name]) != arrival[s.name] for s in problem.sources):
+            continue
+        for combination in itertools.product(*(op.choices for op in problem.ops)):
+            total = sum(c.seconds + byte_price * c.bytes for c in combination)
+            for name, layout in arrival.items():
+                seconds, size = sources[name].layouts[layout]
+                total += seconds + byte_price * size
+            if best is not None and total >= best:
+                continue
+            for way in leaving:
+                if any(o.tie and ties.get(o.tie, way[i]) != way[i] for i, o in enumerate(problem.outputs)):
+                    continue
+                cost = conversion_seconds(problem, arrival, combination, way)
+                if cost is not None and (best is None or total + cost < best):
+                    best = total + cost
+    return best
+
+
+def conversion_seconds(problem, arrival, combination, leaving):
+    start = dict(arrival)
+    wanted = {}
+    for op, choice in zip(problem.ops, combination, strict=True):
+        start[op.name] = choice.output
+        for tensor, layout in zip(op.operands, choice.inputs, strict=True):
+            wanted.setdefault(tensor, set()).add(layout)
+    for index, output in enumerate(problem.outputs):
+        wanted.setdefault(output.tensor, set()).add(leaving[index])
+    costs = [tree_seconds(problem.conversions.get(t, {}), start[t], layouts) for t, layouts in wanted.items()]
+    return None if None in costs else sum(costs)
+
+
+def random_problem(seed, tied=False):
+    draw = random.Random(seed)
+
+    def conversions():
+        pairs = itertools.permutations(LAYOUTS, 2)
+        return {pair: draw.choice((0.0, 1.0, 2.0, 3.5, 8.0)) for pair in pairs if draw.random() < 0.75}
+
+    tie = "weight" if tied else ""
+    sources = [
+        Source("x", {"R": (0.0, 0.0)}),
+        Source("w", {"R": (0.0, 4.0), "S0": (0.5, 1.0)}, tie),
+        Source("v", {"R": (0.0, 4.0), "S0": (0.25, 1.0), "S1": (0.0, 1.0)} if not tied else
+               {"R": (0.0, 4.0), "S0": (0.0, 1.0)}, tie),
+    ]
+    names = [source.name for source in sources]
+    ops = []
+    for index in range(4):
+        operands = tuple(draw.choice(names[-4:]) for _ in range(draw.choice((1, 2, 2))))
+        choices = tuple(
+            Choice(str(k), tuple(draw.choice(LAYOUTS) for _ in operands), draw.choice(LAYOUTS), draw.uniform(0, 5), k)
+            for k in range(3)
+        )
+        ops.append(Op(f"o{index}", operands, choices))
+        names.append(f"o{index}")
+    outputs = (
+        Output(names[-1], ("R", "S0"), tie if draw.random() < 0.5 else ""),
+        Output(names[-2], (draw.choice(LAYOUTS),)),
+    )
+    return Problem(tuple(sources), tuple(ops), {name: conversions() for name in names}, outputs)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_agrees_with_enumeration(seed):
+    problem = random_problem(seed, tied=seed % 3 == 0)
+    byte_price = (0.0, 0.0, 0.7)[seed % 3]
+    best = enumerate_best(problem, byte_price)
+    if best is None:
+        with pytest.raises(AutoparError, match="no sharding of the block"):
+            solve(problem, byte_price)
+        return
+    answer = solve(problem, byte_price)
+    found = answer.seconds + byte_price * answer.bytes
+    assert answer.status == "optimal"
+    assert found == pytest.approx(best, rel=1e-7)
+    assert answer.bound <= best * (1 + 1e-12)
+    assert answer.bound == pytest.approx(best, rel=1e-6)
+    assert price(problem, answer) == (answer.seconds, answer.bytes)
+
+
+def test_two_conversions_cannot_justify_each_other():
+    """x arrives as P; both readers want what nothing makes cheaply: S0 and S1 convert into each other for nothing."""
+    problem = Problem(
+        sources=(Source("x", {"P": (0.0, 0.0)}),),
+        ops=(
+            Op("a", ("x",), (Choice("0", ("S0",), "R", 1.0),)),
+            Op("b", ("x",), (Choice("1", ("S1",), "R", 1.0),)),
+        ),
+        conversions={"x": {("S0", "S1"): 0.0, ("S1", "S0"): 0.0, ("P", "S0"): 10.0, ("P", "S1"): 11.0}},
+        outputs=(),
+    )
+    answer = solve(problem)
+    assert answer.seconds == pytest.approx(12.0)
+    assert answer.conversions == (("x", "P", "S0"), ("x", "S0", "S1"))
+    unreachable = Problem(
+        problem.sources, problem.ops, {"x": {("S0", "S1"): 0.0, ("S1", "S0"): 0.0}}, problem.outputs
+    )
+    with pytest.raises(AutoparError, match="INFEASIBLE"):
+        solve(unreachable)
+
+
+def test_a_conversion_is_paid_once_however_many_read_it():
+    readers = tuple(Op(name, ("x",), (Choice("n", ("R",), "S1", 1.0),)) for name in "qkv")
+    problem = Problem((Source("x", {"S0": (0.0, 0.0)}),), readers, {"x": {("S0", "R"): 5.0}}, ())
+    answer = solve(problem)
+    assert answer.seconds == pytest.approx(8.0)
+    assert answer.conversions == (("x", "S0", "R"),)
+
+
+def test_three_copies_in_a_chain():
+    """P -> S0 -> R -> S1 is cheapest when all three are read, though no copy is cheap from P."""
+    readers = tuple(Op(name, ("x",), (Choice("", (name,), "R", 0.0),)) for name in ("S0", "R", "S1"))
+    direct = {("P", "S0"): 4.0, ("S0", "R"): 4.0, ("R", "S1"): 0.1, ("P", "R"): 8.0, ("P", "S1"): 4.0}
+    answer = solve(Problem((Source("x", {"P": (0.0, 0.0)}),), readers, {"x": direct}, ()))
+    assert answer.seconds == pytest.approx(8.1)
+
+
+def test_a_path_of_conversions_is_spelt_out():
+    direct = {("S0", "R"): 1.0, ("R", "S1"): 1.0, ("S0", "S1"): 5.0}
+    best = shortest(direct)
+    assert best["S0", "S1"][0] == 2.0
+    assert path(best, "S0", "S1") == ["S0", "R", "S1"]
+    reader = Op("o", ("x",), (Choice("", ("S1",), "S1", 0.0),))
+    answer = solve(Problem((Source("x", {"S0": (0.0, 0.0)}),), (reader,), {"x": direct}, ()))
+    assert answer.conversions == (("x", "S0", "R"), ("x", "R", "S1"))
+
+
+def test_same_problem_same_answer():
+    problem = random_problem(7)
+    assert solve(problem).strategies == solve(problem).strategies

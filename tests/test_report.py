@@ -1,0 +1,88 @@
+"""What print(plan) and --json show."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from small_plan import small_plan
+
+from autopar.report.record import plan_record
+from autopar.report.units import gib, seconds_text
+
+KEYS = [
+    *("model", "cluster", "job", "mesh", "micro_batch", "schedule", "stages"),
+    *("step_time_s", "tokens_per_second", "mfu", "interval", "memory", "bound_s", "gap", "status"),
+    *("searched", "seconds"),
+]
+
+
+def test_text_says_the_decision_the_prediction_and_the_sharding():
+    text = str(small_plan())
+    assert text.startswith("tiny on 2x4:h100: 8 x NVIDIA H100")
+    for part in (
+        "16 sequences of 4,096 tokens",
+        "pp=2 x dp=2 x tp=2 (pp: pipeline stages; dp: data parallel; tp: tensor + sequence",
+        "ZeRO-3, recompute full for 2 of 4 blocks",
+        "700 ms (between 630 ms and 770 ms)",
+        "MFU 41.2%",
+        "compute 500 ms",
+        "gap 1.5%, feasible",
+        "12 meshes",
+        "linear  column  tp R -> S(2)",
+        "aten.foo has no rule",
+    ):
+        assert part in text
+
+
+def test_text_fits_in_100_columns():
+    assert max(map(len, str(small_plan("m" * 40)).splitlines())) <= 100
+
+
+def test_text_names_what_was_fixed_and_what_was_chosen():
+    lines = str(small_plan()).splitlines()
+    fixed = next(line for line in lines if line.startswith("fixed"))
+    chosen = next(line for line in lines if line.startswith("chosen"))
+    assert fixed.split() == ["fixed", "tp=2"]
+    assert "pp=2" in chosen
+    assert "zero=3" in chosen
+    assert "tp=2" not in chosen
+
+
+def test_a_search_without_fix_says_nothing_of_it():
+    text = str(replace(small_plan(), fixed={}))
+    assert "\nfixed" not in text
+    assert "\nchosen" not in text
+
+
+def test_equal_sharding_is_printed_once():
+    text = str(small_plan())
+    assert text.count("linear  column") == 1
+    assert "split as Layer, blocks 0-1" in text
+
+
+def test_memory_table_has_a_row_per_stage():
+    rows = [line.split() for line in str(small_plan()).splitlines() if line.strip().startswith(("0 ", "1 "))]
+    assert [row[-1] for row in rows] == ["10.8", "10.2"]
+
+
+def test_record_has_exactly_the_agreed_keys():
+    record = json.loads(json.dumps(plan_record(small_plan())))
+    assert list(record) == KEYS
+    assert record["mesh"] == {"pp": 2, "dp": 2, "tp": 2}
+    assert record["cluster"] == "2x4:h100"
+    assert record["job"]["seq_len"] == 4096
+    assert [stage["total"] for stage in record["memory"]] == [stage.total_bytes for stage in small_plan().stages]
+    assert [stage["blocks"] for stage in record["stages"]] == [[0, 2], [2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 s"), (9.414, "9.41 s"), (123.4, "123 s"), (0.0123, "12.3 ms"), (2.5e-5, "25.0 µs"), (12345.0, "12,345 s")],
+)
+def test_seconds_have_three_digits(value, text):
+    assert seconds_text(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (2**30, "1.0"), (2**28, "0.25"), (12.34 * 2**30, "12.3")])
+def test_gib(value, text):
+    assert gib(value) == text
