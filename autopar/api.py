@@ -20,6 +20,7 @@ from autopar.plan import Plan
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from autopar.codegen.verify import VerifyReport
     from autopar.graph.ir import ModelGraph
 
     Model = nn.Module | str
@@ -89,27 +90,28 @@ def emit(plan: Plan, model: Model, out: str | Path, inputs: Inputs = None, loss:
     write(plan, graph, out, _weights_of(model))
 
 
-def parallelize(model: Model, plan: Plan, inputs: Inputs = None, loss: Loss = None) -> nn.Module:
+def parallelize(model: Model, plan: Plan, inputs: Inputs = None, loss: Loss = None, seed: int = 0) -> nn.Module:
     """Under ``torchrun``: this rank's runnable module, from the same source that `emit` writes.
 
-    Raises BadInputError for another model or world size.
+    Parameters have the values of ``model``, or are drawn from ``seed`` where it holds none. Raises BadInputError for
+    another model or another number of processes than the plan's.
     """
     from autopar.codegen.parallelize import parallelize as build
 
-    _checked(plan, model, inputs, loss)
-    return build(model, plan)
+    return build(model, _plan(plan), inputs, loss, seed=seed)
 
 
-def verify(plan: Plan, model: Model, inputs: Inputs = None, loss: Loss = None) -> Any:
+def verify(plan: Plan, model: Model, inputs: Inputs = None, loss: Loss = None) -> VerifyReport:
     """Compare the plan's module with the single device, in this process: loss and every parameter gradient.
 
-    Returns the measured errors. Raises VerificationError where they are too large, BadInputError if the plan was made
-    for another model.
+    Returns the measured errors; a plan too large for this machine is verified on its shrunk twin, which the report
+    tells. Raises VerificationError where an error is too large, BadInputError if the plan was made for another model.
     """
     from autopar.codegen.verify import verify as compare
 
-    _checked(plan, model, inputs, loss)
-    return compare(plan, model, inputs)
+    if isinstance(model, str):
+        _checked(plan, model, inputs, loss)
+    return compare(_plan(plan), model, inputs, loss=loss)
 
 
 def _graph_of(model: Model, inputs: Inputs, loss: Loss) -> ModelGraph:
@@ -124,11 +126,15 @@ def _name_of(model: Model, graph: ModelGraph) -> str:
 
 def _checked(plan: Plan, model: Model, inputs: Inputs, loss: Loss) -> ModelGraph:
     """The model's graph, which must be the one the plan was made for."""
+    graph = _graph_of(model, inputs, loss)
+    _plan(plan).check_model(graph.fingerprint(), _name_of(model, graph))
+    return graph
+
+
+def _plan(plan: Plan) -> Plan:
     if not isinstance(plan, Plan):
         raise BadInputError(f"expected a Plan, not {type(plan).__name__}: load one with autopar.Plan.load(path)")
-    graph = _graph_of(model, inputs, loss)
-    plan.check_model(graph.fingerprint(), _name_of(model, graph))
-    return graph
+    return plan
 
 
 def _weights_of(model: Model) -> dict[str, Tensor] | None:

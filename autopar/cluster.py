@@ -16,6 +16,7 @@ from typing import Any
 from autopar.errors import BadInputError
 
 BACKENDS = ("cuda", "cpu")
+LINK_FIGURES = ("bandwidth", "latency_s", "efficiency", "shared_by")
 FORM = 'NODESxDEVICES_PER_NODE:DEVICE, such as "8x8:h100" (one node of 4 CPU ranks: "1x4:cpu")'
 
 
@@ -33,16 +34,17 @@ class Link:
 
     ``bandwidth``: bytes/s per direction of one port. ``shared_by``: devices that share one port (8 devices on 4
     network cards: 2). ``efficiency``: the fraction of ``bandwidth`` that large messages reach. ``latency_s``: seconds
-    one step of a collective takes however small its message.
+    one step of a collective takes however small its message. ``sources``: where each figure is from, by name.
     """
 
     bandwidth: float
     latency_s: float
     efficiency: float = 1.0
     shared_by: float = 1.0
+    sources: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _check_positive("link", {f.name: getattr(self, f.name) for f in fields(self)}, zero=("latency_s",))
+        _check_positive("link", {name: getattr(self, name) for name in LINK_FIGURES}, zero=("latency_s",))
         if self.efficiency > 1:
             raise BadInputError(f"link: efficiency must be at most 1, not {self.efficiency!r}")
 
@@ -62,12 +64,13 @@ class Device:
     * ``backend``: torch's device type, "cuda" or "cpu"; collectives run on NCCL or gloo accordingly.
     * ``memory_bytes``: what the driver reports in total; ``reserve_bytes``: of these, what no tensor can use.
     * ``peak_flops``: dense FLOP/s by dtype ("bf16", "fp32", ...); ``memory_bandwidth``: bytes/s.
+    * ``cache_bytes``, ``cache_bandwidth``: an operator's first bytes, so many, move at the cache's bytes/s; 0 and 0
+      where a cache is not modelled.
     * ``processors``: units that work on one tile each at a time (SMs); 1 where work is not cut in tiles.
     * ``matmul_efficiency``, ``attention_efficiency``: fraction of the peak reached by large matmuls and by fused
       attention; ``memory_efficiency``: fraction of the bandwidth reached by large streaming operators.
     * ``launch_s``: seconds each operator costs however small it is.
     * ``collective_s``: seconds each collective costs before its first byte moves.
-    * ``intra_node``, ``inter_node``: the links of the usual node of these devices.
     * ``sources``: where each figure is from, by name. ``origin``: "catalog" or "measured".
     """
 
@@ -78,14 +81,14 @@ class Device:
     reserve_bytes: int
     peak_flops: dict[str, float] = field(hash=False)
     memory_bandwidth: float
+    cache_bytes: int
+    cache_bandwidth: float
     processors: int
     matmul_efficiency: float
     attention_efficiency: float
     memory_efficiency: float
     launch_s: float
     collective_s: float
-    intra_node: Link
-    inter_node: Link
     origin: str = "catalog"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
 
@@ -93,15 +96,20 @@ class Device:
         owner = f"device {self.name!r}"
         if self.backend not in BACKENDS:
             raise BadInputError(f"{owner}: unknown backend {self.backend!r}; one of {', '.join(BACKENDS)}")
-        texts = ("name", "title", "backend", "peak_flops", "intra_node", "inter_node", "origin", "sources")
+        texts = ("name", "title", "backend", "peak_flops", "origin", "sources")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in texts}
-        _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes"))
+        cache = ("cache_bytes", "cache_bandwidth")
+        _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", *cache))
         if not self.peak_flops:
             raise BadInputError(f"{owner}: peak_flops is empty; give the dense FLOP/s of at least one dtype")
         _check_positive(owner, {f"peak_flops.{dtype}": value for dtype, value in self.peak_flops.items()})
         for name in ("matmul_efficiency", "attention_efficiency", "memory_efficiency"):
             if getattr(self, name) > 1:
                 raise BadInputError(f"{owner}: {name} must be at most 1, not {getattr(self, name)!r}")
+        if self.cache_bytes and self.cache_bandwidth < self.memory_bandwidth:
+            raise BadInputError(
+                f"{owner}: cache_bandwidth is below memory_bandwidth; set cache_bytes to 0 to ignore it"
+            )
         if self.reserve_bytes >= self.memory_bytes:
             raise BadInputError(
                 f"{owner}: memory_bytes {self.memory_bytes:,} leaves nothing above the {self.reserve_bytes:,} bytes "
@@ -118,23 +126,23 @@ class Device:
         return self.peak_flops[dtype]
 
     def to_json(self) -> dict[str, Any]:
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**data, "intra_node": self.intra_node.to_json(), "inter_node": self.inter_node.to_json()}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Device:
         """Inverse of `to_json`. Raises KeyError or TypeError for missing or unknown fields."""
-        links = {name: Link(**data[name]) for name in ("intra_node", "inter_node")}
-        return Device(**{**data, "peak_flops": dict(data["peak_flops"]), "sources": dict(data["sources"]), **links})
+        return Device(**{**data, "peak_flops": dict(data["peak_flops"]), "sources": dict(data["sources"])})
 
 
 @dataclass(frozen=True, slots=True)
 class NodeGroup:
-    """``nodes`` equal nodes with ``devices_per_node`` devices each."""
+    """``nodes`` equal nodes with ``devices_per_node`` devices each, and the links inside and between them."""
 
     device: Device
     nodes: int
     devices_per_node: int
+    intra_node: Link
+    inter_node: Link
 
     def __post_init__(self) -> None:
         for name in ("nodes", "devices_per_node"):
@@ -144,6 +152,16 @@ class NodeGroup:
 
     def __str__(self) -> str:
         return f"{self.nodes}x{self.devices_per_node}:{self.device.name}"
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return data | {name: data[name].to_json() for name in ("device", "intra_node", "inter_node")}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> NodeGroup:
+        """Inverse of `to_json`. Raises KeyError or TypeError for missing or unknown fields."""
+        links = {name: Link(**data[name]) for name in ("intra_node", "inter_node")}
+        return NodeGroup(**{**data, "device": Device.from_json(data["device"]), **links})
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +183,9 @@ class Cluster:
                     f"cluster: mixes devices {first.device.name!r} and {other.device.name!r}; plans are made for one "
                     "device: leave all but one out, or plan each part by itself"
                 )
-            for name in ("devices_per_node", "device"):
+            for name in ("devices_per_node", "device", "intra_node", "inter_node"):
                 if getattr(other, name) != getattr(first, name):
-                    what = "figures of the device or its links" if name == "device" else name
+                    what = "figures of the device" if name == "device" else name
                     raise BadInputError(
                         f"cluster: node groups {first} and {other} differ in {what}; plans are made for equal nodes: "
                         "use the figures of the slowest for all"
@@ -192,31 +210,23 @@ class Cluster:
 
     @property
     def intra_node(self) -> Link:
-        return self.device.intra_node
+        return self.groups[0].intra_node
 
     @property
     def inter_node(self) -> Link:
-        return self.device.inter_node
+        return self.groups[0].inter_node
 
     def __str__(self) -> str:
         return f"{self.nodes}x{self.devices_per_node}:{self.device.name}"
 
     def to_json(self) -> dict[str, Any]:
         """The cluster as plain JSON values, device figures included; `from_json` reads it back equal."""
-        groups = [
-            {"device": g.device.to_json(), "nodes": g.nodes, "devices_per_node": g.devices_per_node}
-            for g in self.groups
-        ]
-        return {"groups": groups}
+        return {"groups": [group.to_json() for group in self.groups]}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Cluster:
         """Inverse of `to_json`. Raises BadInputError, KeyError or TypeError when fields are wrong or missing."""
-        groups = (
-            NodeGroup(Device.from_json(group["device"]), group["nodes"], group["devices_per_node"])
-            for group in data["groups"]
-        )
-        return Cluster(tuple(groups))
+        return Cluster(tuple(NodeGroup.from_json(group) for group in data["groups"]))
 
     @staticmethod
     def parse(text: str) -> Cluster:
@@ -224,7 +234,7 @@ class Cluster:
 
         Raises BadInputError for another form, a count that is not positive, or a device the catalog lacks.
         """
-        from autopar.catalog.devices_file import load_device
+        from autopar.catalog.devices_file import load_group
 
         groups = []
         for part in str(text).split("+"):
@@ -238,7 +248,7 @@ class Cluster:
                 raise BadInputError(
                     f"cluster {str(text)!r}: {nodes} nodes of {devices_per_node} devices; both must be at least 1"
                 )
-            groups.append(NodeGroup(load_device(match[3], devices_per_node), nodes, devices_per_node))
+            groups.append(load_group(match[3], nodes, devices_per_node))
         return Cluster(_merged(groups))
 
     @staticmethod
@@ -259,10 +269,8 @@ class Cluster:
 
     def with_links(self, intra_node: Link | None = None, inter_node: Link | None = None) -> Cluster:
         """The same nodes with other links."""
-        device = replace(
-            self.device, intra_node=intra_node or self.intra_node, inter_node=inter_node or self.inter_node
-        )
-        return Cluster(tuple(replace(group, device=device) for group in self.groups))
+        intra, inter = intra_node or self.intra_node, inter_node or self.inter_node
+        return Cluster(tuple(replace(group, intra_node=intra, inter_node=inter) for group in self.groups))
 
 
 def _merged(groups: list[NodeGroup]) -> tuple[NodeGroup, ...]:
@@ -270,7 +278,7 @@ def _merged(groups: list[NodeGroup]) -> tuple[NodeGroup, ...]:
     merged: list[NodeGroup] = []
     for group in groups:
         last = merged[-1] if merged else None
-        if last and (last.device, last.devices_per_node) == (group.device, group.devices_per_node):
+        if last and replace(last, nodes=1) == replace(group, nodes=1):
             merged[-1] = replace(last, nodes=last.nodes + group.nodes)
         else:
             merged.append(group)

@@ -229,7 +229,17 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.tril": [(_X,), (_X, 1)],
     "aten.triu": [(_X, -1)],
     "aten.view": [(_X, (4, 8, 4, 4)), (_X, (32, 16)), (_X, (4, 128)), (_t(4, 6), (3, 8)), (_t(8, 1, 12), (8, 12))],
-    "aten.reshape": [(_X, (4, 4, 32)), (_t(12, 8), (8, 12)), (_t(24,), (4, 6)), (_t(4, 9, 4), (6, 6, 4))],
+    "aten.reshape": [
+        (_X, (4, 4, 32)),
+        (_t(12, 8), (8, 12)),
+        (
+            _t(
+                24,
+            ),
+            (4, 6),
+        ),
+        (_t(4, 9, 4), (6, 6, 4)),
+    ],
     "aten._unsafe_view": [(_X, (4, 8, 2, 8))],
     "aten.flatten": [(_X, 0, 1), (_X, 1, 2)],
     "aten.unflatten": [(_X, 2, (4, 4)), (_X, 2, (4, -1)), (_X, 0, (2, 2))],
@@ -294,7 +304,11 @@ _CALLS |= {
 }
 _CALLS |= {f"aten.bitwise_{side}_shift": [(_index(9, 4, 8), _index(3, 8))] for side in ("left", "right")}
 _GQA = [
-    Example("aten.scaled_dot_product_attention", (_t(2, 8, 8, 4), _t(2, kv, 8, 4), _t(2, kv, 8, 4), None, 0.0, causal), {"enable_gqa": True})
+    Example(
+        "aten.scaled_dot_product_attention",
+        (_t(2, 8, 8, 4), _t(2, kv, 8, 4), _t(2, kv, 8, 4), None, 0.0, causal),
+        {"enable_gqa": True},
+    )
     for kv, causal in ((4, True), (2, False), (1, True))
 ]
 

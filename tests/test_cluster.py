@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from autopar.catalog.devices_file import FOLDER, device_names, figures_of, load_device, read_device
-from autopar.cluster import Cluster, Device, Link, NodeGroup
+from autopar.catalog.devices_file import FOLDER, device_names, figures_of, load_group, read_device
+from autopar.cluster import LINK_FIGURES, Cluster, Device, Link
 from autopar.errors import BadInputError
 
 CATALOG = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -82,8 +83,8 @@ def test_file_overrides(tmp_path):
     assert cluster.inter_node.device_bandwidth == pytest.approx(25e9 * plain.inter_node.efficiency / 2)
     assert cluster.inter_node.latency_s == plain.inter_node.latency_s
     assert cluster.intra_node == plain.intra_node
-    assert cluster.device.sources["inter_node.bandwidth"] == "cluster file mine.toml"
-    assert cluster.device.sources["inter_node.latency_s"] == plain.device.sources["inter_node.latency_s"]
+    assert cluster.inter_node.sources["bandwidth"] == cluster.device.sources["memory_bytes"] == "cluster file mine.toml"
+    assert cluster.inter_node.sources["latency_s"] == plain.inter_node.sources["latency_s"]
 
 
 def test_file_formats_agree(tmp_path):
@@ -92,8 +93,11 @@ def test_file_formats_agree(tmp_path):
         "device: h100\nnodes: 2\ndevices_per_node: 4\nmemory_bytes: 60e9\ninter_node: {bandwidth: 25e9, shared_by: 2}\n"
     )
     one, two = (Cluster.load(tmp_path / name) for name in ("c.toml", "c.yaml"))
-    assert one.device.inter_node == two.device.inter_node
+    assert one.inter_node.device_bandwidth == two.inter_node.device_bandwidth
     assert one.device.memory_bytes == two.device.memory_bytes
+
+
+OWN = json.dumps({"device": load_group("h100", 1, 8).device.to_json(), "nodes": 1, "devices_per_node": 2})
 
 
 @pytest.mark.parametrize(
@@ -112,6 +116,9 @@ def test_file_formats_agree(tmp_path):
         ("a.json", "{", ["a.json", "JSON"]),
         ("a.json", "[]", ["a.json", "devices_per_node"]),
         ("a.json", '{"groups": []}', ["a.json", "no nodes"]),
+        ("a.json", OWN, ["a.json", "'intra_node.bandwidth' is missing"]),
+        ("a.json", OWN.replace('"backend"', '"bakend"'), ["a.json", "unknown key 'device.bakend'", "backend"]),
+        ("a.json", OWN.replace('"cuda"', '"tpu"'), ["a.json", "unknown backend 'tpu'"]),
         ("a.ini", "x", ["a.ini", ".toml, .yaml or .json"]),
     ],
 )
@@ -131,26 +138,27 @@ def test_missing_file(tmp_path):
 
 
 def test_groups_must_be_alike():
-    device = load_device("h100", 8)
+    nodes = load_group("h100", 1, 8)
     with pytest.raises(BadInputError, match="nodes must be a positive integer, not 0"):
-        NodeGroup(device, 0, 8)
+        replace(nodes, nodes=0)
     with pytest.raises(BadInputError, match="no nodes"):
         Cluster(())
-    slower = Cluster.parse("1x8:h100").with_links(inter_node=Link(1e9, 0.0)).groups[0]
-    with pytest.raises(BadInputError, match="figures of the device"):
-        Cluster((NodeGroup(device, 1, 8), slower))
+    with pytest.raises(BadInputError, match="differ in inter_node"):
+        Cluster((nodes, replace(nodes, inter_node=Link(1e9, 0.0))))
+    with pytest.raises(BadInputError, match="differ in figures of the device"):
+        Cluster((nodes, replace(nodes, device=replace(nodes.device, launch_s=1e-6))))
 
 
 @pytest.mark.parametrize("field", ["memory_bandwidth", "processors", "matmul_efficiency"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "7", True])
 def test_device_figures_are_positive(field, value):
-    data = load_device("h100", 8).to_json()
+    data = load_group("h100", 1, 8).device.to_json()
     with pytest.raises(BadInputError, match=f"h100.*{field}"):
         Device.from_json({**data, field: value})
 
 
 def test_peak_names_dtypes():
-    device = load_device("h100", 8)
+    device = load_group("h100", 1, 8).device
     assert device.peak("bf16") == pytest.approx(989.4e12)
     with pytest.raises(BadInputError, match=r"h100.*fp64.*bf16"):
         device.peak("fp64")
@@ -158,9 +166,11 @@ def test_peak_names_dtypes():
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_figure_has_a_source(name):
-    device = load_device(name, 8)
+    nodes = load_group(name, 1, 8)
     figures = figures_of(contents(name))
-    assert set(figures) == set(device.sources)
+    links = {f"{tier}.{key}" for tier in ("intra_node", "inter_node") for key in getattr(nodes, tier).sources}
+    assert set(figures) == {*nodes.device.sources, *links}
+    assert all(f"{tier}.{key}" in links for tier in ("intra_node", "inter_node") for key in LINK_FIGURES)
     for field in Device.__dataclass_fields__:
         if field in ("name", "title", "backend", "origin", "sources"):
             continue

@@ -1,10 +1,11 @@
 """Collective costs: order, limits, hierarchy and consistency."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from autopar.cluster import Cluster, Link, NodeGroup
+from autopar.cluster import Cluster, Link
 from autopar.solver.collective_costs import KINDS, CollectiveCosts, Placement
 
 SIZES = [10**k for k in range(3, 11)]
@@ -117,11 +118,9 @@ def test_nothing_to_do_is_free(costs):
 
 
 def test_gloo_reduce_scatter_costs_an_all_reduce():
-    from dataclasses import replace
-
     cluster = Cluster.parse("1x8:h100")
-    device = replace(cluster.device, backend="cpu")
-    costs = CollectiveCosts(Cluster((NodeGroup(device, 1, 8),)))
+    (nodes,) = cluster.groups
+    costs = CollectiveCosts(Cluster((replace(nodes, device=replace(nodes.device, backend="cpu")),)))
     for nbytes in (10, 10**8):
         assert costs.seconds("reduce_scatter", nbytes, 4, 1) == costs.seconds("all_reduce", nbytes, 4, 1)
     assert costs.seconds("reduce_scatter", 10**8, 4, 1) > 1.9 * costs.seconds("all_gather", 10**8, 4, 1)

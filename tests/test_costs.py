@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from autopar.catalog.devices_file import load_device
+from autopar.catalog.devices_file import load_group
 from autopar.errors import BadInputError
 from autopar.graph.ir import Node, Ref, TensorMeta
 from autopar.graph.ops import callable_of
@@ -31,7 +31,7 @@ def local(*shape, width=2):
 
 @pytest.fixture(scope="module")
 def costs():
-    return OpCosts(load_device("h100", 8), JOB)
+    return OpCosts(load_group("h100", 1, 8).device, JOB)
 
 
 def counted(function, tensors):
@@ -207,7 +207,7 @@ def test_cross_entropy_and_embedding_count_the_vocabulary(costs):
 @pytest.mark.parametrize("device", ["h100", "a100-80g"])
 def test_a_llama_layer_runs_at_a_plausible_mfu(device):
     """One Llama-3-8B layer, sequence 8192: the matmuls and attention alone, at what users report for dense training."""
-    costs = OpCosts(load_device(device, 8), Job(8, 8192))
+    costs = OpCosts(load_group(device, 1, 8).device, Job(8, 8192))
     tokens, hidden = 8192, 4096
     total = work_done = 0.0
     for n, k in (

@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from hand_plans import gpt2, graph_of, llama, megatron, whole
 from small_plan import small_plan
 
 from autopar.report.record import plan_record
 from autopar.report.units import gib, seconds_text
+from autopar.report.words import describe
 
 KEYS = [
     *("model", "cluster", "job", "mesh", "micro_batch", "schedule", "stages"),
@@ -86,3 +88,35 @@ def test_seconds_have_three_digits(value, text):
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (2**30, "1.0"), (2**28, "0.25"), (12.34 * 2**30, "12.3")])
 def test_gib(value, text):
     assert gib(value) == text
+
+
+@pytest.fixture(scope="module")
+def traced():
+    return graph_of(llama())
+
+
+def test_axis_names_are_derived_from_the_choices(traced):
+    sequence = describe(traced, megatron(traced, tp=2, sequence=True))
+    assert sequence["tp"] == ("tensor parallel", "sequence parallel", "vocabulary parallel")
+    assert describe(traced, megatron(traced, tp=2, sequence=False))["tp"] == ("tensor parallel", "vocabulary parallel")
+    assert set(describe(traced, whole(traced))) == set(traced.kinds)
+
+
+def test_sharding_in_words(traced):
+    lines = describe(traced, megatron(traced, tp=2, sequence=True))["LlamaDecoderLayer"]
+    told = [" ".join(line.split()) for line in lines]
+    assert "self_attn.q_proj column tp R -> S(2) weight S(0)" in told
+    assert "attention heads tp S(1) -> S(1)" in told
+    assert "mlp.down_proj row tp S(2) -> P weight S(1)" in told
+    assert "input_layernorm sequence tp S(1) -> S(1) weight I as R" in told
+    assert "collectives forward: 2 tp all-gather, 2 tp reduce-scatter" in told
+    assert "collectives backward: 2 tp all-gather, 2 tp all-reduce, 2 tp reduce-scatter" in told
+
+
+def test_transposed_and_fused_weights_in_words():
+    graph = graph_of(gpt2())
+    lines = describe(graph, megatron(graph, tp=2, sequence=False))["GPT2Block"]
+    told = [" ".join(line.split()) for line in lines]
+    assert "mlp.c_fc column tp R -> S(2) weight S(1), bias S(0)" in told
+    assert "mlp.c_proj row tp S(2) -> P weight S(0), bias I as P" in told
+    assert "attn.c_attn column tp R -> S(2, 3) weight I as S(0, 3), bias I as S(0, 3)" in told

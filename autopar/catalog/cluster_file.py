@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
-from autopar.catalog.devices_file import LINKS, load_device
+from autopar.catalog.devices_file import LINKS, load_group
 from autopar.cluster import Cluster, Device, Link, NodeGroup
 from autopar.errors import BadInputError
 
@@ -52,15 +52,7 @@ class LinkFile(_Model):
     latency_s: float | None = None
     efficiency: float | None = None
     shared_by: float | None = None
-
-
-class WholeLink(_Model):
-    """Every figure of a link."""
-
-    bandwidth: float
-    latency_s: float
-    efficiency: float
-    shared_by: float
+    sources: dict[str, str] | None = None
 
 
 class DeviceFile(_Model):
@@ -73,14 +65,14 @@ class DeviceFile(_Model):
     reserve_bytes: int
     peak_flops: dict[str, float]
     memory_bandwidth: float
+    cache_bytes: int
+    cache_bandwidth: float
     processors: int
     matmul_efficiency: float
     attention_efficiency: float
     memory_efficiency: float
     launch_s: float
     collective_s: float
-    intra_node: WholeLink
-    inter_node: WholeLink
     origin: str
     sources: dict[str, str]
 
@@ -162,8 +154,9 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 def _first_problem(error: ValidationError) -> str:
     """The first thing pydantic found, naming the key and, for an unknown one, those that are known."""
-    problems = error.errors()
-    first = next((problem for problem in problems if "str" not in problem["loc"]), problems[0])
+    # A device may be a name or a table, and pydantic tells what is wrong with it as either; a table is meant if it is one.
+    problems = [problem for problem in error.errors() if "str" not in problem["loc"]] or error.errors()
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     places = [str(part) for part in first["loc"] if part not in ("str", "DeviceFile")]
     key = ".".join(places)
     if first["type"] == "extra_forbidden":
@@ -183,30 +176,31 @@ def _known(places: list[str]) -> list[str]:
 
 
 def _group(group: GroupFile, path: Path) -> NodeGroup:
+    told = f"cluster file {path.name}"
+    figures = {name: getattr(group, name).model_dump(exclude_none=True) for name in LINKS if getattr(group, name)}
     if isinstance(group.device, str):
-        device = load_device(group.device, group.devices_per_node)
+        nodes = load_group(group.device, group.nodes, group.devices_per_node)
+        intra, inter = (_changed(getattr(nodes, name), figures.get(name, {}), told) for name in LINKS)
+        nodes = replace(nodes, intra_node=intra, inter_node=inter)
     else:
-        figures = group.device.model_dump()
-        device = Device.from_json(figures)
-    changes: dict[str, Any] = {}
-    for name in ("memory_bytes", "reserve_bytes"):
-        if getattr(group, name) is not None:
-            changes[name] = getattr(group, name)
-    told = list(changes)
-    for name in LINKS:
-        link: LinkFile | None = getattr(group, name)
-        if link is not None:
-            figures = link.model_dump(exclude_none=True)
-            told += [f"{name}.{figure}" for figure in figures]
-            changes[name] = _changed(getattr(device, name), figures)
-    if changes:
-        changes["sources"] = {**device.sources, **dict.fromkeys(told, f"cluster file {path.name}")}
-        device = replace(device, **changes)
-    return NodeGroup(device, group.nodes, group.devices_per_node)
+        device = Device.from_json(group.device.model_dump())
+        for name in LINKS:
+            for figure in ("bandwidth", "latency_s"):
+                if figure not in figures.get(name, {}):
+                    raise BadInputError(f"key '{name}.{figure}' is missing; a device of your own has no usual links")
+        intra, inter = (Link(**figures[name]) for name in LINKS)
+        nodes = NodeGroup(device, group.nodes, group.devices_per_node, intra, inter)
+    given = {name: getattr(group, name) for name in ("memory_bytes", "reserve_bytes")}
+    memory = {name: value for name, value in given.items() if value is not None}
+    if memory:
+        sources = {**nodes.device.sources, **dict.fromkeys(memory, told)}
+        nodes = replace(nodes, device=replace(nodes.device, **memory, sources=sources))
+    return nodes
 
 
-def _changed(link: Link, figures: dict[str, float]) -> Link:
-    return replace(link, **figures)
+def _changed(link: Link, figures: dict[str, Any], told: str) -> Link:
+    sources = {**link.sources, **dict.fromkeys(figures, told), **figures.get("sources", {})}
+    return replace(link, **{**figures, "sources": sources}) if figures else link
 
 
 def _toml(data: Mapping[str, Any], prefix: str = "") -> list[str]:

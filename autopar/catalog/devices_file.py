@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from autopar.cluster import Device, Link
+from autopar.cluster import Device, Link, NodeGroup
 from autopar.errors import BadInputError
 
 FOLDER = Path(__file__).parent / "devices"
 LINKS = ("intra_node", "inter_node")
 TEXTS = ("title", "backend")
-INTEGERS = ("memory_bytes", "reserve_bytes", "processors")
+Value = TypeVar("Value")
+INTEGERS = ("memory_bytes", "reserve_bytes", "cache_bytes", "processors")
 
 
 def device_names() -> tuple[str, ...]:
@@ -26,22 +27,23 @@ def device_names() -> tuple[str, ...]:
     return tuple(sorted([path.stem for path in FOLDER.glob("*.yaml")] + ["cpu"]))
 
 
-def load_device(name: str, devices_per_node: int) -> Device:
-    """The device called ``name``; for "cpu", this machine with ``devices_per_node`` ranks sharing it.
-
-    Raises BadInputError for an unknown name, listing the known ones.
+def load_group(name: str, nodes: int, devices_per_node: int) -> NodeGroup:
+    """Nodes of the device called ``name`` with its usual links; "cpu": this machine, shared by ``devices_per_node``
+    ranks. Raises BadInputError for an unknown name, listing the known ones.
     """
     if name == "cpu":
-        from autopar.profiler.cpu import cpu_device
+        from autopar.profiler.cpu import cpu_node
 
-        return cpu_device(devices_per_node)
+        device, link = cpu_node(devices_per_node)
+        return NodeGroup(device, nodes, devices_per_node, link, link)
     if name not in device_names():
         raise BadInputError(f"unknown device {name!r}; the catalog has {', '.join(device_names())}")
-    return _from_catalog(name)
+    device, intra_node, inter_node = _from_catalog(name)
+    return NodeGroup(device, nodes, devices_per_node, intra_node, inter_node)
 
 
 @cache
-def _from_catalog(name: str) -> Device:
+def _from_catalog(name: str) -> tuple[Device, Link, Link]:
     return read_device(name, yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
 
 
@@ -56,8 +58,11 @@ def figures_of(data: dict[str, Any], prefix: str = "") -> dict[str, dict[str, An
     return found
 
 
-def read_device(name: str, data: dict[str, Any]) -> Device:
-    """A device from the contents of its file. Raises BadInputError naming a figure without source or out of range."""
+def read_device(name: str, data: dict[str, Any]) -> tuple[Device, Link, Link]:
+    """A device and the links inside and between its usual nodes, from the contents of its file.
+
+    Raises BadInputError naming a figure without source or out of range.
+    """
     figures = figures_of(data)
     values: dict[str, float] = {}
     for key, figure in figures.items():
@@ -71,16 +76,18 @@ def read_device(name: str, data: dict[str, Any]) -> Device:
             raise BadInputError(f"{place}: no source; every figure says where it is from")
         if not figure.get("low", value) <= value <= figure.get("high", value):
             raise BadInputError(f"{place}: {value} is outside its plausible range {figure['low']} to {figure['high']}")
-        values[key] = value
+        values[key] = float(value)
+    sources = {key: figure["source"] for key, figure in figures.items()}
     fields: dict[str, Any] = {text: data[text] for text in TEXTS}
     fields["peak_flops"] = _part(values, "peak_flops")
-    for link in LINKS:
-        fields[link] = Link(**_part(values, link))
     for key, value in values.items():
         if "." not in key:
-            fields[key] = int(value) if key in INTEGERS else float(value)
-    return Device(name=name, sources={key: figure["source"] for key, figure in figures.items()}, **fields)
+            fields[key] = int(value) if key in INTEGERS else value
+    own = {key: source for key, source in sources.items() if key.partition(".")[0] not in LINKS}
+    intra, inter = (Link(**_part(values, link), sources=_part(sources, link)) for link in LINKS)
+    return Device(name=name, sources=own, **fields), intra, inter
 
 
-def _part(values: dict[str, float], prefix: str) -> dict[str, float]:
-    return {key.split(".", 1)[1]: float(v) for key, v in values.items() if key.startswith(prefix + ".")}
+def _part(values: dict[str, Value], prefix: str) -> dict[str, Value]:
+    """The entries under ``prefix.``, by the rest of their name."""
+    return {key.split(".", 1)[1]: value for key, value in values.items() if key.startswith(prefix + ".")}

@@ -25,8 +25,8 @@ def buffer_expr(name: str, meta: TensorMeta, values: tuple[float, ...] | None, d
         size = 2 * len(values)
         steps: Expr = Call("torch.arange", (literal(0), literal(size), literal(2), ("device", Value("device"))))
         exponent = Binary("/", Method(steps, "float"), literal(size))
-        formula: Expr = Binary("/", literal(1.0), Binary("**", literal(theta), exponent))
-        return Method(formula, "double") if double else formula
+        # In float32 also for a float64 job: the numbers are the model's own.
+        return Binary("/", literal(1.0), Binary("**", literal(theta), exponent))
     if len(values) > _MOST_LITERAL:
         raise UnsupportedError(
             f"buffer {name} of {len(values)} values has no formula that autopar knows; compute it in forward, or make it "

@@ -58,12 +58,9 @@ def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[s
     from autopar.codegen.emit_module import module_source
 
     (folder / "module.py").write_text(module_source(plan, graph))
-    shutil.copyfile(RUNTIME / "collectives.py", folder / "collectives.py")
-    runtime = folder / "runtime"
-    runtime.mkdir()
+    (folder / "runtime").mkdir()
     for source in sorted(RUNTIME.glob("*.py")):
-        if source.name != "collectives.py":
-            shutil.copyfile(source, runtime / source.name)
+        shutil.copyfile(source, folder / "runtime" / source.name)
 
     templates = Environment(
         loader=PackageLoader("autopar.codegen"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
@@ -103,9 +100,12 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
     stages = []
     for index, stage in enumerate(plan.stages):
         first, last = stage.runs[0].start, stage.runs[-1].stop - 1
-        recomputed = [
-            (run.start, run.stop - 1) for run in stage.runs if plan.candidates[run.candidate].recompute != "none"
-        ]
+        recomputed: list[tuple[int, int]] = []
+        for run in stage.runs:
+            if plan.candidates[run.candidate].recompute != "none":
+                joins = bool(recomputed) and recomputed[-1][1] + 1 == run.start
+                start = recomputed.pop()[0] if joins else run.start
+                recomputed.append((start, run.stop - 1))
         stages.append(
             {
                 "index": index,

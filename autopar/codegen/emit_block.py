@@ -59,7 +59,8 @@ class Setting:
 @dataclass(slots=True)
 class Body:
     """Writes one graph. ``arguments``: input node name to argument name; ``weights``: parameter and buffer node name
-    to the expression that is its local tensor; ``decision`` None: nothing is split."""
+    to the expression that is its local tensor; ``decision`` None: nothing is split. ``stored``: layouts of weights that
+    are not stored as the decision wants them (tied ones). ``names``: what to call the values of some nodes."""
 
     graph: OpGraph
     decision: BlockDecision | None
@@ -69,12 +70,15 @@ class Body:
     axis_text: str = "self.{}"
     extra: Mapping[str, str] = field(default_factory=dict)
     reserved: frozenset[str] = frozenset()
+    stored: dict[str, Layout] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     _steps: list[Step] = field(default_factory=list)
     _held: dict[str, list[tuple[Layout, str]]] = field(default_factory=dict)
     _hints: dict[str, str] = field(default_factory=dict)
 
     def program(self) -> Program:
         """The statements. Raises UnsupportedError for what cannot be written."""
+        self.names |= _attention_names(self.graph)
         for node in self.graph.nodes.values():
             if node.kind == "input":
                 self._add_input(node)
@@ -96,9 +100,14 @@ class Body:
 
     def _add_weight(self, node: Node) -> None:
         key = f"weight {node.name}"
-        self._hints[key] = "_".join(node.target.split(".")[-2:])
-        self._steps.append(Step(key, self.weights[node.name], self._hints[key], "weight"))
-        self._held[node.name] = [(self._arrives(node.name), key)]
+        self._hints[key] = node.target.rpartition(".")[2]
+        group = "weight" if node.kind == "parameter" else "operator"
+        self._steps.append(Step(key, self.weights[node.name], self._hints[key], group))
+        stored, wanted = self.stored.get(node.name), self._arrives(node.name)
+        if stored is not None:
+            for axis, step in path(stored, wanted, node.meta.requires_grad):
+                key = self._convert(node, key, axis, step)
+        self._held[node.name] = [(wanted, key)]
 
     def _add_op(self, node: Node) -> None:
         operands = node.operands()
@@ -244,8 +253,14 @@ class Body:
         op = node.op.partition(".")[2]
         operands = [self._hints[value.key] for value in _values(site.args)]
         part = _module_name(node.module)
+        if node.name in self.names:
+            return self.names[node.name]
         if op == "scaled_dot_product_attention":
-            return "attention"
+            return "heads"
+        if op == "arange":
+            return "positions"
+        if op == "flatten" and operands[0] == "heads":
+            return "merged"
         if op in ("cross_entropy", "nll_loss"):
             return "loss"
         if op in ("rms_norm", "layer_norm"):
@@ -253,14 +268,30 @@ class Body:
         if op in ("linear", "addmm", "embedding", "matmul", "bmm", "mm"):
             return part or "product"
         if op == "add" and self._is_residual(node):
-            return operands[0]
+            return next((hint for hint in operands if hint in self.arguments.values()), operands[0])
         if op in ("mul", "add", "sub", "div") and len(operands) > 1:
-            return part if part and not node.module.endswith(("norm", "layernorm")) else "normed"
+            return part or operands[0]
         return operands[0] if operands else (part or op)
 
     def _is_residual(self, node: Node) -> bool:
         shapes = [self.graph.nodes[name].meta.shape for name in node.operands()]
         return len(shapes) == 2 and shapes[0] == shapes[1] == node.meta.shape
+
+
+def _attention_names(graph: OpGraph) -> dict[str, str]:
+    """q, k and v for the slices of one tensor that attention reads, back through views and rotations."""
+    names: dict[str, str] = {}
+    users = graph.users()
+    for node in graph.of("op"):
+        if node.op != "aten.scaled_dot_product_attention":
+            continue
+        for letter, name in zip("qkv", node.operands(), strict=False):
+            here = graph.nodes[name]
+            while here.kind == "op" and len(users[here.name]) == 1 and here.op not in ("aten.select", "aten.slice"):
+                here = graph.nodes[here.operands()[0]]
+            if here.kind == "op" and here.op in ("aten.select", "aten.slice"):
+                names[here.name] = letter
+    return names
 
 
 def _values(args: object) -> list[Value]:
@@ -292,7 +323,7 @@ def _module_name(module: str) -> str:
     parts = [part for part in module.split(".") if part and not part.isdigit()]
     if not parts:
         return ""
-    name = re.sub(r"(_proj|_layernorm|_layer_norm)$", "", parts[-1])
+    name = re.sub(r"(?<!^c)(_proj|_layernorm|_layer_norm)$", "", parts[-1])
     return name if name.isidentifier() else ""
 
 

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_TOP_LEVEL = ("train", "module", "collectives", "runtime")
+_TOP_LEVEL = ("train", "module", "runtime")
 
 
 def load_train(folder: Path) -> ModuleType:
     """The folder's train.py as a module (``.module`` is its module.py); leaves no trace in ``sys.modules``.
 
-    The emitted files import each other as ``module``, ``collectives`` and ``runtime``: names that a second folder, or
-    the caller, may use for something else.
+    The emitted files import each other as ``module`` and ``runtime``: names that a second folder, or the caller, may
+    use for something else.
     """
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in _TOP_LEVEL}
     written = sys.dont_write_bytecode

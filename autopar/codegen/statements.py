@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from autopar.codegen.source import INDENT, WIDTH, Call, Expr, Text, Value, statement, text_of, values_in
+from autopar.codegen.source import INDENT, WIDTH, Binary, Call, Expr, Text, Value, statement, text_of, values_in
 
 _RESERVED = {"self", "torch", "nn", "F", "Tensor", "tp", "dtype", "device", "return", "in", "is", "not", "lambda", "index"}
 
@@ -29,13 +29,14 @@ class Step:
 _INLINE = {
     "shape": {"shape", "elementwise", "operator", "exchange", "return"},
     "elementwise": {"shape", "elementwise", "operator", "return"},
-    "operator": {"shape", "elementwise", "return"},
-    "exchange": {"return"},
+    "operator": {"elementwise", "return"},
+    "exchange": {"elementwise", "return"},
     "return": set(),
 }
 """A value of the first group, read once, may be written inside a statement of the groups behind it."""
 
-_MOST_INLINE = 4
+_WEIGHT = {"shape": 1, "elementwise": 1, "operator": 2, "exchange": 2}
+_MOST_INLINE = 5
 
 
 @dataclass(slots=True)
@@ -79,7 +80,7 @@ class Program:
         uses = Counter(key for step in steps for key in values_in(step.expr))
         hints = {**self.arguments, **{step.key: step.hint for step in steps}}
         self._inline = {step.key: step.expr for step in steps if step.group == "weight"}
-        self._weight = {step.key: 1 for step in steps}
+        self._weight = {step.key: _WEIGHT.get(step.group, 0) for step in steps}
         self._comments = {step.key: step.comments for step in steps}
 
         def resolve(key: str) -> Expr | str:
@@ -94,8 +95,17 @@ class Program:
                 if inner.group == "weight":
                     self._comments[step.key] = (*self._comments[key], *self._comments[step.key])
                     continue
-                allowed = uses[key] == 1 and step.group in _INLINE[inner.group] and not self._comments[key]
+                allowed = uses[key] == 1 and step.group in _INLINE[inner.group]
+                if self._comments[key] and (inner.group != "exchange" or not isinstance(step.expr, Binary | Value)):
+                    continue
                 if not allowed or self._weight[step.key] + self._weight[key] > _MOST_INLINE:
+                    continue
+                # A product is written inside a sum only: `hidden = hidden + F.linear(...)`.
+                adds = isinstance(step.expr, Binary) and step.expr.operator == "+"
+                if inner.group == "operator" and step.group == "elementwise" and not adds:
+                    continue
+                # A chain of views as an argument hides the call it is for.
+                if inner.group == "shape" and step.group in ("operator", "exchange") and self._weight[key] > 1:
                     continue
                 self._inline[key] = inner.expr
                 prefix = "return " if step.group == "return" else f"{step.hint} = "
@@ -103,6 +113,7 @@ class Program:
                     del self._inline[key]
                 else:
                     self._weight[step.key] += self._weight[key]
+                    self._comments[step.key] = (*self._comments[key], *self._comments[step.key])
         return [step for step in steps if step.key not in self._inline]
 
     def _name(self, roots: list[Step]) -> dict[str, str]:

@@ -80,8 +80,9 @@ def argument_names(kind: BlockKind, flow: dict[str, str]) -> dict[str, str]:
 
 
 def argument_name(text: str) -> str:
-    """``text`` as a Python name."""
-    name = re.sub(r"\W", "_", text.rpartition(".")[2])
+    """``text`` as a Python name, without what tracing appended to it."""
+    name = re.sub(r"(_(wide|compute|float32))+(_\d+)?$", "", re.sub(r"\W", "_", text.rpartition(".")[2]))
+    name = {"arange": "positions"}.get(name, name)
     return name if name.isidentifier() else f"x_{name}"
 
 

@@ -1,7 +1,7 @@
 """Cuts a simplified model graph into a chain of blocks, and finds the blocks that are the same.
 
-A block is one call of a repeated layer (`autopar.graph.structure.repeats`), or a piece between layers: Prologue, Middle,
-Epilogue. What depends on neither parameters nor batch data is shared: it becomes the constants graph.
+A block is one call of a repeated layer (`autopar.graph.structure.repeats`), or a piece between layers: Prologue,
+Middle, Epilogue. What depends on neither parameters nor batch data is shared: it becomes the constants graph.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.graph.draft import Draft
+from autopar.graph.fold import STAND_IN, CannotFoldError, Fold
 from autopar.graph.ir import Block, BlockKind, Node, OpGraph, Ref, Source, TensorMeta, map_refs
 from autopar.graph.naming import leaf_name, named
 from autopar.graph.structure import layer_of
@@ -37,8 +38,12 @@ class Blocks:
     constants: OpGraph
 
 
-def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str]) -> Blocks:
-    """Partition ``draft``. ``layers``: path to structure key; ``class_names``: path to class name."""
+def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str], fold: Fold | None = None) -> Blocks:
+    """Partition ``draft``. ``layers``: path to structure key; ``class_names``: path to class name.
+
+    Layers that ``fold`` made stand-ins of become blocks of their representative's kind. Raises CannotFoldError when the
+    graph shows that they may differ.
+    """
     shared = _shared(draft, layers)
     segments = _segments(draft, layers, shared)
     home = {name: index for index, segment in enumerate(segments) for name in segment.nodes}
@@ -48,6 +53,10 @@ def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str])
     forms: dict[tuple[object, ...], str] = {}
     blocks: list[Block] = []
     for index, segment in enumerate(segments):
+        if any(draft.nodes[name].op == STAND_IN for name in segment.nodes):
+            assert fold is not None
+            blocks.append(_stand_in(fold, segment, index, blocks, wanted))
+            continue
         nodes, sources, targets = _extract(draft, segment, index, home, wanted, shared, constant_names)
         form = canonical(nodes, wanted[index])
         if form not in forms:
@@ -61,23 +70,54 @@ def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str])
     return Blocks(kinds, tuple(blocks), constants)
 
 
+def _stand_in(
+    fold: Fold, segment: Segment, index: int, blocks: Sequence[Block], wanted: Sequence[tuple[str, ...]]
+) -> Block:
+    """The block of a stood-in layer, if the graph agrees that it is its representative's twin."""
+    path = fold.representative[segment.path]
+    places = {block.path: place for place, block in enumerate(blocks)}
+    if path not in places or fold.first[path] not in places:
+        raise CannotFoldError(f"{path} has no block of its own")
+    place = places[path]
+    twin = blocks[place]
+    alike = twin.kind == blocks[places[fold.first[path]]].kind
+    if (
+        not alike
+        or len(segment.nodes) > 1
+        or any(len(wanted[near]) != 1 for near in (place - 1, place, index - 1, index))
+    ):
+        raise CannotFoldError(f"{segment.path} differs from {path}, or more than one tensor leaves a layer")
+    inputs: dict[str, Source] = {}
+    for name, source in twin.inputs.items():
+        if source.origin == "block" and source.block == place - 1:
+            source = replace(source, block=index - 1)
+        elif source.origin == "block" and blocks[source.block].path:
+            raise CannotFoldError(f"{path} reads {blocks[source.block].path}, which is not the layer before it")
+        inputs[name] = source
+    old, new = f"{path}.", f"{segment.path}."
+    parameters = {
+        target: new + full.removeprefix(old) if full.startswith(old) else full
+        for target, full in twin.parameters.items()
+    }
+    return Block(twin.kind, segment.path, inputs, parameters)
+
+
 def _shared(draft: Draft, layers: Mapping[str, str]) -> set[str]:
     """Constant nodes that no layer's own buffer feeds."""
     shared: set[str] = set()
     for node in draft.nodes.values():
-        if node.name in draft.constant and all(name in shared for name in node.operands()):
-            if node.kind != "buffer" or layer_of(node.target, dict(layers)) is None:
-                shared.add(node.name)
+        own = node.kind == "buffer" and layer_of(node.target, layers) is not None
+        if node.name in draft.constant and not own and all(name in shared for name in node.operands()):
+            shared.add(node.name)
     return shared
 
 
 def _segments(draft: Draft, layers: Mapping[str, str], shared: set[str]) -> list[Segment]:
     segments: list[Segment] = []
-    known = dict(layers)
     for node in draft.nodes.values():
         if node.kind != "op" or node.name in shared:
             continue
-        path = layer_of(node.module, known) or ""
+        path = layer_of(node.module, layers) or ""
         if not segments or segments[-1].path != path:
             segments.append(Segment(path))
         segments[-1].nodes.append(node.name)

@@ -1,7 +1,8 @@
 """A graph under construction: what the passes of the front end read and rebuild.
 
-A pass never edits in place. `rewrite` walks the nodes in order into a new `Draft`; a rule sees a node whose operands are
-already rewritten and either emits its replacement or leaves it. Patterns therefore look backwards from their last node.
+A pass never edits in place. `rewrite` walks the nodes in order into a new `Draft`; a rule sees a node whose operands
+are already rewritten and either emits its replacement or leaves it. Patterns therefore look backwards from their last
+node.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Draft:
         module: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """Append operator ``op`` with ``args`` and keyword arguments ``options``. Dtype defaults to the first operand's."""
+        """Append operator ``op`` with keyword arguments ``options``; dtype defaults to the first operand's."""
         node = Node("", "op", TensorMeta(()), op, args, dict(options or {}))
         operands = node.operands()
         dtype = dtype or self.meta(operands[0]).dtype
@@ -140,7 +141,9 @@ def rewrite(old: Draft, rules: Mapping[str, Sequence[Rule]]) -> tuple[Draft, boo
         if node.kind != "op":
             names[node.name] = new.add(node)
             continue
-        node = replace(node, args=map_refs(node.args, names.__getitem__), kwargs=map_refs(node.kwargs, names.__getitem__))
+        node = replace(
+            node, args=map_refs(node.args, names.__getitem__), kwargs=map_refs(node.kwargs, names.__getitem__)
+        )
         new.module = node.module
         for rule in rules.get(node.op, ()):
             replacement = rule(node, new)
@@ -154,10 +157,12 @@ def rewrite(old: Draft, rules: Mapping[str, Sequence[Rule]]) -> tuple[Draft, boo
 
 
 def live(draft: Draft) -> Draft:
-    """Only the nodes that the output needs, and every input."""
+    """Only the nodes that the output needs."""
     needed = {draft.output}
     for node in reversed(draft.nodes.values()):
         if node.name in needed:
             needed.update(node.operands())
-    kept = {name: node for name, node in draft.nodes.items() if name in needed or node.kind == "input"}
-    return Draft(kept, draft.output, draft.constant & kept.keys(), "", {k: v for k, v in draft._seen.items() if v in kept})
+    kept = {name: node for name, node in draft.nodes.items() if name in needed}
+    return Draft(
+        kept, draft.output, draft.constant & kept.keys(), "", {k: v for k, v in draft._seen.items() if v in kept}
+    )

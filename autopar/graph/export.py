@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
+from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.importing import TRACE_DTYPE
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
@@ -105,49 +106,44 @@ def fake_copy(model: nn.Module, stubs: Mapping[int, nn.Module], mode: FakeTensor
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         if getattr(module, "gradient_checkpointing", False) is True:
-            module.gradient_checkpointing = False  # recomputation is the plan's choice
+            module.__dict__["gradient_checkpointing"] = False  # recomputation is the plan's choice
     return copied.train()
 
 
 def export(
-    model: nn.Module, batch: BatchSpec, loss: Loss | None, stubs: Mapping[int, nn.Module], static_seq: bool
+    model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool
 ) -> ExportedProgram:
     """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``.
 
-    Raises UnsupportedError with torch's reason when the model cannot be traced.
+    Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
+    with torch's reason when the model cannot be traced.
     """
-    try:
-        return _export(model, batch, loss, stubs, static_seq, wide_buffers=True)
-    except AutoparError:
-        raise
-    except RuntimeError as error:
-        # A float32 buffer mixed into half-precision activations, as `model.to(bf16)` would not have it.
-        if "dtype" not in str(error):
-            raise UnsupportedError(_reason(model, error)) from error
-    except Exception as error:
-        raise UnsupportedError(_reason(model, error)) from error
-    try:
-        return _export(model, batch, loss, stubs, static_seq, wide_buffers=False)
-    except AutoparError:
-        raise
-    except Exception as error:
-        raise UnsupportedError(_reason(model, error)) from error
+    wide = True
+    while True:
+        try:
+            return _export(model, batch, loss, fold, static_seq, wide)
+        except (AutoparError, CannotFoldError):
+            raise
+        except Exception as error:
+            if fold is not None:
+                raise CannotFoldError(str(error)) from error
+            # A float32 buffer may have met half-precision activations, as `model.to(bf16)` would not have it.
+            if not wide or "dtype" not in str(error):
+                raise UnsupportedError(_reason(model, error)) from error
+            wide = False
 
 
 def _export(
-    model: nn.Module,
-    batch: BatchSpec,
-    loss: Loss | None,
-    stubs: Mapping[int, nn.Module],
-    static_seq: bool,
-    wide_buffers: bool,
+    model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool, wide_buffers: bool
 ) -> ExportedProgram:
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    copied = fake_copy(model, stubs, mode, wide_buffers)
+    copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, wide_buffers)
+    if fold:
+        fold.watch(copied)
     with mode:
         tensors = {key: torch.zeros(shape, dtype=batch.dtypes[key]) for key, shape in batch.shapes.items()}
     dynamic = {
-        key: {0: Dim.AUTO, **({} if static_seq else {dim: Dim.AUTO for dim in batch.seq_dims[key]})} for key in tensors
+        key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals

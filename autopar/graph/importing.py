@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from autopar.errors import UnsupportedError
+from autopar.graph.aliases import is_safe_mutation
 from autopar.graph.draft import FLOATING, Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.size import Size
@@ -84,7 +86,8 @@ class Importer:
     def _body(self, module: torch.fx.GraphModule, no_grad: bool) -> None:
         for node in module.graph.nodes:
             if node.op == "call_function":
-                self.draft.module = module_path(node) or self.draft.module
+                path = module_path(node)
+                self.draft.module = self.draft.module if path is None else path
                 self._call(module, node, no_grad)
 
     def _call(self, module: torch.fx.GraphModule, node: torch.fx.Node, no_grad: bool) -> None:
@@ -126,7 +129,12 @@ class Importer:
         op = target._schema.name.replace("::", ".")
         name = op.removeprefix("aten.")
         if target._schema.is_mutable:
-            raise UnsupportedError(f"{self._place()} changes a tensor in place ({op}); write it out of place")
+            if not is_safe_mutation(node):
+                raise UnsupportedError(
+                    f"{self._place()} changes in place ({op}) a parameter, a buffer, an input, or a tensor that is "
+                    "also seen through a view; write it out of place"
+                )
+            name = name.removesuffix("_")
         args, kwargs = self._arguments(node, target)
         if no_grad:
             args, kwargs = self._detached(args), self._detached(kwargs)
@@ -137,12 +145,18 @@ class Importer:
         elif name in LISTS:
             self._values[node] = self._items(args, node, target, value)
         elif not isinstance(value, torch.Tensor):
-            raise UnsupportedError(f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it")
+            raise UnsupportedError(
+                f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it"
+            )
+        elif name == "copy":
+            self._values[node] = self.draft.cast(args[1], dtype_name(value.dtype))
         else:
             name = RENAMED.get(name, name)
             shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
             op = f"aten.{name}" if op.startswith("aten.") else op
             self._values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
+        if target._schema.is_mutable:
+            self._values[node.args[0]] = self._values[node]  # type: ignore[index]
 
     def _arguments(self, node: torch.fx.Node, target: torch._ops.OpOverload) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword-only arguments in the operator's own order, trailing defaults dropped."""
@@ -209,7 +223,7 @@ class Importer:
         ends: list[int | Size] = [0]
         for size in sizes:
             ends.append(ends[-1] + size)
-        return [self.draft.slice(x, dim, start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        return [self.draft.slice(x, dim, start, end) for start, end in pairwise(ends)]
 
     def _place(self) -> str:
         return f"module {self.draft.module!r}" if self.draft.module else "the model"
@@ -239,7 +253,7 @@ def _rank(node: torch.fx.Node) -> int | None:
         items: Iterable[Any] = value if isinstance(value, list | tuple) else (value,)
         for item in items:
             if isinstance(item, torch.fx.Node) and isinstance(item.meta.get("val"), torch.Tensor):
-                return item.meta["val"].ndim
+                return int(item.meta["val"].ndim)
     return None
 
 

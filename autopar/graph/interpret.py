@@ -73,7 +73,7 @@ def torch_dtype(name: str, compute: torch.dtype) -> torch.dtype:
         return compute
     if name == "float32" and compute == torch.float64:
         return torch.float64
-    return DTYPES[name] if name in DTYPES else getattr(torch, name)  # type: ignore[no-any-return]
+    return DTYPES[name] if name in DTYPES else getattr(torch, name)
 
 
 def resolve(value: Any, results: Mapping[str, torch.Tensor], batch: int, seq: int, compute: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ from autopar.errors import BadInputError
 from autopar.graph.draft import Draft, live
 from autopar.graph.importing import is_number
 from autopar.graph.ir import Node, OpGraph, Ref
+from autopar.graph.naming import leaf_name, named
 from autopar.graph.size import BATCH, Size, divide
 
 ACCEPTED = (
@@ -66,7 +67,9 @@ def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
         op = ("aten.mul", difference, difference) if node.op == "aten.mse_loss" else ("aten.abs", difference)
         terms = Ref(draft.emit(*op, shape=shape))
         return _total(draft, node, terms, (reduction or [MEAN])[0] == MEAN)
-    if node.op in ("aten.mean", "aten.sum") and (len(node.args) == 1 or len(node.args[1]) == len(draft.shape(node.args[0]))):
+    if node.op in ("aten.mean", "aten.sum") and (
+        len(node.args) == 1 or len(node.args[1]) == len(draft.shape(node.args[0]))
+    ):
         return _total(draft, node, node.args[0], node.op == "aten.mean")
     what = f"ends in {node.op}" if node.kind == "op" else "does not depend on the model"
     raise BadInputError(f"the loss {what} (module {node.module!r}), which is not a sum over a count; {ACCEPTED}")
@@ -137,5 +140,6 @@ def _valid_count(draft: Draft, labels: Ref, ignore: int) -> OpGraph:
     if any(node.kind == "parameter" for node in counted.nodes.values()):
         raise BadInputError(f"the targets of the cross-entropy depend on parameters; {ACCEPTED}")
     valid = Ref(counted.emit("aten.ne", labels, ignore, shape=counted.shape(labels), dtype="bool"))
-    counted.output = counted.emit("aten.sum", valid, shape=(), dtype="int64")
-    return counted.graph()
+    total = counted.emit("aten.sum", valid, shape=(), dtype="int64")
+    inputs = {node.name: leaf_name(node.target) for node in counted.nodes.values() if node.kind == "input"}
+    return named(list(live(replace(counted, output=total)).nodes.values()), (total,), inputs)[0]

@@ -38,7 +38,7 @@ PLAIN = {
 def named(nodes: Sequence[Node], outputs: Sequence[str], inputs: Mapping[str, str]) -> tuple[OpGraph, dict[str, str]]:
     """The graph of ``nodes`` under readable names, and the map from old names to new.
 
-    ``inputs`` gives the wished name of each input node. Leaf targets and module paths are relative to the block already.
+    ``inputs`` gives the wished name of each input node. Leaf targets and module paths are relative to the block.
     """
     ops_in_module = Counter(node.module for node in nodes if node.kind == "op" and not _is_view_of_weight(node))
     names: dict[str, str] = {}

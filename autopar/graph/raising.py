@@ -11,7 +11,6 @@ from typing import Any
 from autopar.graph.draft import Draft, Rule
 from autopar.graph.importing import close, is_number
 from autopar.graph.ir import Node, Ref
-from autopar.graph.simplify import RULES as SINGLE  # noqa: F401  (the rules these build on)
 
 
 def _either(node: Node) -> tuple[tuple[Any, Any], ...]:
@@ -40,7 +39,11 @@ def rms_core(node: Node, new: Draft) -> Ref | None:
             if not mean or not is_number(eps) or mean.args[1:] != ((len(shape) - 1,), True) or mean.kwargs:
                 continue
             square = new.producer(mean.args[0], ("aten.pow", "aten.mul", "aten.square"))
-            if square and square.args in {"aten.pow": ((x, 2), (x, 2.0)), "aten.mul": ((x, x),), "aten.square": ((x,),)}[square.op]:
+            if (
+                square
+                and square.args
+                in {"aten.pow": ((x, 2), (x, 2.0)), "aten.mul": ((x, x),), "aten.square": ((x,),)}[square.op]
+            ):
                 return Ref(new.emit("aten.rms_norm", x, (shape[-1],), None, eps, shape=shape))
     return None
 
@@ -80,9 +83,10 @@ def rotary(node: Node, new: Draft) -> Ref | None:
         for half, sin in _either(turned):
             x = _rotated(half, new)
             for base, cos in _either(plain):
-                if x is not None and base == x and isinstance(cos, Ref) and isinstance(sin, Ref):
-                    if node.meta.shape == new.shape(x):
-                        return Ref(new.emit("autopar.rotary", x, cos, sin, shape=node.meta.shape, dtype=node.meta.dtype))
+                found = x is not None and base == x and isinstance(cos, Ref) and isinstance(sin, Ref)
+                if found and node.meta.shape == new.shape(base):
+                    args = (base, cos, sin)
+                    return Ref(new.emit("autopar.rotary", *args, shape=node.meta.shape, dtype=node.meta.dtype))
     return None
 
 

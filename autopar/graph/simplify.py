@@ -43,7 +43,11 @@ def reshape(node: Node, new: Draft) -> Ref | None:
         if len(old) > 1 and len(sizes) == 1 and sizes[0] in old and all(s in (1, sizes[0]) for s in old):
             for place in reversed([p for p in range(len(old)) if p != old.index(sizes[0])]):
                 shape = new.shape(x)
-                x = Ref(new.emit("aten.squeeze", x, first + place, shape=shape[: first + place] + shape[first + place + 1 :]))
+                x = Ref(
+                    new.emit(
+                        "aten.squeeze", x, first + place, shape=shape[: first + place] + shape[first + place + 1 :]
+                    )
+                )
             continue
         x = new.flatten(x, first, last)
         if len(sizes) > 1:
@@ -51,7 +55,9 @@ def reshape(node: Node, new: Draft) -> Ref | None:
     return x
 
 
-def _groups(source: Sequence[int | Size], target: Sequence[int | Size]) -> list[tuple[int, int, tuple[int | Size, ...]]]:
+def _groups(
+    source: Sequence[int | Size], target: Sequence[int | Size]
+) -> list[tuple[int, int, tuple[int | Size, ...]]]:
     """Smallest runs of source dims (first, last) that hold the same elements as runs of target dims (their sizes)."""
     groups: list[tuple[int, int, tuple[int | Size, ...]]] = []
     i = j = 0
@@ -110,7 +116,9 @@ def slice_(node: Node, new: Draft) -> Ref | None:
         return None if node.args == (x, dim, start, end) else new.slice(x, dim, start, end)
     rows = divide(size, step)
     if rows is None or end != size or not isinstance(start, int) or start >= step:
-        raise UnsupportedError(f"module {node.module!r} slices dim {dim} of size {size} with step {step}; reshape instead")
+        raise UnsupportedError(
+            f"module {node.module!r} slices dim {dim} of size {size} with step {step}; reshape instead"
+        )
     return new.select(new.unflatten(x, dim, (rows, step)), dim + 1, start)
 
 
@@ -207,7 +215,9 @@ def attention(node: Node, new: Draft) -> Ref | None:
     scale = options.get("scale")
     if scale is not None and isinstance(width, int) and math.isclose(scale, 1 / math.sqrt(width)):
         del options["scale"]
-    options = {key: value for key, value in options.items() if value not in (None, 0.0, False) or isinstance(value, Ref)}
+    options = {
+        key: value for key, value in options.items() if value not in (None, 0.0, False) or isinstance(value, Ref)
+    }
     if node.args == (q, k, v) and options == node.kwargs:
         return None
     return Ref(new.emit(node.op, q, k, v, shape=node.meta.shape, options=options))

@@ -39,11 +39,10 @@ class Sizes:
             terms = sympy.Poly(renamed, *SYMBOLS.values(), domain="ZZ").terms()
         except BasePolynomialError:
             raise UnsupportedError(
-                f"the model computes a tensor size {renamed} from the batch and sequence sizes, which is no polynomial in "
-                "them; pass `inputs` with fixed sizes, or compute that size from the configuration"
+                f"the model computes a tensor size {renamed} from the batch and sequence sizes, which is no polynomial "
+                "in them; pass `inputs` with fixed sizes, or compute that size from the configuration"
             ) from None
         return Size.make({(int(b), int(s)): int(coefficient) for (b, s), coefficient in terms})
 
     def shape(self, tensor: torch.Tensor) -> tuple[int | Size, ...]:
         return tuple(self.read(size) for size in tensor.shape)
-

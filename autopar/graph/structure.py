@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,24 +18,27 @@ def repeats(model: nn.Module) -> dict[str, str]:
 
     Layers are the numbered children, with children of their own, of the outermost containers in which at least two have
     the same structure; children of the same class with another structure (a dense layer among expert layers) count too.
+    Where nothing has the same structure, the same class will do.
     """
+    return _search(model, "", same_structure=True) or _search(model, "", same_structure=False)
+
+
+def _search(module: nn.Module, path: str, same_structure: bool) -> dict[str, str]:
     found: dict[str, str] = {}
-    _search(model, "", found)
-    return found
-
-
-def _search(module: nn.Module, path: str, found: dict[str, str]) -> None:
     numbered = {name: child for name, child in module.named_children() if name.isdigit()}
     deep = {name: child for name, child in numbered.items() if next(child.children(), None) is not None}
     keys = {name: structure(child) for name, child in deep.items()}
-    counts = Counter(keys.values())
-    classes = {type(deep[name]) for name, key in keys.items() if counts[key] > 1}
+    counts: Counter[Any] = Counter(keys.values() if same_structure else map(type, deep.values()))
+    classes = {
+        type(deep[name]) for name, key in keys.items() if counts[key if same_structure else type(deep[name])] > 1
+    }
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
         if name in deep and type(child) in classes:
             found[full] = keys[name]
         else:
-            _search(child, full, found)
+            found.update(_search(child, full, same_structure))
+    return found
 
 
 def structure(module: nn.Module) -> str:
@@ -74,9 +78,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _text(value: Any) -> str:
     """Equal for equal values; objects without a value of their own are told apart by identity."""
-    if isinstance(value, str | float | bool | type(None) | bytes):
-        return repr(value)
-    if isinstance(value, int):
+    if value is None or isinstance(value, str | int | float | bytes):
         return repr(value)
     if isinstance(value, tuple | list):
         return f"{type(value).__name__}({','.join(_text(item) for item in value)})"
@@ -84,12 +86,14 @@ def _text(value: Any) -> str:
         return f"dict({','.join(f'{_text(k)}:{_text(v)}' for k, v in value.items())})"
     if isinstance(value, set | frozenset):
         return f"set({','.join(sorted(_text(item) for item in value))})"
-    if isinstance(value, type) or callable(value) and hasattr(value, "__qualname__"):
+    if isinstance(value, functools.partial):
+        return f"partial({_text(value.func)},{_text(value.args)},{_text(value.keywords)})"
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}@{id(value)}"
     return f"{type(value).__name__}@{id(value)}"
 
 
-def layer_of(path: str, layers: dict[str, str]) -> str | None:
+def layer_of(path: str, layers: Mapping[str, str]) -> str | None:
     """The layer (with ``@k`` of a repeated call) that module ``path`` lies in, or None."""
     parts = path.split(".")
     for count in range(1, len(parts) + 1):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import nn
 
 from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph import losses, masks, raising
-from autopar.graph.blocks import cut
-from autopar.graph.draft import Draft
+from autopar.graph.blocks import Blocks, cut
+from autopar.graph.buffers import known_values
 from autopar.graph.export import BatchSpec, Loss, export
+from autopar.graph.fold import CannotFoldError, Fold, plan_fold
 from autopar.graph.importing import Importer
-from autopar.graph.ir import ModelGraph, TensorMeta
+from autopar.graph.interpret import leaves
+from autopar.graph.ir import ModelGraph, OpGraph, TensorMeta
 from autopar.graph.simplify import simplify
 from autopar.graph.sizes import Sizes
 from autopar.graph.structure import repeats
@@ -31,41 +34,84 @@ def trace(
     """Trace ``model`` with its loss.
 
     ``inputs``: example tensors of one sample (no batch dim) by name of the argument of ``model.forward`` (or for the
-    loss alone); by default token ids ``input_ids`` and ``labels``, both int64 [s]. Dims as long as the sample's sequence
-    (dim 0 of its first integer tensor) are symbolic. ``loss``: fn(outputs, batch) → scalar; by default the model's own.
+    loss alone); by default token ids ``input_ids`` and ``labels``, both int64 [s]. Dims as long as the sample's
+    sequence (dim 0 of its first integer tensor) are symbolic. ``loss``: fn(outputs, batch) → scalar; by default the
+    model's own.
     The model may be on meta or hold weights; it is not modified.
 
     Raises BadInputError for inputs or a loss that cannot be used, UnsupportedError for a model that cannot be traced.
     """
     spec = batch_spec(model, inputs, loss)
     parameters, aliases = _canonical_names(model, model.named_parameters(remove_duplicate=False))
-    buffers, buffer_aliases = _canonical_names(model, model.named_buffers(remove_duplicate=False))
+    _, buffer_aliases = _canonical_names(model, model.named_buffers(remove_duplicate=False))
+    names = _Names(
+        {f"model.{alias}": full for alias, full in {**aliases, **buffer_aliases}.items()},
+        lambda full: parameters[full].requires_grad,
+    )
     layers = repeats(model)
-    program = export(model, spec, loss, {}, static_seq=False)
+    fold = plan_fold(model, layers)
+    try:
+        traced = _traced(model, spec, loss, names, layers, fold, static_seq=False)
+    except CannotFoldError:
+        traced = _traced(model, spec, loss, names, layers, None, static_seq=False)
+    used: dict[str, dict[str, TensorMeta]] = {"parameter": {}, "buffer": {}}
+    for block in traced.blocks.blocks:
+        for node in leaves(traced.blocks.kinds[block.kind].graph):
+            if node.kind != "input":
+                used[node.kind][block.parameters[node.target]] = node.meta
+    used["buffer"].update({node.target: node.meta for node in traced.blocks.constants.of("buffer")})
+    values = {**traced.values, **known_values(model, used["buffer"].keys() - traced.values.keys())}
+    return ModelGraph(
+        name=name or type(model).__name__,
+        kinds=traced.blocks.kinds,
+        blocks=traced.blocks.blocks,
+        constants=traced.blocks.constants,
+        count=traced.count,
+        batch=traced.batch,
+        parameters={full: used["parameter"][full] for full in parameters if full in used["parameter"]},
+        buffers=used["buffer"],
+        tied=_tied(aliases),
+        buffer_values={full: tuple(values[full].flatten().tolist()) for full in used["buffer"] if full in values},
+        max_seq=_max_seq(model),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    blocks: Blocks
+    count: OpGraph
+    batch: dict[str, TensorMeta]
+    values: dict[str, torch.Tensor]
+
+
+def _traced(
+    model: nn.Module,
+    spec: BatchSpec,
+    loss: Loss | None,
+    names: _Names,
+    layers: Mapping[str, str],
+    fold: Fold | None,
+    static_seq: bool,
+) -> _Traced:
+    program = export(model, spec, loss, fold, static_seq)
     sizes, metas = _sizes(program, spec)
-    names = {f"model.{alias}": full for alias, full in {**aliases, **buffer_aliases}.items()}
-    importer = Importer(sizes, names, lambda full: parameters[full].requires_grad)
+    importer = Importer(sizes, names.canonical, names.trainable)
     draft = importer.program(program, list(spec.shapes))
-    max_seq = _max_seq(model)
-    draft = simplify(draft, raising.RULES, masks.rules({}, max_seq))
+    buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
+    values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
+    draft = simplify(draft, raising.RULES, masks.rules(values, _max_seq(model)))
     draft, count = losses.lower(draft)
     draft = simplify(draft, raising.RULES)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
-    blocks = cut(draft, layers, class_names)
-    used = {node.target: node.meta for node in draft.nodes.values() if node.kind == "parameter"}
-    used_buffers = {node.target: node.meta for node in draft.nodes.values() if node.kind == "buffer"}
-    return ModelGraph(
-        name=name or type(model).__name__,
-        kinds=blocks.kinds,
-        blocks=blocks.blocks,
-        constants=blocks.constants,
-        count=count,
-        batch=metas,
-        parameters={full: used[full] for full in parameters if full in used},
-        buffers=used_buffers,
-        tied=_tied(aliases),
-        max_seq=max_seq,
-    )
+    return _Traced(cut(draft, layers, class_names, fold), count, metas, values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """``canonical``: name in the traced wrapper → first full name of the same tensor in the model."""
+
+    canonical: dict[str, str]
+    trainable: Callable[[str], bool]
 
 
 def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | None) -> BatchSpec:
@@ -78,8 +124,8 @@ def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | 
             raise BadInputError(f"inputs[{key!r}] is a {type(value).__name__}; give example tensors of one sample")
         if not takes_all and key not in parameters and loss is None:
             raise BadInputError(
-                f"{type(model).__name__}.forward takes {', '.join(parameters)}, not {key}; name the inputs as forward does, "
-                "or pass loss=fn(outputs, batch) that uses it"
+                f"{type(model).__name__}.forward takes {', '.join(parameters)}, not {key}; name the inputs as forward "
+                "does, or pass loss=fn(outputs, batch) that uses it"
             )
     integer = [value for value in samples.values() if value.ndim and not value.is_floating_point()]
     length = integer[0].shape[0] if integer else None
@@ -87,7 +133,8 @@ def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | 
         shapes={key: (SAMPLES, *value.shape) for key, value in samples.items()},
         dtypes={key: torch.bfloat16 if value.is_floating_point() else value.dtype for key, value in samples.items()},
         seq_dims={
-            key: tuple(dim + 1 for dim, size in enumerate(value.shape) if size == length) for key, value in samples.items()
+            key: tuple(dim + 1 for dim, size in enumerate(value.shape) if size == length)
+            for key, value in samples.items()
         },
     )
 
@@ -155,6 +202,3 @@ def _max_seq(model: nn.Module) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
-
-
-__all__ = ["Draft", "trace"]

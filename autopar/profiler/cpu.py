@@ -1,7 +1,7 @@
 """The ``cpu`` device: this machine, measured once and remembered.
 
 Measurements take a few seconds and are kept in ``$AUTOPAR_CACHE`` (or ``~/.cache/autopar``) under the machine, its
-cores and the torch version, so that the same plan is priced the same until `cpu_device(refresh=True)` measures again.
+cores and the torch version, so that the same plan is priced the same until `cpu_node(n, refresh=True)` measures again.
 
 Ranks on one machine share its cores. Under torchrun each rank computes on one thread (it sets OMP_NUM_THREADS=1), so r
 ranks on c cores each run at the one-thread rate while r <= c and at c/r of it beyond; a single rank uses all cores.
@@ -23,34 +23,50 @@ from typing import Any
 from autopar.cluster import Device, Link
 from autopar.errors import BadInputError
 
-SCHEMA = 1
+SCHEMA = 3
 RESERVE_BYTES = 512 << 20
 """Model constant: a Python process with torch and gloo loaded, and what its allocator keeps (0.3 to 1 GiB)."""
+
+CROWD = 8
+"""Most ranks that gloo is measured with at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What ranks of a given thread count reach: FLOP/s by dtype, attention FLOP/s in float32, bytes/s of a copy."""
+    """What one rank reaches on some threads: FLOP/s by dtype, attention FLOP/s in float32, bytes/s of copies too large
+    for the cache and of copies that stay in it."""
 
     matmul_flops: dict[str, float]
     attention_flops: float
-    copy_bandwidth: float
+    memory_bandwidth: float
+    cache_bandwidth: float
+
+
+@dataclass(frozen=True, slots=True)
+class GlooRates:
+    """gloo over loopback between ``ranks`` ranks at once: seconds per step, bytes/s per rank and direction."""
+
+    ranks: int
+    step_s: float
+    bandwidth: float
 
 
 @dataclass(frozen=True, slots=True)
 class CpuProfile:
-    """One measurement of this machine. ``one``/``all``: on one thread, on all cores. ``date``: UTC, ISO 8601."""
+    """One measurement of this machine. ``one``/``all``: on one thread, on all cores. ``pair``/``crowd``: gloo between
+    two ranks, and between more ranks than cores where those are few. ``date``: UTC, ISO 8601."""
 
     machine: str
     cores: int
     torch: str
     date: str
     memory_bytes: int
+    cache_bytes: int
     one: Rates
     all: Rates
     call_s: float
-    gloo_step_s: float
-    gloo_bandwidth: float
+    pair: GlooRates
+    crowd: GlooRates
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -61,11 +77,14 @@ class CpuProfile:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"profile schema {data.get('schema')!r}, expected {SCHEMA}")
         fields = {name: value for name, value in data.items() if name != "schema"}
-        return CpuProfile(**{**fields, "one": Rates(**data["one"]), "all": Rates(**data["all"])})
+        rates = {name: Rates(**data[name]) for name in ("one", "all")}
+        gloo = {name: GlooRates(**data[name]) for name in ("pair", "crowd")}
+        return CpuProfile(**{**fields, **rates, **gloo})
 
 
-def cpu_device(devices_per_node: int, refresh: bool = False) -> Device:
-    """One of ``devices_per_node`` CPU ranks that share this machine.
+def cpu_node(devices_per_node: int, refresh: bool = False) -> tuple[Device, Link]:
+    """One of ``devices_per_node`` CPU ranks that share this machine, and the link between them (taken for other nodes
+    too: name another in a cluster file).
 
     Raises BadInputError if torch is not installed, or the machine has no memory for so many ranks.
     """
@@ -78,13 +97,25 @@ def cpu_device(devices_per_node: int, refresh: bool = False) -> Device:
             f"cpu: {devices_per_node} ranks leave {memory:,} bytes of this machine's {profile.memory_bytes:,} to each, "
             f"and a process takes {RESERVE_BYTES:,} before its first tensor; use fewer devices per node"
         )
-    link = Link(bandwidth=profile.gloo_bandwidth, latency_s=profile.gloo_step_s * crowding, shared_by=crowding)
+    gloo = profile.crowd if crowding > 1 else profile.pair
+    waiting = crowding / max(1.0, gloo.ranks / profile.cores)
     how = f"measured {profile.date} with torch {profile.torch} on {profile.machine}, {profile.cores} cores"
     shared = f"{how}; {devices_per_node} ranks share the cores"
+    link = Link(
+        bandwidth=gloo.bandwidth,
+        latency_s=gloo.step_s * waiting,
+        shared_by=waiting,
+        sources={
+            "bandwidth": f"{shared}: gloo all-reduces of 4 MiB between {gloo.ranks} ranks over loopback",
+            "latency_s": f"{shared}: gloo all-reduces of 4 bytes between {gloo.ranks} ranks over loopback",
+            "efficiency": "model constant: the bandwidth is one that was reached",
+            "shared_by": f"model constant: ranks beyond the {gloo.ranks} measured take turns on the cores",
+        },
+    )
     # Ranks beyond the cores take turns; what all cores together read and write is shared even before that.
-    bandwidth = min(rates.copy_bandwidth, profile.all.copy_bandwidth / devices_per_node)
+    bandwidth = min(rates.memory_bandwidth, profile.all.memory_bandwidth / devices_per_node)
     peak = {dtype: flops / crowding for dtype, flops in rates.matmul_flops.items()}
-    return Device(
+    device = Device(
         name="cpu",
         title=f"CPU rank, {profile.machine}",
         backend="cpu",
@@ -92,38 +123,31 @@ def cpu_device(devices_per_node: int, refresh: bool = False) -> Device:
         reserve_bytes=RESERVE_BYTES,
         peak_flops=peak,
         memory_bandwidth=bandwidth,
+        cache_bytes=profile.cache_bytes // devices_per_node,
+        cache_bandwidth=max(bandwidth, rates.cache_bandwidth / crowding),
         processors=1,
         matmul_efficiency=1.0,
         attention_efficiency=min(1.0, rates.attention_flops / rates.matmul_flops["fp32"]),
         memory_efficiency=1.0,
         launch_s=profile.call_s * crowding,
         collective_s=0.0,
-        intra_node=link,
-        inter_node=link,
         origin="measured",
         sources={
             "memory_bytes": f"physical memory of the machine over {devices_per_node} ranks",
             "reserve_bytes": "model constant: a Python process with torch and gloo loaded",
             **{f"peak_flops.{dtype}": f"{shared}: a square matmul of 512" for dtype in peak},
-            "memory_bandwidth": f"{shared}: a copy of 32 MiB",
+            "memory_bandwidth": f"{shared}: a copy of 64 MiB",
+            "cache_bytes": f"last-level cache of the machine over {devices_per_node} ranks",
+            "cache_bandwidth": f"{shared}: a copy of 1 MiB",
             "processors": "model constant: matmuls of a CPU are not cut in waves",
             "matmul_efficiency": "model constant: the peak is a rate that was reached",
             "attention_efficiency": f"{how}: causal attention against a matmul",
             "memory_efficiency": "model constant: the bandwidth is one that was reached",
             "launch_s": f"{shared}: a chain of multiplications of 16 numbers",
             "collective_s": "model constant: gloo starts no kernel; its steps are measured",
-            **{
-                f"{tier}.{name}": f"{shared}: {what}" + ("" if tier == "intra_node" else "; taken for other nodes too")
-                for tier in ("intra_node", "inter_node")
-                for name, what in (
-                    ("bandwidth", "gloo all-reduce of 4 MiB between two ranks over loopback"),
-                    ("latency_s", "gloo all-reduce of 4 bytes between two ranks over loopback"),
-                    ("efficiency", "the bandwidth is one that was reached"),
-                    ("shared_by", "ranks beyond the cores take turns"),
-                )
-            },
         },
     )
+    return device, link
 
 
 def cpu_profile(refresh: bool = False) -> CpuProfile:
@@ -144,19 +168,19 @@ def cpu_profile(refresh: bool = False) -> CpuProfile:
 
 
 def measure_cpu(machine: str, cores: int, torch_version: str) -> CpuProfile:
-    """Measure this machine now; takes about 2 s. Raises BadInputError if gloo cannot reach the loopback network."""
+    """Measure this machine now; takes about 3 s. Raises BadInputError if gloo cannot reach the loopback network."""
     from autopar.profiler import cpu_ops
     from autopar.profiler.gloo_links import gloo_link
 
-    rates: dict[int, Rates] = {}
-    for count in sorted({1, cores}):
-        with cpu_ops.threads(count):
-            flops = {name: cpu_ops.matmul_flops(dtype) for name, dtype in cpu_ops.DTYPES.items()}
-            rates[count] = Rates(flops, cpu_ops.attention_flops(), cpu_ops.copy_bandwidth())
+    one = _rates(1)
+    every = _rates(cores) if cores > 1 else one
+    # On a busy machine several threads may look slower than one; they need not be used then.
+    flops = {dtype: max(one.matmul_flops[dtype], every.matmul_flops[dtype]) for dtype in one.matmul_flops}
+    every = Rates(flops, *(max(getattr(one, name), getattr(every, name)) for name in Rates.__slots__[1:]))
     with cpu_ops.threads(1):
         call_s = cpu_ops.call_seconds()
         try:
-            step_s, bandwidth = gloo_link()
+            pair, crowd = (GlooRates(ranks, *gloo_link(ranks)) for ranks in (2, max(2, min(2 * cores, CROWD))))
         except RuntimeError as error:
             raise BadInputError(f"cpu: cannot measure collectives: {error}; is the loopback network up?") from error
     return CpuProfile(
@@ -165,12 +189,25 @@ def measure_cpu(machine: str, cores: int, torch_version: str) -> CpuProfile:
         torch=torch_version,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         memory_bytes=usable_memory(),
-        one=rates[1],
-        all=rates[cores],
+        cache_bytes=cache_bytes(),
+        one=one,
+        all=every,
         call_s=call_s,
-        gloo_step_s=step_s,
-        gloo_bandwidth=bandwidth,
+        pair=pair,
+        crowd=crowd,
     )
+
+
+def _rates(threads: int) -> Rates:
+    from autopar.profiler import cpu_ops
+
+    with cpu_ops.threads(threads):
+        return Rates(
+            {name: cpu_ops.matmul_flops(dtype) for name, dtype in cpu_ops.DTYPES.items()},
+            cpu_ops.attention_flops(),
+            cpu_ops.copy_bandwidth(cpu_ops.MEMORY_COPY),
+            cpu_ops.copy_bandwidth(cpu_ops.CACHE_COPY),
+        )
 
 
 def machine_name() -> str:
@@ -197,6 +234,15 @@ def usable_memory() -> int:
     with contextlib.suppress(OSError, ValueError):
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return memory
+
+
+def cache_bytes() -> int:
+    """Bytes of the last-level cache as Linux tells; 4 MiB where it does not."""
+    for level in (3, 2):
+        with contextlib.suppress(OSError, ValueError):
+            text = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size").read_text().strip()
+            return int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0)
+    return 4 << 20
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,7 @@
-"""Measures what operators cost on this machine's CPU: matmul and attention rates, memory bandwidth, cost per call."""
+"""Measures what operators cost on this machine's CPU: matmul and attention rates, bandwidths, cost per call.
+
+The least of the repeats counts: whatever else runs on the machine only ever adds time.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 MATMUL = 512
 """Rows, columns and inner length of the matmul measured: past the ramp of small ones, and milliseconds long."""
 
-COPY_BYTES = 32 << 20
-"""Larger than the caches of most cores, so that memory is measured."""
+MEMORY_COPY, CACHE_COPY = 64 << 20, 1 << 20
+"""Bytes to copy: more than the caches of most cores hold, so that memory is measured; and less."""
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def matmul_flops(dtype: torch.dtype, budget_s: float = 0.12) -> float:
     """FLOP/s of a square matmul."""
     left, right = (torch.ones(MATMUL, MATMUL, dtype=dtype) for _ in range(2))
     with torch.no_grad():
-        seconds = timed(lambda: left @ right, budget_s, least=3).seconds
+        seconds = timed(lambda: left @ right, budget_s, least=3).least
     return 2 * MATMUL**3 / seconds
 
 
@@ -44,15 +47,15 @@ def attention_flops(budget_s: float = 0.12) -> float:
     with torch.no_grad():
         seconds = timed(
             lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True), budget_s, least=3
-        ).seconds
+        ).least
     return 2 * heads * length * length * head_dim / seconds
 
 
-def copy_bandwidth(budget_s: float = 0.12) -> float:
-    """Bytes/s read and written by a large copy."""
-    source = torch.ones(COPY_BYTES // 4)
+def copy_bandwidth(size: int, budget_s: float = 0.12) -> float:
+    """Bytes/s read and written by copying ``size`` bytes again and again."""
+    source = torch.ones(size // 4)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / timed(lambda: target.copy_(source), budget_s, least=3).seconds
+    return 2 * size / timed(lambda: target.copy_(source), budget_s, least=3).least
 
 
 def call_seconds(budget_s: float = 0.1) -> float:
@@ -65,4 +68,4 @@ def call_seconds(budget_s: float = 0.1) -> float:
         for _ in range(chain):
             y = y * 1.0
 
-    return timed(calls, budget_s).seconds / chain
+    return timed(calls, budget_s).least / chain

@@ -1,4 +1,4 @@
-"""Timing a function: warm-up, repeats within a budget, the median."""
+"""Timing a function: warm-up, repeats within a budget; the median, and the least where others use the machine too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from statistics import median
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Median ``seconds`` of ``repeats`` runs, and their relative ``spread`` (interquartile range over median)."""
+    """Median ``seconds`` of ``repeats`` runs, the ``least`` of them, and their relative ``spread`` (interquartile range
+    over median)."""
 
     seconds: float
+    least: float
     spread: float
     repeats: int
 
@@ -29,4 +31,4 @@ def timed(function: Callable[[], object], budget_s: float = 0.1, least: int = 5,
     samples.sort()
     middle = median(samples)
     quarter = len(samples) // 4
-    return Timing(middle, (samples[-1 - quarter] - samples[quarter]) / middle, len(samples))
+    return Timing(middle, samples[0], (samples[-1 - quarter] - samples[quarter]) / middle, len(samples))

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
 from autopar.graph.size import SEQ
 from autopar.sharding.conversions import COMMUNICATES, path
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.layout import SpmdType
+from autopar.sharding.layout import I, SpmdType
 from autopar.sharding.rules import Strategy, strategy_of
 
 ATTENTION = "aten.scaled_dot_product_attention"
+EMBEDDING = "aten.embedding"
 LOSS = "autopar.cross_entropy"
 
 
@@ -50,16 +52,15 @@ def _words_of_kind(graph: OpGraph, decision: BlockDecision, axis: str) -> set[st
 
 
 def _word_of_op(node: Node, graph: OpGraph, decision: BlockDecision, axis: str) -> str:
-    types = list(zip(node.operands(), _strategy(node, graph, decision, axis).inputs, strict=True))
-    first, kind = graph.nodes[types[0][0]], types[0][1]
-    weights = [kind for name, kind in types if graph.nodes[name].kind == "parameter"]
+    use = _use(node, graph, decision, axis)
     if node.op == LOSS:
-        return "vocabulary parallel" if kind.kind == "S" and kind.dim == _last_dim(first) else ""
+        return "vocabulary parallel" if _verb(node, use) == "vocabulary" else ""
     if node.op == ATTENTION:
-        return "context parallel" if _splits_sequence(first, kind) else ""
-    if not any(weight.kind == "S" for weight in weights):
+        return "context parallel" if _verb(node, use) == "sequence" else ""
+    split = [used for _, _, used in use.weights if used.kind == "S"]
+    if not split:
         return ""
-    return "vocabulary parallel" if node.op == "aten.embedding" and weights[0].dim == 0 else "tensor parallel"
+    return "vocabulary parallel" if node.op == EMBEDDING and split[0].dim == 0 else "tensor parallel"
 
 
 def block_lines(kind: BlockKind, decision: BlockDecision) -> tuple[str, ...]:
@@ -73,48 +74,60 @@ def block_lines(kind: BlockKind, decision: BlockDecision) -> tuple[str, ...]:
     return (*(line.rstrip() for line in lines), *_collective_lines(kind.graph, decision))
 
 
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """What an operator reads on one axis: other values with their types; parameters as (operand, parameter, type)."""
+
+    values: tuple[tuple[Node, SpmdType], ...]
+    weights: tuple[tuple[Node, Node, SpmdType], ...]
+
+
+def _use(node: Node, graph: OpGraph, decision: BlockDecision, axis: str) -> _Use:
+    values, weights = [], []
+    for name, kind in zip(node.operands(), _strategy(node, graph, decision, axis).inputs, strict=True):
+        parameter = _parameter(graph, name)
+        if parameter is None:
+            values.append((graph.nodes[name], kind))
+        else:
+            weights.append((graph.nodes[name], parameter, kind))
+    return _Use(tuple(values), tuple(weights))
+
+
+def _parameter(graph: OpGraph, name: str) -> Node | None:
+    """The parameter that ``name`` is, or is a view of (a transposed weight)."""
+    node = graph.nodes[name]
+    while node.kind == "op" and len(node.operands()) == 1:
+        node = graph.nodes[node.operands()[0]]
+    return node if node.kind == "parameter" else None
+
+
 def _row(node: Node, graph: OpGraph, decision: BlockDecision, axis: str) -> tuple[str, str, str, str] | None:
-    parameters = [name for name in node.operands() if graph.nodes[name].kind == "parameter"]
-    if not parameters and node.op not in (ATTENTION, LOSS):
+    use = _use(node, graph, decision, axis)
+    if not use.values or not (use.weights or node.op in (ATTENTION, LOSS)):
         return None
-    types = _strategy(node, graph, decision, axis).inputs
     told = []
-    for name, used in zip(node.operands(), types, strict=False):
-        if graph.nodes[name].kind == "parameter":
-            stored = decision.inputs[name][axis]
-            label = graph.nodes[name].target.rsplit(".", 1)[-1]
-            told.append(f"{label} {stored}" if stored == used else f"{label} {stored} as {used}")
-    values = [str(used) for name, used in zip(node.operands(), types, strict=False) if name not in parameters]
+    for operand, parameter, used in use.weights:
+        stored = decision.inputs[parameter.name][axis]
+        same = stored == used if operand is parameter else stored.kind == used.kind
+        told.append(f"{parameter.target.rsplit('.', 1)[-1]} {stored}" + ("" if same else f" as {used}"))
+    reads = ", ".join(dict.fromkeys(str(kind) for _, kind in use.values))
     output = _strategy(node, graph, decision, axis).output
-    moves = f"{', '.join(dict.fromkeys(values))} -> {output}"
-    return (_name(node, graph, parameters), _verb(node, graph, types), f"{axis} {moves}", ", ".join(told))
+    return _name(node, use), _verb(node, use), f"{axis} {reads} -> {output}", ", ".join(told)
 
 
-def _verb(node: Node, graph: OpGraph, types: tuple[SpmdType, ...]) -> str:
+def _verb(node: Node, use: _Use) -> str:
     """How the operator is split, in the words of the literature."""
-    first = next(iter(zip(node.operands(), types, strict=False)), None)
-    if first is None:
-        return ""
-    operand, kind = graph.nodes[first[0]], first[1]
-    weights = [
-        kind for name, kind in zip(node.operands(), types, strict=False) if graph.nodes[name].kind == "parameter"
-    ]
-    split = next((weight for weight in weights if weight.kind == "S"), None)
-    if node.op == LOSS:
-        return "vocabulary" if kind.kind == "S" and kind.dim == _last_dim(operand) else _plain(operand, kind)
-    if node.op == ATTENTION:
-        return "heads" if kind.kind == "S" and kind.dim == _last_dim(operand) - 2 else _plain(operand, kind)
-    if node.op == "aten.embedding" and split:
-        return "vocabulary" if split.dim == 0 else "features"
-    if split:
-        outputs = {"aten.linear": 0}.get(node.op, _last_dim(graph.nodes[node.operands()[-1]]))
-        return "column" if split.dim == outputs else "row"
-    values = [
-        (graph.nodes[name], kind)
-        for name, kind in zip(node.operands(), types, strict=False)
-        if graph.nodes[name].kind != "parameter"
-    ]
-    return _plain(*values[0]) if values else "whole"
+    value, kind = use.values[0] if use.values else (node, I)
+    split = next(((operand, used) for operand, _, used in use.weights if used.kind == "S"), None)
+    if node.op == LOSS and kind.kind == "S" and kind.dim == _last_dim(value):
+        return "vocabulary"
+    if node.op == ATTENTION and kind.kind == "S" and kind.dim == _last_dim(value) - 2:
+        return "heads"
+    if node.op == EMBEDDING and split:
+        return "vocabulary" if split[1].dim == 0 else "features"
+    if node.op == "aten.linear" and split:
+        return "column" if split[1].dim == 0 else "row"
+    return _plain(value, kind)
 
 
 def _plain(node: Node, kind: SpmdType) -> str:
@@ -123,12 +136,12 @@ def _plain(node: Node, kind: SpmdType) -> str:
     return "sequence" if _splits_sequence(node, kind) else f"dim {kind.dim}"
 
 
-def _name(node: Node, graph: OpGraph, parameters: list[str]) -> str:
-    """The operator's place: the module that owns its first parameter, else the module or operator itself."""
-    if parameters:
-        target = graph.nodes[parameters[0]].target
+def _name(node: Node, use: _Use) -> str:
+    """The operator's place: the module that owns its first parameter, else what it is."""
+    if use.weights:
+        target = use.weights[0][1].target
         return target.rpartition(".")[0] or target
-    return {ATTENTION: "attention", LOSS: "loss"}.get(node.op, node.module or node.name)
+    return {ATTENTION: "attention", LOSS: "loss"}[node.op]
 
 
 def _collective_lines(graph: OpGraph, decision: BlockDecision) -> Iterator[str]:

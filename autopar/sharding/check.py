@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
@@ -10,7 +11,7 @@ from autopar.graph.size import BATCH, Size, divide, size_at
 from autopar.sharding.conversions import same
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
-from autopar.sharding.local import produced_layouts
+from autopar.sharding.local import blocks_at, produced_layouts
 from autopar.sharding.rules import Strategy, strategies_of
 
 
@@ -81,6 +82,34 @@ def chosen(node: Node, graph: OpGraph, decision: BlockDecision) -> dict[str, Str
     return choice
 
 
+def refusal(
+    node: Node,
+    graph: OpGraph,
+    choice: Mapping[str, Strategy],
+    axes: Mapping[str, int],
+    batch: int | None = None,
+    seq: int | None = None,
+) -> str:
+    """Why an op node cannot run strategy ``choice[a]`` on each axis a together; "" if it can.
+
+    Splits of sizes that depend on b or s are checked when ``batch`` and ``seq`` are given.
+    """
+    by_factor: dict[str, list[str]] = {}
+    for axis, strategy in choice.items():
+        by_factor.setdefault(strategy.name, []).append(axis)
+    for factor, split in by_factor.items():
+        extent, ranks = choice[split[0]].extent, math.prod(axes[axis] for axis in split)
+        if extent is not None and _uneven(extent, ranks, batch, seq):
+            return f"splits factor {factor} of size {extent} over {ranks} ranks ({', '.join(split)}): does not divide"
+    if sum(bool(strategy.variant) for strategy in choice.values()) > 1:
+        return "splits its vocabulary on several axes, which is not implemented"
+    needs, output = produced_layouts(node, choice)
+    for name, layout in (*zip(node.operands(), needs, strict=True), (node.name, output)):
+        if not _fits(graph.nodes[name], layout, axes, batch, seq):
+            return f"cannot hold {_described(graph.nodes[name])} as {layout} on {dict(axes)}"
+    return ""
+
+
 def _check_op(
     node: Node,
     graph: OpGraph,
@@ -97,16 +126,9 @@ def _check_op(
             raise VerificationError(
                 f"{where}: {node.name} ({node.op}) needs {name} as {need}, which is held as {_texts(held[name])} only"
             )
-    for factor in {strategy.name for strategy in choice.values()}:
-        axes = [axis for axis, strategy in choice.items() if strategy.name == factor]
-        extent, ranks = choice[axes[0]].extent, math.prod(decision.axes[axis] for axis in axes)
-        if extent is not None and _uneven(extent, ranks, batch, seq):
-            raise VerificationError(
-                f"{where}: {node.name} ({node.op}) splits factor {factor} of size {extent} over {ranks} ranks "
-                f"({', '.join(axes)}), which does not divide"
-            )
-    if sum(bool(strategy.variant) for strategy in choice.values()) > 1:
-        raise VerificationError(f"{where}: {node.name} ({node.op}) splits its vocabulary on several axes")
+    reason = refusal(node, graph, choice, decision.axes, batch, seq)
+    if reason:
+        raise VerificationError(f"{where}: {node.name} ({node.op}) {reason}")
     return output
 
 
@@ -132,19 +154,31 @@ def _check_splits(
     foreign = [axis for axis, _ in layout.types if axis not in decision.axes]
     if foreign:
         raise VerificationError(f"{where}: {node.name} has a layout on axis {foreign[0]}, which is not in the decision")
-    sizes = list(node.meta.shape)
+    if not _fits(node, layout, decision.axes, batch, seq):
+        raise VerificationError(f"{where}: {_described(node)} cannot be held as {layout} on {decision.axes}")
+
+
+def _fits(node: Node, layout: Layout, axes: Mapping[str, int], batch: int | None, seq: int | None) -> bool:
+    """Whether a tensor divides evenly as ``layout`` says, block splits nested."""
     for axis, kind in layout.types:
         if kind.kind != "S":
             continue
-        inner = divide(sizes[kind.dim], kind.blocks) if kind.dim < len(sizes) else None
-        ranks = math.prod(decision.axes[other] for other in layout.splits(kind.dim))
-        if (
-            inner is None
-            or _uneven(inner, decision.axes[axis], batch, seq)
-            or _uneven(sizes[kind.dim], ranks, batch, seq)
-        ):
-            shape = ", ".join(map(str, sizes))
-            raise VerificationError(f"{where}: {node.name} [{shape}] cannot be held as {layout} on {decision.axes}")
+        inner = divide(node.meta.shape[kind.dim], kind.blocks) if kind.dim < len(node.meta.shape) else None
+        ranks = math.prod(axes[other] for other in layout.splits(kind.dim))
+        if inner is None or _uneven(inner, axes[axis], batch, seq):
+            return False
+        if _uneven(node.meta.shape[kind.dim], ranks, batch, seq):
+            return False
+        if isinstance(kind.blocks, int) or (batch and seq):
+            try:
+                blocks_at(layout, axis, axes, batch or 1, seq or 1)
+            except VerificationError:
+                return False
+    return True
+
+
+def _described(node: Node) -> str:
+    return f"{node.name} [{', '.join(map(str, node.meta.shape))}]"
 
 
 def _uneven(size: int | Size, ranks: int, batch: int | None, seq: int | None) -> bool:

@@ -123,9 +123,9 @@ def steps(source: SpmdType, target: SpmdType, grad: bool = True) -> tuple[Step, 
     return best[target][1]
 
 
-def types_of(dims: int, blocks: Iterable[tuple[int, SpmdType]] = ()) -> tuple[SpmdType, ...]:
+def types_of(dims: int, blocked: Iterable[SpmdType] = ()) -> tuple[SpmdType, ...]:
     """Every legal type of a tensor of ``dims`` dims on one axis: R, I, P, S(d), and the blocked splits given."""
-    kinds = [R, I, P, *(SpmdType("S", dim) for dim in range(dims)), *(kind for _, kind in blocks)]
+    kinds = [R, I, P, *(SpmdType("S", dim) for dim in range(dims)), *blocked]
     return tuple(dict.fromkeys(kinds))
 
 

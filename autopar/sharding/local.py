@@ -23,27 +23,22 @@ def coordinates(axes: Mapping[str, int]) -> list[Coordinate]:
     return [dict(zip(axes, index, strict=True)) for index in itertools.product(*map(range, axes.values()))]
 
 
-def local_blocks(layout: Layout, axis: str, axes: Mapping[str, int]) -> int | Size:
-    """The number of blocks ``axis`` splits within, on a shard that the axes outside it have already cut.
+def blocks_at(layout: Layout, axis: str, axes: Mapping[str, int], batch: int, seq: int) -> SpmdType:
+    """The type of ``axis``, its blocks as an integer: those on a shard that the axes outside it have already cut.
 
-    ``blocks`` counts the blocks of the whole dim; outer axes that split a more major factor have cut that count.
+    A layout counts the blocks of the whole dim; an outer axis that splits a more major factor has cut that count.
+    Raises VerificationError when the two splits do not nest.
     """
     kind = layout[axis]
-    cut = 1
-    for outer in layout.splits(kind.dim):
-        if outer == axis:
-            break
-        if _more_major(layout[outer].blocks, kind.blocks):
-            cut *= axes[outer]
-    if cut == 1:
-        return kind.blocks
-    if not isinstance(kind.blocks, int):
-        raise VerificationError(f"layout {layout}: {kind.blocks} blocks under an outer split of another factor")
-    return kind.blocks // cut
-
-
-def _more_major(outer: int | Size, inner: int | Size) -> bool:
-    return size_at(outer, 2, 2) < size_at(inner, 2, 2)
+    if kind.kind != "S":
+        return kind
+    blocks, ranks = size_at(kind.blocks, batch, seq), 1
+    for outer in itertools.takewhile(lambda name: name != axis, layout.splits(kind.dim)):
+        if size_at(layout[outer].blocks, batch, seq) < blocks:
+            ranks *= axes[outer]
+    if blocks % ranks:
+        raise VerificationError(f"layout {layout}: the {blocks} blocks {axis} splits are cut by axes outside it")
+    return SpmdType("S", kind.dim, blocks // ranks)
 
 
 def local_shape(shape: Sequence[int], layout: Layout, axes: Mapping[str, int]) -> tuple[int, ...]:
@@ -60,11 +55,8 @@ def local_shape(shape: Sequence[int], layout: Layout, axes: Mapping[str, int]) -
     return tuple(local)
 
 
-_WHOLE_SHAPE = {
-    **dict.fromkeys(("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.broadcast_to"), 1),
-    **dict.fromkeys(("aten.full", "aten.zeros", "aten.ones"), 0),
-}
-"""Operators that take their output's shape as an argument, and where."""
+_WHOLE_SHAPE = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.broadcast_to")
+"""Operators that take their output's shape as second argument."""
 
 
 def localize(
@@ -77,10 +69,9 @@ def localize(
     args = list(_numbers(node.args, batch, seq))
     kwargs = _numbers(node.kwargs, batch, seq)
     shape = local_shape(node.meta.at(batch, seq), output, axes)
-    at = _WHOLE_SHAPE.get(node.op)
-    if at is not None:
-        if len(args) > at:
-            args[at] = shape
+    if node.op in _WHOLE_SHAPE:
+        if len(args) > 1:
+            args[1] = shape
         else:
             kwargs["size"] = shape
     elif node.op == "aten.unflatten":
@@ -118,14 +109,6 @@ def join(shards: Sequence[torch.Tensor], dim: int, blocks: int) -> torch.Tensor:
     return torch.cat([_blocked(x, dim, blocks) for x in shards], dim + 1).flatten(dim, dim + 1)
 
 
-def blocks_at(layout: Layout, axis: str, axes: Mapping[str, int], batch: int, seq: int) -> SpmdType:
-    """The type of ``axis`` with its blocks as an integer that counts those of the local shard (see `local_blocks`)."""
-    kind = layout[axis]
-    if kind.kind != "S":
-        return kind
-    return SpmdType("S", kind.dim, size_at(local_blocks(layout, axis, axes), batch, seq))
-
-
 def shard(
     whole: torch.Tensor,
     layout: Layout,
@@ -149,7 +132,7 @@ def shard(
 
 def _parts(x: torch.Tensor, kind: SpmdType, ranks: int, generator: torch.Generator | None) -> list[torch.Tensor]:
     if kind.kind == "S":
-        return cut(x, kind.dim, int(size_at(kind.blocks, 1, 1)), ranks)
+        return cut(x, kind.dim, _count(kind), ranks)
     if kind.kind == "P":
         noise = [torch.randint(-4, 5, x.shape, generator=generator).to(x.dtype) for _ in range(ranks - 1)]
         return [x - sum(noise), *noise]
@@ -174,8 +157,12 @@ def unshard(
 
 def _whole(parts: list[torch.Tensor], kind: SpmdType) -> torch.Tensor:
     if kind.kind == "S":
-        return join(parts, kind.dim, int(size_at(kind.blocks, 1, 1)))
+        return join(parts, kind.dim, _count(kind))
     return torch.stack(parts).sum(0) if kind.kind == "P" else parts[0]
+
+
+def _count(kind: SpmdType) -> int:
+    return size_at(kind.blocks, 1, 1)
 
 
 def required(types: Mapping[str, SpmdType]) -> Layout:

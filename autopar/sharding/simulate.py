@@ -156,7 +156,9 @@ class _Resize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, step: Step | None, ranks: int) -> torch.Tensor:
         ctx.step, ctx.ranks = step, ranks
-        if step is None or step.forward == "none":
+        if step is None:
+            return torch.zeros_like(x)
+        if step.forward == "none":
             return x.view_as(x)
         return _resized(x, step.source, step.target, ranks)
 

@@ -88,7 +88,7 @@ class OpCosts:
 
     def stream_seconds(self, nbytes: float, kernels: int = 1) -> float:
         """Time of ``kernels`` kernels that read and write ``nbytes`` bytes together."""
-        return nbytes / self._bandwidth + kernels * self.device.launch_s if nbytes else 0.0
+        return self._moved(nbytes) + kernels * self.device.launch_s if nbytes else 0.0
 
     def optimizer_seconds(self, elements: int) -> float:
         """One fused AdamW step over ``elements`` master parameters of this rank: reads the parameter, its gradient and
@@ -121,8 +121,12 @@ class OpCosts:
         seconds = sum(self.matmul_seconds(matmul, width) for matmul in part.matmuls)
         if part.attention:
             seconds += self.attention_seconds(part.attention, width)
-        seconds = max(seconds, part.matmul_bytes / self._bandwidth)
-        return seconds + part.nbytes / self._bandwidth + part.kernels * self.device.launch_s
+        seconds = max(seconds, self._moved(part.matmul_bytes))
+        return seconds + self._moved(part.nbytes) + part.kernels * self.device.launch_s
+
+    def _moved(self, nbytes: float) -> float:
+        cached = min(nbytes, self.device.cache_bytes)
+        return (nbytes - cached) / self._bandwidth + (cached / self.device.cache_bandwidth if cached else 0.0)
 
 
 def _fill(matmul: Matmul, processors: int) -> float:

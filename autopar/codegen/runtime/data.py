@@ -49,7 +49,7 @@ class Tokens:
         ids = torch.stack(rows)
         if int(ids.max()) >= self.vocabulary or int(ids.min()) < 0:
             raise ValueError(
-                f"--data: {self.path} has token ids up to {int(ids.max())}, the model's vocabulary is {self.vocabulary}: "
+                f"--data: {self.path} has token id {int(ids.max())}, but the model's vocabulary is {self.vocabulary}: "
                 "was the file written with another --token-dtype?"
             )
         return ids

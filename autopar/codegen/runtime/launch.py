@@ -23,7 +23,9 @@ def check_launch(axes: dict[str, int], devices_per_node: int, any_topology: bool
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     shape = " x ".join(f"{axis}={size}" for axis, size in axes.items())
     if world != needed:
-        refuse(f"this plan needs {needed} processes ({shape}), but {world} were started: use launch.sh")
+        refuse(
+            f"this plan needs {needed} process{'es' * (needed > 1)} ({shape}), but {world} were started: use launch.sh"
+        )
     if not any_topology and local != min(devices_per_node, needed):
         refuse(
             f"this plan was made for {devices_per_node} devices per node, but {local} processes were started on one: "

@@ -16,20 +16,18 @@ def shard_stage(stage: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zer
     gradient reduction and optimizer state keep the dtype of the parameters.
     """
     master = next(stage.parameters()).dtype
-    options = {
-        # Data parallelism over "dp" alone when sharded; replicate over "dp", shard over one rank when not.
-        "mesh": mesh["dp"] if zero == 3 else mesh["dp", "shard"],
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute if compute != master else None, reduce_dtype=master, cast_forward_inputs=False
-        ),
-    }
+    # Shard over "dp", or replicate over "dp" and shard over the one rank of "shard".
+    data_mesh = mesh["dp"] if zero == 3 else mesh["dp", "shard"]
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute if compute != master else None, reduce_dtype=master, cast_forward_inputs=False
+    )
     # A weight that two blocks share has to be gathered once for both: it goes with the root.
     holders = Counter(id(weight) for block in blocks for weight in block.parameters())
     for block in blocks:
         weights = list(block.parameters())
         if weights and all(holders[id(weight)] == 1 for weight in weights):
-            fully_shard(block, reshard_after_forward=zero == 3, **options)
-    fully_shard(stage, reshard_after_forward=False, **options)
+            fully_shard(block, mesh=data_mesh, reshard_after_forward=zero == 3, mp_policy=precision)
+    fully_shard(stage, mesh=data_mesh, reshard_after_forward=False, mp_policy=precision)
 
     for module in stage.modules():
         if isinstance(module, FSDPModule):
@@ -42,4 +40,4 @@ def shard_stage(stage: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zer
 def compile_blocks(blocks: list[nn.Module]) -> None:
     """Compile each block's forward, without graph breaks; FSDP2's hooks and recomputation stay outside."""
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, fullgraph=True)

@@ -80,8 +80,8 @@ class Step:
         losses = []
         for index in range(self.micro_batches):
             is_last = index == self.micro_batches - 1
-            self.stage.set_is_last_backward(is_last)  # type: ignore[operator]
-            self.stage.set_requires_gradient_sync(is_last or self.reduce_each)  # type: ignore[operator]
+            self.stage.set_is_last_backward(is_last)
+            self.stage.set_requires_gradient_sync(is_last or self.reduce_each)
             loss = self._mean_loss(self.stage(**{key: self._part(value, index) for key, value in batch.items()}))
             loss.backward()
             losses.append(loss.detach())

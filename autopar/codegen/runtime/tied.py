@@ -24,7 +24,7 @@ class TiedWeights:
         weights = dict(stage.named_parameters(remove_duplicate=False))
         held = [next((weights[name] for name in group if name in weights), None) for group in tied]
         layouts: list[list[str | None]] = [[] for _ in range(mesh["pp"].size())]
-        dist.all_gather_object(layouts, [None if w is None else str(w.placements) for w in held], group=self.group)  # type: ignore[attr-defined]
+        dist.all_gather_object(layouts, [None if w is None else str(w.placements) for w in held], group=self.group)
         own = mesh["pp"].get_local_rank()
         for index, weight in enumerate(held):
             stages = [s for s, layout in enumerate(layouts) if layout[index] is not None]

@@ -50,8 +50,8 @@ def _gather(call: Call) -> str:
 
 
 ENTRIES = [
-    Entry("aten.embedding", ("v+ d, ... -> ... d",), linear="0", variants=_split_table),
-    Entry("aten.index_select", compute=_index_select, linear="0"),
-    Entry("aten.index", compute=_index, linear="0"),
-    Entry("aten.gather", compute=_gather, linear="0"),
+    Entry("aten.embedding", ("v+ d, ... -> ... d",), variants=_split_table),
+    Entry("aten.index_select", compute=_index_select),
+    Entry("aten.index", compute=_index),
+    Entry("aten.gather", compute=_gather),
 ]

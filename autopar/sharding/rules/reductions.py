@@ -54,7 +54,7 @@ ENTRIES = [
         Entry(f"aten.{op}", compute=_reduce("^"))
         for op in ["amax", "amin", "logsumexp", "prod", "any", "all", "argmax", "argmin"]
     ),
-    *(Entry(f"aten.{op}", compute=_reduce("^", keep_at=9)) for op in ("var", "std")),
+    *(Entry(f"aten.{op}", compute=_reduce("^", keep_at=3)) for op in ("var", "std")),
     Entry("aten.linalg_vector_norm", compute=_reduce("^", dim_at=2, keep_at=3)),
     *(
         Entry(f"aten.{op}", compute=_along())
@@ -63,5 +63,5 @@ ENTRIES = [
     Entry("aten.cumsum", compute=_along(), linear="0"),
     Entry("aten.flip", compute=_along(), linear="0"),
     Entry("aten.roll", compute=_along(2), linear="0"),
-    *(Entry(f"aten.{op}", compute=_last_two, linear="0") for op in ("tril", "triu")),
+    *(Entry(f"aten.{op}", compute=_last_two) for op in ("tril", "triu")),
 ]

@@ -1,4 +1,4 @@
-"""Operators that only move elements: rules computed from the (symbolic) shapes. All pass partial sums through."""
+"""Operators that only move elements: rules computed from the (symbolic) shapes. They pass partial sums through."""
 
 from __future__ import annotations
 
@@ -100,12 +100,13 @@ def _permute(call: Call) -> str:
 
 
 def _expand(call: Call) -> str:
-    """A dim of size one that grows is a factor of the output alone."""
+    """A dim of size one that grows is a factor of the output alone, and stays whole: slicing it after is free."""
     names = Names()
     target = [names.take(size) for size in reversed(call.output)][::-1]
     skipped = len(target) - len(call.shapes[0])
     pairs = zip(call.shapes[0], call.output[skipped:], target[skipped:], strict=True)
     source = [name if size == whole else "1" for size, whole, name in pairs]
+    target = [name if name in source else name + "^" for name in target]
     return f"{' '.join(source) or '()'} -> {' '.join(target) or '()'}"
 
 
@@ -189,17 +190,10 @@ def _pad(call: Call) -> str:
     return f"{' '.join(source)} -> {' '.join(target)}"
 
 
-def _pad_linear(call: Call) -> str:
-    return "0" if call.arg(2, "value", 0) == 0 else ""
-
-
-def _constant(mark: str):  # type: ignore[no-untyped-def]
-    def compute(call: Call) -> str:
-        names = Names()
-        target = [names.take(size) + mark for size in reversed(call.output)][::-1]
-        return f"-> {' '.join(target) or '()'}"
-
-    return compute
+def _constant(call: Call) -> str:
+    """Made whole on every rank; slicing it after is free."""
+    names = Names()
+    return f"-> {' '.join([names.take(size) + '^' for size in reversed(call.output)][::-1]) or '()'}"
 
 
 def _all_together(call: Call) -> str:
@@ -220,8 +214,6 @@ ENTRIES = [
     *_moves("stack", _stack, _all_together),
     *_moves("repeat", _repeat),
     *_moves("repeat_interleave", _repeat_interleave),
-    *_moves("constant_pad_nd pad", _pad, _pad_linear),
-    *_moves("full zeros ones", _constant(""), ""),
-    # Every rank would make the same start of an arange: its dim stays whole.
-    *_moves("arange scalar_tensor eye linspace", _constant("^"), ""),
+    *_moves("constant_pad_nd pad", _pad, ""),
+    *_moves("full zeros ones arange scalar_tensor eye linspace", _constant, ""),
 ]

@@ -1,0 +1,197 @@
+"""Plan and model to the text of ``module.py``: one class per block kind and decision, and the stage that holds them.
+
+What the text defines (the contract with the training runtime):
+
+    MESH, STAGES, TIED                 the plan: axis sizes; per stage its runs of blocks; names of one tied tensor
+    build_stage(index, mesh, device, dtype, meta=False) -> Stage
+    Stage.forward(hidden, **batch)     every stage takes the whole batch by keyword; the last returns the loss sum
+    Stage.blocks()                     the modules to shard, compile and recompute one by one
+    count_targets(batch)               what the loss sum is divided by
+    init_parameter(name, weight, generator)
+
+It imports `runtime.collectives`, `runtime.operators` and `runtime.weights`, and torch.
+"""
+
+from __future__ import annotations
+
+from autopar.codegen.emit_block import FUNCTIONS, Body, Setting
+from autopar.codegen.emit_stage import StageWriter, class_source
+from autopar.codegen.source import Expr, Text
+from autopar.codegen.statements import wrap_comment
+from autopar.codegen.wiring import argument_name, place_blocks
+from autopar.codegen.buffers import buffer_expr
+from autopar.errors import UnsupportedError
+from autopar.graph.ir import ModelGraph
+from autopar.plan import Plan
+
+_OPERATORS = ("cross_entropy", "rotary", "vocab_cross_entropy", "vocab_embedding")
+
+
+def module_source(plan: Plan, model: ModelGraph) -> str:
+    """The text of ``module.py`` for ``plan``. Raises UnsupportedError for what cannot be emitted, naming it."""
+    setting = _setting(plan)
+    placed = place_blocks(plan, model)
+    classes = {block.callee: block for block in reversed(placed) if block.path}
+    body: list[str] = []
+    for name in dict.fromkeys(block.callee for block in placed if block.path):
+        body += ["", "", *class_source(classes[name], model, setting)]
+    writer = StageWriter(plan, model, placed, setting)
+    body += ["", "", *writer.stages_table()]
+    body += ["", "", *writer.stage_class()]
+    if model.constants.outputs:
+        body += ["", "", *_constants(model, setting)]
+    body += ["", "", *_BUILD.splitlines()]
+    body += ["", "", *_count_targets(model, setting)]
+    body += ["", "", *_INIT.splitlines()]
+    text = "\n".join(body)
+    return "\n".join([*_header(plan, model, text), text]) + "\n"
+
+
+def _setting(plan: Plan) -> Setting:
+    axes = {axis: size for axis, size in plan.mesh.axes().items() if axis not in ("pp", "dp") and size > 1}
+    try:
+        from autopar.solver.collective_costs import CollectiveCosts
+
+        costs = CollectiveCosts(plan.cluster)
+    except (ImportError, AttributeError):  # a hand-made plan without a real cluster
+        costs = None
+
+    def seconds(kind: str, nbytes: int, axis: str) -> float | None:
+        return costs.seconds(kind, nbytes, axes[axis], 1) if costs is not None else None
+
+    job = plan.job
+    return Setting(axes, job.dtype == "fp64", plan.micro_batch, job.seq_len, job.compute_bytes, seconds)
+
+
+def _header(plan: Plan, model: ModelGraph, text: str) -> list[str]:
+    """Docstring, imports of what the text uses, and the plan's constants."""
+    tp = plan.mesh.tp > 1
+    lines = [
+        f'"""{model.name} on {plan.mesh.size} devices: {plan.mesh}.',
+        "",
+        "Written by autopar; made to be read and changed. Tensors are what one rank holds of",
+        "them: its samples of a micro-batch" + (", its part along the tensor-parallel axis tp." if tp else "."),
+    ]
+    if tp:
+        lines += [
+            "",
+            "How the ranks of tp hold a tensor: R replicated, I invariant (replicated and used",
+            "alike), P partial sums, S(d) split on dim d; see runtime/collectives.py.",
+        ]
+    lines += ['"""', ""]
+    lines = [part for line in lines for part in ([line] if len(line) <= 88 else _wrapped(line))]
+    lines.append("import torch")
+    if "F." in text:
+        lines.append("import torch.nn.functional as F")
+    for module, names in (
+        ("runtime.collectives", sorted(FUNCTIONS.values())),
+        ("runtime.operators", _OPERATORS),
+        ("runtime.weights", ("New", "Weights")),
+    ):
+        used = [name for name in names if f"{name}(" in text.replace("vocab_" + name, "") or f": {name})" in text or f": {name}," in text]
+        if used:
+            lines += _import(module, used)
+    lines.append("from torch import Tensor, nn")
+    lines.append("from torch.distributed.device_mesh import DeviceMesh")
+    if "checkpoint(" in text:
+        lines.append("from torch.utils.checkpoint import checkpoint")
+    lines += ["", f"MESH = {_dict(plan.mesh.axes())}  # outermost first, in rank order"]
+    tied = ", ".join("(" + ", ".join(f'"{name}"' for name in group) + ")" for group in model.tied)
+    tied_line = f"TIED = ({tied}{',' if len(model.tied) == 1 else ''})"
+    lines += ["# Names of one and the same parameter.", tied_line] if model.tied else ["TIED = ()"]
+    return lines
+
+
+def _wrapped(line: str) -> list[str]:
+    return [part.removeprefix("# ") for part in wrap_comment(line, 0)]
+
+
+def _dict(values: dict[str, int]) -> str:
+    return "{" + ", ".join(f'"{key}": {value}' for key, value in values.items()) + "}"
+
+
+def _import(module: str, names: list[str]) -> list[str]:
+    line = f"from {module} import {', '.join(names)}"
+    if len(line) <= 88:
+        return [line]
+    return [f"from {module} import (", *(f"    {name}," for name in names), ")"]
+
+
+def _constants(model: ModelGraph, setting: Setting) -> list[str]:
+    """The function that makes what blocks share and no parameter changes (rotary tables, positions)."""
+    body = _free_body(model, model.constants, setting)
+    body.extra = {"size b": "batch", "size s": "seq", "dtype": "dtype", "device": "device"}
+    body.names = {name: argument_name(name) for name in model.constants.outputs}
+    for node in model.constants.of("op"):
+        if node.op in ("aten.mul", "aten.matmul") and any(model.constants.nodes[o].kind == "buffer" for o in node.operands()):
+            body.names[node.name] = "angles"
+    lines = body.program().lines(1)
+    names = [argument_name(name) for name in model.constants.outputs]
+    kind = "tuple[" + ", ".join(["Tensor"] * len(names)) + "]" if len(names) > 1 else "Tensor"
+    given = {"batch": "int", "seq": "int", "dtype": "torch.dtype", "device": "torch.device"}
+    used = [key for key in given if any(_mentions(line, key) for line in lines)]
+    arguments = ", ".join(f"{key}: {given[key]}" for key in used)
+    text = " and ".join(names) if len(names) < 3 else ", ".join(names)
+    head = [f"def shared_tables({arguments}) -> {kind}:"]
+    if len(head[0]) > 88:
+        head = ["def shared_tables(", *(f"    {key}: {given[key]}," for key in used), f") -> {kind}:"]
+    return [*head, f'    """{text}: the same for all blocks and ranks."""', *lines]
+
+
+def constants_arguments(model: ModelGraph, setting: Setting) -> tuple[str, ...]:
+    """The arguments that ``shared_tables`` takes, of batch, seq, dtype and device."""
+    head = "".join(_constants(model, setting)).partition("(")[2].partition(")")[0]
+    return tuple(part.split(":")[0].strip() for part in head.split(",") if part.strip())
+
+
+def _mentions(line: str, name: str) -> bool:
+    import re
+
+    return re.search(rf"(?<![\w.]){name}\b(?!=)", line) is not None
+
+
+def _free_body(model: ModelGraph, graph, setting: Setting) -> Body:  # type: ignore[no-untyped-def]
+    weights: dict[str, Expr] = {}
+    for node in graph.of("parameter"):
+        raise UnsupportedError(f"{node.target}: a parameter among the constants")
+    for node in graph.of("buffer"):
+        values = model.buffer_values.get(node.target)
+        weights[node.name] = buffer_expr(node.target, node.meta, values, setting.double)
+    arguments = {node.name: argument_name(node.target) for node in graph.of("input")}
+    return Body(graph, None, setting, arguments, weights)
+
+
+def _count_targets(model: ModelGraph, setting: Setting) -> list[str]:
+    body = _free_body(model, model.count, setting)
+    return [
+        "def count_targets(batch: dict[str, Tensor]) -> Tensor:",
+        '    """How many targets ``batch`` has: what its summed loss is divided by."""',
+        *(f'    {body.arguments[node.name]} = batch["{node.target}"]' for node in model.count.of("input")),
+        *body.program().lines(1),
+    ]
+
+
+_BUILD = '''\
+def build_stage(
+    index: int,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    meta: bool = False,
+) -> Stage:
+    """Stage ``index`` with uninitialised parameters, without memory if ``meta``."""
+    tp = mesh["tp"] if mesh is not None and MESH["tp"] > 1 else None
+    return Stage(index, New(tp, torch.device("meta") if meta else device, dtype))'''
+
+_INIT = '''\
+@torch.no_grad()
+def init_parameter(name: str, weight: Tensor, generator: torch.Generator) -> None:
+    """Fill a whole parameter: scales 1, biases 0, everything else normal, deviation 0.02."""
+    if name.endswith("bias"):
+        weight.zero_()
+    elif weight.ndim < 2:
+        weight.fill_(1.0)
+    else:
+        weight.normal_(0.0, 0.02, generator=generator)'''
+
+__all__ = ["Text", "constants_arguments", "module_source"]

@@ -1,0 +1,280 @@
+"""The proof on real ranks: emitted folders, run by torchrun, against one device.
+
+Starting ranks costs seconds, so one launch runs many plans: `prepare` writes each emitted folder and what one device
+computes, `prove` starts the ranks once, and each rank (`python -m autopar.codegen.prove FOLDER`) goes through the
+cases with the emitted train.py's own functions: FSDP2, schedule, tied weights, clipping and AdamW included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autopar.codegen.emit import emit
+from autopar.codegen.loading import load_train
+from autopar.errors import VerificationError
+from autopar.graph.ir import ModelGraph
+from autopar.plan import Plan
+
+TOLERANCES = {"fp32": 1e-5, "fp64": 1e-10}
+"""Largest error of the loss and of every gradient, by the job's dtype."""
+
+PARAMETER_TOLERANCE = 1e-8
+"""Largest error of every parameter after the optimizer steps, in float64."""
+
+STEPS = 3
+OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "foreach": True}
+MAX_NORM = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Errors of one plan against one device; ``parameter`` is None where no optimizer steps were taken."""
+
+    name: str
+    dtype: str
+    loss: float
+    gradient: float
+    worst_gradient: str
+    norm: float | None
+    parameter: float | None
+    worst_parameter: str
+
+    def failures(self) -> list[str]:
+        """What is past its tolerance, in words; empty when all is well."""
+        limit = TOLERANCES[self.dtype]
+        found = []
+        if not self.loss <= limit:
+            found.append(f"{self.name} {self.dtype}: loss is off by {self.loss:.1e} (at most {limit:.0e})")
+        if not self.gradient <= limit:
+            found.append(
+                f"{self.name} {self.dtype}: the gradient of {self.worst_gradient} is off by {self.gradient:.1e} "
+                f"(at most {limit:.0e})"
+            )
+        if self.parameter is not None and not self.parameter <= PARAMETER_TOLERANCE:
+            found.append(
+                f"{self.name} {self.dtype}: after {STEPS} steps {self.worst_parameter} is off by {self.parameter:.1e} "
+                f"(at most {PARAMETER_TOLERANCE:.0e})"
+            )
+        return found
+
+
+def gradient_errors(gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+    """Error of each gradient: |g - r| / max(|r|, 1e-3 |all gradients| / sqrt(number of parameters)).
+
+    The floor is there because some true gradients are zero, such as that of a key projection's bias.
+    """
+    total = math.sqrt(sum(float(r.double().norm()) ** 2 for r in reference.values()))
+    floor = 1e-3 * total / math.sqrt(len(reference))
+    return {
+        name: float((gradient.double() - reference[name].double()).norm())
+        / max(float(reference[name].double().norm()), floor)
+        for name, gradient in gradients.items()
+    }
+
+
+def one_device(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    loss_of: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    steps: bool,
+) -> dict[str, Any]:
+    """What a single device computes: loss, gradients and norm of the first batch, parameters after all batches."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    found: dict[str, Any] = {"batches": [dict(batch) for batch in batches], "steps": steps}
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+    for index, batch in enumerate(batches if steps else batches[:1]):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        torch.autograd.backward(loss)
+        if index == 0:
+            found["gradients"] = {
+                names[id(weight)]: weight.grad.clone() for weight in model.parameters() if weight.grad is not None
+            }
+        norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        if index == 0:
+            found["loss"], found["norm"] = loss.detach().clone(), norm.detach().clone()
+        if steps:
+            optimizer.step()
+    found["parameters"] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    return found
+
+
+def prepare(
+    folder: Path,
+    plans: Mapping[str, Plan],
+    graph: ModelGraph,
+    weights: Mapping[str, Tensor],
+    reference: dict[str, Any],
+) -> None:
+    """Add cases to ``folder``: each plan emitted with these weights, and the `one_device` result it must reproduce."""
+    cases = _cases(folder)
+    key = f"reference_{len(cases)}.pt"
+    torch.save(reference, folder / key)
+    for name, plan in plans.items():
+        case = f"case_{len(cases)}"
+        emit(plan, graph, folder / case, weights)
+        cases.append({"name": name, "folder": case, "reference": key, "dtype": plan.job.dtype})
+    (folder / "cases.json").write_text(json.dumps(cases))
+
+
+def with_dtype(plan: Plan, dtype: str) -> Plan:
+    """The same decisions for a job in another dtype."""
+    return replace(plan, job=replace(plan.job, dtype=dtype))
+
+
+def prove(folder: Path, ranks: int, timeout_s: float = 300.0) -> list[Measured]:
+    """Run the cases of ``folder`` on ``ranks`` gloo processes, in one launch.
+
+    Raises VerificationError with the end of the ranks' output if they fail or take longer than ``timeout_s``.
+    """
+    run_ranks(["-m", "autopar.codegen.prove", str(folder)], ranks, timeout_s)
+    return [Measured(**row) for row in json.loads((folder / "measured.json").read_text())]
+
+
+def run_ranks(arguments: list[str], ranks: int, timeout_s: float, folder: Path | None = None) -> str:
+    """Run a script under torchrun on this machine's CPU, in ``folder``; returns its output, standard error included.
+
+    Leaves no process behind. Raises VerificationError if it fails or does not end in time.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    package = str(Path(__file__).parents[2])
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=folder,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise VerificationError(f"{' '.join(arguments)}: no end after {timeout_s:.0f} s on {ranks} ranks") from None
+    finally:
+        _end(process)
+    if process.returncode:
+        raise VerificationError(f"{' '.join(arguments)} failed on {ranks} ranks:\n{output[-6000:]}")
+    return output
+
+
+def table(rows: Iterable[Measured]) -> str:
+    """The errors as text, one plan per line."""
+    lines = [f"{'plan':<34}{'dtype':<7}{'loss':>9}{'gradient':>10}{'norm':>9}{'3 steps':>9}  worst gradient"]
+    for row in rows:
+        norm, parameter = ("-" if value is None else f"{value:.1e}" for value in (row.norm, row.parameter))
+        lines.append(
+            f"{row.name:<34}{row.dtype:<7}{row.loss:>9.1e}{row.gradient:>10.1e}{norm:>9}{parameter:>9}"
+            f"  {row.worst_gradient}"
+        )
+    return "\n".join(lines)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process group that we started, ranks included (torchrun puts them in sessions of their own)."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on to its ranks
+        try:
+            process.communicate(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def _cases(folder: Path) -> list[dict[str, str]]:
+    path = folder / "cases.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _worker(folder: Path) -> None:
+    """One rank: run every case, rank 0 writes what was measured."""
+    torch.set_num_threads(1)
+    rows = []
+    for case in _cases(folder):
+        row = _measure(case, folder)
+        rows.append(asdict(row))
+        if dist.get_rank() == 0:
+            print(table([row]).splitlines()[1], flush=True)
+    if dist.get_rank() == 0:
+        (folder / "measured.json").write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _measure(case: dict[str, str], folder: Path) -> Measured:
+    train = load_train(folder / case["folder"])
+    reference = torch.load(folder / case["reference"], weights_only=True)
+    mesh, device = train.launch.start(train.MESH, train.DEVICE_TYPE)
+    step = train.parallelize(mesh, device)
+    train.parameters.load_weights(step.stage, folder / case["folder"] / "initial.pt", train.module.TIED)
+    first = train.parameters.first_names(train.module.TIED)
+    optimizer = torch.optim.AdamW(step.stage.parameters(), **OPTIMIZER)
+    rank, ranks = mesh["dp"].get_local_rank(), mesh["dp"].size()
+    rows = train.sample_indices(0, rank, ranks, train.MICRO_BATCH, train.MICRO_BATCHES)
+
+    gradients: dict[str, float] = {}
+    loss_error = norm_error = 0.0
+    for index, batch in enumerate(reference["batches"] if reference["steps"] else reference["batches"][:1]):
+        optimizer.zero_grad()
+        loss = step.forward_backward({key: value[rows] for key, value in batch.items()})
+        if index == 0:
+            whole = {first.get(name, name): weight.grad.full_tensor() for name, weight in step.stage.named_parameters()}
+            gradients = gradient_errors(whole, reference["gradients"])
+            loss_error = abs(float(loss) - float(reference["loss"])) / abs(float(reference["loss"]))
+        norm = step.clip_gradients(MAX_NORM)
+        if index == 0:
+            norm_error = abs(float(norm) - float(reference["norm"])) / float(reference["norm"])
+        if reference["steps"]:
+            optimizer.step()
+    parameters: dict[str, float] = {}
+    if reference["steps"]:
+        for name, weight in step.stage.named_parameters():
+            whole_weight, right = weight.full_tensor().detach(), reference["parameters"][first.get(name, name)]
+            parameters[name] = float((whole_weight - right).norm()) / max(float(right.norm()), 1e-12)
+
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (loss_error, gradients, norm_error, parameters))
+    worst_gradient, gradient = _worst(part[1] for part in everyone)
+    worst_parameter, parameter = _worst(part[3] for part in everyone)
+    missing = set(reference["gradients"]) - {name for part in everyone for name in part[1]}
+    if missing:
+        raise VerificationError(f"{case['name']}: no rank holds {', '.join(sorted(missing))}")
+    return Measured(
+        name=case["name"],
+        dtype=case["dtype"],
+        loss=max(part[0] for part in everyone),
+        gradient=gradient,
+        worst_gradient=worst_gradient,
+        norm=max(part[2] for part in everyone),
+        parameter=parameter if reference["steps"] else None,
+        worst_parameter=worst_parameter,
+    )
+
+
+def _worst(errors: Iterable[dict[str, float]]) -> tuple[str, float]:
+    # Not a number is worse than any number.
+    pairs = [(name, error) for part in errors for name, error in part.items()]
+    return max(pairs, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1], default=("", 0.0))
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]))

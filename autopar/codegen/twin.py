@@ -1,0 +1,223 @@
+"""What is verified in one process: the plan itself if it is small enough, else a twin with the same decisions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.errors import UnsupportedError, VerificationError
+from autopar.graph.ir import ModelGraph
+from autopar.plan import Candidate, Plan, Run, Stage
+from autopar.sharding.check import check_decision
+from autopar.sharding.decision import BlockDecision
+
+MOST_BYTES = 3e9
+"""Float64 weights and gradients that a proof may hold at once, over all ranks and the reference."""
+
+MOST_RANKS = 16
+MOST_POSITIONS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A plan, the model and graph it is for, and ``how`` they were shrunk ("" if they were not)."""
+
+    plan: Plan
+    model: nn.Module
+    graph: ModelGraph
+    how: str
+
+
+def small_twin(plan: Plan, model: nn.Module, graph: ModelGraph, trace: Callable[[nn.Module], ModelGraph]) -> Twin:
+    """The plan with a short batch, and, if it is still too large: two ranks on each axis, one block of every run, and
+    for models with a Hugging Face ``config`` narrow layers. Every block kind and decision stays.
+
+    Raises UnsupportedError when even that does not fit.
+    """
+    short = _short_batch(plan, graph)
+    if _bytes(short, graph) <= MOST_BYTES and short.mesh.dp * short.mesh.tp <= MOST_RANKS:
+        return Twin(short, model, graph, "")
+    narrow, notes = _narrow_model(plan, model)
+    small = trace(narrow)
+    twin = _short_batch(_few_blocks(_few_ranks(plan), small), small)
+    _check(twin, small)
+    if _bytes(twin, small) > MOST_BYTES:
+        raise UnsupportedError(
+            f"{graph.name} is too large to verify in one process even as a twin ({_bytes(twin, small) / 1e9:.1f} GB of "
+            "weights and gradients): verify a narrower configuration of the same architecture, or the emitted "
+            "folder under torchrun"
+        )
+    how = f"{twin.mesh}, {len(small.blocks)} of {len(graph.blocks)} blocks{notes}"
+    return Twin(twin, narrow, small, how)
+
+
+def _bytes(plan: Plan, graph: ModelGraph) -> float:
+    copies = 2 + plan.mesh.dp * 2
+    return 8.0 * graph.count_parameters() * copies
+
+
+def _short_batch(plan: Plan, graph: ModelGraph) -> Plan:
+    """Few samples, micro-batches and positions, as long as every decision still divides."""
+    job = plan.job
+    step = 8 * plan.mesh.tp
+    sizes = [(1 if plan.micro_batch == 1 else 2, seq) for seq in (*range(step, 4 * step + 1, step),) if seq <= job.seq_len]
+    for batch, seq in (*sizes, (plan.micro_batch, job.seq_len)):
+        micro_batches = min(plan.micro_batches, 2)
+        short = replace(
+            plan,
+            micro_batch=min(batch, plan.micro_batch) if seq != job.seq_len else batch,
+            micro_batches=micro_batches,
+            job=replace(job, seq_len=seq, global_batch=plan.mesh.dp * batch * micro_batches),
+        )
+        try:
+            _check(short, graph)
+        except VerificationError:
+            continue
+        return short
+    return plan
+
+
+def _check(plan: Plan, graph: ModelGraph) -> None:
+    for candidate in plan.candidates.values():
+        decision = candidate.decision
+        check_decision(graph.kinds[decision.kind], decision, plan.micro_batch, plan.job.seq_len)
+
+
+def _few_ranks(plan: Plan) -> Plan:
+    """At most two ranks on the data and model axes."""
+    mesh = replace(plan.mesh, dp=min(plan.mesh.dp, 2), tp=min(plan.mesh.tp, 2))
+    candidates = {name: _on_axes(candidate, {"tp": mesh.tp}) for name, candidate in plan.candidates.items()}
+    return replace(plan, mesh=mesh, candidates=candidates)
+
+
+def _on_axes(candidate: Candidate, sizes: dict[str, int]) -> Candidate:
+    decision = candidate.decision
+    axes = {axis: min(size, sizes.get(axis, size)) for axis, size in decision.axes.items()}
+    made = BlockDecision(
+        decision.kind, axes, decision.inputs, decision.strategies, decision.conversions, decision.outputs
+    )
+    return replace(candidate, decision=made)
+
+
+def _kept_runs(plan: Plan) -> list[list[str]]:
+    """Per stage that is kept, the candidates of its runs: the first and last stage, and any with a new candidate."""
+    kept: list[list[str]] = []
+    seen: set[str] = set()
+    for index, stage in enumerate(plan.stages):
+        names = [run.candidate for run in stage.runs]
+        merged = [name for place, name in enumerate(names) if place == 0 or names[place - 1] != name]
+        if index in (0, len(plan.stages) - 1) or not seen.issuperset(merged):
+            kept.append(merged)
+            seen.update(merged)
+    return kept
+
+
+def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
+    """The plan for a model with one block of every kept run."""
+    stages, start = [], 0
+    for names in _kept_runs(plan):
+        runs = []
+        for name in names:
+            runs.append(Run(start, start + 1, name))
+            start += 1
+        stages.append(Stage(tuple(runs), 0.0, 0.0, 0.0, {}))
+    if start != len(small.blocks):
+        raise UnsupportedError(
+            f"cannot make a twin of {plan.model} with {start} blocks: the shortened model has {len(small.blocks)}; verify a "
+            "smaller configuration of the same architecture"
+        )
+    kept = {name for names in _kept_runs(plan) for name in names}
+    candidates = {name: candidate for name, candidate in plan.candidates.items() if name in kept}
+    mesh = replace(plan.mesh, pp=len(stages))
+    return replace(plan, mesh=mesh, stages=tuple(stages), candidates=candidates, fingerprint=small.fingerprint())
+
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_KV_HEADS = ("num_key_value_heads", "n_kv_heads")
+_WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_VOCABULARY = ("vocab_size",)
+
+
+def _narrow_model(plan: Plan, model: nn.Module) -> tuple[nn.Module, str]:
+    """The model built again from its configuration: fewer layers, heads of 8, few of them in the same ratio."""
+    config: Any = copy.deepcopy(getattr(model, "config", None))
+    name = _first(config, _LAYERS)
+    if config is None or name is None:
+        raise UnsupportedError(
+            f"{plan.model} is too large to verify in one process, and has no Hugging Face config from which autopar could "
+            "build a smaller twin: verify a smaller instance of the same class"
+        )
+    repeated = sum(
+        plan.candidates[run].decision.kind not in ("Prologue", "Epilogue") for runs in _kept_runs(plan) for run in runs
+    )
+    setattr(config, name, repeated)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = list(config.layer_types)[:repeated]
+    heads, kv = _get(config, _HEADS), _get(config, _KV_HEADS)
+    if heads is not None:
+        group = heads // kv if kv else 1
+        few = 4 if kv is None else max(4 // math.gcd(4, group), 1) if group > 4 else 4 // math.gcd(4, group) * 2
+        few_kv = max(2, few // group) if kv else None
+        new_heads = few_kv * group if few_kv else few
+        _set(config, _HEADS, new_heads)
+        if few_kv:
+            _set(config, _KV_HEADS, few_kv)
+        if getattr(config, "head_dim", None) is not None:
+            config.head_dim = 8
+        _set(config, _WIDTH, new_heads * 8)
+        if _get(config, _INNER) is not None:
+            _set(config, _INNER, new_heads * 12 // 4 * 4)
+    _set(config, _VOCABULARY, 256)
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(getattr(config, token, None), int):
+            setattr(config, token, 0)
+    return type(model)(config), ", narrow layers"
+
+
+def _first(config: Any, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if getattr(config, name, None) is not None), None)
+
+
+def _get(config: Any, names: tuple[str, ...]) -> int | None:
+    name = _first(config, names)
+    return None if name is None else int(getattr(config, name))
+
+
+def _set(config: Any, names: tuple[str, ...], value: int) -> None:
+    name = _first(config, names)
+    if name is not None:
+        setattr(config, name, value)
+
+
+def wide_copy(model: nn.Module, graph: ModelGraph, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A training-mode copy on the CPU in ``dtype``; weights and buffers on meta get random or traced values."""
+    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    made = copy.deepcopy(model)
+    if on_meta:
+        made = made.to_empty(device="cpu")
+        _draw(made, graph, seed)
+    made = made.to(device="cpu", dtype=dtype).train()
+    for parameter in made.parameters():
+        parameter.grad = None
+    return made
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, graph: ModelGraph, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = 1 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1
+        parameter.copy_(noise * scale + (parameter.ndim < 2))
+    for name, buffer in model.named_buffers():
+        values = graph.buffer_values.get(name)
+        if values is not None:
+            buffer.copy_(torch.tensor(values).reshape(buffer.shape))

@@ -1,0 +1,316 @@
+"""Proof by numbers, in one process: the emitted module on all ranks against the user's model on one device.
+
+The stages run one after another under `LocalTensorMode`, each with all its data and tensor-parallel ranks; data ranks
+hold whole parameters and their gradients are added up, as FSDP2 does under torchrun (which does not run here).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autopar.codegen.emit_module import module_source
+from autopar.codegen.load import load_module
+from autopar.codegen.ranks import local_ranks, on_rank, per_rank
+from autopar.codegen.twin import Twin, small_twin, wide_copy
+from autopar.errors import VerificationError
+from autopar.graph.export import LossOf
+from autopar.graph.interpret import keep_wide
+from autopar.graph.ir import ModelGraph
+from autopar.graph.trace import trace
+from autopar.plan import Plan
+from autopar.sharding.layout import P
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""Largest error of the loss and of each gradient that counts as equal."""
+
+JOB_DTYPES = {torch.float64: "fp64", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """Errors of the loss and of each parameter's gradient (see `gradient_errors`), and what was run.
+
+    ``ranks``: data times tensor-parallel ranks of each stage; ``twin``: how the model was shrunk, "" if it was not.
+    """
+
+    model: str
+    mesh: str
+    ranks: int
+    dtype: str
+    loss: float
+    loss_error: float
+    errors: dict[str, float]
+    tolerance: float
+    twin: str
+    seconds: float
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The parameter with the largest error, and that error."""
+        return max(self.errors.items(), key=lambda pair: pair[1])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "mesh": self.mesh,
+            "dtype": self.dtype,
+            "loss": self.loss,
+            "loss_error": self.loss_error,
+            "worst_parameter": self.worst[0],
+            "worst_error": self.worst[1],
+            "errors": self.errors,
+            "tolerance": self.tolerance,
+            "twin": self.twin,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        ordered = sorted(self.errors.items(), key=lambda pair: -pair[1])
+        width = max(len(name) for name, _ in ordered[:5])
+        what = f"its shrunk twin ({self.twin})" if self.twin else "the whole model"
+        lines = [
+            f"{self.model}, {self.mesh}: {self.dtype}, {self.ranks} ranks a stage in one process, {what}",
+            f"  {'loss':{width}}  {self.loss_error:.1e}",
+            *(f"  {name:{width}}  {error:.1e}" for name, error in ordered[:5]),
+        ]
+        rest = len(ordered) - 5
+        if rest > 0:
+            lines.append(f"  {rest} more gradients, none above {ordered[4][1]:.1e}")
+        lines.append(f"  all within {self.tolerance:.0e} of the single device, {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def verify(
+    plan: Plan,
+    model: nn.Module | str,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    loss: Callable[..., Any] | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> VerifyReport:
+    """Run the plan's module and the model on the same random batch, and compare the loss and every gradient.
+
+    ``inputs`` and ``loss`` as in `autopar.search`; a batch of the plan's micro-batches is drawn from ``seed``. A model
+    on meta gets random weights. Plans too large for one process are verified on a twin (see `small_twin`).
+    Raises VerificationError naming the worst parameter, BadInputError for another model than the plan's.
+    """
+    begin = time.perf_counter()
+    if isinstance(model, str):
+        from autopar.models import load
+
+        loaded = load(model)
+        model, inputs, loss = loaded.model, inputs or loaded.inputs, loss or loaded.loss
+    graph = trace(model, inputs, loss)
+    plan.check_model(graph.fingerprint(), type(model).__name__)
+    twin = small_twin(plan, model, graph, lambda small: trace(small, inputs, loss))
+    return _verify(twin, inputs, loss, dtype, seed, begin)
+
+
+def verify_source(
+    source: str, plan: Plan, model: nn.Module, graph: ModelGraph, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> VerifyReport:
+    """`verify` for module text that may have been changed by hand: ``plan`` and ``graph`` are not shrunk.
+
+    Random tokens in float64 keep "float32" tensors in float64 only if ``source`` was written for a job in "fp64".
+    """
+    begin = time.perf_counter()
+    return _compare(source, Twin(plan, model, graph, ""), None, None, dtype, seed, begin)
+
+
+def _verify(
+    twin: Twin, inputs: Mapping[str, Any] | None, loss: Any, dtype: torch.dtype, seed: int, begin: float
+) -> VerifyReport:
+    plan = replace(twin.plan, job=replace(twin.plan.job, dtype=JOB_DTYPES[dtype]))
+    source = module_source(plan, twin.graph)
+    return _compare(source, twin, inputs, loss, dtype, seed, begin)
+
+
+def _compare(
+    source: str, twin: Twin, inputs: Mapping[str, Any] | None, loss: Any, dtype: torch.dtype, seed: int, begin: float
+) -> VerifyReport:
+    plan, graph = twin.plan, twin.graph
+    samples = plan.mesh.dp * plan.micro_batch * plan.micro_batches
+    reference = wide_copy(twin.model, graph, dtype, seed)
+    batch = random_batch(graph, inputs, samples, plan.job.seq_len, dtype, seed)
+    weights = {name: weight.detach() for name, weight in reference.named_parameters()}
+    expected_loss, expected = _single_device(reference, graph, loss, batch)
+    found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
+    errors = gradient_errors(found, expected)
+    difference = abs(found_loss - expected_loss) / max(abs(expected_loss), 1e-30)
+    report = VerifyReport(
+        model=graph.name,
+        mesh=str(plan.mesh),
+        ranks=plan.mesh.dp * plan.mesh.tp,
+        dtype=str(dtype).removeprefix("torch."),
+        loss=expected_loss,
+        loss_error=difference,
+        errors=errors,
+        tolerance=TOLERANCE[dtype],
+        twin=twin.how,
+        seconds=time.perf_counter() - begin,
+    )
+    name, error = report.worst
+    if not difference <= report.tolerance or not error <= report.tolerance:
+        raise VerificationError(
+            f"{graph.name}, {plan.mesh}: the emitted module differs from the single device: loss by {difference:.1e}, "
+            f"gradient of {name} by {error:.1e} (the most of {len(errors)}); allowed {report.tolerance:.0e}"
+        )
+    return report
+
+
+def gradient_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """For each gradient g with reference r: ‖g − r‖ / max(‖r‖, 1e-3·‖all gradients‖ / √(number of parameters)).
+
+    The floor is for gradients that are truly zero (a key bias). ``found`` may hold several copies (dim 0 stacked by
+    the caller is not expected): each is one tensor of the reference's shape. Missing ones count as infinite.
+    """
+    norms = {name: float(gradient.double().norm()) for name, gradient in expected.items()}
+    floor = 1e-3 * sum(norm**2 for norm in norms.values()) ** 0.5 / len(norms) ** 0.5
+    errors = {}
+    for name, gradient in expected.items():
+        if name not in found or found[name].shape[1:] != gradient.shape:
+            errors[name] = float("inf")
+            continue
+        worst = max(float((copy.double() - gradient.double()).norm()) for copy in found[name])
+        errors[name] = worst / max(norms[name], floor, 1e-300)
+    return errors
+
+
+def random_batch(
+    graph: ModelGraph, inputs: Mapping[str, Any] | None, samples: int, seq: int, dtype: torch.dtype, seed: int
+) -> dict[str, Tensor]:
+    """A batch of the shapes the graph takes. Token ids are drawn from the vocabulary, a tenth of the labels is ignored;
+    tensors given as ``inputs`` are drawn from the values they hold."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {}
+    for key, meta in graph.batch.items():
+        shape = meta.at(samples, seq)
+        example = inputs.get(key) if inputs else None
+        if example is not None and key not in ("input_ids", "labels"):
+            values = example.flatten()
+            picked = values[torch.randint(0, values.numel(), shape, generator=generator)]
+            batch[key] = picked.to(dtype) if example.is_floating_point() else picked
+        elif meta.dtype in ("int64", "int32"):
+            batch[key] = torch.randint(0, _vocabulary(graph), shape, generator=generator)
+            if key == "labels":
+                batch[key][torch.rand(shape, generator=generator) < 0.1] = -100
+        elif meta.dtype == "bool":
+            batch[key] = torch.ones(shape, dtype=torch.bool)
+        else:
+            batch[key] = torch.randn(shape, generator=generator, dtype=dtype)
+    return batch
+
+
+def _vocabulary(graph: ModelGraph) -> int:
+    rows = [
+        int(kind.graph.nodes[node.operands()[0]].meta.at(1, 1)[0])
+        for kind in graph.kinds.values()
+        for node in kind.graph.of("op")
+        if node.op == "aten.embedding" and "input_ids" in node.operands()
+    ]
+    return min(rows, default=2)
+
+
+def _single_device(
+    model: nn.Module, graph: ModelGraph, loss: Any, batch: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the user's model in eager, on the whole batch at once."""
+    wide = next(model.parameters()).dtype == torch.float64
+    runner = LossOf(model, loss)
+    if wide:
+        with keep_wide():
+            value = runner(dict(batch))
+    else:
+        value = runner(dict(batch))
+    value.backward()
+    zeros = {name: torch.zeros_like(weight) for name, weight in model.named_parameters() if weight.grad is None}
+    return float(value.detach()), {
+        name: weight.grad if weight.grad is not None else zeros[name]
+        for name, weight in model.named_parameters()
+        if name in graph.parameters
+    }
+
+
+def run_emitted(
+    source: str,
+    plan: Plan,
+    graph: ModelGraph,
+    weights: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss, and per parameter its gradient as each tensor-parallel rank would have it, stacked on a new dim 0.
+
+    ``weights``: whole values by full name; ``batch``: the samples of all data ranks and micro-batches.
+    """
+    module = load_module(source)
+    mesh = plan.mesh
+    first = {name: group[0] for group in graph.tied for name in group}
+    values = {first.get(name, name): value for name, value in weights.items()}
+    with local_ranks({"dp": mesh.dp, "tp": mesh.tp}) as device_mesh:
+        stages = [
+            module.build_stage(index, device_mesh, torch.device("cpu"), dtype) for index in range(len(plan.stages))
+        ]
+        for stage in stages:
+            for name, parameter in stage.named_parameters():
+                _fill(parameter, values[first.get(name, name)], mesh.tp)
+        targets = int(module.count_targets(dict(batch)))
+        losses = []
+        for index in range(plan.micro_batches):
+            part = {key: _per_rank(value, plan, index) for key, value in batch.items()}
+            flow: tuple[Tensor, ...] = ()
+            for stage in stages:
+                result = stage(*flow, **part)
+                flow = result if isinstance(result, tuple) else (result,)
+            loss = flow[0] / max(targets, 1)
+            loss.backward()
+            losses.append(loss.detach())
+        gradients: dict[str, Tensor] = {}
+        for stage in stages:
+            for name, parameter in stage.named_parameters():
+                copies = _gradient(parameter, mesh.dp, mesh.tp)
+                key = first.get(name, name)
+                gradients[key] = gradients[key] + copies if key in gradients else copies
+    partial = plan.candidate_of(len(graph.blocks) - 1).decision
+    kind = graph.kinds[graph.blocks[-1].kind]
+    summed = partial.outputs[kind.graph.outputs[0]]["tp"] == P and mesh.tp > 1
+    ranks = [d * mesh.tp + t for d in range(mesh.dp) for t in range(mesh.tp if summed else 1)]
+    total = sum(float(on_rank(loss, rank)) for loss in losses for rank in ranks)
+    return total, gradients
+
+
+def _per_rank(value: Tensor, plan: Plan, index: int) -> Tensor:
+    """Micro-batch ``index`` of every data rank, the same on its tensor-parallel ranks."""
+    shares = value.chunk(plan.mesh.dp)
+    parts = [share.chunk(plan.micro_batches)[index] for share in shares]
+    return per_rank([parts[dp].clone() for dp in range(plan.mesh.dp) for _ in range(plan.mesh.tp)])
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, whole: Tensor, tp: int) -> None:
+    dims = [p.dim for p in parameter.placements if p.is_shard()] if isinstance(parameter, DTensor) else []
+    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
+    for rank in sorted(local._local_tensors):
+        value = whole.chunk(tp, dims[0])[rank % tp] if dims else whole
+        local._local_tensors[rank].copy_(value)
+
+
+def _gradient(parameter: nn.Parameter, dp: int, tp: int) -> Tensor:
+    """The gradient summed over data ranks: whole, one copy for each tensor-parallel rank that has its own."""
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros(1, *parameter.shape)
+    dims = [p.dim for p in gradient.placements if p.is_shard()] if isinstance(gradient, DTensor) else []
+    local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+    shards = [sum(on_rank(local, d * tp + t) for d in range(dp)) for t in range(tp)]
+    if dims:
+        return torch.cat(shards, dims[0]).unsqueeze(0)  # type: ignore[arg-type]
+    return torch.stack(shards)  # type: ignore[arg-type]

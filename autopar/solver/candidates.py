@@ -1,0 +1,241 @@
+"""Block decisions with their full cost: seconds each way, bytes kept, bytes needed while the block runs.
+
+* Bytes saved for backward are read off autograd: the sharded block runs on one rank's fake tensors
+  (`graph.saved`), exactly as it will be emitted. Parameters, constants and batch tensors exist anyway and do not count;
+  the input handed on by the block before counts here, once. They grow linearly with the batch (measured at one and two
+  samples), except where the batch itself is split.
+* Transient bytes follow from liveness (`live_bytes`): in the forward, tensors that are still to be read and are not
+  saved; in the backward, gradients between their making and their use.
+* Recompute "full" keeps the block's input alone; its backward runs the forward again, collectives included, and what the
+  block saves is then transient.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from autopar.graph.ir import BlockKind, Node
+from autopar.graph.saved import saved_for_backward
+from autopar.job import Job
+from autopar.sharding.conversions import path
+from autopar.sharding.decision import BlockDecision
+from autopar.sharding.execute import local_shape, run_local
+from autopar.sharding.layout import Layout
+from autopar.sharding.rules import Strategy, strategy_of
+from autopar.solver.prices import FREE, AxisPrices, Price, element_bytes
+from autopar.solver.work import VIEWS
+
+RECOMPUTE = ("none", "full")
+_VIEWS = frozenset(f"aten.{name}" for name in VIEWS)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """A block kind under a decision and a recompute choice, per rank and micro-batch.
+
+    ``again_s``: of the seconds, those of recomputation; ``communication_s``: of the others, those in collectives.
+    ``elements``: parameters held on the model axes; ``inflight``: bytes kept for backward, ``boundary``: of these (or
+    beside them) the input; ``transient``: bytes while it runs. ``sources``: seconds by where the figure is from.
+    """
+
+    kind: str
+    decision: BlockDecision
+    recompute: str
+    forward_s: float
+    backward_s: float
+    communication_s: float
+    again_s: float
+    elements: int
+    inflight: int
+    transient: int
+    sources: dict[str, float] = field(default_factory=dict, hash=False)
+
+    def recomputed(self, boundary: int) -> BlockCost:
+        """The same decision with the whole block recomputed in backward; ``boundary``: bytes of its inputs."""
+        share = self.forward_s / max(self.forward_s + self.backward_s, 1e-30)
+        return replace(
+            self,
+            recompute="full",
+            backward_s=self.backward_s + self.forward_s,
+            again_s=self.forward_s,
+            inflight=boundary,
+            transient=self.transient + max(0, self.inflight - boundary),
+            sources={name: seconds * (1 + share) for name, seconds in self.sources.items()},
+        )
+
+
+class BlockCosts:
+    """Costs of decisions for one job; saved bytes are measured once per decision."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._saved: dict[tuple[str, str], tuple[int, int]] = {}
+        self.measured = 0
+
+    def of(self, kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> tuple[BlockCost, BlockCost]:
+        """(nothing recomputed, all recomputed)."""
+        price, sources = decision_price(kind, decision, prices)
+        elements = local_elements(kind, decision)
+        boundary = boundary_bytes(kind, decision, prices.batch, self.job)
+        inflight = self.saved(kind, decision, prices.batch)
+        plain = BlockCost(
+            kind=kind.name,
+            decision=decision,
+            recompute="none",
+            forward_s=price.forward_s,
+            backward_s=price.backward_s,
+            communication_s=price.communication_s,
+            again_s=0.0,
+            elements=elements,
+            inflight=inflight,
+            transient=live_bytes(kind, decision, prices.batch, self.job),
+            sources=sources,
+        )
+        return plain, plain.recomputed(boundary)
+
+    def saved(self, kind: BlockKind, decision: BlockDecision, batch: int) -> int:
+        """Bytes per rank that the sharded block keeps for backward, its input included."""
+        key = (kind.name, json.dumps(decision.to_json(), sort_keys=True))
+        law = self._saved.get(key)
+        if law is None:
+            if _splits_batch(kind, decision, self.job.seq_len):
+                self.measured += 1
+                return measure_saved(kind, decision, batch, self.job)
+            one, two = (measure_saved(kind, decision, samples, self.job) for samples in (1, 2))
+            self.measured += 2
+            law = self._saved[key] = (2 * one - two, two - one)
+        return law[0] + law[1] * batch
+
+
+def measure_saved(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
+    """Run one rank of the block on fake tensors and add up what autograd keeps."""
+    compute = _DTYPES[job.dtype]
+    values: dict[str, torch.Tensor] = {}
+    counts: list[bool] = []
+    for node in kind.graph.nodes.values():
+        if node.kind == "op":
+            continue
+        shape = local_shape(node.meta.at(batch, job.seq_len), decision.inputs[node.name], decision.axes)
+        dtype = _dtype(node.meta.dtype, compute)
+        grad = node.meta.requires_grad and dtype.is_floating_point
+        values[node.name] = torch.empty(shape, dtype=dtype, device="meta").requires_grad_(grad)
+        counts.append(node.kind == "input" and grad)
+
+    def run(tensors: Mapping[str, torch.Tensor]) -> Any:
+        return run_local(kind, decision, tensors, batch, job.seq_len, compute)
+
+    total = sum(value.nbytes for value, counted in zip(values.values(), counts, strict=True) if counted)
+    for record in saved_for_backward(run, (values,)):
+        if record.argument is None and record.output is None:
+            total += record.bytes
+    return total
+
+
+def _dtype(name: str, compute: torch.dtype) -> torch.dtype:
+    if name == "compute":
+        return compute
+    if name == "float32" and compute == torch.float64:
+        return torch.float64
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _splits_batch(kind: BlockKind, decision: BlockDecision, seq: int) -> bool:
+    """Whether some tensor is split by batch on a model axis, so that one sample may not divide."""
+    for node in kind.graph.of("op"):
+        for axis, name in decision.strategies[node.name].items():
+            strategy = strategy_of(node, kind.graph, name)
+            metas = [kind.graph.nodes[operand].meta for operand in node.operands()]
+            pairs = [*zip(metas, strategy.inputs, strict=True), (node.meta, strategy.output)]
+            for meta, held in pairs:
+                if held.kind == "S" and meta.at(1, seq)[held.dim] % decision.axes[axis]:
+                    return True
+    return False
+
+
+def decision_price(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> tuple[Price, dict[str, float]]:
+    """Seconds of a decision on at most one model axis, and of these how many are measured or from the catalog."""
+    graph = kind.graph
+    total = FREE
+    sources: dict[str, float] = {}
+    axis = next(iter(decision.axes), None)
+    for node in graph.of("op"):
+        strategy = strategy_of(node, graph, decision.strategies[node.name][axis]) if axis else None
+        price, source = prices.operator(node, graph, strategy)
+        sources[source] = sources.get(source, 0.0) + price.seconds
+        total += price
+    for conversion in decision.conversions:
+        meta = graph.nodes[conversion.tensor].meta
+        for _, step in path(conversion.source, conversion.target, meta.requires_grad):
+            price = prices.conversion(meta, step)
+            source = prices.collectives.cluster.device.origin
+            sources[source] = sources.get(source, 0.0) + price.seconds
+            total += price
+    return total, sources
+
+
+def local_bytes(node: Node, layout: Layout, axes: Mapping[str, int], batch: int, job: Job) -> int:
+    """Bytes one rank holds of a node's value."""
+    count = 1
+    for size in local_shape(node.meta.at(batch, job.seq_len), layout, axes):
+        count *= size
+    return count * element_bytes(node.meta.dtype, job)
+
+
+def local_elements(kind: BlockKind, decision: BlockDecision) -> int:
+    """Parameter elements one rank holds on the model axes."""
+    total = 0
+    for node in kind.graph.of("parameter"):
+        count = 1
+        for size in local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes):
+            count *= size
+        total += count
+    return total
+
+
+def boundary_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
+    """Bytes per rank of the inputs that other blocks hand in."""
+    nodes = [node for node in kind.graph.of("input") if node.meta.requires_grad]
+    return sum(local_bytes(node, decision.inputs[node.name], decision.axes, batch, job) for node in nodes)
+
+
+def live_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
+    """The most bytes alive at once beside what is saved: operands and output of an operator in the forward, gradients in
+    the backward. Views share their operand's bytes."""
+    graph, axes = kind.graph, decision.axes
+    axis = next(iter(axes), None)
+    sizes: dict[str, int] = {}
+    read: dict[str, int] = {}
+    for node in graph.of("op"):
+        strategy: Strategy | None = strategy_of(node, graph, decision.strategies[node.name][axis]) if axis else None
+        layout = Layout(((axis, strategy.output),)) if axis and strategy else Layout()
+        sizes[node.name] = 0 if node.op in _VIEWS else local_bytes(node, layout, axes, batch, job)
+        wanted = strategy.inputs if strategy else ()
+        inputs = 0
+        for index, name in enumerate(node.operands()):
+            operand = graph.nodes[name]
+            if operand.kind == "op" or operand.meta.requires_grad:
+                held = Layout(((axis, wanted[index]),)) if axis else Layout()
+                inputs += local_bytes(operand, held, axes, batch, job)
+        read[node.name] = inputs
+    forward = max((read[name] + sizes[name] for name in sizes), default=0)
+    # Backward: the gradient of the output, those of the operands, and gradients that wait for other readers.
+    users = graph.users()
+    order = [node.name for node in graph.of("op")]
+    place = {name: index for index, name in enumerate(order)}
+    peak = 0
+    for name in reversed(order):
+        waiting = 0
+        for other in order[: place[name]]:
+            later = [place[user] for user in users[other] if user in place]
+            if later and max(later) > place[name] and graph.nodes[other].meta.requires_grad:
+                waiting += sizes[other]
+        peak = max(peak, sizes[name] + read[name] + waiting)
+    return max(forward, peak)

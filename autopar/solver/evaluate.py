@@ -1,0 +1,336 @@
+"""From a configuration and block costs to stages, seconds and bytes: what a plan is predicted to take.
+
+`assess` prices given stages; `best_stages` finds them by the stage ILP over the candidates of one set of compatible
+answers; `stage_bound` runs the same ILP over what no decision can undercut, a valid bound for the configuration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+
+from autopar.solver.bounds import spread_bound
+from autopar.solver.candidates import RECOMPUTE, BlockCost
+from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes
+from autopar.solver.memory import BlockBytes, MemoryModel
+from autopar.solver.shardings import Answered, Context, Shardings
+from autopar.solver.simulate import StageTimes, simulate
+from autopar.solver.space import Config
+from autopar.solver.stages import BlockRun, Option, StageAnswer, StageProblem, solve_stages
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """Stages of block costs with their seconds, bytes and the step time of the whole."""
+
+    config: Config
+    stages: tuple[tuple[BlockCost, ...], ...]
+    times: tuple[DataTimes, ...]
+    memory: tuple[dict[str, int], ...]
+    step_time: float
+    breakdown: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a configuration's prices depend on."""
+
+    data: DataAxis
+    memory: MemoryModel
+    transfer_s: float
+
+
+def placed(context: Context, config: Config, boundary: int) -> Placed:
+    """The data axis, memory and stage links of a configuration whose stages hand on ``boundary`` local bytes."""
+    data = DataAxis(
+        context.ops, context.collectives, config.dp, config.tp, config.zero, config.pp > 1, config.micro_batches
+    )
+    reserve = context.cluster.device.reserve_bytes
+    memory = MemoryModel(context.job, config.dp, config.zero, config.pp, config.micro_batches, boundary, reserve)
+    transfer = context.collectives.seconds("send_recv", boundary, config.pp, config.dp * config.tp)
+    return Placed(data, memory, transfer)
+
+
+def tied_elements(context: Context, stages: Sequence[Sequence[BlockCost]]) -> tuple[list[list[int]], int]:
+    """Per stage and block, parameter elements that an earlier block of the stage holds already; and the most elements
+    whose gradients stages must add up, because several hold a copy."""
+    shared: list[list[int]] = []
+    holders: dict[str, int] = {}
+    crossing = 0
+    for costs in stages:
+        seen: set[str] = set()
+        row = []
+        for cost in costs:
+            duplicate = 0
+            graph = context.model.kinds[cost.kind].graph
+            for node in graph.of("parameter"):
+                tie = context.ties.parameters.get((cost.kind, node.name))
+                if tie is None:
+                    continue
+                layout = cost.decision.inputs[node.name]
+                ways = prod(cost.decision.axes[axis] for axis, kind in layout.types if kind.kind == "S")
+                elements = prod(node.meta.at(1, 1)) // ways
+                if tie in seen:
+                    duplicate += elements
+                elif tie in holders:
+                    crossing += elements
+                seen.add(tie)
+                holders[tie] = 1
+            row.append(duplicate)
+        shared.append(row)
+    return shared, crossing
+
+
+def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost]], boundary: int) -> Assessment:
+    """Price and simulate a plan's stages."""
+    begin = time.perf_counter()
+    place = placed(context, config, boundary)
+    shared, crossing = tied_elements(context, stages)
+    times = tuple(
+        place.data.stage(
+            [
+                BlockTime(cost.forward_s, cost.backward_s, cost.elements - double)
+                for cost, double in zip(costs, doubles, strict=True)
+            ]
+        )
+        for costs, doubles in zip(stages, shared, strict=True)
+    )
+    memory = tuple(
+        place.memory.stage(
+            index,
+            [
+                BlockBytes(cost.elements, cost.inflight, cost.transient, double)
+                for cost, double in zip(costs, doubles, strict=True)
+            ],
+        )
+        for index, (costs, doubles) in enumerate(zip(stages, shared, strict=True))
+    )
+    exchanged = crossing * context.job.master_bytes / place.memory.shards
+    tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.dp * config.tp)
+    step_time, breakdown = step(times, stages, config, place.transfer_s, tied_s)
+    context.clock.add("simulation", begin)
+    context.clock.counts["simulations"] += 1
+    return Assessment(config, tuple(map(tuple, stages)), times, memory, step_time, breakdown)
+
+
+def step(
+    times: Sequence[DataTimes], stages: Sequence[Sequence[BlockCost]], config: Config, transfer_s: float, tied_s: float
+) -> tuple[float, dict[str, float]]:
+    """Step time, and where it goes on the stage that decides it (seconds that add up to the step time).
+
+    The optimizer starts everywhere at once: clipping needs every stage's gradients.
+    """
+    m = config.micro_batches
+    events = [StageTimes(t.forward_s, t.backward_s, t.first_s, t.last_s, t.reduce_s) for t in times]
+    timeline = simulate(events, m, (transfer_s,) * (config.pp - 1))
+    optimizer = max(t.optimizer_s for t in times)
+    total = timeline.total + tied_s + optimizer
+    last = max(range(len(times)), key=lambda s: (timeline.ends[s] + times[s].reduce_s, -s))
+    t, blocks = times[last], stages[last]
+    again = sum(block.again_s for block in blocks)
+    talk = sum(block.communication_s for block in blocks)
+    own = sum(block.forward_s + block.backward_s for block in blocks)
+    busy = m * (t.forward_s + t.backward_s) + t.first_s + t.last_s
+    return total, {
+        "computation": m * (own - again - talk),
+        "recomputation": m * again,
+        "model axis communication": m * talk,
+        "data axis": busy - m * own + t.reduce_s,
+        "pipeline wait": timeline.ends[last] - busy,
+        "tied weights": tied_s,
+        "optimizer": optimizer,
+    }
+
+
+def block_runs(context: Context) -> list[tuple[str, tuple[str, ...], int]]:
+    """Consecutive blocks of one kind with the same freedom: (kind, recompute choices, count)."""
+    keys = []
+    for index, block in enumerate(context.model.blocks):
+        fixed = context.fix.recompute_of(index, block.kind)
+        keys.append((block.kind, RECOMPUTE if fixed is None else (fixed,)))
+    return [(kind, choices, len(list(group))) for (kind, choices), group in groupby(keys)]
+
+
+def compatible(answers: Sequence[Answered]) -> list[list[Answered]]:
+    """Answers grouped by signature; blocks of one group can be mixed. Order kept."""
+    groups: dict[tuple[str, ...], list[Answered]] = {}
+    for answer in answers:
+        groups.setdefault(answer.signature, []).append(answer)
+    return list(groups.values())
+
+
+def stage_problem(
+    context: Context, config: Config, answers: Sequence[Answered], capacity: float | None = None
+) -> tuple[StageProblem, list[list[BlockCost]]]:
+    """The stage ILP of a configuration over compatible answers, and the cost each option stands for."""
+    boundary = max(answer.boundary for answer in answers)
+    place = placed(context, config, boundary)
+    runs, costs_of = [], []
+    for kind, choices, count in block_runs(context):
+        costs = [answer.costs[kind][RECOMPUTE.index(choice)] for answer in answers for choice in choices]
+        costs = _undominated(costs)
+        costs_of.append(costs)
+        runs.append(BlockRun(kind, count, tuple(_option(place, cost) for cost in costs)))
+    overhead = [float(place.memory.buffers(s) + place.memory.reserve) for s in range(config.pp)]
+    if config.pp == 1:
+        stage = [cost for costs, run in zip(costs_of, runs, strict=True) for cost in costs[:1] for _ in range(run.count)]
+        doubles = sum(tied_elements(context, [stage])[0][0])
+        overhead[0] -= place.memory.resident(doubles)
+    room = context.cluster.device.memory_bytes if capacity is None else capacity
+    problem = StageProblem(tuple(runs), config.pp, config.micro_batches, room, place.transfer_s, tuple(overhead))
+    return problem, costs_of
+
+
+def _option(place: Placed, cost: BlockCost) -> Option:
+    data, elements = place.data, cost.elements
+    forward = cost.forward_s
+    backward = cost.backward_s + data.reduce_copy_s(elements)
+    after = 0.0
+    if data.pipelined:
+        after = data.reduce_s(elements)
+        if data.sharded:
+            backward = max(backward + data.gather_copy_s(elements), data.gather_s(elements))
+    else:
+        copies = data.gather_copy_s(elements)
+        gather = data.gather_s(elements)
+        forward = max(forward + copies, gather)
+        if data.sharded:
+            backward = max(backward + copies, gather + data.reduce_s(elements))
+    share = elements / place.memory.shards
+    after += data.ops.optimizer_seconds(int(share)) + data.ops.clip_seconds(int(share))
+    return Option(
+        name=f"{cost.kind}/{cost.recompute}",
+        seconds=forward + backward,
+        after_s=after,
+        resident=place.memory.resident(elements),
+        inflight=cost.inflight,
+        transient=cost.transient + place.memory.staging(elements),
+    )
+
+
+def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
+    """Without those that another is no worse than in every entry (layouts are equal within a set)."""
+
+    def entries(cost: BlockCost) -> tuple[float, ...]:
+        return (cost.forward_s, cost.backward_s, cost.elements, cost.inflight, cost.transient)
+
+    kept: list[BlockCost] = []
+    for cost in costs:
+        if not any(all(a <= b for a, b in zip(entries(other), entries(cost), strict=True)) for other in kept):
+            kept.append(cost)
+    return kept
+
+
+def best_stages(context: Context, config: Config, answers: Sequence[Answered]) -> Assessment | None:
+    """The fastest stages that fit, over compatible answers; None if none fit."""
+    begin = time.perf_counter()
+    problem, costs_of = stage_problem(context, config, answers)
+    answer = solve_stages(problem)
+    context.clock.add("stage ILP", begin)
+    context.clock.counts["stage ILPs"] += 1
+    if answer is None:
+        return None
+    return assess(context, config, spread(answer, costs_of, config.pp), max(a.boundary for a in answers))
+
+
+def spread(answer: StageAnswer, costs_of: list[list[BlockCost]], stages: int) -> list[list[BlockCost]]:
+    """Block costs per stage, in chain order."""
+    found: list[list[BlockCost]] = [[] for _ in range(stages)]
+    for stage, run, option, count in answer.runs():
+        found[stage] += [costs_of[run][option]] * count
+    return found
+
+
+def quick_bound(context: Context, config: Config, work: float) -> float:
+    """No plan of this configuration takes less, given that a micro-batch's blocks take at least ``work`` seconds."""
+    place = placed(context, config, 0)
+    data = place.data
+    total = sum(prod(meta.at(1, 1)) for meta in context.model.parameters.values())
+    work += data.least_copies_s(total / config.tp)
+    if config.pp == 1:
+        work = max(work + _least_exposed(context, data, config.tp), _least_communication(context, data, config.tp))
+    share = total / config.tp / config.pp / place.memory.shards
+    optimizer = context.ops.stream_seconds(10 * share * context.job.master_bytes, 0)
+    return spread_bound(work, config.pp, config.micro_batches) + optimizer
+
+
+def _least_elements(context: Context, kind: str, split: int) -> int:
+    """Parameter elements of a block per rank when all of them are split; 0 where tied ones may count elsewhere."""
+    if context.ties.parameters:
+        return 0
+    return sum(prod(node.meta.at(1, 1)) for node in context.model.kinds[kind].graph.of("parameter")) // split
+
+
+def _least_exposed(context: Context, data: DataAxis, split: int) -> float:
+    """Network seconds of a micro-batch that nothing can hide: the first gather each way, the last reduction."""
+    if not data.sharded:
+        return 0.0
+    first = _least_elements(context, context.model.blocks[0].kind, split)
+    last = _least_elements(context, context.model.blocks[-1].kind, split)
+    return data.gather_s(first) + data.gather_s(last) + data.reduce_s(first)
+
+
+def _least_communication(context: Context, data: DataAxis, split: int) -> float:
+    """Network seconds of a micro-batch in which parameters are gathered twice and gradients reduced once."""
+    if not data.sharded:
+        return 0.0
+    seconds = 0.0
+    for kind, count in context.counts.items():
+        least = _least_elements(context, kind, split)
+        seconds += count * (2 * data.gather_s(least) + data.reduce_s(least))
+    return seconds
+
+
+def fits_at_best(context: Context, config: Config, shardings: Shardings) -> bool:
+    """Whether a configuration could fit if every kind took its least bytes. Needs no intra-block ILP."""
+    begin = time.perf_counter()
+    problem = _least_problem(context, config, shardings, timed=False)
+    fits = solve_stages(problem, balance=False) is not None
+    context.clock.add("bounds", begin)
+    return fits
+
+
+def stage_bound(context: Context, config: Config, shardings: Shardings) -> float:
+    """A valid bound for one configuration: the stage ILP over the least seconds and the least bytes of every kind, as
+    if one decision had both. Infinite when even that does not fit."""
+    begin = time.perf_counter()
+    answer = solve_stages(_least_problem(context, config, shardings, timed=True), balance=False)
+    context.clock.add("bounds", begin)
+    context.clock.counts["bound ILPs"] += 1
+    if answer is None:
+        return float("inf")
+    exposed = 0.0
+    if config.pp == 1:
+        exposed = _least_exposed(context, placed(context, config, 0).data, config.tp)
+    return answer.bound + config.micro_batches * exposed
+
+
+def _least_problem(context: Context, config: Config, shardings: Shardings, timed: bool) -> StageProblem:
+    bytes_of = shardings.kind_bytes()
+    # Whatever passes between stages is split at most over the whole model axis.
+    handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
+    place = placed(context, config, handed)
+    runs = []
+    for kind, choices, count in block_runs(context):
+        least = bytes_of[kind]
+        elements = float(_least_elements(context, kind, config.tp))
+        seconds = after = again = 0.0
+        if timed:
+            bound = shardings.kind_bounds()[kind]
+            seconds, again = bound.seconds + place.data.least_copies_s(elements), bound.forward_s
+            after = context.ops.stream_seconds(10 * elements / place.memory.shards * context.job.master_bytes, 0)
+            after += place.data.reduce_s(int(elements)) if config.pp > 1 else 0.0
+        options = []
+        for choice in choices:
+            kept = least.saved if choice == "none" else min(least.inputs, least.saved)
+            work = seconds + (again if choice == "full" else 0.0)
+            # Recomputing needs what is not kept while the block runs.
+            needed = least.saved - kept + place.memory.staging(elements)
+            options.append(Option(choice, work, after, place.memory.resident(elements), kept, needed))
+        runs.append(BlockRun(kind, count, tuple(options)))
+    overhead = tuple(float(place.memory.reserve + place.memory.buffers(s)) for s in range(config.pp))
+    room = context.cluster.device.memory_bytes
+    return StageProblem(tuple(runs), config.pp, config.micro_batches, room, place.transfer_s, overhead)

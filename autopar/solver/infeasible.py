@@ -1,0 +1,117 @@
+"""Why nothing fits: which stage of the configuration that comes closest, what is short there, by how many bytes, and the
+nearest thing that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from autopar.cluster import Cluster
+from autopar.solver.evaluate import Assessment, assess, best_stages, compatible, spread, stage_problem
+from autopar.solver.fix import Fix
+from autopar.solver.shardings import Context, Shardings
+from autopar.solver.space import Config, configs
+from autopar.solver.stages import solve_stages
+
+GIB = 2**30
+TRIES = 12
+"""Configurations looked at to find the closest, those with the smallest micro-batches and most sharding first."""
+
+
+def explain(context: Context, space: list[Config]) -> str:
+    """The message of an `InfeasibleError`."""
+    closest = min((a for config in _leanest(space) for a in _least_memory(context, config)), key=_most, default=None)
+    if closest is None:
+        return f"{context.model.name} cannot be spread over {context.cluster}: no configuration places every block"
+    room = context.cluster.device.memory_bytes
+    sizes = [sum(memory.values()) for memory in closest.memory]
+    worst = max(range(len(sizes)), key=lambda s: sizes[s])
+    kinds = sorted(closest.memory[worst].items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in kinds if size)
+    fixed = ", ".join(f"{key}={value}" for key, value in context.fix.given().items())
+    return (
+        f"{context.model.name} does not fit on {context.cluster}" + (f" with {fixed}" if fixed else "") + ": "
+        f"stage {worst} of {len(sizes)} needs {sizes[worst]:,} bytes per device, {sizes[worst] - room:,} bytes "
+        f"({(sizes[worst] - room) / GIB:.2f} GiB) more than the {room:,} it has, in the closest plan "
+        f"({closest.config}); GiB by kind: {told}. {_way_out(context)}"
+    )
+
+
+def _most(assessment: Assessment) -> int:
+    return max(sum(memory.values()) for memory in assessment.memory)
+
+
+def _leanest(space: list[Config]) -> list[Config]:
+    return sorted(space, key=lambda c: (c.micro_batch, -c.zero, -c.pp * c.tp, c))[:TRIES]
+
+
+def _least_memory(context: Context, config: Config) -> Iterator[Assessment]:
+    """Stages that use the least memory, whatever the room."""
+    shardings = Shardings(context, config.tp, config.micro_batch)
+    for answers in compatible([shardings.fastest(), *shardings.lean()]):
+        problem, costs_of = stage_problem(context, config, answers)
+        boundary = max(answer.boundary for answer in answers)
+        low, high = 0.0, 2.0**50
+        found = None
+        while high - low > 0.01 * max(low, GIB):
+            room = (low + high) / 2 if low else max(high / 64, GIB)
+            answer = solve_stages(replace(problem, capacity=room), balance=False, work_limit=1.0)
+            if answer is None:
+                low = room
+                if room >= high:
+                    break
+            else:
+                high, found = room, answer
+                low = low or room / 1024
+        if found is not None:
+            yield assess(context, config, spread(found, costs_of, config.pp), boundary)
+
+
+def _way_out(context: Context) -> str:
+    """The nearest thing that fits."""
+    fix = context.fix
+    for loosened, told in _looser(fix):
+        config = _fits(context, loosened, context.cluster)
+        if config is not None:
+            return f"It would fit with {told or config} ({config})."
+    for factor in (2, 4, 8, 16, 32, 64):
+        cluster = Cluster(tuple(replace(group, nodes=group.nodes * factor) for group in context.cluster.groups))
+        config = _fits(context, Fix(), cluster)
+        if config is not None:
+            return f"The smallest cluster of these nodes found to fit is {cluster} ({config})."
+    return "No number of these devices tried (up to 64 times as many) fits it."
+
+
+def _looser(fix: Fix) -> Iterator[tuple[Fix, str]]:
+    """The fix with one thing less fixed, then with less and less."""
+    given = fix.given()
+    if not given:
+        return
+    changes: dict[str, dict[str, Any]] = {
+        "recompute": {"recompute": ()},
+        "micro_batch": {"micro_batch": None},
+        "zero": {"zero": None, "fsdp": None},
+        "sp": {"sp": None},
+        "schedule": {"schedule": None},
+        "tp": {"tp": None},
+        "dp": {"dp": None},
+        "pp": {"pp": None, "schedule": None},
+    }
+    together: dict[str, Any] = {}
+    for key, change in changes.items():
+        if key in given or (key == "zero" and "fsdp" in given):
+            yield replace(fix, **change), f"{key} not fixed to {given.get(key, given.get('fsdp'))}"
+            together |= change
+    yield replace(fix, **together), "nothing of this fixed"
+
+
+def _fits(context: Context, fix: Fix, cluster: Cluster) -> Config | None:
+    """A configuration that fits, among those that take least memory."""
+    other = Context.of(context.model, context.job, cluster, fix)
+    for config in _leanest(list(configs(context.model, context.job, cluster, fix))):
+        shardings = Shardings(other, config.tp, config.micro_batch)
+        for answers in compatible([shardings.fastest(), *shardings.lean()]):
+            if best_stages(other, config, answers) is not None:
+                return config
+    return None

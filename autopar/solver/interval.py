@@ -1,0 +1,87 @@
+"""The error bar of a prediction, until residuals of validation runs take its place.
+
+Every constant of the cost model that is not a fact has a range it may plausibly lie in (``low``, ``high`` in the device's
+catalog file). The plan is priced with one constant at a time at either end of its range; the changes in the step time,
+taken as independent, add in quadrature to each side. A device without such ranges (measured, or the user's own) takes
+``SPREAD`` for the constants below, an assumption: how much a rate measured in isolation may differ under load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import hypot
+from pathlib import Path
+
+from autopar.cluster import Cluster, Device
+from autopar.graph.ir import ModelGraph
+from autopar.plan import Plan
+from autopar.solver.reprice import price_plan
+
+SPREAD = 0.25
+"""Fraction either way."""
+RATES = (
+    "matmul_efficiency",
+    "attention_efficiency",
+    "memory_efficiency",
+    "launch_s",
+    "collective_s",
+    "intra_node.efficiency",
+    "intra_node.latency_s",
+    "inter_node.efficiency",
+    "inter_node.latency_s",
+)
+
+
+def interval_of(plan: Plan, model: ModelGraph) -> tuple[float, float]:
+    """(shortest, longest) plausible step time in seconds."""
+    faster: list[float] = []
+    slower: list[float] = []
+    for low, high in ranges(plan.cluster.device):
+        changes = [price_plan(plan, model, _on(plan.cluster, d)).step_time - plan.predicted.step_time for d in (low, high)]
+        faster.append(max(0.0, -min(changes)))
+        slower.append(max(0.0, *changes))
+    step_time = plan.predicted.step_time
+    return max(step_time * 0.05, step_time - hypot(*faster)), step_time + hypot(*slower)
+
+
+def ranges(device: Device) -> Iterator[tuple[Device, Device]]:
+    """For each uncertain constant, the device with it at the low and at the high end."""
+    known = _catalog_ranges(device)
+    for name in RATES:
+        value = _get(device, name)
+        low, high = known.get(name, (value * (1 - SPREAD), value * (1 + SPREAD))) if known or value else (value, value)
+        if name.endswith("efficiency"):
+            low, high = min(low, 1.0), min(high, 1.0)
+        if low != high and (not known or name in known):
+            yield _set(device, name, low), _set(device, name, high)
+
+
+def _catalog_ranges(device: Device) -> dict[str, tuple[float, float]]:
+    if device.origin != "catalog":
+        return {}
+    import yaml
+
+    from autopar.catalog.devices_file import FOLDER, figures_of
+
+    path = Path(FOLDER) / f"{device.name}.yaml"
+    if not path.exists():
+        return {}
+    figures = figures_of(yaml.safe_load(path.read_text()))
+    return {name: (f["low"], f["high"]) for name, f in figures.items() if "low" in f and "high" in f and name in RATES}
+
+
+def _on(cluster: Cluster, device: Device) -> Cluster:
+    return Cluster(tuple(replace(group, device=device) for group in cluster.groups))
+
+
+def _get(device: Device, name: str) -> float:
+    owner, _, part = name.rpartition(".")
+    return float(getattr(getattr(device, owner) if owner else device, part))
+
+
+def _set(device: Device, name: str, value: float) -> Device:
+    owner, _, part = name.rpartition(".")
+    if not owner:
+        return replace(device, **{part: value})
+    return replace(device, **{owner: replace(getattr(device, owner), **{part: value})})

@@ -1,0 +1,104 @@
+"""The chosen assessment as a `Plan`: candidates by name, runs of blocks per stage, figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+
+from autopar.plan import Candidate, Plan, Predicted, Run, Stage
+from autopar.solver.candidates import BlockCost
+from autopar.solver.evaluate import Assessment, Placed, placed
+from autopar.solver.interval import interval_of
+from autopar.solver.shardings import Context
+from autopar.solver.space import model_flops
+
+
+def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts: dict[str, int]) -> Plan:
+    """The plan that ``best`` stands for. ``gap``: up to which it is called optimal."""
+    config, job, cluster = best.config, context.job, context.cluster
+    names = candidate_names([cost for stage in best.stages for cost in stage])
+    place = placed(context, config, 0)
+    candidates = {name: _candidate(name, cost, place.memory.resident(cost.elements), place) for name, cost in names}
+    by_cost = {id(cost): name for name, cost in names}
+    known = [(cost, name) for name, cost in names]
+
+    def name_of(cost: BlockCost) -> str:
+        return by_cost.get(id(cost)) or next(name for other, name in known if other == cost)
+
+    stages = []
+    start = 0
+    for costs, times, memory in zip(best.stages, best.times, best.memory, strict=True):
+        runs = []
+        for name, group in groupby(costs, key=name_of):
+            stop = start + len(list(group))
+            runs.append(Run(start, stop, name))
+            start = stop
+        once = times.first_s + times.last_s + times.reduce_s + times.optimizer_s
+        stages.append(Stage(tuple(runs), times.forward_s, times.backward_s, once, memory))
+    peak = cluster.device.peak(job.dtype) * cluster.devices
+    step_time = best.step_time
+    predicted = Predicted(
+        step_time=step_time,
+        tokens_per_second=job.tokens / step_time,
+        mfu=model_flops(context.model, job) / (step_time * peak),
+        interval=(step_time, step_time),
+        breakdown=best.breakdown,
+    )
+    distance = max(0.0, (step_time - bound) / bound)
+    plan = Plan(
+        model=context.model.name,
+        fingerprint=context.model.fingerprint(),
+        cluster=cluster,
+        job=job,
+        mesh=config.mesh,
+        micro_batch=config.micro_batch,
+        micro_batches=config.micro_batches,
+        schedule=config.schedule,
+        zero=config.zero,
+        candidates=candidates,
+        stages=tuple(stages),
+        predicted=predicted,
+        bound=bound,
+        gap=distance,
+        status="optimal" if distance <= gap else "feasible",
+        fixed=context.fix.given(),
+        searched=counts,
+        seconds={},
+        notes=context.model.notes,
+    )
+    return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))
+
+
+def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
+    """A name for every different cost: the kind, then "full" where it is recomputed, then a number if several."""
+    names: list[tuple[str, BlockCost]] = []
+    for cost in costs:
+        if any(cost is other or cost == other for _, other in names):
+            continue
+        base = f"{cost.kind}/full" if cost.recompute == "full" else cost.kind
+        taken = {name for name, _ in names}
+        name, number = base, 2
+        while name in taken:
+            name, number = f"{base}/{number}", number + 1
+        names.append((name, cost))
+    return names
+
+
+def _candidate(name: str, cost: BlockCost, resident: float, place: Placed) -> Candidate:
+    share = int(cost.elements / place.memory.shards)
+    once = place.data.ops.optimizer_seconds(share) + place.data.ops.clip_seconds(share)
+    if place.data.pipelined or not place.data.sharded:
+        once += place.data.reduce_s(cost.elements)
+    return Candidate(
+        name=name,
+        decision=cost.decision,
+        recompute=cost.recompute,
+        forward_s=cost.forward_s,
+        backward_s=cost.backward_s,
+        step_s=once,
+        resident_bytes=round(resident),
+        inflight_bytes=cost.inflight,
+        transient_bytes=cost.transient,
+        parameters=cost.elements,
+        sources=dict(cost.sources),
+    )

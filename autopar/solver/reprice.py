@@ -1,0 +1,179 @@
+"""Prices a finished plan anew, without the search's tables: the check that a plan costs what the search said.
+
+Walks the plan as the emitter does: decisions are checked and give layouts (`sharding.check`), layouts give local shapes,
+shapes give seconds; stages give memory and, through the simulator, the step time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isclose, prod
+
+from autopar.cluster import Cluster
+from autopar.errors import AutoparError
+from autopar.graph.ir import ModelGraph
+from autopar.graph.size import Size
+from autopar.plan import Candidate, Plan, Predicted
+from autopar.sharding.check import check_decision, chosen, operand_layouts
+from autopar.sharding.conversions import path
+from autopar.sharding.execute import local_shape
+from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes
+from autopar.solver.memory import BlockBytes, MemoryModel
+from autopar.solver.op_costs import LocalTensor, OpCosts
+from autopar.solver.prices import AxisPrices, element_bytes
+from autopar.solver.simulate import StageTimes, simulate
+from autopar.solver.space import model_flops
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Repriced:
+    """What the plan takes: the step, its stages, and bytes per stage by kind."""
+
+    step_time: float
+    times: tuple[DataTimes, ...]
+    memory: tuple[dict[str, int], ...]
+
+
+def reprice(plan: Plan, model: ModelGraph) -> Predicted:
+    """The plan's figures, priced anew (the interval is kept). Raises BadInputError for another model."""
+    plan.check_model(model.fingerprint(), model.name)
+    step_time = price_plan(plan, model).step_time
+    peak = plan.cluster.device.peak(plan.job.dtype) * plan.cluster.devices
+    return Predicted(
+        step_time,
+        plan.job.tokens / step_time,
+        model_flops(model, plan.job) / (step_time * peak),
+        plan.predicted.interval,
+        plan.predicted.breakdown,
+    )
+
+
+def check_price(plan: Plan, model: ModelGraph) -> None:
+    """Raise AutoparError unless the plan's figures are what it costs."""
+    priced = price_plan(plan, model)
+    pairs = [("step time", plan.predicted.step_time, priced.step_time)]
+    pairs.append(("sum of the breakdown", plan.predicted.step_time, sum(plan.predicted.breakdown.values())))
+    for index, (stage, times, memory) in enumerate(zip(plan.stages, priced.times, priced.memory, strict=True)):
+        pairs.append((f"forward of stage {index}", stage.forward_s, times.forward_s))
+        pairs.append((f"backward of stage {index}", stage.backward_s, times.backward_s))
+        pairs.append((f"memory of stage {index}", stage.total_bytes, sum(memory.values())))
+    for what, told, found in pairs:
+        if not isclose(told, found, rel_tol=TOLERANCE, abs_tol=1e-12):
+            raise AutoparError(
+                f"the plan says its {what} is {told!r}, priced anew it is {found!r}: a defect of autopar, please report it"
+            )
+    room = plan.cluster.device.memory_bytes
+    for index, memory in enumerate(priced.memory):
+        if sum(memory.values()) > room:
+            raise AutoparError(f"stage {index} of the plan needs {sum(memory.values())} bytes of {room}: a defect of autopar")
+
+
+def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) -> Repriced:
+    """Seconds and bytes of the plan; on ``cluster`` in place of its own, if given (same shape, other figures)."""
+    cluster = cluster or plan.cluster
+    ops, collectives = OpCosts(cluster.device, plan.job), CollectiveCosts(cluster)
+    mesh, m = plan.mesh, plan.micro_batches
+    seconds = {name: _block_seconds(plan, model, one, ops, collectives) for name, one in plan.candidates.items()}
+    boundary = max((_boundary_bytes(plan, model, candidate) for candidate in plan.candidates.values()), default=0)
+    data = DataAxis(ops, collectives, mesh.dp, mesh.tp, plan.zero, mesh.pp > 1, m)
+    bytes_of = MemoryModel(plan.job, mesh.dp, plan.zero, mesh.pp, m, boundary, cluster.device.reserve_bytes)
+    times, memory = [], []
+    copies: dict[str, list[tuple[int, int]]] = {}
+    for index in range(mesh.pp):
+        block_times, block_bytes = [], []
+        here: dict[str, int] = {}
+        for block, candidate in _blocks(plan, index):
+            doubled = 0
+            for name, elements in _tied(model, block, candidate):
+                doubled += elements if name in here else 0
+                here.setdefault(name, elements)
+            forward, backward = seconds[candidate.name]
+            block_times.append(BlockTime(forward, backward, candidate.parameters - doubled))
+            block_bytes.append(
+                BlockBytes(candidate.parameters, candidate.inflight_bytes, candidate.transient_bytes, doubled)
+            )
+        for name, elements in here.items():
+            copies.setdefault(name, []).append((index, elements))
+        times.append(data.stage(block_times))
+        memory.append(bytes_of.stage(index, block_bytes))
+    crossing = sum(sum(elements for _, elements in held[1:]) for held in copies.values())
+    distance = mesh.dp * mesh.tp
+    tied_s = collectives.seconds("send_recv", crossing * plan.job.master_bytes / bytes_of.shards, mesh.pp, distance)
+    transfer = collectives.seconds("send_recv", boundary, mesh.pp, distance)
+    stages = [StageTimes(t.forward_s, t.backward_s, t.first_s, t.last_s, t.reduce_s) for t in times]
+    timeline = simulate(stages, m, (transfer,) * (mesh.pp - 1))
+    step_time = timeline.total + tied_s + max(t.optimizer_s for t in times)
+    return Repriced(step_time, tuple(times), tuple(memory))
+
+
+def _blocks(plan: Plan, stage: int) -> Iterator[tuple[int, Candidate]]:
+    for run in plan.stages[stage].runs:
+        for block in range(run.start, run.stop):
+            yield block, plan.candidates[run.candidate]
+
+
+def _tied(model: ModelGraph, block: int, candidate: Candidate) -> Iterator[tuple[str, int]]:
+    """Tied parameters of a block: name of the first of the group, and elements held per rank."""
+    first = {name: group[0] for group in model.tied for name in group}
+    here = model.blocks[block]
+    for node in model.kinds[here.kind].graph.of("parameter"):
+        name = first.get(here.parameters[node.target])
+        if name is not None:
+            decision = candidate.decision
+            yield name, prod(local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes))
+
+
+def _boundary_bytes(plan: Plan, model: ModelGraph, candidate: Candidate) -> int:
+    """Local bytes of what other blocks hand to this one."""
+    decision, job = candidate.decision, plan.job
+    total = 0
+    for node in model.kinds[decision.kind].graph.of("input"):
+        if node.meta.requires_grad:
+            shape = node.meta.at(plan.micro_batch, job.seq_len)
+            local = local_shape(shape, decision.inputs[node.name], decision.axes)
+            total += prod(local) * element_bytes(node.meta.dtype, job)
+    return total
+
+
+def _block_seconds(
+    plan: Plan, model: ModelGraph, candidate: Candidate, ops: OpCosts, collectives: CollectiveCosts
+) -> tuple[float, float]:
+    """(forward, backward) of a candidate, recomputation included."""
+    decision, job, batch = candidate.decision, plan.job, plan.micro_batch
+    kind = model.kinds[decision.kind]
+    graph, axes = kind.graph, decision.axes
+    produced = check_decision(kind, decision, batch, job.seq_len)
+    forward = backward = 0.0
+
+    def whole(shape: tuple[int | Size, ...]) -> tuple[int, ...]:
+        return tuple(size.at(batch, job.seq_len) if isinstance(size, Size) else size for size in shape)
+
+    for node in graph.of("op"):
+        operands = [graph.nodes[name].meta for name in node.operands()]
+        layouts = operand_layouts(node, graph, decision)
+        inputs = [
+            LocalTensor(local_shape(whole(meta.shape), layout, axes), element_bytes(meta.dtype, job))
+            for meta, layout in zip(operands, layouts, strict=True)
+        ]
+        shape = local_shape(whole(node.meta.shape), produced[node.name], axes)
+        output = LocalTensor(shape, element_bytes(node.meta.dtype, job))
+        time = ops.seconds(node, inputs, output, [meta.requires_grad for meta in operands])
+        forward += time.forward
+        backward += time.backward
+        for axis, strategy in chosen(node, graph, decision).items():
+            for inner in strategy.inner:
+                nbytes = prod(whole(inner.shape)) * element_bytes(inner.dtype, job)
+                seconds = collectives.seconds(inner.collective, nbytes, axes[axis], 1)
+                forward += 0.0 if inner.backward else seconds
+                backward += seconds if inner.backward else 0.0
+    for conversion in decision.conversions:
+        meta = graph.nodes[conversion.tensor].meta
+        for axis, step in path(conversion.source, conversion.target, meta.requires_grad):
+            price = AxisPrices(ops, collectives, axes[axis], batch).conversion(meta, step)
+            forward += price.forward_s
+            backward += price.backward_s
+    return forward, backward + (forward if candidate.recompute == "full" else 0.0)

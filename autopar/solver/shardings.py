@@ -1,0 +1,270 @@
+"""Sharding answers for one model axis and micro-batch size: the fastest, leaner ones, and proved lower bounds.
+
+One answer shards every block kind, with one layout between blocks and one storage of each tied parameter. Answers are
+found on demand and kept; `Shardings.cheap_bound` needs no ILP, `bound` the fastest answer's, `kind_bounds` one
+small ILP per kind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from autopar.cluster import Cluster
+from autopar.graph.ir import ModelGraph
+from autopar.job import Job
+from autopar.sharding.decision import BlockDecision
+from autopar.solver.block_problem import (
+    Demands,
+    ModelProblem,
+    Ties,
+    decisions_of,
+    model_problem,
+    ties_of,
+    whole_decisions,
+)
+from autopar.solver.candidates import BlockCost, BlockCosts, boundary_bytes
+from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.fix import Fix
+from autopar.solver.intra_block import solve
+from autopar.solver.op_costs import OpCosts
+from autopar.solver.prices import AxisPrices
+from autopar.solver.problem import Problem
+
+LEAN = (0.3, 3.0)
+"""Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by phase and counts of what was done."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, phase: str, begin: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+
+@dataclass(slots=True)
+class Context:
+    """What every part of one search shares."""
+
+    model: ModelGraph
+    job: Job
+    cluster: Cluster
+    fix: Fix
+    ops: OpCosts
+    collectives: CollectiveCosts
+    ties: Ties
+    costs: BlockCosts
+    clock: Clock
+    counts: dict[str, int]
+
+    @staticmethod
+    def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
+        counts = Counter(block.kind for block in model.blocks)
+        ops = OpCosts(cluster.device, job)
+        return Context(
+            model, job, cluster, fix, ops, CollectiveCosts(cluster), ties_of(model), BlockCosts(job), Clock(), counts
+        )
+
+    def demands(self) -> Demands:
+        return Demands(split_matmuls=self.fix.tp is not None, sequence=self.fix.sp)
+
+    def gradient_price(self) -> float:
+        """Seconds per micro-batch that each parameter element held costs at least: its gradient is handed on."""
+        return (self.job.compute_bytes + self.job.master_bytes) * self.ops.stream_seconds(1e9, 0) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One way to shard all kinds. ``costs``: per kind, (nothing recomputed, all recomputed). ``boundary``: local
+    bytes of what a stage hands to the next. ``signature``: layouts between blocks and of tied parameters; blocks of
+    answers with equal ones can be mixed."""
+
+    name: str
+    costs: dict[str, tuple[BlockCost, BlockCost]]
+    boundary: int
+    signature: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KindBound:
+    """No decision for the kind needs fewer seconds (both ways; forward alone), per rank and micro-batch."""
+
+    seconds: float
+    forward_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class KindBytes:
+    """No decision for the kind keeps fewer bytes for backward (``saved``) or as its inputs."""
+
+    saved: float
+    inputs: float
+
+
+class Shardings:
+    """All answers for a model axis of ``size`` ranks and ``batch`` samples a micro-batch."""
+
+    def __init__(self, context: Context, size: int, batch: int) -> None:
+        self.context, self.size, self.batch = context, size, batch
+        self.prices = AxisPrices(context.ops, context.collectives, size, batch)
+        self._built: ModelProblem | None = None
+        self._fastest: Answered | None = None
+        self._lean: list[Answered] | None = None
+        self._total_bound: float | None = None
+        self._kind_bounds: dict[str, KindBound] = {}
+        self._kind_bytes: dict[str, KindBytes] = {}
+
+    @property
+    def built(self) -> ModelProblem:
+        if self._built is None:
+            begin = time.perf_counter()
+            context = self.context
+            price = context.gradient_price()
+            self._built = model_problem(context.model, self.prices, context.ties, context.demands(), price)
+            context.clock.add("strategies", begin)
+            context.clock.counts["sharding problems"] += 1
+        return self._built
+
+    def cheap_bound(self) -> float:
+        """Seconds of all blocks for one micro-batch, each operator at its fastest, no conversions."""
+        if self.size == 1:
+            return self.bound()
+        problem = self.built.problem
+        total = sum(problem.weight(op.name) * min(c.seconds for c in op.choices) for op in problem.ops)
+        for source in problem.sources:
+            total += problem.weight(source.name) * min(seconds for seconds, _ in source.layouts.values())
+        return total
+
+    def bound(self) -> float:
+        """Seconds of all blocks for one micro-batch: no sharding on this axis needs fewer."""
+        if self._total_bound is None:
+            self.fastest()
+        assert self._total_bound is not None
+        return self._total_bound
+
+    def fastest(self) -> Answered:
+        """The answer with the least seconds."""
+        if self._fastest is None:
+            context = self.context
+            if self.size == 1:
+                self._fastest = self._answered("", whole_decisions(context.model))
+                seconds = 0.0
+                for kind, (cost, _) in self._fastest.costs.items():
+                    handed = context.gradient_price() * self._held(kind, cost.elements)
+                    seconds += context.counts[kind] * (cost.forward_s + cost.backward_s + handed)
+                self._total_bound = seconds * (1 - 1e-12)
+            else:
+                self._fastest, self._total_bound = self._solve("", 0.0)
+        return self._fastest
+
+    def lean(self) -> list[Answered]:
+        """Answers that keep fewer bytes, not all different."""
+        if self._lean is None:
+            self._lean = []
+            if self.size > 1:
+                fast = self.fastest()
+                counts = self.context.counts
+                seconds = sum(n * (c.forward_s + c.backward_s) for k, n in counts.items() for c in fast.costs[k][:1])
+                saved = sum(n * fast.costs[k][0].inflight for k, n in counts.items())
+                for index, share in enumerate(LEAN):
+                    answer, _ = self._solve(f"lean{index + 1}", share * seconds / max(saved, 1))
+                    if all(answer.costs != known.costs for known in (fast, *self._lean)):
+                        self._lean.append(answer)
+        return self._lean
+
+    def kind_bytes(self) -> dict[str, KindBytes]:
+        """Per kind, bytes that no decision can undercut: what the whole block keeps, evenly split."""
+        context = self.context
+        if not self._kind_bytes:
+            begin = time.perf_counter()
+            for name, decision in whole_decisions(context.model).items():
+                kind = context.model.kinds[name]
+                saved = context.costs.saved(kind, decision, self.batch)
+                inputs = boundary_bytes(kind, decision, self.batch, context.job)
+                self._kind_bytes[name] = KindBytes(saved / self.size, inputs / self.size)
+            context.clock.add("saved bytes", begin)
+        return self._kind_bytes
+
+    def kind_bounds(self) -> dict[str, KindBound]:
+        """Per kind, seconds that no decision can undercut: the layout at its ends is free."""
+        if not self._kind_bounds:
+            self._kind_bounds = {name: self._kind_bound(name) for name in self.context.model.kinds}
+        return self._kind_bounds
+
+    def _kind_bound(self, name: str) -> KindBound:
+        context = self.context
+        kind = context.model.kinds[name]
+        if self.size == 1:
+            cost = self.fastest().costs[name][0]
+            seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.elements)
+            return KindBound(seconds * (1 - 1e-12), cost.forward_s)
+        begin = time.perf_counter()
+        prefix = f"{name}/"
+        full = self.built.problem
+        part = Problem(
+            tuple(source for source in full.sources if source.name.startswith(prefix)),
+            tuple(op for op in full.ops if op.name.startswith(prefix)),
+            {tensor: table for tensor, table in full.conversions.items() if tensor.startswith(prefix)},
+            tuple(output for output in full.outputs if output.tensor.startswith(prefix)),
+        )
+        seconds = solve(_untied(part)).bound
+        context.clock.add("bounds", begin)
+        context.clock.counts["intra-block ILPs"] += 1
+        forward = sum(
+            min(
+                self.prices.operator(kind.graph.nodes[op.name.removeprefix(prefix)], kind.graph, strategy)[0].forward_s
+                for strategy in self.built.strategies[op.name]
+            )
+            for op in part.ops
+        )
+        return KindBound(seconds, forward)
+
+    def _held(self, kind: str, elements: int) -> float:
+        """``elements`` of a kind, tied ones shared out between the kinds that hold them (as the ILP's sources are)."""
+        nodes = self.context.model.kinds[kind].graph.of("parameter")
+        tied = [node for node in nodes if (kind, node.name) in self.context.ties.parameters]
+        return elements - 0.5 * sum(prod(node.meta.at(1, 1)) for node in tied)
+
+    def _solve(self, name: str, byte_price: float) -> tuple[Answered, float]:
+        built = self.built
+        begin = time.perf_counter()
+        answer = solve(built.problem, byte_price)
+        self.context.clock.add("intra-block ILP", begin)
+        self.context.clock.counts["intra-block ILPs"] += 1
+        return self._answered(name, decisions_of(self.context.model, built, answer)), answer.bound
+
+    def _answered(self, name: str, decisions: dict[str, BlockDecision]) -> Answered:
+        begin = time.perf_counter()
+        context = self.context
+        costs = {k: context.costs.of(context.model.kinds[k], d, self.prices) for k, d in decisions.items()}
+        context.clock.add("saved bytes", begin)
+        return Answered(name, costs, self._boundary(decisions), self._signature(decisions))
+
+    def _signature(self, decisions: dict[str, BlockDecision]) -> tuple[str, ...]:
+        ties = self.context.ties
+        found = {tie: str(decisions[kind].inputs[node]) for (kind, node), tie in ties.parameters.items()}
+        for (kind, *rest), tie in ties.boundary.items():
+            if len(rest) == 1:
+                found[tie] = str(decisions[kind].inputs[rest[0]])
+        return tuple(f"{tie}: {layout}" for tie, layout in sorted(found.items()))
+
+    def _boundary(self, decisions: dict[str, BlockDecision]) -> int:
+        """The most bytes any block hands in."""
+        kinds = self.context.model.kinds
+        return max(boundary_bytes(kinds[k], d, self.batch, self.context.job) for k, d in decisions.items())
+
+
+def _untied(problem: Problem) -> Problem:
+    """The problem with its ends free: what ties it to other kinds can only cost seconds."""
+    return replace(
+        problem,
+        sources=tuple(replace(source, tie="") for source in problem.sources),
+        outputs=tuple(replace(output, tie="") for output in problem.outputs),
+    )
+

@@ -1,0 +1,222 @@
+"""Small models, and plans for them written by hand: the strategies of a few operators, the rest follows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from autopar.cluster import Cluster
+from autopar.graph.ir import BlockKind, ModelGraph
+from autopar.graph.trace import trace
+from autopar.job import Job
+from autopar.plan import Candidate, Mesh, Plan, Predicted, Run, Stage
+from autopar.sharding.conversions import same
+from autopar.sharding.decision import BlockDecision, Conversion
+from autopar.sharding.layout import I, Layout, P, S, SpmdType
+from autopar.sharding.rules import strategies_of
+
+Wishes = Mapping[str, tuple[SpmdType | None, SpmdType]]
+"""For an op node: the type of its first operand (None: any) and of its output."""
+
+
+def llama(layers: int = 2, **changes: object) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "use_cache": False,
+        **changes,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def gpt2(layers: int = 2, **changes: object) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = {
+        "vocab_size": 128,
+        "n_positions": 64,
+        "n_embd": 64,
+        "n_layer": layers,
+        "n_head": 8,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "use_cache": False,
+        **changes,
+    }
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**config))
+
+
+def graph_of(model: nn.Module) -> ModelGraph:
+    """The traced model, with the values of its buffers."""
+    graph = trace(model)
+    buffers = dict(model.named_buffers())
+    values = {name: tuple(buffers[name].flatten().tolist()) for name in graph.buffers if name in buffers}
+    return dataclasses.replace(graph, buffer_values={**values, **graph.buffer_values})
+
+
+def decide(
+    kind: BlockKind,
+    tp: int,
+    wishes: Wishes,
+    stored: Mapping[str, SpmdType] = {},
+    inputs: Mapping[str, SpmdType] = {},
+    output: SpmdType = I,
+) -> BlockDecision:
+    """A decision on one axis: wished strategies, elsewhere the one that needs the fewest conversions."""
+    graph = kind.graph
+    held: dict[str, list[Layout]] = {}
+    arrives = {}
+    strategies: dict[str, dict[str, str]] = {}
+    conversions: list[Conversion] = []
+
+    def need(name: str, target: Layout) -> None:
+        grad = graph.nodes[name].meta.requires_grad
+        if not any(same(layout, target, grad) for layout in held[name]):
+            conversions.append(Conversion(name, held[name][0], target))
+            held[name].append(target)
+
+    for node in graph.nodes.values():
+        if node.kind != "op":
+            found = stored.get(node.target, inputs.get(node.name, I))
+            arrives[node.name] = Layout.of(tp=found)
+            held[node.name] = [arrives[node.name]]
+            continue
+        operands = node.operands()
+        first, wanted = wishes.get(node.name, (None, None))
+
+        def misfits(strategy, operands=operands) -> int:
+            pairs = zip(operands, strategy.inputs, strict=True)
+            return sum(
+                not any(same(layout, Layout.of(tp=kind), graph.nodes[name].meta.requires_grad) for layout in held[name])
+                for name, kind in pairs
+            )
+
+        choices = [
+            strategy
+            for strategy in strategies_of(node, graph)
+            if (wanted is None or strategy.output == wanted) and (first is None or strategy.inputs[0] == first)
+        ]
+        assert choices, (node.name, [str(s) for s in strategies_of(node, graph)])
+        best = min(choices, key=lambda s: (misfits(s), s.output == P))
+        for name, kind_ in zip(operands, best.inputs, strict=True):
+            need(name, Layout.of(tp=kind_))
+        strategies[node.name] = {"tp": best.name}
+        held[node.name] = [Layout.of(tp=best.output)]
+    for name in graph.outputs:
+        need(name, Layout.of(tp=output))
+    return BlockDecision(
+        kind.name, {"tp": tp}, arrives, strategies, tuple(conversions), {o: Layout.of(tp=output) for o in graph.outputs}
+    )
+
+
+def megatron(model: ModelGraph, tp: int, sequence: bool) -> dict[str, BlockDecision]:
+    """Column then row tensor parallelism, split vocabulary; the residual whole, or split by sequence."""
+    between = S(1) if sequence else I
+    after = S(1) if sequence else I
+    decisions = {}
+    for kind in model.kinds.values():
+        wishes: dict[str, tuple[SpmdType | None, SpmdType]] = {}
+        stored: dict[str, SpmdType] = {}
+        inputs = {} if kind.name == "Prologue" else {"hidden": between}
+        output = between
+        blocks = 1
+        for node in kind.graph.of("op"):
+            weight = node.operands()[1] if node.op == "aten.linear" else ""
+            target = _parameter(kind, weight) if weight else ""
+            conv1d = bool(weight) and kind.graph.nodes[weight].op == "aten.t"
+            if node.op == "aten.linear" and any(part in target for part in ("o_proj", "down_proj", "c_proj")):
+                wishes[node.name] = (S(2), P)
+                stored[target] = S(0 if conv1d else 1)
+            elif node.op == "aten.linear":
+                blocks = 3 if "c_attn" in target else 1
+                wishes[node.name] = (None, S(2, blocks))
+                stored[target] = I if blocks > 1 else S(1 if conv1d else 0)
+                bias = target.replace("weight", "bias")
+                if conv1d and blocks == 1:
+                    stored[bias] = S(0)
+            elif node.op == "aten.embedding" and "wpe" not in _parameter(kind, node.operands()[0]):
+                wishes[node.name] = (S(0), P)
+                stored[_parameter(kind, node.operands()[0])] = S(0)
+            elif node.op == "aten.embedding":
+                wishes[node.name] = (I, I)
+            elif node.op in ("aten.rms_norm", "aten.layer_norm") or (node.op == "aten.add" and node.meta.requires_grad):
+                wishes[node.name] = (after, after)
+        if kind.name == "Epilogue":
+            output = I
+        decisions[kind.name] = decide(kind, tp, wishes, stored, inputs, output)
+    return decisions
+
+
+def whole(model: ModelGraph) -> dict[str, BlockDecision]:
+    """No model axis."""
+    return {
+        kind.name: BlockDecision(
+            kind.name,
+            {},
+            {node.name: Layout() for node in kind.graph.nodes.values() if node.kind != "op"},
+            {node.name: {} for node in kind.graph.of("op")},
+            (),
+            {name: Layout() for name in kind.graph.outputs},
+        )
+        for kind in model.kinds.values()
+    }
+
+
+def _parameter(kind: BlockKind, name: str) -> str:
+    node = kind.graph.nodes[name]
+    while node.kind == "op":
+        node = kind.graph.nodes[node.operands()[0]]
+    return node.target
+
+
+def plan_of(
+    model: ModelGraph,
+    decisions: Mapping[str, BlockDecision],
+    mesh: Mesh | None = None,
+    bounds: tuple[int, ...] = (),
+    micro_batch: int = 2,
+    micro_batches: int = 2,
+    recompute: str = "none",
+    dtype: str = "fp64",
+    seq_len: int = 16,
+) -> Plan:
+    """A plan of one candidate per kind; ``bounds``: indices of the blocks that begin a further stage."""
+    mesh = mesh or Mesh()
+    candidates = {
+        name: Candidate(name, decision, recompute, 0.0, 0.0, 0.0, 0, 0, 0, 0) for name, decision in decisions.items()
+    }
+    edges = (0, *bounds, len(model.blocks))
+    stages = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        runs = tuple(Run(i, i + 1, model.blocks[i].kind) for i in range(start, stop))
+        stages.append(Stage(runs, 0.0, 0.0, 0.0, {}))
+    return Plan(
+        model=model.name,
+        fingerprint=model.fingerprint(),
+        cluster=Cluster.parse(f"1x{mesh.size}:h100"),
+        job=Job(micro_batch * micro_batches * mesh.dp, seq_len, dtype),
+        mesh=mesh,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        schedule="none" if len(stages) == 1 else "1f1b",
+        zero=0,
+        candidates=candidates,
+        stages=tuple(stages),
+        predicted=Predicted(1.0, 1.0, 0.0, (1.0, 1.0), {}),
+        bound=1.0,
+        gap=0.0,
+        status="feasible",
+    )

@@ -1,0 +1,115 @@
+"""The proof on four gloo ranks: every forced plan computes what one device does, in one launch of torchrun.
+
+`pytest -s tests/test_torchrun.py` prints the table of measured errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_plans import small_gpt2, small_llama
+from torch import Tensor, nn
+
+import autopar
+from autopar.codegen import prove
+from autopar.errors import VerificationError
+from autopar.graph.interpret import keep_wide
+from autopar.models import model_graph
+from autopar.solver.search import search
+
+SAMPLES, SEQ = 8, 16
+
+FORCED: dict[str, dict[str, Any]] = {
+    "dp4": {"dp": 4, "tp": 1, "pp": 1, "zero": 0, "recompute": "none", "micro_batch": 1},
+    "dp4 recompute": {"dp": 4, "tp": 1, "pp": 1, "zero": 0, "recompute": "full", "micro_batch": 2},
+    "zero3 x4": {"dp": 4, "tp": 1, "pp": 1, "zero": 3, "recompute": "none", "micro_batch": 1},
+    "tp4": {"dp": 1, "tp": 4, "pp": 1, "sp": False, "recompute": "none", "micro_batch": 4},
+    "tp4 sp": {"dp": 1, "tp": 4, "pp": 1, "sp": True, "recompute": "none", "micro_batch": 8},
+    "tp2 dp2": {"dp": 2, "tp": 2, "pp": 1, "zero": 3, "recompute": "none", "micro_batch": 2},
+    "pp2 dp2": {"dp": 2, "tp": 1, "pp": 2, "zero": 0, "recompute": "none", "micro_batch": 1},
+    "pp4": {"dp": 1, "tp": 1, "pp": 4, "recompute": "none", "micro_batch": 2},
+    "pp2 tp2": {"dp": 1, "tp": 2, "pp": 2, "recompute": "none", "micro_batch": 2},
+    "pp2 tp2 recompute": {"dp": 1, "tp": 2, "pp": 2, "sp": True, "recompute": "full", "micro_batch": 1},
+}
+
+
+def batches() -> list[dict[str, Tensor]]:
+    """Three steps of token ids; some targets do not count, unevenly over samples."""
+    ids = torch.randint(0, 256, (3, SAMPLES, SEQ), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, 0, 3:9] = -100
+    labels[:, 5, :] = -100
+    return [{"input_ids": i, "labels": l} for i, l in zip(ids, labels, strict=True)]
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    with keep_wide():
+        return model(**batch).loss  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[prove.Measured]:
+    folder = tmp_path_factory.mktemp("proof")
+    cluster = autopar.Cluster.parse("1x4:cpu")
+    job = autopar.Job(global_batch=SAMPLES, seq_len=SEQ, dtype="fp32")
+    for name, model in (("llama", small_llama()), ("gpt2", small_gpt2())):
+        graph = model_graph(model)
+        plans = {f"{name} {fix}": search(graph, job, cluster, FORCED[fix]) for fix in FORCED}
+        for dtype in ("fp32", "fp64"):
+            wide = model.double() if dtype == "fp64" else model
+            weights = {key: value.clone() for key, value in wide.state_dict().items()}
+            reference = prove.one_device(wide, batches(), loss_of, steps=dtype == "fp64")
+            cases = {key: prove.with_dtype(plan, dtype) for key, plan in plans.items()}
+            prove.prepare(folder, cases, graph, weights, reference)
+    rows = prove.prove(folder, ranks=4, timeout_s=400)
+    print("\n" + prove.table(rows))
+    return rows
+
+
+def test_every_forced_plan_was_measured(measured: list[prove.Measured]) -> None:
+    found = {(row.name, row.dtype) for row in measured}
+    assert found == {(f"{m} {fix}", d) for m in ("llama", "gpt2") for fix in FORCED for d in ("fp32", "fp64")}
+    assert all((row.parameter is not None) == (row.dtype == "fp64") for row in measured)
+
+
+def test_loss_gradients_and_steps_agree_with_one_device(measured: list[prove.Measured]) -> None:
+    assert [failure for row in measured for failure in row.failures()] == []
+
+
+def test_gradient_norm_counts_everything_once(measured: list[prove.Measured]) -> None:
+    assert all(row.norm is not None and row.norm < prove.TOLERANCES[row.dtype] for row in measured)
+
+
+def test_gradient_error_has_a_floor_for_zero_gradients() -> None:
+    reference = {"w": torch.full((4,), 2.0), "bias": torch.zeros(4)}
+    errors = prove.gradient_errors({"w": torch.full((4,), 2.002), "bias": torch.full((4,), 1e-9)}, reference)
+    assert errors["w"] == pytest.approx(1e-3, rel=1e-3)
+    assert errors["bias"] == pytest.approx(2e-9 / (1e-3 * 4.0 / 2**0.5), rel=1e-3)
+
+
+def test_errors_past_their_tolerance_are_named() -> None:
+    good = prove.Measured("p", "fp64", 1e-12, 1e-12, "w", 0.0, 1e-12, "w")
+    assert good.failures() == []
+    bad = prove.Measured("p", "fp64", float("nan"), 1e-3, "w", 0.0, 1e-3, "v")
+    assert [text.split(" is off")[0] for text in bad.failures()] == [
+        "p fp64: loss",
+        "p fp64: the gradient of w",
+        "p fp64: after 3 steps v",
+    ]
+
+
+def test_ranks_that_fail_or_hang_are_ended(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("raise SystemExit('no such thing')")
+    with pytest.raises(VerificationError, match="no such thing"):
+        prove.run_ranks(["fails.py"], 2, 60, folder=tmp_path)
+    (tmp_path / "hangs.py").write_text(
+        "import os, pathlib, time\npathlib.Path(f'pid_{os.getpid()}').touch()\ntime.sleep(600)"
+    )
+    with pytest.raises(VerificationError, match="no end after 8 s"):
+        prove.run_ranks(["hangs.py"], 2, 8, folder=tmp_path)
+    for started in tmp_path.glob("pid_*"):
+        assert not Path("/proc", started.name[4:]).exists()

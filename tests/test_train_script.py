@@ -1,0 +1,154 @@
+"""The emitted train.py under torchrun: same samples and losses for every plan, checkpoints that change plans."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from plain_plans import plain_plan, small_llama
+
+import autopar
+from autopar.codegen.emit import emit
+from autopar.codegen.prove import run_ranks
+from autopar.codegen.runtime.data import RandomTokens, Tokens, sample_indices
+from autopar.errors import VerificationError
+from autopar.graph.ir import ModelGraph
+from autopar.models import model_graph
+
+JOB = autopar.Job(global_batch=8, seq_len=16, dtype="fp64")
+OPTIONS = ["--data", "corpus.txt", "--token-dtype", "uint8", "--steps", "6", "--lr", "1e-3", "--warmup", "2"]
+
+
+@pytest.fixture(scope="module")
+def graph() -> ModelGraph:
+    return model_graph(small_llama(tied=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, graph: ModelGraph) -> Path:
+    """Three plans of one tied model: one process, tp=2 x dp=2 and pp=2 x dp=2 (found by search)."""
+    root = tmp_path_factory.mktemp("train")
+    model = small_llama(tied=True)
+    (root / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
+    emit(plain_plan(graph, job=JOB, micro_batches=2, cluster="1x1:h100"), graph, root / "single", model.state_dict())
+    fixes = {
+        "tp2dp2": {"tp": 2, "dp": 2, "pp": 1, "zero": 3, "micro_batch": 2},
+        "pp2dp2": {"pp": 2, "dp": 2, "tp": 1, "zero": 0, "micro_batch": 1},
+    }
+    for name, fix in fixes.items():
+        fp32 = replace(JOB, dtype="fp32")
+        plan = autopar.search(model, fp32, autopar.Cluster.parse("1x4:cpu"), fix=fix)
+        emit(replace(plan, job=JOB), graph, root / name, model.state_dict())
+    return root
+
+
+def losses(root: Path, plan: str, ranks: int, metrics: str, *options: str) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm by step of one run."""
+    path = root / metrics
+    run_ranks([f"{plan}/train.py", *OPTIONS, "--metrics", metrics, *options], ranks, 120, folder=root)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    return {row["step"]: (row["loss"], row["gradient_norm"]) for row in rows}
+
+
+def close(found: tuple[float, float], right: tuple[float, float]) -> bool:
+    return all(abs(a - b) <= 1e-10 * abs(b) for a, b in zip(found, right, strict=True))
+
+
+def test_losses_agree_and_checkpoints_change_plans(folder: Path) -> None:
+    single = losses(folder, "single", 1, "single.jsonl", "--any-topology")
+    assert sorted(single) == [1, 2, 3, 4, 5, 6]
+    assert single[6][0] < single[1][0]
+
+    saving = ("--checkpoint-dir", "ck", "--save-every", "2", "--keep", "2")
+    sharded = losses(folder, "tp2dp2", 4, "tp2dp2.jsonl", *saving)
+    assert all(close(sharded[step], single[step]) for step in single)
+    assert sorted(path.name for path in (folder / "ck").iterdir()) == ["latest", "step_4", "step_6"]
+    assert (folder / "ck" / "latest").read_text() == "step_6\n"
+
+    pipelined = losses(folder, "pp2dp2", 4, "pp2dp2.jsonl", "--resume", "ck/step_4", "--checkpoint-dir", "ck2")
+    assert sorted(pipelined) == [5, 6]
+    assert all(close(pipelined[step], single[step]) for step in pipelined)
+
+    (folder / "ck" / "latest").write_text("step_4\n")
+    again = losses(folder, "single", 1, "again.jsonl", "--resume", "--checkpoint-dir", "ck", "--any-topology")
+    assert sorted(again) == [5, 6]
+    assert all(close(again[step], single[step]) for step in again)
+
+
+def test_wrong_world_size_is_one_line(folder: Path) -> None:
+    with pytest.raises(VerificationError) as failure:
+        run_ranks(["tp2dp2/train.py", *OPTIONS], 2, 60, folder=folder)
+    said = [line for line in str(failure.value).splitlines() if line.startswith("train.py:")]
+    assert said == [
+        "train.py: this plan needs world size 4 (pp=1 x dp=2 x tp=2), but 2 processes were started: use launch.sh"
+    ]
+    assert "exitcode: 2" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "message"),
+    [
+        ({"WORLD_SIZE": "3"}, OPTIONS, "this plan needs world size 1 "),
+        ({}, ["--data", "no/such/file"], "--data: no/such/file is neither a file nor a folder"),
+        ({}, ["--data", "corpus.txt", "--token-dtype", "int32"], "--token-dtype?"),
+        ({}, ["--data", "random", "--resume", "nowhere"], "--resume: no complete checkpoint in nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    folder: Path, world: dict[str, str], options: list[str], message: str
+) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "single/train.py", *options],
+        cwd=folder,
+        env={**environment, **world, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_samples_do_not_depend_on_the_mesh() -> None:
+    for step in (0, 3):
+        whole = sample_indices(step, 0, 1, 8, 1)
+        assert whole == list(range(step * 8, step * 8 + 8))
+        ranks = [sample_indices(step, rank, 2, 2, 2) for rank in range(2)]
+        # Micro-batch 0 of all ranks comes first, then micro-batch 1.
+        assert [ranks[r][m * 2 + i] for m in range(2) for r in range(2) for i in range(2)] == whole
+
+
+def test_tokens_from_files_and_folders(tmp_path: Path) -> None:
+    ids = torch.arange(64, dtype=torch.int32)
+    (tmp_path / "ids.bin").write_bytes(ids.to(torch.uint16).numpy().tobytes())
+    data = Tokens(tmp_path / "ids.bin", 16, 64, "uint16", "", seed=5)
+    epoch = data.samples([0, 1, 2, 3])
+    assert sorted(epoch[:, 0].tolist()) == [0, 16, 32, 48]
+    assert torch.equal(epoch.sort(dim=0).values.flatten().sort().values, ids.long())
+    assert not torch.equal(epoch, data.samples([4, 5, 6, 7])) or not torch.equal(epoch, data.samples([8, 9, 10, 11]))
+    with pytest.raises(ValueError, match="vocabulary is 63"):
+        Tokens(tmp_path / "ids.bin", 16, 63, "uint16", "", seed=5).samples([0, 1, 2, 3])
+
+    (tmp_path / "texts" / "b").mkdir(parents=True)
+    (tmp_path / "texts" / "b" / "2.txt").write_text("wxyz")
+    (tmp_path / "texts" / "1.txt").write_text("abcd")
+    (tmp_path / "texts" / "skip.md").write_text("####")
+    text = Tokens(tmp_path / "texts", 4, 256, "uint16", "*.txt", seed=0)
+    assert sorted(bytes(row).decode() for row in text.samples([0, 1]).tolist()) == ["abcd", "wxyz"]
+    with pytest.raises(ValueError, match="less than one sample of 99"):
+        Tokens(tmp_path / "texts", 99, 256, "uint16", "*.txt", seed=0)
+
+
+def test_random_tokens_are_the_same_each_time() -> None:
+    data = RandomTokens(8, 50, seed=1)
+    assert torch.equal(data.samples([3, 4])[1], data.samples([4])[0])
+    assert int(data.samples(list(range(20))).max()) < 50
