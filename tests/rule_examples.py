@@ -207,7 +207,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.rms_norm": [(_X, (16,), _t(16), 1e-5), (_X, (16,)), (_X, (8, 16), _t(8, 16))],
     "aten.layer_norm": [(_X, (16,), _t(16), _t(16), 1e-5), (_X, (16,), _t(16)), (_X, (16,))],
     "autopar.cross_entropy": [(_t(4, 8, 12), _index(12, 4, 8)), (_t(8, 16), _index(16, 8), 3)],
-    "aten.embedding": [(_t(12, 8), _index(12, 4, 16)), (_t(12, 8), _index(12, 4))],
+    "aten.embedding": [(_t(12, 8), _index(12, 4, 16)), (_t(12, 8), _index(12, 4)), (_t(12, 8), _index(12, 16), 3)],
     "aten.index_select": [(_X, 1, _index(8, 12))],
     "aten.index": [(_X, (None, _index(8, 4, 12))), (_t(8, 4), (_index(8, 12),))],
     "aten.gather": [(_X, 1, _index(8, 4, 4, 16)), (_X, 2, _index(16, 4, 4, 8))],

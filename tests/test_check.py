@@ -150,6 +150,11 @@ def summed_loss(g: Build, hidden, labels):  # type: ignore[no-untyped-def]
 def test_data_parallel_accepts_independent_samples_and_a_summed_loss() -> None:
     check_data_parallel(model(lambda g, x: g.op("aten.silu", x, out="b s 16"), summed_loss))
 
+    def cast_loss(g: Build, hidden, labels):  # type: ignore[no-untyped-def]
+        return g.op("autopar.cast", summed_loss(g, hidden, labels), "float32", out="", dtype="float32", name="cast")
+
+    check_data_parallel(model(lambda g, x: x, cast_loss))
+
 
 def test_data_parallel_names_the_operator_that_mixes_samples() -> None:
     with pytest.raises(UnsupportedError, match=r"toy, body: aten.cumsum \(mix\) mixes samples of the batch"):

@@ -119,7 +119,7 @@ OWN = json.dumps({"device": load_group("h100", 1, 8).device.to_json(), "nodes": 
         ("a.json", OWN, ["a.json", "'intra_node.bandwidth' is missing"]),
         ("a.json", OWN.replace('"backend"', '"bakend"'), ["a.json", "unknown key 'device.bakend'", "backend"]),
         ("a.json", OWN.replace('"cuda"', '"tpu"'), ["a.json", "unknown backend 'tpu'"]),
-        ("a.ini", "x", ["a.ini", ".toml, .yaml or .json"]),
+        ("a.ini", "x", ["a.ini: unknown format '.ini'", ".toml, .yaml or .json"]),
     ],
 )
 def test_file_refuses(tmp_path, name, text, says):

@@ -13,6 +13,7 @@ from autopar.errors import BadInputError
 from autopar.graph.ir import Node, Ref, TensorMeta
 from autopar.graph.ops import callable_of
 from autopar.job import Job
+from autopar.solver import op_costs
 from autopar.solver.op_costs import LocalTensor, OpCosts, OpTime
 from autopar.solver.work import Attention, Matmul, flops, matmul_of, work
 
@@ -194,6 +195,13 @@ def test_attention_depends_on_length_heads_and_mask(costs):
     assert 0.8 < rate / (device.peak("bf16") * device.attention_efficiency) <= 1
 
 
+def test_casts_cost_only_where_they_change_the_type(costs):
+    narrow, wide = local(4096, 4096), local(4096, 4096, width=4)
+    node = op("autopar.cast", 1, "float32")
+    assert costs.seconds(node, [narrow], wide, [True]).forward > costs.stream_seconds(6 * 4096**2) * 0.99
+    assert costs.seconds(node, [wide], wide, [True]) == OpTime(0.0, 0.0, "catalog")
+
+
 def test_cross_entropy_and_embedding_count_the_vocabulary(costs):
     logits, labels = local(4096, 128256), local(4096, width=8)
     time = costs.seconds(op("autopar.cross_entropy", 2), [logits, labels], local(width=4), [True, False])
@@ -228,6 +236,44 @@ def test_a_llama_layer_runs_at_a_plausible_mfu(device):
     total += time.forward + time.backward
     work_done += 3 * flops(node, [query.shape, key.shape, key.shape], query.shape)
     assert 0.5 < work_done / total / costs.device.peak("bf16") < 0.85
+
+
+def test_a_published_step_is_mostly_compute():
+    """torchtitan, Llama-3-8B on 64 A100-SXM4-80GB with FSDP, one sequence of 8,192 each: 2.76 s a step, every second
+    matmul computed twice (`../shared/published`, row titan_a100_8B_op). What the operators alone take must be less than
+    that, and most of it: the rest is exposed communication."""
+    costs = OpCosts(load_group("a100-80g", 8, 8).device, Job(64, 8192))
+    tokens, hidden, ffn, vocabulary, layers = 8192, 4096, 14336, 128256, 32
+    layer = head = 0.0
+
+    def seconds(node, inputs, output, again=0.0):
+        time = costs.seconds(node, inputs, output, [True] * len(inputs))
+        return time.forward * (1 + again) + time.backward
+
+    x = local(1, tokens, hidden)
+    for n, k in [(hidden, hidden)] * 2 + [(1024, hidden)] * 2 + [(ffn, hidden)] * 2 + [(hidden, ffn)]:
+        layer += seconds(op("aten.linear", 2), [local(1, tokens, k), local(n, k)], local(1, tokens, n), again=0.5)
+    query, key = local(1, 32, tokens, 128), local(1, 8, tokens, 128)
+    layer += seconds(op(SDPA, 3, is_causal=True, enable_gqa=True), [query, key, key], query)
+    layer += 2 * seconds(op("aten.rms_norm", 2), [x, local(hidden)], x, again=1.0)
+    layer += 2 * seconds(op("aten.add", 2), [x, x], x)
+    wide = local(1, tokens, ffn)
+    layer += seconds(op("aten.silu", 1), [wide], wide, again=1.0) + seconds(op("aten.mul", 2), [wide, wide], wide)
+    logits = local(1, tokens, vocabulary)
+    head += seconds(op("aten.linear", 2), [x, local(vocabulary, hidden)], logits)
+    head += seconds(op("autopar.cross_entropy", 1), [logits], local(width=4))
+    total = layers * layer + head + costs.optimizer_seconds(8_030_000_000 // 64)
+    assert 0.7 < total / 2.7555 < 1.0
+
+
+def test_constants_are_plausible():
+    """Smaller tiles are slower, but no more than the cache traffic of their shape explains."""
+    largest = max(height * width for height, width, _ in op_costs.TILES)
+    for height, width, speed in op_costs.TILES:
+        assert (height * width / largest) ** 0.5 <= speed <= 1
+    assert 32 <= op_costs.FILL_K <= 512
+    assert 128 <= op_costs.SUM_K <= 1024
+    assert 64 <= op_costs.FILL_KEYS <= 1024
 
 
 def test_optimizer_and_clipping_are_bound_by_bytes(costs):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from rule_examples import Build, attention_block
 
+from autopar.errors import VerificationError
 from autopar.graph.ir import BlockKind, Node, OpGraph
 from autopar.sharding.check import check_decision, refusal
 from autopar.sharding.conversions import same
@@ -155,9 +157,25 @@ def prove(graph: OpGraph, decision: BlockDecision) -> None:
 @pytest.mark.parametrize("axes", [{"tp": 2}, {"tp": 4}, {"cp": 2, "tp": 2}, {"ep": 2, "cp": 2, "tp": 2}], ids=str)
 def test_random_decisions_compute_what_one_device_computes(name: str, axes: dict[str, int]) -> None:
     graph = GRAPHS[name]()
-    for seed in range(40 if len(axes) < 3 else 8):
+    for seed in range(16 if len(axes) < 3 else 4):
         decision = draw_decision(graph, axes, random.Random(seed))
         try:
             prove(graph, decision)
         except Exception as problem:
             raise AssertionError(f"{name} on {axes}, seed {seed}: {problem}") from problem
+
+
+def test_running_names_what_was_not_made_available() -> None:
+    graph = ends()
+    decision = draw_decision(graph, {"tp": 2}, random.Random(3))
+    short = replace(decision, conversions=())
+    values = {n: shard(x, short.inputs[n], short.axes, BATCH, SEQ) for n, x in values_of(graph).items()}
+    with pytest.raises(VerificationError, match=r"needs \w+ as tp:.*, which is held as tp:.* only"):
+        run_sharded(BlockKind("Drawn", graph), short, values, BATCH, SEQ)
+
+
+def test_a_vocabulary_is_not_split_twice() -> None:
+    graph = ends()
+    node = graph.nodes["look_up"]
+    twice = dict.fromkeys(("cp", "tp"), next(s for s in strategies_of(node, graph) if s.variant))
+    assert "splits its vocabulary on several axes" in refusal(node, graph, twice, {"cp": 2, "tp": 2})

@@ -8,7 +8,7 @@ from hand_plans import gpt2, graph_of, llama, megatron, whole
 from small_plan import small_plan
 
 from autopar.report.record import plan_record
-from autopar.report.units import gib, seconds_text
+from autopar.report.units import bytes_text, memory_unit, seconds_text
 from autopar.report.words import describe
 
 KEYS = [
@@ -85,9 +85,22 @@ def test_seconds_have_three_digits(value, text):
     assert seconds_text(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (2**30, "1.0"), (2**28, "0.25"), (12.34 * 2**30, "12.3")])
-def test_gib(value, text):
-    assert gib(value) == text
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1, "<0.01"), (2**28, "0.25"), (2**30, "1.0"), (12.34 * 2**30, "12.3"), (2**42, "4,096")],
+)
+def test_bytes(value, text):
+    assert bytes_text(value) == text
+
+
+def test_small_models_are_told_in_mib():
+    assert memory_unit(2**30) == ("GiB", 2**30)
+    assert memory_unit(2**29) == ("MiB", 2**20)
+    plan = small_plan()
+    memory = {kind: 3 * 2**18 for kind in plan.stages[0].memory}
+    text = str(replace(plan, stages=tuple(replace(stage, memory=memory) for stage in plan.stages)))
+    assert "memory per rank in MiB" in text
+    assert "0.75" in text
 
 
 @pytest.fixture(scope="module")

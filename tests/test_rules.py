@@ -32,7 +32,7 @@ def layout_of(choice: dict[str, Strategy], pick) -> Layout:
 def prove(
     example: Example, choice: dict[str, Strategy], axes: dict[str, int], dtype: torch.dtype = torch.float64
 ) -> None:
-    """Shard as the strategies claim, run on every rank, recombine as they claim: output and gradients are the whole's."""
+    """Shard as the strategies claim, run on every rank, recombine: output and gradients are those of the whole."""
     node, _, whole = example.build()
     limit = {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
     generator = torch.Generator().manual_seed(1)
@@ -107,8 +107,8 @@ def test_rule_holds_in_float32(op: str) -> None:
 
 
 _PAIRED = """
-aten.linear aten.matmul aten.scaled_dot_product_attention aten.view aten.flatten aten.unflatten aten.expand aten.slice aten.cat
-aten.sum aten.mul aten.add aten.embedding autopar.cross_entropy aten.repeat
+aten.linear aten.matmul aten.scaled_dot_product_attention aten.view aten.flatten aten.unflatten aten.expand aten.slice
+aten.cat aten.sum aten.mul aten.add aten.embedding autopar.cross_entropy aten.repeat
 """
 
 

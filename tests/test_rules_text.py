@@ -102,6 +102,14 @@ def test_reshapes_that_share_no_factor_stay_whole() -> None:
     assert reshape_rule((BATCH, SEQ - 1), (BATCH * (SEQ - 1),)).splittable() == ("b", "d")
 
 
+def test_unusual_sizes_and_arguments_stay_whole() -> None:
+    assert reshape_rule((4, 0), (0, 2)).splittable() == ()
+    assert text("aten.slice", "x", 1, -4, None, x="b 16", out="b 4") == "b d^ -> b h^"
+    padded = one("aten.embedding", "w", "i", 0, shapes={"w": "12 8", "i": "b s"}, dtypes={"i": "int64"}, out="b s 8")
+    names = [strategy.name for strategy in strategies_of(padded.nodes["out"], padded)]
+    assert names == ["R", "I", "d", "b", "s"], "a padding row has no gradient: the vocabulary is not split"
+
+
 def test_look_ups_and_loss() -> None:
     graph = one(
         "aten.embedding", "w", "i", shapes={"w": "128256 4096", "i": "b s"}, dtypes={"i": "int64"}, out="b s 4096"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +39,14 @@ def _spelled(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(_spelled)]
+
+
+READERS: Mapping[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".json": json.loads,
+}
 
 
 class _Model(BaseModel):
@@ -135,15 +143,11 @@ def _parsed(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise BadInputError(f"cannot read cluster file {path}: {reason or error}") from error
+    read = READERS.get(path.suffix)
+    if read is None:
+        raise BadInputError(f"cluster file {path}: unknown format {path.suffix!r}; end it in .toml, .yaml or .json")
     try:
-        if path.suffix == ".toml":
-            data = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            data = yaml.safe_load(text)
-        elif path.suffix == ".json":
-            data = json.loads(text)
-        else:
-            raise BadInputError(f"cluster file {path}: unknown format {path.suffix!r}; end it in .toml, .yaml or .json")
+        data = read(text)
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise BadInputError(f"cluster file {path} is not valid {path.suffix[1:].upper()}: {reason}") from error
@@ -154,7 +158,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 def _first_problem(error: ValidationError) -> str:
     """The first thing pydantic found, naming the key and, for an unknown one, those that are known."""
-    # A device may be a name or a table, and pydantic tells what is wrong with it as either; a table is meant if it is one.
+    # A device is a name or a table; pydantic tells what is wrong with it as either. Text that is no table was a name.
     problems = [problem for problem in error.errors() if "str" not in problem["loc"]] or error.errors()
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     places = [str(part) for part in first["loc"] if part not in ("str", "DeviceFile")]

@@ -10,12 +10,9 @@ elements in another order: `_Boundaries` follows such tensors from where the ord
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +49,17 @@ def typecheck(plan: Plan, graph: ModelGraph, world_size: int, source: str | None
             if hasattr(module, name):
                 setattr(module, name, twin)
         module.New = lambda axis, device, dtype: TypedNew(axis, dtype, axes)
+        # Recomputation repeats the forward; its types are the same.
+        module.checkpoint = lambda block, *arguments, use_reentrant: block(*arguments)
         module.vocab_embedding = _vocab_embedding
         module.vocab_cross_entropy = _vocab_cross_entropy
         module.cross_entropy = _cross_entropy
-        boundaries = _Boundaries()
         try:
             # The current mesh gives constants made on the fly (positions, zeros) a type on every axis.
-            with spmd_types.set_current_mesh(mesh), checker.typecheck(local=False), boundaries:
-                _run(module, plan, graph, mesh, axes)
+            with warnings.catch_warnings(), spmd_types.set_current_mesh(mesh):
+                warnings.simplefilter("ignore", FutureWarning)  # spmd_types calls functions that torch 2.13 renamed
+                with checker.typecheck(local=False), _Boundaries():
+                    _run(module, plan, graph, mesh, axes)
         except (spmd_types.SpmdTypeError, ValueError, RuntimeError) as error:
             raise VerificationError(
                 f"{graph.name}, {plan.mesh}, {world_size} ranks: the emitted module does not type-check: {error}"
@@ -155,7 +155,9 @@ def _twin(collective: str, source: str, target: str) -> Callable[..., Tensor]:
             return spmd_types.S(dims[0]) if name == "S" else getattr(spmd_types, name)
 
         function = getattr(spmd_types, collective)
-        options = {"backward_options": {"op_dtype": x.dtype}} if x.requires_grad else {}
+        options: dict[str, Any] = {"backward_options": {"op_dtype": x.dtype}} if x.requires_grad else {}
+        if collective == "convert" and target == "P":
+            options["expert_mode"] = True
         if collective == "all_to_all":
             return function(x, axis.get_group(), src=spmd_types.S(dims[0]), dst=spmd_types.S(dims[1]), **options)  # type: ignore[no-any-return]
         return function(x, axis.get_group(), src=kind(source), dst=kind(target), **options)  # type: ignore[no-any-return]
@@ -280,29 +282,70 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options:
     return _stated(F.scaled_dot_product_attention, result, query, key, value, *rest, **options)
 
 
-@dataclass
+def _blocked_dim(x: Tensor) -> int:
+    """The dim of ``x`` whose elements are, for the checker, in another order; -1 if there is none."""
+    return getattr(x, "blocked_dim", -1)
+
+
 class _Boundaries(TorchFunctionMode):
-    """Operators that state their types, and tensors with a dim split in blocks (``_blocks``: tensor to (dim, blocks))."""
-
-    _blocks: WeakKeyDictionary[Tensor, tuple[int, int]] = field(default_factory=WeakKeyDictionary)
-
-    def __post_init__(self) -> None:
-        super().__init__()
+    """Operators that state their own types, and dims that are split in blocks."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        import spmd_types
+
         kwargs = kwargs or {}
+        if not spmd_types.is_type_checking():
+            return func(*args, **kwargs)
         if func is F.embedding:
             return _embedding(*args)
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func is Tensor.flatten and self._is_inner_split(*args):
+            return self._merge(*args)
+        if func in (Tensor.unflatten, Tensor.chunk) and _blocked_dim(args[0]) == args[1 if func is Tensor.unflatten else 2]:
+            return self._separate(func, *args)
+        if func is F.linear and len(args) == 3:
+            # A partial bias is added to the partial product, which the checker takes in two steps only.
+            result = F.linear(*args[:2]) + args[2]
+        else:
+            result = func(*args, **kwargs)
+        if func is F.linear and _blocked_dim(args[1]) == 0:
+            result.blocked_dim = result.ndim - 1
+        return result
+
+    def _is_inner_split(self, x: Tensor, start: int, end: int) -> bool:
+        """Whether a dim that `flatten` merges is split, but is not the outermost of them."""
+        split = [kind.dim for kind in types_of(x).values() if hasattr(kind, "dim")]
+        return any(start < dim <= end for dim in split)
+
+    def _merge(self, x: Tensor, start: int, end: int) -> Tensor:
+        from spmd_types import S
+
+        types = types_of(x)
+        for axis, kind in types.items():
+            if hasattr(kind, "dim") and kind.dim > start:
+                types[axis] = S(max(start, kind.dim - (end - start)))
+        result = _stated(Tensor.flatten, types, x, start, end)
+        result.blocked_dim = start  # type: ignore[attr-defined]
+        return result
+
+    def _separate(self, func: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
+        """Undo `_merge`: the parts of the dim, each split, as a dim of their own or as a list."""
+        import spmd_types
+        from spmd_types import S
+
+        types, dim = types_of(x), _blocked_dim(x)
+        if func is Tensor.unflatten:
+            added = len(arguments[1]) - 1
+            for axis, kind in types.items():
+                if hasattr(kind, "dim") and kind.dim >= dim:
+                    types[axis] = S(kind.dim + added)
+            return _stated(func, types, x, *arguments)
+        with spmd_types.no_typecheck():
+            parts = func(x, *arguments)
+        return tuple(spmd_types.assert_type(part, types) for part in parts)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-__all__ = ["TWINS", "TypedNew", "re", "typecheck", "types_of"]
+__all__ = ["TWINS", "TypedNew", "typecheck", "types_of"]

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.importing import TRACE_DTYPE
+from autopar.graph.specialise import watched
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
@@ -29,6 +30,14 @@ class BatchSpec:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     seq_dims: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """``fixed_in``: for each number that a symbolic size turned out to be, the place in the model that fixed it."""
+
+    program: ExportedProgram
+    fixed_in: dict[int, str]
 
 
 class LossOf(nn.Module):
@@ -110,9 +119,7 @@ def fake_copy(model: nn.Module, stubs: Mapping[int, nn.Module], mode: FakeTensor
     return copied.train()
 
 
-def export(
-    model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool
-) -> ExportedProgram:
+def export(model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool) -> Exported:
     """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``.
 
     Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
@@ -135,7 +142,7 @@ def export(
 
 def _export(
     model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool, wide_buffers: bool
-) -> ExportedProgram:
+) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, wide_buffers)
     if fold:
@@ -145,9 +152,10 @@ def _export(
     dynamic = {
         key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), watched(copied) as fixed_in:
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
-        return torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
+        program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
+    return Exported(program, fixed_in)
 
 
 def _reason(model: nn.Module, error: Exception) -> str:

@@ -15,6 +15,10 @@ from autopar.graph.size import Size
 SYMBOLS = {"b": sympy.Symbol("b"), "s": sympy.Symbol("s")}
 
 
+class FixedSequenceError(UnsupportedError):
+    """The model can be traced for one sequence length only; tracing falls back to that of the example inputs."""
+
+
 class Sizes:
     """Reads torch symbols as b or s; ``roles`` maps symbols of the export to "b" or "s"."""
 
@@ -23,7 +27,7 @@ class Sizes:
         self._cache: dict[Any, int | Size] = {}
 
     def read(self, value: int | torch.SymInt) -> int | Size:
-        """``value`` as a polynomial. Raises UnsupportedError when it is not one."""
+        """``value`` as a polynomial. Raises FixedSequenceError when it is not one."""
         if isinstance(value, int):
             return value
         expression = value.node.expr
@@ -38,10 +42,7 @@ class Sizes:
         try:
             terms = sympy.Poly(renamed, *SYMBOLS.values(), domain="ZZ").terms()
         except BasePolynomialError:
-            raise UnsupportedError(
-                f"the model computes a tensor size {renamed} from the batch and sequence sizes, which is no polynomial "
-                "in them; pass `inputs` with fixed sizes, or compute that size from the configuration"
-            ) from None
+            raise FixedSequenceError(f"the model computes a tensor size {renamed}, no polynomial in b and s") from None
         return Size.make({(int(b), int(s)): int(coefficient) for (b, s), coefficient in terms})
 
     def shape(self, tensor: torch.Tensor) -> tuple[int | Size, ...]:

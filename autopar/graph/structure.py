@@ -28,10 +28,9 @@ def _search(module: nn.Module, path: str, same_structure: bool) -> dict[str, str
     numbered = {name: child for name, child in module.named_children() if name.isdigit()}
     deep = {name: child for name, child in numbered.items() if next(child.children(), None) is not None}
     keys = {name: structure(child) for name, child in deep.items()}
-    counts: Counter[Any] = Counter(keys.values() if same_structure else map(type, deep.values()))
-    classes = {
-        type(deep[name]) for name, key in keys.items() if counts[key if same_structure else type(deep[name])] > 1
-    }
+    same = {name: key if same_structure else str(type(deep[name])) for name, key in keys.items()}
+    counts = Counter(same.values())
+    classes = {type(deep[name]) for name, key in same.items() if counts[key] > 1}
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
         if name in deep and type(child) in classes:

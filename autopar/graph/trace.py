@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 
@@ -14,13 +15,13 @@ from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph import losses, masks, raising
 from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import known_values
-from autopar.graph.export import BatchSpec, Loss, export
+from autopar.graph.export import BatchSpec, Exported, Loss, export
 from autopar.graph.fold import CannotFoldError, Fold, plan_fold
 from autopar.graph.importing import Importer
 from autopar.graph.interpret import leaves
-from autopar.graph.ir import ModelGraph, OpGraph, TensorMeta
+from autopar.graph.ir import COMPUTE, ModelGraph, OpGraph, TensorMeta
 from autopar.graph.simplify import simplify
-from autopar.graph.sizes import Sizes
+from autopar.graph.sizes import FixedSequenceError, Sizes
 from autopar.graph.structure import repeats
 
 SAMPLES = 4
@@ -49,11 +50,14 @@ def trace(
         lambda full: parameters[full].requires_grad,
     )
     layers = repeats(model)
-    fold = plan_fold(model, layers)
+    notes: tuple[str, ...] = ()
     try:
-        traced = _traced(model, spec, loss, names, layers, fold, static_seq=False)
-    except CannotFoldError:
-        traced = _traced(model, spec, loss, names, layers, None, static_seq=False)
+        traced = _folded(model, spec, loss, names, layers, static_seq=False)
+    except FixedSequenceError as error:
+        if inputs is None:
+            raise UnsupportedError(f"{error}; pass `inputs` of the sequence length to train with, to fix it") from None
+        traced = _folded(model, spec, loss, names, layers, static_seq=True)
+        notes = (f"the sequence length is fixed to that of the example inputs: {error}",)
     used: dict[str, dict[str, TensorMeta]] = {"parameter": {}, "buffer": {}}
     for block in traced.blocks.blocks:
         for node in leaves(traced.blocks.kinds[block.kind].graph):
@@ -73,7 +77,18 @@ def trace(
         tied=_tied(aliases),
         buffer_values={full: tuple(values[full].flatten().tolist()) for full in used["buffer"] if full in values},
         max_seq=_max_seq(model),
+        notes=notes,
     )
+
+
+def _folded(
+    model: nn.Module, spec: BatchSpec, loss: Loss | None, names: _Names, layers: Mapping[str, str], static_seq: bool
+) -> _Traced:
+    """Trace with equal layers stood in for; if the proof fails, trace them all."""
+    try:
+        return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)
+    except CannotFoldError:
+        return _traced(model, spec, loss, names, layers, None, static_seq)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +108,10 @@ def _traced(
     fold: Fold | None,
     static_seq: bool,
 ) -> _Traced:
-    program = export(model, spec, loss, fold, static_seq)
-    sizes, metas = _sizes(program, spec)
+    exported = export(model, spec, loss, fold, static_seq)
+    sizes, metas = _sizes(exported, spec, static_seq)
     importer = Importer(sizes, names.canonical, names.trainable)
-    draft = importer.program(program, list(spec.shapes))
+    draft = importer.program(exported.program, list(spec.shapes))
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     draft = simplify(draft, raising.RULES, masks.rules(values, _max_seq(model)))
@@ -151,28 +166,33 @@ def _default_inputs(model: nn.Module, parameters: list[str], loss: Loss | None) 
     )
 
 
-def _sizes(program: torch.export.ExportedProgram, spec: BatchSpec) -> tuple[Sizes, dict[str, TensorMeta]]:
-    """The reader of symbolic sizes, and the metas of the batch tensors."""
-    signature = program.graph_signature
-    user = set(signature.user_inputs)
-    places = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in user]
+def _sizes(exported: Exported, spec: BatchSpec, static_seq: bool) -> tuple[Sizes, dict[str, TensorMeta]]:
+    """The reader of symbolic sizes, and the metas of the batch tensors.
+
+    Raises UnsupportedError when the batch dim is not free, FixedSequenceError when only a sequence dim is not.
+    """
+    user = set(exported.program.graph_signature.user_inputs)
+    places = [node for node in exported.program.graph.nodes if node.op == "placeholder" and node.name in user]
+    values = {key: node.meta["val"] for key, node in zip(spec.shapes, places, strict=True)}
     roles: dict[Any, str] = {}
-    for key, node in zip(spec.shapes, places, strict=True):
-        for dim, size in enumerate(node.meta["val"].shape):
-            role = "b" if dim == 0 else "s" if dim in spec.seq_dims[key] else None
-            if role is None:
-                continue
-            if isinstance(size, int) or not size.node.expr.is_Symbol:
-                what = "batch" if role == "b" else "sequence"
-                raise UnsupportedError(f"the model fixes the {what} dim of {key} to {size}")
-            roles[size.node.expr] = role
+    for what in ("batch", "sequence"):
+        for key, value in values.items():
+            dims = (0,) if what == "batch" else () if static_seq else spec.seq_dims[key]
+            for dim in dims:
+                size = value.shape[dim]
+                symbol = sympy.Integer(size) if isinstance(size, int) else size.node.expr
+                if not symbol.is_Symbol or roles.get(symbol, what[0]) != what[0]:
+                    place = exported.fixed_in.get(int(symbol), "the model") if symbol.is_Integer else "the model"
+                    message = f"{place} works for one {what} size only: it fixes dim {dim} of {key} to {size}"
+                    raise (UnsupportedError if what == "batch" else FixedSequenceError)(message)
+                roles[symbol] = what[0]
     sizes = Sizes(roles)
     metas = {
         key: TensorMeta(
-            sizes.shape(node.meta["val"]),
-            "compute" if spec.dtypes[key].is_floating_point else str(spec.dtypes[key]).removeprefix("torch."),
+            sizes.shape(value),
+            COMPUTE if spec.dtypes[key].is_floating_point else str(spec.dtypes[key]).removeprefix("torch."),
         )
-        for key, node in zip(spec.shapes, places, strict=True)
+        for key, value in values.items()
     }
     return sizes, metas
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from autopar.plan import MEMORY_KINDS, Plan
-from autopar.report.units import gib, seconds_text
+from autopar.report.units import bytes_text, memory_unit, seconds_text
 
 WIDTH = 100
 LABEL = 13
@@ -29,14 +30,13 @@ def _decision(plan: Plan) -> list[str]:
         *_item("mesh", f"{mesh} ({'; '.join(_axis_words(plan)) or 'one device'})"),
         *_item(
             "micro-batch",
-            f"{_count(plan.micro_batch, 'sequence')} on each data rank, {plan.micro_batches:,} per step",
+            f"{_count(plan.micro_batch, 'sequences')} on each data rank, {plan.micro_batches:,} per step",
         ),
         *_item("schedule", "no pipeline" if plan.schedule == "none" else plan.schedule),
         *_item("memory by", f"ZeRO-{plan.zero}, recompute {_recompute(plan)}"),
     ]
     if plan.fixed:
-        given = {key: str(value) for key, value in plan.fixed.items()}
-        lines += _item("fixed", _pairs(given))
+        lines += _item("fixed", _pairs({key: _value(value) for key, value in plan.fixed.items()}))
         lines += _item("chosen", _pairs(chosen(plan)))
     return lines
 
@@ -54,7 +54,7 @@ def chosen(plan: Plan) -> dict[str, str]:
         "schedule": plan.schedule,
     }
     if mesh.tp > 1:
-        whole["sp"] = str("sequence parallel" in plan.described.get("tp", ())).lower()
+        whole["sp"] = _value("sequence parallel" in plan.described.get("tp", ()))
     return {key: value for key, value in whole.items() if key not in plan.fixed and "mesh" not in plan.fixed}
 
 
@@ -96,9 +96,7 @@ def _prediction(plan: Plan) -> list[str]:
         ),
     ]
     if plan.searched:
-        lines += _item(
-            "searched", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in plan.searched.items())
-        )
+        lines += _item("searched", ", ".join(_count(count, name) for name, count in plan.searched.items()))
     if plan.seconds:
         lines += _item("seconds", ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.seconds.items()))
     return lines
@@ -118,15 +116,16 @@ def _stages(plan: Plan) -> list[str]:
         *(HEADS.get(kind, kind) for kind in MEMORY_KINDS),
         "total",
     ]
+    used = (size for stage in plan.stages for kind, size in stage.memory.items() if kind != "reserve")
+    unit, scale = memory_unit(max(used, default=0))
     rows = []
     for index, stage in enumerate(plan.stages):
-        memory = [gib(stage.memory.get(kind, 0)) for kind in MEMORY_KINDS]
+        sizes = [*(stage.memory.get(kind, 0) for kind in MEMORY_KINDS), stage.total_bytes]
         times = [seconds_text(value) for value in (stage.forward_s, stage.backward_s, stage.step_s)]
-        rows.append(
-            [str(index), _span(stage.runs[0].start, stage.runs[-1].stop), *times, *memory, gib(stage.total_bytes)]
-        )
-    device = plan.cluster.device
-    title = f"time per micro-batch and once per step; memory per rank in GiB, of {gib(device.memory_bytes)}:"
+        span = _span(stage.runs[0].start, stage.runs[-1].stop)
+        rows.append([str(index), span, *times, *(bytes_text(size, scale) for size in sizes)])
+    limit = bytes_text(plan.cluster.device.memory_bytes, scale)
+    title = f"time per micro-batch and once per step; memory per rank in {unit}, of {limit}:"
     return [title, *_table(head, rows)]
 
 
@@ -159,7 +158,7 @@ def _notes(plan: Plan) -> list[str]:
 def _item(label: str, text: str) -> list[str]:
     """A labelled paragraph, wrapped to the width under its own start."""
     lines = [""]
-    for word in text.split(" "):
+    for word in re.split(r" (?!(?:s|ms|µs)\b)", text):
         if lines[-1] and LABEL + len(lines[-1]) + 1 + len(word) > WIDTH:
             lines.append("")
         lines[-1] += f" {word}" if lines[-1] else word
@@ -177,6 +176,13 @@ def _pairs(values: dict[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _count(number: int, noun: str) -> str:
-    plural = noun if number == 1 else noun + ("es" if noun.endswith("ch") else "s")
-    return f"{number:,} {plural}"
+def _value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _count(number: int, plural: str) -> str:
+    """``12 meshes``, ``1 mesh``, for a plural written with spaces or underscores."""
+    noun = plural.replace("_", " ")
+    if number == 1:
+        noun = noun.removesuffix("es") if noun.endswith("shes") else noun.removesuffix("s")
+    return f"{number:,} {noun}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 GIB = 2**30
+MIB = 2**20
 
 
 def seconds_text(value: float) -> str:
@@ -13,11 +14,19 @@ def seconds_text(value: float) -> str:
     return "0 s" if value == 0 else f"{_digits(value / 1e-6)} µs"
 
 
-def gib(value: float) -> str:
-    """Bytes in GiB, without the unit: ``12.3``; ``0`` only for nothing at all."""
-    if value == 0:
-        return "0"
-    return f"{value / GIB:.1f}" if value >= GIB else _digits(value / GIB, 2)
+def memory_unit(largest: float) -> tuple[str, int]:
+    """The unit in which a table of bytes up to ``largest`` reads well: ("GiB", bytes of one) or ("MiB", ...)."""
+    return ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
+
+
+def bytes_text(value: float, unit: int = GIB) -> str:
+    """Bytes in ``unit``, without its name: ``12.3``, ``0.25``; ``0`` only for nothing at all."""
+    scaled = value / unit
+    if value == 0 or scaled >= 100:
+        return f"{scaled:,.0f}"
+    if scaled < 0.01:
+        return "<0.01"
+    return f"{scaled:.1f}" if scaled >= 1 else f"{scaled:.2f}"
 
 
 def _digits(value: float, digits: int = 3) -> str:

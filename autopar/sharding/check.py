@@ -240,6 +240,9 @@ def _split_batch(graph: OpGraph, given: dict[str, SpmdType], where: str) -> tupl
             types[node.name] = given.get(node.name, R)
             continue
         operands = tuple(types[name] for name in node.operands())
+        if node.op == "autopar.cast" and operands == (P,):
+            types[node.name] = P  # a sum that is cast before it is reduced is still a sum
+            continue
         match = next((s for s in strategies_of(node, graph) if s.inputs == operands), None)
         if match is None:
             place = f" in {node.module}" if node.module else ""

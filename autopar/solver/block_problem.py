@@ -19,7 +19,7 @@ from autopar.sharding.conversions import direct, plain
 from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
 from autopar.sharding.rules import Strategy, divides, strategies_of
-from autopar.solver.prices import AxisPrices
+from autopar.solver.prices import AxisPrices, Price
 from autopar.solver.problem import Answer, Choice, Op, Output, Problem, Source
 from autopar.solver.work import MATMULS
 
@@ -86,11 +86,17 @@ class ModelProblem:
 
 
 def model_problem(
-    model: ModelGraph, prices: AxisPrices, ties: Ties, demands: Demands = Demands(), resident_price: float = 0.0
+    model: ModelGraph,
+    prices: AxisPrices,
+    ties: Ties,
+    demands: Demands = Demands(),
+    resident_price: float = 0.0,
+    again: frozenset[str] = frozenset(),
 ) -> ModelProblem:
     """All kinds of ``model``, each weighted with how many blocks it has.
 
-    ``resident_price``: seconds per micro-batch that each parameter element held costs (optimizer step, reductions).
+    ``resident_price``: seconds per micro-batch that each parameter element held costs. ``again``: kinds whose forward
+    runs twice (recomputed in backward).
     """
     sources: list[Source] = []
     ops: list[Op] = []
@@ -99,7 +105,7 @@ def model_problem(
     strategies: dict[str, tuple[Strategy, ...]] = {}
     weights = {kind: float(sum(block.kind == kind for block in model.blocks)) for kind in model.kinds}
     for kind in model.kinds.values():
-        build = _KindProblem(kind, model, prices, ties, demands, resident_price)
+        build = _KindProblem(kind, model, prices, ties, demands, resident_price, kind.name in again)
         sources += build.sources
         ops += build.ops
         outputs += build.outputs
@@ -124,10 +130,17 @@ class _KindProblem:
     """One kind's part of the problem."""
 
     def __init__(
-        self, kind: BlockKind, model: ModelGraph, prices: AxisPrices, ties: Ties, demands: Demands, resident: float
+        self,
+        kind: BlockKind,
+        model: ModelGraph,
+        prices: AxisPrices,
+        ties: Ties,
+        demands: Demands,
+        resident: float,
+        again: bool,
     ) -> None:
         self.kind, self.graph, self.prices, self.ties = kind, kind.graph, prices, ties
-        self.demands, self.resident = demands, resident
+        self.demands, self.resident, self.again = demands, resident, again
         self.strategies: dict[str, tuple[Strategy, ...]] = {}
         self.types: dict[str, dict[SpmdType, None]] = {name: {} for name in self.graph.nodes}
         self.sources = [self._source(node, model) for node in self.graph.nodes.values() if node.kind != "op"]
@@ -174,11 +187,14 @@ class _KindProblem:
             price, _ = self.prices.operator(node, graph, strategy)
             inputs = tuple(self._plain(n, t) for n, t in zip(node.operands(), strategy.inputs, strict=True))
             output = self._plain(node.name, strategy.output)
-            choices.append(Choice(strategy.name, inputs, output, price.seconds, self._kept(node, strategy)))
+            choices.append(Choice(strategy.name, inputs, output, self._seconds(price), self._kept(node, strategy)))
         kept = _undominated(choices)
         self.strategies[self._name(node.name)] = tuple(possible[index] for index in kept)
         operands = tuple(self._name(name) for name in node.operands())
         return Op(self._name(node.name), operands, tuple(choices[index] for index in kept))
+
+    def _seconds(self, price: Price) -> float:
+        return price.seconds + (price.forward_s if self.again else 0.0)
 
     def _even(self, node: Node, strategy: Strategy) -> bool:
         """Whether every split dim of the operands and the output divides, blocks included."""
@@ -222,7 +238,7 @@ class _KindProblem:
                 for b in universe:
                     step = direct(a, b, grad)
                     if step is not None:
-                        table[a, b] = self.prices.conversion(meta, step).seconds
+                        table[a, b] = self._seconds(self.prices.conversion(meta, step))
             found[self._name(name)] = table
         return found
 

@@ -84,13 +84,13 @@ class DataAxis:
         shards = self.size if self.sharded else 1
         cast = (master + compute) * elements / shards if master != compute else 0.0
         local = 2 * compute * elements if shards == 1 else 0.0
-        return self.ops.stream_seconds(cast + local + 2 * compute * elements, 3)
+        return stream_seconds(self.ops, cast + local + 2 * compute * elements, 3)
 
     def reduce_copy_s(self, elements: int) -> float:
         """Seconds per backward of handing the gradients on to the reduction or the accumulated gradient."""
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
         deferred = (self.pipelined or not self.sharded) and self.micro_batches > 1
-        return self.ops.stream_seconds((compute + (2 if deferred else 1) * master) * elements, 1)
+        return stream_seconds(self.ops, (compute + (2 if deferred else 1) * master) * elements, 1)
 
     def least_copies_s(self, elements: float) -> float:
         """Seconds per micro-batch of all copies beside one C + M per backward, launches left out, so that it is linear in
@@ -101,7 +101,7 @@ class DataAxis:
         gather = cast + (4 if shards == 1 else 2) * compute
         gathers = (1 if self.sharded else 0) if self.pipelined else (2 if self.sharded else 1)
         deferred = (self.pipelined or not self.sharded) and self.micro_batches > 1
-        return self.ops.stream_seconds((gathers * gather + (master if deferred else 0)) * elements, 0)
+        return stream_seconds(self.ops, (gathers * gather + (master if deferred else 0)) * elements)
 
     def stage(self, blocks: Sequence[BlockTime]) -> DataTimes:
         """Seconds of a stage that holds ``blocks``."""
@@ -130,6 +130,12 @@ class DataAxis:
             )
         last = hidden_backward(backward, [0.0] * len(blocks), reduces) - sum(backward)
         return DataTimes(sum(forward), sum(backward), 0.0, last, 0.0, optimizer)
+
+
+def stream_seconds(ops: OpCosts, nbytes: float, kernels: int = 0) -> float:
+    """Seconds to read and write ``nbytes`` of memory, caches left out: linear, so that it may stand in bounds."""
+    device = ops.device
+    return nbytes / (device.memory_bandwidth * device.memory_efficiency) + kernels * device.launch_s
 
 
 def hidden_forward(compute: Sequence[float], gathers: Sequence[float]) -> float:

@@ -147,11 +147,7 @@ def step(
 
 def block_runs(context: Context) -> list[tuple[str, tuple[str, ...], int]]:
     """Consecutive blocks of one kind with the same freedom: (kind, recompute choices, count)."""
-    keys = []
-    for index, block in enumerate(context.model.blocks):
-        fixed = context.fix.recompute_of(index, block.kind)
-        keys.append((block.kind, RECOMPUTE if fixed is None else (fixed,)))
-    return [(kind, choices, len(list(group))) for (kind, choices), group in groupby(keys)]
+    return [(kind, choices, len(list(group))) for (kind, choices), group in groupby(context.freedom())]
 
 
 def compatible(answers: Sequence[Answered]) -> list[list[Answered]]:
@@ -201,9 +197,11 @@ def _option(place: Placed, cost: BlockCost) -> Option:
             backward = max(backward + copies, gather + data.reduce_s(elements))
     share = elements / place.memory.shards
     after += data.ops.optimizer_seconds(int(share)) + data.ops.clip_seconds(int(share))
+    # What communication hides costs a little all the same, so that nothing is recomputed for nothing.
+    own = 1e-6 * (cost.forward_s + cost.backward_s)
     return Option(
         name=f"{cost.kind}/{cost.recompute}",
-        seconds=forward + backward,
+        seconds=forward + backward + own,
         after_s=after,
         resident=place.memory.resident(elements),
         inflight=cost.inflight,
@@ -247,41 +245,56 @@ def spread(answer: StageAnswer, costs_of: list[list[BlockCost]], stages: int) ->
 def quick_bound(context: Context, config: Config, work: float) -> float:
     """No plan of this configuration takes less, given that a micro-batch's blocks take at least ``work`` seconds."""
     place = placed(context, config, 0)
-    data = place.data
+    m = config.micro_batches
     total = sum(prod(meta.at(1, 1)) for meta in context.model.parameters.values())
-    work += data.least_copies_s(total / config.tp)
+    work += place.data.least_copies_s(total / config.tp)
+    # Some stage holds at least its even share.
+    share = int(total / config.tp / config.pp / place.memory.shards)
+    optimizer = context.ops.optimizer_seconds(share) + context.ops.clip_seconds(share)
+    each, once = _least_exposed(context, config, place.data)
     if config.pp == 1:
-        work = max(work + _least_exposed(context, data, config.tp), _least_communication(context, data, config.tp))
-    share = total / config.tp / config.pp / place.memory.shards
-    optimizer = context.ops.stream_seconds(10 * share * context.job.master_bytes, 0)
-    return spread_bound(work, config.pp, config.micro_batches) + optimizer
+        return max(m * (work + each) + once, _least_communication(context, config, place.data)) + optimizer
+    return spread_bound(work, config.pp, m) + optimizer
 
 
-def _least_elements(context: Context, kind: str, split: int) -> int:
-    """Parameter elements of a block per rank when all of them are split; 0 where tied ones may count elsewhere."""
-    if context.ties.parameters:
-        return 0
-    return sum(prod(node.meta.at(1, 1)) for node in context.model.kinds[kind].graph.of("parameter")) // split
+def _least_elements(context: Context, config: Config, index: int) -> int:
+    """Parameter elements of block ``index`` per rank when all of them are split. Of a tied parameter the first block
+    counts, and the last, if it surely sits in another stage."""
+    blocks = context.model.blocks
+    block = blocks[index]
+    apart = config.pp > 1 and index == len(blocks) - 1
+    total = 0
+    for node in context.model.kinds[block.kind].graph.of("parameter"):
+        tie = context.ties.parameters.get((block.kind, node.name))
+        first = next((i for i, other in enumerate(blocks) if _holds(context, other.kind, tie)), index) if tie else index
+        if first == index or (apart and first == 0):
+            total += prod(node.meta.at(1, 1))
+    return total // config.tp
 
 
-def _least_exposed(context: Context, data: DataAxis, split: int) -> float:
-    """Network seconds of a micro-batch that nothing can hide: the first gather each way, the last reduction."""
+def _holds(context: Context, kind: str, tie: str | None) -> bool:
+    return any(owner == kind and name == tie for (owner, _), name in context.ties.parameters.items())
+
+
+def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
+    """Network seconds that nothing can hide without stages, (each micro-batch, once a step): the first gather each way
+    and the last reduction."""
+    if config.pp > 1:
+        return 0.0, 0.0
+    first, last = (_least_elements(context, config, index) for index in (0, len(context.model.blocks) - 1))
     if not data.sharded:
-        return 0.0
-    first = _least_elements(context, context.model.blocks[0].kind, split)
-    last = _least_elements(context, context.model.blocks[-1].kind, split)
-    return data.gather_s(first) + data.gather_s(last) + data.reduce_s(first)
+        return 0.0, data.reduce_s(first)
+    return data.gather_s(first) + data.gather_s(last) + data.reduce_s(first), 0.0
 
 
-def _least_communication(context: Context, data: DataAxis, split: int) -> float:
-    """Network seconds of a micro-batch in which parameters are gathered twice and gradients reduced once."""
-    if not data.sharded:
-        return 0.0
-    seconds = 0.0
-    for kind, count in context.counts.items():
-        least = _least_elements(context, kind, split)
-        seconds += count * (2 * data.gather_s(least) + data.reduce_s(least))
-    return seconds
+def _least_communication(context: Context, config: Config, data: DataAxis) -> float:
+    """Network seconds of a step without stages: gathers twice and reductions once in each micro-batch, or once."""
+    gathers = reduces = 0.0
+    for index in range(len(context.model.blocks)):
+        least = _least_elements(context, config, index)
+        gathers += 2 * data.gather_s(least)
+        reduces += data.reduce_s(least)
+    return config.micro_batches * (gathers + reduces) if data.sharded else reduces
 
 
 def fits_at_best(context: Context, config: Config, shardings: Shardings) -> bool:
@@ -302,10 +315,18 @@ def stage_bound(context: Context, config: Config, shardings: Shardings) -> float
     context.clock.counts["bound ILPs"] += 1
     if answer is None:
         return float("inf")
-    exposed = 0.0
-    if config.pp == 1:
-        exposed = _least_exposed(context, placed(context, config, 0).data, config.tp)
-    return answer.bound + config.micro_batches * exposed
+    each, once = _least_exposed(context, config, placed(context, config, 0).data)
+    return max(answer.bound + config.micro_batches * each + once, _only_bound(context, config, shardings))
+
+
+def _only_bound(context: Context, config: Config, shardings: Shardings) -> float:
+    """Without model axis and stages nothing is left to choose but recomputation, which only adds seconds: what the
+    least of it takes is a bound."""
+    if config.pp > 1 or config.tp > 1:
+        return 0.0
+    costs = shardings.fastest().costs
+    blocks = [costs[kind][RECOMPUTE.index(choices[0])] for kind, choices, count in block_runs(context) for _ in range(count)]
+    return assess(context, config, [blocks], shardings.fastest().boundary).step_time * (1 - 1e-12)
 
 
 def _least_problem(context: Context, config: Config, shardings: Shardings, timed: bool) -> StageProblem:
@@ -314,22 +335,27 @@ def _least_problem(context: Context, config: Config, shardings: Shardings, timed
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
     place = placed(context, config, handed)
     runs = []
+    start = 0
     for kind, choices, count in block_runs(context):
         least = bytes_of[kind]
-        elements = float(_least_elements(context, kind, config.tp))
-        seconds = after = again = 0.0
+        elements = float(_least_elements(context, config, start))
+        start += count
+        seconds = {"none": 0.0, "full": 0.0}
+        after = 0.0
         if timed:
-            bound = shardings.kind_bounds()[kind]
-            seconds, again = bound.seconds + place.data.least_copies_s(elements), bound.forward_s
-            after = context.ops.stream_seconds(10 * elements / place.memory.shards * context.job.master_bytes, 0)
+            bound, copies = shardings.kind_bounds()[kind], place.data.least_copies_s(elements)
+            seconds = {"none": bound.none_s + copies, "full": bound.full_s + copies}
+            moved = 10 * elements / place.memory.shards * context.job.master_bytes
+            device = context.cluster.device
+            after = moved / max(device.memory_bandwidth, device.cache_bandwidth)
             after += place.data.reduce_s(int(elements)) if config.pp > 1 else 0.0
         options = []
         for choice in choices:
             kept = least.saved if choice == "none" else min(least.inputs, least.saved)
-            work = seconds + (again if choice == "full" else 0.0)
             # Recomputing needs what is not kept while the block runs.
             needed = least.saved - kept + place.memory.staging(elements)
-            options.append(Option(choice, work, after, place.memory.resident(elements), kept, needed))
+            resident = place.memory.resident(elements)
+            options.append(Option(choice, seconds[choice], after, resident, kept, needed))
         runs.append(BlockRun(kind, count, tuple(options)))
     overhead = tuple(float(place.memory.reserve + place.memory.buffers(s)) for s in range(config.pp))
     room = context.cluster.device.memory_bytes

@@ -37,24 +37,24 @@ def interval_of(plan: Plan, model: ModelGraph) -> tuple[float, float]:
     """(shortest, longest) plausible step time in seconds."""
     faster: list[float] = []
     slower: list[float] = []
-    for low, high in ranges(plan.cluster.device):
-        changes = [price_plan(plan, model, _on(plan.cluster, d)).step_time - plan.predicted.step_time for d in (low, high)]
+    for low, high in ranges(plan.cluster):
+        changes = [price_plan(plan, model, cluster).step_time - plan.predicted.step_time for cluster in (low, high)]
         faster.append(max(0.0, -min(changes)))
         slower.append(max(0.0, *changes))
     step_time = plan.predicted.step_time
     return max(step_time * 0.05, step_time - hypot(*faster)), step_time + hypot(*slower)
 
 
-def ranges(device: Device) -> Iterator[tuple[Device, Device]]:
-    """For each uncertain constant, the device with it at the low and at the high end."""
-    known = _catalog_ranges(device)
+def ranges(cluster: Cluster) -> Iterator[tuple[Cluster, Cluster]]:
+    """For each uncertain constant, the cluster with it at the low and at the high end."""
+    known = _catalog_ranges(cluster.device)
     for name in RATES:
-        value = _get(device, name)
-        low, high = known.get(name, (value * (1 - SPREAD), value * (1 + SPREAD))) if known or value else (value, value)
+        value = _get(cluster, name)
+        low, high = known.get(name, (value, value)) if known else (value * (1 - SPREAD), value * (1 + SPREAD))
         if name.endswith("efficiency"):
             low, high = min(low, 1.0), min(high, 1.0)
-        if low != high and (not known or name in known):
-            yield _set(device, name, low), _set(device, name, high)
+        if low != high:
+            yield _set(cluster, name, low), _set(cluster, name, high)
 
 
 def _catalog_ranges(device: Device) -> dict[str, tuple[float, float]]:
@@ -71,17 +71,13 @@ def _catalog_ranges(device: Device) -> dict[str, tuple[float, float]]:
     return {name: (f["low"], f["high"]) for name, f in figures.items() if "low" in f and "high" in f and name in RATES}
 
 
-def _on(cluster: Cluster, device: Device) -> Cluster:
-    return Cluster(tuple(replace(group, device=device) for group in cluster.groups))
-
-
-def _get(device: Device, name: str) -> float:
+def _get(cluster: Cluster, name: str) -> float:
     owner, _, part = name.rpartition(".")
-    return float(getattr(getattr(device, owner) if owner else device, part))
+    return float(getattr(getattr(cluster, owner) if owner else cluster.device, part))
 
 
-def _set(device: Device, name: str, value: float) -> Device:
+def _set(cluster: Cluster, name: str, value: float) -> Cluster:
     owner, _, part = name.rpartition(".")
-    if not owner:
-        return replace(device, **{part: value})
-    return replace(device, **{owner: replace(getattr(device, owner), **{part: value})})
+    if owner:
+        return cluster.with_links(**{owner: replace(getattr(cluster, owner), **{part: value})})
+    return Cluster(tuple(replace(group, device=replace(group.device, **{part: value})) for group in cluster.groups))

@@ -25,8 +25,9 @@ from autopar.solver.block_problem import (
     ties_of,
     whole_decisions,
 )
-from autopar.solver.candidates import BlockCost, BlockCosts, boundary_bytes
+from autopar.solver.candidates import RECOMPUTE, BlockCost, BlockCosts, boundary_bytes
 from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.data_axis import stream_seconds
 from autopar.solver.fix import Fix
 from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
@@ -74,9 +75,22 @@ class Context:
     def demands(self) -> Demands:
         return Demands(split_matmuls=self.fix.tp is not None, sequence=self.fix.sp)
 
+    def freedom(self) -> list[tuple[str, tuple[str, ...]]]:
+        """For each block its kind and the recompute choices the fix leaves."""
+        found = []
+        for index, block in enumerate(self.model.blocks):
+            fixed = self.fix.recompute_of(index, block.kind)
+            found.append((block.kind, RECOMPUTE if fixed is None else (fixed,)))
+        return found
+
+    def always_again(self) -> frozenset[str]:
+        """Kinds all of whose blocks are fixed to be recomputed."""
+        free = {kind for kind, choices in self.freedom() if choices != ("full",)}
+        return frozenset(self.model.kinds) - free
+
     def gradient_price(self) -> float:
         """Seconds per micro-batch that each parameter element held costs at least: its gradient is handed on."""
-        return (self.job.compute_bytes + self.job.master_bytes) * self.ops.stream_seconds(1e9, 0) / 1e9
+        return stream_seconds(self.ops, self.job.compute_bytes + self.job.master_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +107,10 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class KindBound:
-    """No decision for the kind needs fewer seconds (both ways; forward alone), per rank and micro-batch."""
+    """No decision for the kind needs fewer seconds per rank and micro-batch: nothing recomputed, all recomputed."""
 
-    seconds: float
-    forward_s: float
+    none_s: float
+    full_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,29 +127,31 @@ class Shardings:
     def __init__(self, context: Context, size: int, batch: int) -> None:
         self.context, self.size, self.batch = context, size, batch
         self.prices = AxisPrices(context.ops, context.collectives, size, batch)
-        self._built: ModelProblem | None = None
+        self._built: dict[frozenset[str], ModelProblem] = {}
         self._fastest: Answered | None = None
         self._lean: list[Answered] | None = None
         self._total_bound: float | None = None
         self._kind_bounds: dict[str, KindBound] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
 
-    @property
-    def built(self) -> ModelProblem:
-        if self._built is None:
+    def built(self, again: frozenset[str]) -> ModelProblem:
+        """The problem of all kinds; the forward of ``again`` runs twice."""
+        found = self._built.get(again)
+        if found is None:
             begin = time.perf_counter()
             context = self.context
             price = context.gradient_price()
-            self._built = model_problem(context.model, self.prices, context.ties, context.demands(), price)
+            found = model_problem(context.model, self.prices, context.ties, context.demands(), price, again)
+            self._built[again] = found
             context.clock.add("strategies", begin)
             context.clock.counts["sharding problems"] += 1
-        return self._built
+        return found
 
     def cheap_bound(self) -> float:
         """Seconds of all blocks for one micro-batch, each operator at its fastest, no conversions."""
         if self.size == 1:
             return self.bound()
-        problem = self.built.problem
+        problem = self.built(self.context.always_again()).problem
         total = sum(problem.weight(op.name) * min(c.seconds for c in op.choices) for op in problem.ops)
         for source in problem.sources:
             total += problem.weight(source.name) * min(seconds for seconds, _ in source.layouts.values())
@@ -157,10 +173,11 @@ class Shardings:
                 seconds = 0.0
                 for kind, (cost, _) in self._fastest.costs.items():
                     handed = context.gradient_price() * self._held(kind, cost.elements)
-                    seconds += context.counts[kind] * (cost.forward_s + cost.backward_s + handed)
+                    twice = cost.forward_s if kind in context.always_again() else 0.0
+                    seconds += context.counts[kind] * (cost.forward_s + cost.backward_s + twice + handed)
                 self._total_bound = seconds * (1 - 1e-12)
             else:
-                self._fastest, self._total_bound = self._solve("", 0.0)
+                self._fastest, self._total_bound = self._solve("", 0.0, context.always_again())
         return self._fastest
 
     def lean(self) -> list[Answered]:
@@ -172,8 +189,10 @@ class Shardings:
                 counts = self.context.counts
                 seconds = sum(n * (c.forward_s + c.backward_s) for k, n in counts.items() for c in fast.costs[k][:1])
                 saved = sum(n * fast.costs[k][0].inflight for k, n in counts.items())
-                for index, share in enumerate(LEAN):
-                    answer, _ = self._solve(f"lean{index + 1}", share * seconds / max(saved, 1))
+                plain, every = self.context.always_again(), frozenset(self.context.model.kinds)
+                ways = [(0.0, every), *((share, plain) for share in LEAN)]
+                for index, (share, again) in enumerate(ways):
+                    answer, _ = self._solve(f"lean{index}", share * seconds / max(saved, 1), again)
                     if all(answer.costs != known.costs for known in (fast, *self._lean)):
                         self._lean.append(answer)
         return self._lean
@@ -199,31 +218,30 @@ class Shardings:
 
     def _kind_bound(self, name: str) -> KindBound:
         context = self.context
-        kind = context.model.kinds[name]
         if self.size == 1:
             cost = self.fastest().costs[name][0]
             seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.elements)
-            return KindBound(seconds * (1 - 1e-12), cost.forward_s)
+            return KindBound(seconds * (1 - 1e-12), (seconds + cost.forward_s) * (1 - 1e-12))
+        choices = {choice for kind, some in context.freedom() if kind == name for choice in some}
+        none = self._least(name, frozenset()) if "none" in choices else float("inf")
+        full = self._least(name, frozenset(context.model.kinds)) if "full" in choices else float("inf")
+        return KindBound(none, full)
+
+    def _least(self, name: str, again: frozenset[str]) -> float:
+        """The least seconds of one kind with the layouts at its ends free."""
         begin = time.perf_counter()
         prefix = f"{name}/"
-        full = self.built.problem
+        whole = self.built(again).problem
         part = Problem(
-            tuple(source for source in full.sources if source.name.startswith(prefix)),
-            tuple(op for op in full.ops if op.name.startswith(prefix)),
-            {tensor: table for tensor, table in full.conversions.items() if tensor.startswith(prefix)},
-            tuple(output for output in full.outputs if output.tensor.startswith(prefix)),
+            tuple(source for source in whole.sources if source.name.startswith(prefix)),
+            tuple(op for op in whole.ops if op.name.startswith(prefix)),
+            {tensor: table for tensor, table in whole.conversions.items() if tensor.startswith(prefix)},
+            tuple(output for output in whole.outputs if output.tensor.startswith(prefix)),
         )
-        seconds = solve(_untied(part)).bound
-        context.clock.add("bounds", begin)
-        context.clock.counts["intra-block ILPs"] += 1
-        forward = sum(
-            min(
-                self.prices.operator(kind.graph.nodes[op.name.removeprefix(prefix)], kind.graph, strategy)[0].forward_s
-                for strategy in self.built.strategies[op.name]
-            )
-            for op in part.ops
-        )
-        return KindBound(seconds, forward)
+        bound = solve(_untied(part)).bound
+        self.context.clock.add("bounds", begin)
+        self.context.clock.counts["intra-block ILPs"] += 1
+        return bound
 
     def _held(self, kind: str, elements: int) -> float:
         """``elements`` of a kind, tied ones shared out between the kinds that hold them (as the ILP's sources are)."""
@@ -231,8 +249,8 @@ class Shardings:
         tied = [node for node in nodes if (kind, node.name) in self.context.ties.parameters]
         return elements - 0.5 * sum(prod(node.meta.at(1, 1)) for node in tied)
 
-    def _solve(self, name: str, byte_price: float) -> tuple[Answered, float]:
-        built = self.built
+    def _solve(self, name: str, byte_price: float, again: frozenset[str]) -> tuple[Answered, float]:
+        built = self.built(again)
         begin = time.perf_counter()
         answer = solve(built.problem, byte_price)
         self.context.clock.add("intra-block ILP", begin)

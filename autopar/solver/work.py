@@ -237,6 +237,13 @@ def _copy(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads:
     return moved, moved
 
 
+def _cast(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """A cast to the type a tensor has already returns it as it is."""
+    if inputs[0].bytes_per_element == output.bytes_per_element:
+        return NOTHING, NOTHING
+    return _copy(node, inputs, output, grads)
+
+
 def _cat(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
     """The gradients are views of the output's gradient."""
     return Work(nbytes=2 * output.nbytes, kernels=1), NOTHING
@@ -321,7 +328,7 @@ REDUCTIONS = (
     *("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "logsumexp", "norm", "argmax", "all", "any"),
 )
 COPIES = (
-    *("clone", "contiguous", "_to_copy", "to", "copy", "repeat", "repeat_interleave", "roll", "flip", "pad"),
+    *("clone", "contiguous", "_to_copy", "copy", "repeat", "repeat_interleave", "roll", "flip", "pad"),
     "constant_pad_nd",
 )
 
@@ -340,7 +347,8 @@ _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILI
     "aten.cat": _cat,
     "aten.embedding": _embedding,
     "aten.dropout": _dropout,
-    "autopar.cast": _copy,
+    "autopar.cast": _cast,
+    "aten.to": _cast,
     "autopar.rotary": _rotary,
     "autopar.cross_entropy": _cross_entropy,
 }

@@ -7,6 +7,8 @@ that is split so to all operators that share the factor, until nothing is new.
 
 from __future__ import annotations
 
+from typing import Any
+
 from autopar.graph.ir import OpGraph
 from autopar.graph.size import Size, divide
 from autopar.sharding.factors import Rule
@@ -20,12 +22,13 @@ _MOST = 8
 
 
 class GraphBlocks:
-    """The blocks of one graph: `blocks_of` by node and factor."""
+    """The rules and blocks of one graph, and the strategies found for its nodes so far."""
 
     def __init__(self, graph: OpGraph) -> None:
         self.graph = graph
         self.rules = {node.name: rule_of(node, graph) for node in graph.of("op")}
         self.spots: Spots = {}
+        self.strategies: dict[str, tuple[Any, ...]] = {}
         changed = True
         while changed:
             changed = False

@@ -6,6 +6,12 @@ from autopar.sharding.factors import Mismatch, Names, Variant
 from autopar.sharding.rules.entry import Call, Entry
 
 
+def _embedding(call: Call) -> str:
+    """A row that is padding gets no gradient, which only the whole table sees to: its vocabulary stays whole."""
+    padding = call.arg(2, "padding_idx")
+    return "v+ d, ... -> ... d" if padding is None or padding == -1 else "v^ d, ... -> ... d"
+
+
 def _split_table(call: Call) -> dict[str, Variant]:
     """Over a split vocabulary each rank looks up the ids it holds, zeros for the others, and the results add up."""
     return {"v": Variant("vocab")}
@@ -50,7 +56,7 @@ def _gather(call: Call) -> str:
 
 
 ENTRIES = [
-    Entry("aten.embedding", ("v+ d, ... -> ... d",), variants=_split_table),
+    Entry("aten.embedding", compute=_embedding, variants=_split_table),
     Entry("aten.index_select", compute=_index_select),
     Entry("aten.index", compute=_index),
     Entry("aten.gather", compute=_gather),

@@ -44,6 +44,8 @@ def _closed(left: list[tuple[int, int | Size]], right: list[tuple[int, int | Siz
 
 def _pieces(source: Sizes, target: Sizes) -> list[_Piece]:
     """Walk both shapes from the major end, taking the factor the two leading dims share."""
+    if 0 in source:
+        return []
     left = [(position, size) for position, size in enumerate(source) if size != 1]
     right = [(position, size) for position, size in enumerate(target) if size != 1]
     pieces: list[_Piece] = []
@@ -122,16 +124,20 @@ def _slice(call: Call) -> Rule | str:
     names = letters(call)
     (along,) = dims_of(call.arg(1, "dim", 0), len(names))
     start, whole, length = call.arg(2, "start", 0) or 0, call.shapes[0][along], call.output[along]
-    blocks = divide(whole, length)
+    blocks = divide(whole, length) if length != 0 else None
     source, target = list(names), list(names)
     if length == whole:
         pass
-    elif blocks is not None and divide(start, length) is not None:
+    elif blocks is not None and _aligned(start, length):
         major = Names(names).take(blocks)
         source[along] = f"({major}^ {names[along]})"
     else:
         source[along], target[along] = names[along] + "^", Names(names).take(length) + "^"
     return f"{' '.join(source)} -> {' '.join(target)}"
+
+
+def _aligned(start: int | Size, length: int | Size) -> bool:
+    return not (isinstance(start, int) and start < 0) and divide(start, length) is not None
 
 
 def _cat(call: Call) -> str:

@@ -52,11 +52,17 @@ def has_rule(node: Node, graph: OpGraph) -> bool:
 
 def strategies_of(node: Node, graph: OpGraph) -> tuple[Strategy, ...]:
     """Every strategy of an op node on one axis, whatever its size; `divides` tells which an axis admits."""
+    blocks = graph_blocks(graph)
+    if node.name not in blocks.strategies:
+        blocks.strategies[node.name] = _find(node, graph, blocks)
+    return blocks.strategies[node.name]
+
+
+def _find(node: Node, graph: OpGraph, blocks: GraphBlocks) -> tuple[Strategy, ...]:
     count = len(node.operands())
     found = [Strategy("R", (R,) * count, R)]
     if any(graph.nodes[name].meta.requires_grad for name in node.operands()):
         found.append(Strategy("I", (I,) * count, I))
-    blocks = graph_blocks(graph)
     rule = blocks.rules[node.name]
     if rule is None:
         return tuple(found)
