@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def emit(
     _check_out(out, file=False)
     from autopar import api
 
-    api.emit(loaded, model or loaded.model, out)
+    api.emit(loaded, _model_of(loaded, model), out)
     typer.echo(f"wrote {out}: start it with {out / 'launch.sh'}")
 
 
@@ -134,7 +135,7 @@ def verify(
     loaded = _load(plan, cluster, global_batch, seq_len)
     from autopar import api
 
-    typer.echo(str(api.verify(loaded, model or loaded.model)))
+    typer.echo(str(api.verify(loaded, _model_of(loaded, model))))
 
 
 @app.command()
@@ -147,26 +148,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: every deliberate error becomes one message and a status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
-    try:
-        status = command.main(given or ["--help"], prog_name="autopar", standalone_mode=False)
-        sys.stdout.flush()
-    except AutoparError as error:
-        _fail(str(error), error.exit_status)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
-    except Exception as error:
-        usage = getattr(error, "format_message", None)  # click's own errors, wherever typer keeps click
-        if usage is None:
-            raise
-        _fail(f"{usage()} (see autopar --help)", 2)
+    with _interrupts() as interrupted:
+        try:
+            status = command.main(given or ["--help"], prog_name="autopar", standalone_mode=False)
+            sys.stdout.flush()
+        except AutoparError as error:
+            _fail(str(error), error.exit_status)
+        except (KeyboardInterrupt, typer.Abort):
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
+        except Exception as error:
+            if interrupted:  # an import that was cut short raises ImportError
+                _fail("interrupted", 130)
+            usage = getattr(error, "format_message", None)  # click's own errors, wherever typer keeps click
+            if usage is None:
+                raise
+            _fail(f"{usage()} (see autopar --help)", 2)
     if status == 130:
         _fail("interrupted", 130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C and raises KeyboardInterrupt; later ones, while the process ends, do nothing."""
+    seen: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        if not seen:
+            signal.signal(signal.SIGINT, before)
 
 
 def _fail(message: str, status: int) -> None:
@@ -185,7 +207,7 @@ def _plan_command(model: str, cluster: str, job: Job, fix: list[str], out: Path 
         _check_out(out, file=alone)
     from autopar import api
 
-    with _quiet(as_json):
+    with _quiet(as_json), _busy(f"planning {model} on {machine}"):
         plan = api.search(model, job, machine, fix=choices)
         if alone and out is not None:
             plan.save(out)
@@ -206,6 +228,18 @@ def _show(plan: Plan, as_json: bool) -> None:
 def _quiet(wanted: bool) -> Iterator[None]:
     """Send what models and libraries print to standard error while ``wanted``."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _busy(what: str) -> Iterator[None]:
+    """A sign of life on standard error while someone watches it."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
         yield
 
 
@@ -238,6 +272,17 @@ def _load(path: Path, cluster: str | None = None, batch: int | None = None, seq:
         )
     )
     return plan
+
+
+def _model_of(plan: Plan, given: str | None) -> str:
+    """The model to load for a plan: the one given, else the MODEL string that the plan was made from."""
+    from autopar.models import catalog_names
+
+    if given is not None:
+        return given
+    if plan.model in catalog_names() or "." in plan.model or Path(plan.model).exists():
+        return plan.model
+    raise BadInputError(f"the plan was made from a {plan.model} in Python: name it with --model module.py:function")
 
 
 def _check_out(out: Path, file: bool) -> None:

@@ -40,7 +40,11 @@ def decoder(
 
     blocks = [Block("Prologue", "", {"ids": Source("batch", key="ids")}, names("Prologue", ""))]
     for index in range(layers):
-        inputs = {"x": Source("block", index), "cos": Source("constant", key="cos"), "sin": Source("constant", key="sin")}
+        inputs = {
+            "x": Source("block", index),
+            "cos": Source("constant", key="cos"),
+            "sin": Source("constant", key="sin"),
+        }
         blocks.append(Block("Layer", f"layers.{index}", inputs, names("Layer", f"layers.{index}.")))
     inputs = {"x": Source("block", layers), "labels": Source("batch", key="labels")}
     blocks.append(Block("Epilogue", "", inputs, names("Epilogue", "")))

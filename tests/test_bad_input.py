@@ -167,6 +167,15 @@ def test_plan_whose_model_is_gone(refuse, tmp_path):
     assert "gone.py" in refuse("verify", tmp_path)[1]
 
 
+def test_plan_of_a_module_made_in_python(refuse, tmp_path):
+    small_plan("TinyModel").save(tmp_path / "plan.json")
+    for command in (("emit", tmp_path, "-o", tmp_path / "out"), ("verify", tmp_path)):
+        status, message = refuse(*command)
+        assert status == 2
+        assert "TinyModel" in message
+        assert "--model" in message
+
+
 def test_something_in_the_way_is_seen_before_the_search(refuse, tmp_path):
     (tmp_path / "out").write_text("mine")
     (tmp_path / "plan.json").mkdir()

@@ -1,6 +1,7 @@
 """The command: its contract on standard output, its exit statuses, and that asking for help costs nothing."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -130,7 +131,7 @@ def test_exit_statuses(command, monkeypatch, tmp_path, error, status):
     def fail(*_):
         raise error
 
-    small_plan().save(tmp_path / "plan.json")
+    small_plan("tiny.py:build").save(tmp_path / "plan.json")
     monkeypatch.setattr(api, "verify", fail)
     found, out, err = command("verify", tmp_path / "plan.json")
     assert found == status
@@ -138,11 +139,27 @@ def test_exit_statuses(command, monkeypatch, tmp_path, error, status):
     assert err == f"error: {str(error) or 'interrupted'}\n"
 
 
+def test_interrupt_within_an_import_is_an_interrupt(command, monkeypatch):
+    def search(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as cut:
+            raise ImportError("initialization failed") from cut
+
+    monkeypatch.setattr(api, "search", search)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        status, out, err = command(*SEARCH, "--json")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (status, out, err) == (130, "", "error: interrupted\n")
+
+
 def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
     def fail(*_):
         raise ZeroDivisionError("a bug")
 
-    small_plan().save(tmp_path / "plan.json")
+    small_plan("tiny.py:build").save(tmp_path / "plan.json")
     monkeypatch.setattr(api, "verify", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["verify", str(tmp_path / "plan.json")])

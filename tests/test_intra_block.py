@@ -12,8 +12,15 @@ from autopar.solver.problem import Choice, Op, Output, Problem, Source, path, pr
 LAYOUTS = ("R", "P", "S0", "S1")
 
 
-def tree_seconds(direct, start, wanted):
+def tree_seconds(direct, start, wanted, known={}):  # noqa: B006 (remembers within a run)
     """Cheapest conversions that make ``wanted`` from ``start``: every choice of a parent per layout is tried."""
+    key = (tuple(direct.items()), start, frozenset(wanted))
+    if key not in known:
+        known[key] = cheapest_tree(direct, start, wanted)
+    return known[key]
+
+
+def cheapest_tree(direct, start, wanted):
     others = [layout for layout in LAYOUTS if layout != start]
     best = None
     for parents in itertools.product((None, *LAYOUTS), repeat=len(others)):
@@ -33,7 +40,9 @@ def enumerate_best(problem, byte_price=0.0):
     """The optimum by trying every strategy of every operator and every layout of every source."""
     best = None
     sources = {source.name: source for source in problem.sources}
-    leaving = [dict(zip(range(9), way, strict=False)) for way in itertools.product(*(o.layouts for o in problem.outputs))]
+    leaving = [
+        dict(zip(range(9), way, strict=False)) for way in itertools.product(*(o.layouts for o in problem.outputs))
+    ]
     for layouts in itertools.product(*(source.layouts for source in problem.sources)):
         arrival = dict(zip(sources, layouts, strict=True))
         ties = {}
@@ -79,8 +88,11 @@ def random_problem(seed, tied=False):
     sources = [
         Source("x", {"R": (0.0, 0.0)}),
         Source("w", {"R": (0.0, 4.0), "S0": (0.5, 1.0)}, tie),
-        Source("v", {"R": (0.0, 4.0), "S0": (0.25, 1.0), "S1": (0.0, 1.0)} if not tied else
-               {"R": (0.0, 4.0), "S0": (0.0, 1.0)}, tie),
+        Source(
+            "v",
+            {"R": (0.0, 4.0), "S0": (0.25, 1.0), "S1": (0.0, 1.0)} if not tied else {"R": (0.0, 4.0), "S0": (0.0, 1.0)},
+            tie,
+        ),
     ]
     names = [source.name for source in sources]
     ops = []
@@ -99,7 +111,7 @@ def random_problem(seed, tied=False):
     return Problem(tuple(sources), tuple(ops), {name: conversions() for name in names}, outputs)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_agrees_with_enumeration(seed):
     problem = random_problem(seed, tied=seed % 3 == 0)
     byte_price = (0.0, 0.0, 0.7)[seed % 3]
@@ -131,9 +143,7 @@ def test_two_conversions_cannot_justify_each_other():
     answer = solve(problem)
     assert answer.seconds == pytest.approx(12.0)
     assert answer.conversions == (("x", "P", "S0"), ("x", "S0", "S1"))
-    unreachable = Problem(
-        problem.sources, problem.ops, {"x": {("S0", "S1"): 0.0, ("S1", "S0"): 0.0}}, problem.outputs
-    )
+    unreachable = Problem(problem.sources, problem.ops, {"x": {("S0", "S1"): 0.0, ("S1", "S0"): 0.0}}, problem.outputs)
     with pytest.raises(AutoparError, match="INFEASIBLE"):
         solve(unreachable)
 

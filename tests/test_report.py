@@ -28,7 +28,7 @@ def test_text_says_the_decision_the_prediction_and_the_sharding():
         "700 ms (between 630 ms and 770 ms)",
         "MFU 41.2%",
         "compute 500 ms",
-        "gap 1.5%, feasible",
+        "690 ms, gap 1.5%, feasible",
         "12 meshes",
         "linear  column  tp R -> S(2)",
         "aten.foo has no rule",
@@ -97,7 +97,7 @@ def test_small_models_are_told_in_mib():
     assert memory_unit(2**30) == ("GiB", 2**30)
     assert memory_unit(2**29) == ("MiB", 2**20)
     plan = small_plan()
-    memory = {kind: 3 * 2**18 for kind in plan.stages[0].memory}
+    memory = dict.fromkeys(plan.stages[0].memory, 3 * 2**18)
     text = str(replace(plan, stages=tuple(replace(stage, memory=memory) for stage in plan.stages)))
     assert "memory per rank in MiB" in text
     assert "0.75" in text

@@ -1,5 +1,6 @@
 """The pipeline simulator against closed forms, and the bounds against the simulator."""
 
+import itertools
 import random
 
 import pytest
@@ -77,7 +78,7 @@ def test_events_do_not_overlap_and_cover_every_micro_batch():
     for stage in range(3):
         events = [event for event in timeline.events if event.stage == stage]
         assert sorted((e.kind, e.micro_batch) for e in events) == sorted((k, i) for k in "FB" for i in range(5))
-        assert all(a.end <= b.start + 1e-12 for a, b in zip(events, events[1:], strict=False))
+        assert all(a.end <= b.start + 1e-12 for a, b in itertools.pairwise(events))
 
 
 def test_too_few_micro_batches_are_refused():

@@ -48,7 +48,11 @@ def random_problem(seed):
     stages = draw.randint(1, 3)
     runs = (run("first", 1), run("layer", draw.randint(2, 4)), run("last", 1))
     return StageProblem(
-        runs, stages, draw.randint(stages, 6), draw.randint(25, 120) * MiB, draw.choice((0.0, 0.2)),
+        runs,
+        stages,
+        draw.randint(stages, 6),
+        draw.randint(25, 120) * MiB,
+        draw.choice((0.0, 0.2)),
         tuple(draw.choice((0.0, MiB)) for _ in range(stages)),
     )
 

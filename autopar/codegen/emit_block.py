@@ -164,29 +164,27 @@ class Body:
         function = FUNCTIONS[step.source.kind + step.target.kind] if step.source.kind + step.target.kind != "RI" else ""
         if not function or (function == "replicate" and not node.meta.requires_grad):
             return key
-        expr = self._conversion(function, Value(key), Text(self.axis_text.format(axis)), step)
-        new = f"{key} {axis}:{step.target}"
-        self._hints[new] = self._hints[key]
-        comments = self._comments(node, axis, step)
-        self._steps.append(Step(new, expr, self._hints[new], "weight" if key.startswith("weight ") else "exchange", comments))
-        return new
+        hint, is_weight = self._hints[key], key.startswith("weight ")
+        dims = [kind.dim for kind in (step.source, step.target) if kind.kind == "S"]
+        blocked = sorted((k.dim, k.blocks) for k in (step.source, step.target) if k.kind == "S" and k.blocks != 1)
+        for dim, blocks in reversed(blocked):
+            sizes = Call("", (self._sizes().expr(blocks), literal(-1)))
+            key = self._step(f"{key} blocks", Method(Value(key), "unflatten", (literal(dim), sizes)), hint, "shape")
+        # Dims behind a dim seen as (blocks, rest) have moved, and it is the rest that converts.
+        moved = [dim + sum(other <= dim for other, _ in blocked) for dim in dims]
+        axis_text = Text(self.axis_text.format(axis))
+        call = Call(function, (Value(key), axis_text, *(literal(dim) for dim in moved)))
+        group = "weight" if is_weight and not blocked else "exchange"
+        key = self._step(f"{key} {axis}:{step.target}", call, hint, group, self._comments(node, axis, step))
+        for dim, _ in blocked:
+            views = (literal(dim), literal(dim + 1))
+            key = self._step(f"{key} whole", Method(Value(key), "flatten", views), hint, "shape")
+        return key
 
-    def _conversion(self, function: str, x: Expr, axis: Expr, step: Conversion) -> Expr:
-        """The call, between views of the blocks where a dim is split in blocks."""
-        dims: list[int] = []
-        blocked: list[tuple[int, int | Size]] = []
-        for kind in (step.source, step.target):
-            if kind.kind == "S":
-                dims.append(kind.dim)
-                if kind.blocks != 1:
-                    blocked.append((kind.dim, kind.blocks))
-        for dim, blocks in sorted(blocked, reverse=True, key=lambda pair: pair[0]):
-            x = Method(x, "unflatten", (literal(dim), Call("", (self._sizes().expr(blocks), literal(-1)))))
-        shifted = [dim + sum(other <= dim for other, _ in blocked) for dim in dims]
-        x = Call(function, (x, axis, *(literal(dim) for dim in shifted)))
-        for dim, _ in sorted(blocked, key=lambda pair: pair[0]):
-            x = Method(x, "flatten", (literal(dim), literal(dim + 1)))
-        return x
+    def _step(self, key: str, expr: Expr, hint: str, group: str, comments: tuple[str, ...] = ()) -> str:
+        self._hints[key] = hint
+        self._steps.append(Step(key, expr, hint, group, comments))
+        return key
 
     def _comments(self, node: Node, axis: str, step: Conversion) -> tuple[str, ...]:
         """What moves: bytes of the tensor that is whole on the axis, for one micro-batch, forward and backward."""

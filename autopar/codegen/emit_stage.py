@@ -158,13 +158,13 @@ class StageWriter:
 
     def stages_table(self) -> list[str]:
         """Per stage its runs of equal blocks: where they are, which, of what class, recomputed or not."""
-        lines = ["# Per stage, runs of equal blocks: module list, positions, class, recompute.", "STAGES = ("]
+        lines = ["# Per stage, runs of equal blocks: module list, positions, class, recompute.", "STAGES = ["]
         for stage in range(len(self.plan.stages)):
             runs = self._runs(stage)
             if not runs:
-                lines.append("    (),")
+                lines.append("    [],")
                 continue
-            lines.append("    (")
+            lines.append("    [")
             for run in runs:
                 first = run[0]
                 span = f"range({first.position}, {run[-1].position + 1})"
@@ -176,8 +176,8 @@ class StageWriter:
                     lines.append("        ),")
                 else:
                     lines.append(text)
-            lines.append("    ),")
-        return [*lines, ")"]
+            lines.append("    ],")
+        return [*lines, "]"]
 
     def _runs(self, stage: int) -> list[list[Placed]]:
         runs: list[list[Placed]] = []

@@ -173,7 +173,8 @@ def run_ranks(arguments: list[str], ranks: int, timeout_s: float, folder: Path |
     finally:
         _end(process)
     if process.returncode:
-        raise VerificationError(f"{' '.join(arguments)} failed on {ranks} ranks:\n{output[-6000:]}")
+        start = max(0, output.find("Traceback"))  # of the rank that failed first; torchrun's own comes after
+        raise VerificationError(f"{' '.join(arguments)} failed on {ranks} ranks:\n{output[start:][:6000]}")
     return output
 
 

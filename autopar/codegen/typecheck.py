@@ -304,7 +304,8 @@ class _Boundaries(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if func is Tensor.flatten and self._is_inner_split(*args):
             return self._merge(*args)
-        if func in (Tensor.unflatten, Tensor.chunk) and _blocked_dim(args[0]) == args[1 if func is Tensor.unflatten else 2]:
+        place = {Tensor.unflatten: 1, Tensor.chunk: 2}.get(func)
+        if place is not None and len(args) > place and _blocked_dim(args[0]) == args[place]:
             return self._separate(func, *args)
         if func is F.linear and len(args) == 3:
             # A partial bias is added to the partial product, which the checker takes in two steps only.

@@ -80,9 +80,8 @@ def scalar_of(outputs: Any) -> torch.Tensor:
     scalars = [item for item in items if isinstance(item, torch.Tensor) and item.ndim == 0]
     if len(scalars) == 1:
         return scalars[0]
-    raise BadInputError(
-        f"the model returns {type(outputs).__name__} without a loss; pass loss=fn(outputs, batch) returning a scalar"
-    )
+    kind = "a tensor" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    raise BadInputError(f"the model returns {kind} without a loss; pass loss=fn(outputs, batch) returning a scalar")
 
 
 def fake_copy(model: nn.Module, stubs: Mapping[int, nn.Module], mode: FakeTensorMode, wide_buffers: bool) -> nn.Module:

@@ -29,7 +29,7 @@ TRACE_DTYPE = torch.bfloat16
 
 SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy"})
 CASTS = frozenset({"to", "_to_copy", "type_as"})
-LISTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
+LISTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "broadcast_tensors"})
 DROPPED_ARGUMENTS = frozenset({"device", "pin_memory", "layout", "memory_format", "non_blocking", "copy"})
 DIM_ARGUMENTS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"})
 RENAMED = {"view": "reshape", "_unsafe_view": "reshape", "__and__": "bitwise_and", "__or__": "bitwise_or"}
@@ -211,6 +211,10 @@ class Importer:
 
     def _items(self, args: tuple[Any, ...], node: torch.fx.Node, target: Any, values: Sequence[Any]) -> list[Ref]:
         """The items of a split: slices, or selections from one unflatten when the pieces are equal."""
+        if target._schema.name == "aten::broadcast_tensors":
+            return [
+                self._expanded(tensor, self.sizes.shape(value)) for tensor, value in zip(args[0], values, strict=True)
+            ]
         x: Ref = args[0]
         names = [argument.name for argument in target._schema.arguments]
         dim = dict(zip(names, args, strict=False)).get("dim", 0)
@@ -225,6 +229,9 @@ class Importer:
             ends.append(ends[-1] + size)
         return [self.draft.slice(x, dim, start, end) for start, end in pairwise(ends)]
 
+    def _expanded(self, x: Ref, shape: tuple[int | Size, ...]) -> Ref:
+        return x if self.draft.shape(x) == shape else Ref(self.draft.emit("aten.expand", x, shape, shape=shape))
+
     def _place(self) -> str:
         return f"module {self.draft.module!r}" if self.draft.module else "the model"
 
@@ -235,9 +242,9 @@ def module_path(node: torch.fx.Node) -> str | None:
     if not stack:
         return None
     path = str(next(reversed(stack.values()))[0])
-    if not (path + ".").startswith("model."):
-        return None
-    return path[len("model.") :] if path != "model" else ""
+    if path in ("", "model"):
+        return ""
+    return path.removeprefix("model.") if path.startswith("model.") else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -95,7 +95,8 @@ def run_model(
     """Loss sum and count of one batch on one device.
 
     ``state`` maps full names of parameters (already in ``compute``, or to be used as they are) and of buffers to
-    tensors; buffers that are missing come from ``model.buffer_values``. Raises KeyError when one is nowhere.
+    tensors; buffers that are missing come from ``model.buffer_values``. Raises KeyError when one is nowhere. The count
+    of a loss that is a plain sum is 1.
     """
     sizes = sizes_of([(model.batch[key], tensor) for key, tensor in batch.items() if key in model.batch])
 
@@ -127,8 +128,8 @@ def run_model(
             else:
                 values[node.name] = batch[source.key] if source.origin == "batch" else constants[source.key]
         outputs.append(run_graph(graph, values, compute, sizes))
-    (count,) = run(model.count, outside)
-    return outputs[-1][0], count
+    counts = run(model.count, outside)
+    return outputs[-1][0], counts[0] if counts else torch.ones((), dtype=torch.int64)
 
 
 class keep_wide(TorchFunctionMode):  # noqa: N801  (used as a function: `with keep_wide():`)

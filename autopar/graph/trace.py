@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,15 +31,19 @@ POSITIONS = 24
 
 
 def trace(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None, loss: Loss | None = None, name: str | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    name: str | None = None,
+    fold: bool = True,
 ) -> ModelGraph:
     """Trace ``model`` with its loss.
 
     ``inputs``: example tensors of one sample (no batch dim) by name of the argument of ``model.forward`` (or for the
     loss alone); by default token ids ``input_ids`` and ``labels``, both int64 [s]. Dims as long as the sample's
     sequence (dim 0 of its first integer tensor) are symbolic. ``loss``: fn(outputs, batch) → scalar; by default the
-    model's own.
-    The model may be on meta or hold weights; it is not modified.
+    model's own. The model may be on meta or hold weights; it is not modified. ``fold=False`` traces every layer, also
+    those proved equal to another (`autopar.graph.fold`); the result is the same, later.
 
     Raises BadInputError for inputs or a loss that cannot be used, UnsupportedError for a model that cannot be traced.
     """
@@ -52,11 +57,11 @@ def trace(
     layers = repeats(model)
     notes: tuple[str, ...] = ()
     try:
-        traced = _folded(model, spec, loss, names, layers, static_seq=False)
+        traced = _folded(model, spec, loss, names, layers, fold, static_seq=False)
     except FixedSequenceError as error:
         if inputs is None:
             raise UnsupportedError(f"{error}; pass `inputs` of the sequence length to train with, to fix it") from None
-        traced = _folded(model, spec, loss, names, layers, static_seq=True)
+        traced = _folded(model, spec, loss, names, layers, fold, static_seq=True)
         notes = (f"the sequence length is fixed to that of the example inputs: {error}",)
     used: dict[str, dict[str, TensorMeta]] = {"parameter": {}, "buffer": {}}
     for block in traced.blocks.blocks:
@@ -82,13 +87,19 @@ def trace(
 
 
 def _folded(
-    model: nn.Module, spec: BatchSpec, loss: Loss | None, names: _Names, layers: Mapping[str, str], static_seq: bool
+    model: nn.Module,
+    spec: BatchSpec,
+    loss: Loss | None,
+    names: _Names,
+    layers: Mapping[str, str],
+    fold: bool,
+    static_seq: bool,
 ) -> _Traced:
     """Trace with equal layers stood in for; if the proof fails, trace them all."""
-    try:
-        return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)
-    except CannotFoldError:
-        return _traced(model, spec, loss, names, layers, None, static_seq)
+    if fold:
+        with contextlib.suppress(CannotFoldError):
+            return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)
+    return _traced(model, spec, loss, names, layers, None, static_seq)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,12 +88,10 @@ def _prediction(plan: Plan) -> list[str]:
         *_item("step time", f"{seconds_text(found.step_time)} (between {low} and {high})"),
         *_item(
             "throughput",
-            f"{found.tokens_per_second:,.0f} tokens/s, {per_device:,.0f} per device, MFU {100 * found.mfu:.1f}%",
+            f"{found.tokens_per_second:,.0f} tokens/s, {per_device:,.0f} per device, MFU {_percent(found.mfu)}",
         ),
         *_item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in found.breakdown.items() if s)),
-        *_item(
-            "bound", f"{seconds_text(plan.bound)} at best in the searched space: gap {_gap(plan.gap)}, {plan.status}"
-        ),
+        *_item("bound", f"{seconds_text(plan.bound)}, gap {_percent(plan.gap)}, {plan.status} in the searched space"),
     ]
     if plan.searched:
         lines += _item("searched", ", ".join(_count(count, name) for name, count in plan.searched.items()))
@@ -102,8 +100,10 @@ def _prediction(plan: Plan) -> list[str]:
     return lines
 
 
-def _gap(gap: float) -> str:
-    return "0" if gap == 0 else f"{100 * gap:.2g}%"
+def _percent(share: float) -> str:
+    if share < 1e-6:  # rounding of the solver, not a difference
+        return "0"
+    return f"{100 * share:.1f}%" if share >= 0.001 else f"{100 * share:.2g}%"
 
 
 def _stages(plan: Plan) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
-from autopar.graph.size import SEQ
+from autopar.graph.size import BATCH, SEQ
 from autopar.sharding.conversions import COMMUNICATES, path
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.layout import I, SpmdType
@@ -133,6 +133,8 @@ def _verb(node: Node, use: _Use) -> str:
 def _plain(node: Node, kind: SpmdType) -> str:
     if kind.kind != "S":
         return "whole"
+    if node.meta.shape[kind.dim] == BATCH:
+        return "batch"
     return "sequence" if _splits_sequence(node, kind) else f"dim {kind.dim}"
 
 

@@ -27,8 +27,26 @@ AXIS = "tp"
 _MATMULS = frozenset(f"aten.{name}" for name in MATMULS)
 _KEEP_NOTHING = frozenset(
     f"aten.{name}"
-    for name in ("add", "sub", "view", "reshape", "unflatten", "flatten", "transpose", "permute", "expand", "slice",
-                 "select", "cat", "neg", "unsqueeze", "squeeze", "clone", "sum", "mean")
+    for name in (
+        "add",
+        "sub",
+        "view",
+        "reshape",
+        "unflatten",
+        "flatten",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "cat",
+        "neg",
+        "unsqueeze",
+        "squeeze",
+        "clone",
+        "sum",
+        "mean",
+    )
 ) | {"autopar.cast", "aten.embedding"}
 """Operators that keep none of their operands for backward (used to lean answers towards memory; never for totals)."""
 
@@ -69,10 +87,10 @@ def ties_of(model: ModelGraph) -> Ties:
     group_of = {name: group[0] for group in model.tied for name in group}
     parameters: dict[tuple[str, str], str] = {}
     for block in model.blocks:
-        for node in model.kinds[block.kind].graph.of("parameter"):
-            full = block.parameters[node.target]
+        for parameter in model.kinds[block.kind].graph.of("parameter"):
+            full = block.parameters[parameter.target]
             if full in group_of:
-                parameters[block.kind, node.name] = f"tied {group_of[full]}"
+                parameters[block.kind, parameter.name] = f"tied {group_of[full]}"
     return Ties({x: names[root] for x, root in roots.items()}, parameters)
 
 
@@ -115,7 +133,9 @@ def model_problem(
     return ModelProblem(problem, strategies, prices.size)
 
 
-def boundary_types(shape: tuple[int | Size, ...], size: int, batch: int, seq: int, demands: Demands) -> tuple[SpmdType, ...]:
+def boundary_types(
+    shape: tuple[int | Size, ...], size: int, batch: int, seq: int, demands: Demands
+) -> tuple[SpmdType, ...]:
     """The layouts a tensor may have between blocks, sequence first; ``sp`` leaves one."""
     splits = [S(dim) for dim, extent in enumerate(shape) if size_at(extent, batch, seq) % size == 0]
     sequence = [kind for kind in splits if shape[kind.dim] == SEQ]
@@ -267,7 +287,8 @@ def _undominated(choices: list[Choice]) -> list[int]:
 def decisions_of(model: ModelGraph, built: ModelProblem, answer: Answer) -> dict[str, BlockDecision]:
     """The block decisions an answer stands for, by kind."""
 
-    def layout(kind: SpmdType) -> Layout:
+    def layout(kind: object) -> Layout:
+        assert isinstance(kind, SpmdType)
         return Layout(((AXIS, kind),))
 
     decisions = {}
@@ -282,7 +303,7 @@ def decisions_of(model: ModelGraph, built: ModelProblem, answer: Answer) -> dict
             kind=name,
             axes={AXIS: built.size},
             inputs={
-                node.name: layout(answer.sources[prefix + node.name])  # type: ignore[arg-type]
+                node.name: layout(answer.sources[prefix + node.name])
                 for node in kind.graph.nodes.values()
                 if node.kind != "op"
             },
@@ -290,11 +311,8 @@ def decisions_of(model: ModelGraph, built: ModelProblem, answer: Answer) -> dict
                 node.name: {AXIS: built.strategies[prefix + node.name][answer.strategies[prefix + node.name]].name}
                 for node in kind.graph.of("op")
             },
-            conversions=tuple(Conversion(tensor, layout(a), layout(b)) for tensor, a, b in moves),  # type: ignore[arg-type]
-            outputs={
-                tensor: layout(kind_)  # type: ignore[arg-type]
-                for tensor, kind_ in zip(kind.graph.outputs, leaving, strict=True)
-            },
+            conversions=tuple(Conversion(tensor, layout(a), layout(b)) for tensor, a, b in moves),
+            outputs={tensor: layout(kind_) for tensor, kind_ in zip(kind.graph.outputs, leaving, strict=True)},
         )
     return decisions
 

@@ -6,8 +6,8 @@
   samples), except where the batch itself is split.
 * Transient bytes follow from liveness (`live_bytes`): in the forward, tensors that are still to be read and are not
   saved; in the backward, gradients between their making and their use.
-* Recompute "full" keeps the block's input alone; its backward runs the forward again, collectives included, and what the
-  block saves is then transient.
+* Recompute "full" keeps the block's input alone; its backward runs the forward again, collectives included, and what
+  the block saves is then transient.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def boundary_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Jo
 
 
 def live_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
-    """The most bytes alive at once beside what is saved: operands and output of an operator in the forward, gradients in
-    the backward. Views share their operand's bytes."""
+    """The most bytes alive at once beside what is saved: operands and output of an operator in the forward, gradients
+    in the backward. Views share their operand's bytes."""
     graph, axes = kind.graph, decision.axes
     axis = next(iter(axes), None)
     sizes: dict[str, int] = {}

@@ -23,7 +23,9 @@ CAPABILITIES: dict[str, Capability] = {
     "dp": Capability("size", None),
     "fsdp": Capability("size", None),
     "zero": Capability(
-        "level", (0, 3), "zero 1 and 2 need reduction without resharding, which is not emitted yet; use zero=0 or zero=3"
+        "level",
+        (0, 3),
+        "zero 1 and 2 need reduction without resharding, which is not emitted yet; use zero=0 or zero=3",
     ),
     "tp": Capability("size", None),
     "sp": Capability("switch", (True, False)),
@@ -33,9 +35,7 @@ CAPABILITIES: dict[str, Capability] = {
     "ep": Capability("size", (1,), "expert parallelism is not emitted yet; leave ep=1"),
     "pp": Capability("size", None),
     "vpp": Capability("size", (1,), "interleaved (virtual) stages are not emitted yet; leave vpp=1"),
-    "schedule": Capability(
-        "name", ("none", "1f1b"), 'only "1f1b" (and "none", for a single stage) is emitted yet'
-    ),
+    "schedule": Capability("name", ("none", "1f1b"), 'only "1f1b" (and "none", for a single stage) is emitted yet'),
     "micro_batch": Capability("size", None),
     "recompute": Capability(
         "recompute", ("none", "full"), 'selective recompute is not emitted yet; use "none" or "full", also per block'

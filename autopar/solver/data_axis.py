@@ -1,4 +1,4 @@
-"""What the data axis adds to a stage's seconds: FSDP2's gathers, reductions and copies, hidden where compute hides them.
+"""What the data axis adds to a stage's seconds: FSDP2's gathers, reductions, copies; hidden where compute hides them.
 
 As executed (FSDP2 of torch 2.13 on one data axis; a group per block; `codegen/runtime/sharding.py` and `step.py`):
 
@@ -93,8 +93,8 @@ class DataAxis:
         return stream_seconds(self.ops, (compute + (2 if deferred else 1) * master) * elements, 1)
 
     def least_copies_s(self, elements: float) -> float:
-        """Seconds per micro-batch of all copies beside one C + M per backward, launches left out, so that it is linear in
-        ``elements`` and may stand in bounds."""
+        """Seconds per micro-batch of all copies beside one C + M per backward, launches left out, so that it is linear
+        in ``elements`` and may stand in bounds."""
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
         shards = self.size if self.sharded else 1
         cast = (master + compute) / shards if master != compute else 0.0

@@ -172,7 +172,9 @@ def stage_problem(
         runs.append(BlockRun(kind, count, tuple(_option(place, cost) for cost in costs)))
     overhead = [float(place.memory.buffers(s) + place.memory.reserve) for s in range(config.pp)]
     if config.pp == 1:
-        stage = [cost for costs, run in zip(costs_of, runs, strict=True) for cost in costs[:1] for _ in range(run.count)]
+        stage = [
+            cost for costs, run in zip(costs_of, runs, strict=True) for cost in costs[:1] for _ in range(run.count)
+        ]
         doubles = sum(tied_elements(context, [stage])[0][0])
         overhead[0] -= place.memory.resident(doubles)
     room = context.cluster.device.memory_bytes if capacity is None else capacity
@@ -306,11 +308,11 @@ def fits_at_best(context: Context, config: Config, shardings: Shardings) -> bool
     return fits
 
 
-def stage_bound(context: Context, config: Config, shardings: Shardings) -> float:
+def stage_bound(context: Context, config: Config, shardings: Shardings, sharp: bool = False) -> float:
     """A valid bound for one configuration: the stage ILP over the least seconds and the least bytes of every kind, as
-    if one decision had both. Infinite when even that does not fit."""
+    if one decision had both. Infinite when even that does not fit. ``sharp``: see `Shardings.kind_bounds`."""
     begin = time.perf_counter()
-    answer = solve_stages(_least_problem(context, config, shardings, timed=True), balance=False)
+    answer = solve_stages(_least_problem(context, config, shardings, timed=True, sharp=sharp), balance=False)
     context.clock.add("bounds", begin)
     context.clock.counts["bound ILPs"] += 1
     if answer is None:
@@ -325,11 +327,15 @@ def _only_bound(context: Context, config: Config, shardings: Shardings) -> float
     if config.pp > 1 or config.tp > 1:
         return 0.0
     costs = shardings.fastest().costs
-    blocks = [costs[kind][RECOMPUTE.index(choices[0])] for kind, choices, count in block_runs(context) for _ in range(count)]
+    blocks = [
+        costs[kind][RECOMPUTE.index(choices[0])] for kind, choices, count in block_runs(context) for _ in range(count)
+    ]
     return assess(context, config, [blocks], shardings.fastest().boundary).step_time * (1 - 1e-12)
 
 
-def _least_problem(context: Context, config: Config, shardings: Shardings, timed: bool) -> StageProblem:
+def _least_problem(
+    context: Context, config: Config, shardings: Shardings, timed: bool, sharp: bool = False
+) -> StageProblem:
     bytes_of = shardings.kind_bytes()
     # Whatever passes between stages is split at most over the whole model axis.
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
@@ -343,7 +349,7 @@ def _least_problem(context: Context, config: Config, shardings: Shardings, timed
         seconds = {"none": 0.0, "full": 0.0}
         after = 0.0
         if timed:
-            bound, copies = shardings.kind_bounds()[kind], place.data.least_copies_s(elements)
+            bound, copies = shardings.kind_bounds(sharp)[kind], place.data.least_copies_s(elements)
             seconds = {"none": bound.none_s + copies, "full": bound.full_s + copies}
             moved = 10 * elements / place.memory.shards * context.job.master_bytes
             device = context.cluster.device

@@ -1,20 +1,21 @@
 """Fixed parts of the plan: what `fix={"tp": 8, "recompute": "full"}` and `--fix tp=8` mean, each in one place.
 
-    dp=n           the batch is split n ways                 zero=0|3     gradients all-reduced | everything sharded over dp
-    fsdp=n         shard-group size: 1 is zero=0, dp is zero=3
-    tp=n           a model axis of size n on which every matmul with a divisible feature factor is split by it
-    sp=true|false  values between blocks are split by sequence over tp | held whole, invariant
-    pp=n           n stages                                  schedule     "none" for one stage, else "1f1b"
-    micro_batch=n  samples per data rank per micro-batch
-    recompute      "none" | "full", or per block: "LlamaDecoderLayer:full" or "0-3:full" (block indices), comma separated
-    mesh           "pp=2,dp=2,tp=2", or {"pp": 2, "dp": 2, "tp": 2}: all three at once (what is not named is 1)
-    cp, ep, vpp, offload    their neutral value only (`capabilities`)
+dp=n           the batch is split n ways                 zero=0|3     gradients all-reduced | everything sharded over dp
+fsdp=n         shard-group size: 1 is zero=0, dp is zero=3
+tp=n           a model axis of size n on which every matmul with a divisible feature factor is split by it
+sp=true|false  values between blocks are split by sequence over tp | held whole, invariant
+pp=n           n stages                                  schedule     "none" for one stage, else "1f1b"
+micro_batch=n  samples per data rank per micro-batch
+recompute      "none" | "full" (the repeated blocks; the ends of the model are recomputed only when named), or per
+               block: "LlamaDecoderLayer:full" or "0-3:full" (block indices), comma separated, later ones win
+mesh           "pp=2,dp=2,tp=2", or {"pp": 2, "dp": 2, "tp": 2}: all three at once (what is not named is 1)
+cp, ep, vpp, offload    their neutral value only (`capabilities`)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +41,15 @@ class Fix:
     micro_batch: int | None = None
     recompute: tuple[tuple[str, str], ...] = ()
 
-    def recompute_of(self, index: int, kind: str) -> str | None:
-        """What is fixed for block ``index`` of kind ``kind``, or None."""
+    def recompute_of(self, index: int, kind: str, repeated: bool = True) -> str | None:
+        """What is fixed for block ``index`` of kind ``kind``, or None. ``repeated``: not an end of the model."""
         found = None
         for selector, choice in self.recompute:
             numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
             inside = bool(numbers) and int(numbers[1]) <= index <= int(numbers[2] or numbers[1]) if numbers else False
-            if selector in ("", kind) or inside:
+            if selector == "":
+                found = choice if repeated else "none"
+            elif selector == kind or inside:
                 found = choice
         return found
 
@@ -57,7 +60,9 @@ class Fix:
             value = getattr(self, name)
             if name == "recompute":
                 if value:
-                    values[name] = ",".join(f"{selector}:{choice}" if selector else choice for selector, choice in value)
+                    values[name] = ",".join(
+                        f"{selector}:{choice}" if selector else choice for selector, choice in value
+                    )
             elif value is not None:
                 values[name] = value
         return values
@@ -101,7 +106,11 @@ def parse_fix(fix: Fix | Mapping[str, Any] | Iterable[str] | None) -> Fix:
     """
     if isinstance(fix, Fix):
         return fix
-    pairs = list(fix.items()) if isinstance(fix, Mapping) else [_split(item) for item in fix or ()]
+    pairs: list[tuple[str, Any]]
+    if isinstance(fix, Mapping):
+        pairs = list(fix.items())
+    else:
+        pairs = [_split(item) for item in fix or ()]
     values: dict[str, Any] = {}
     for key, text in pairs:
         value = _value(key, text)
@@ -174,19 +183,19 @@ def _recompute(key: str, given: Any) -> tuple[tuple[str, str], ...]:
         entries = [(str(selector), str(choice)) for selector, choice in given.items()]
     else:
         parts = [part.strip() for part in str(given).split(",")]
-        entries = [tuple(part.rsplit(":", 1)) if ":" in part else ("", part) for part in parts]  # type: ignore[misc]
+        entries = [(part.rpartition(":")[0], part.rpartition(":")[2]) for part in parts]
     known = ("none", "selective", "full")
     return tuple((selector.strip(), _one_of(key, choice, known)) for selector, choice in entries)
 
 
 def _mesh(key: str, given: Any) -> dict[str, int]:
     if isinstance(given, Mapping):
-        pairs = [(str(axis), size) for axis, size in given.items()]
+        pairs: list[tuple[str, Any]] = [(str(axis), size) for axis, size in given.items()]
     elif hasattr(given, "axes"):
         pairs = list(given.axes().items())
     else:
         parts = [part for part in re.split(r"[,x\s]+", str(given)) if part]
-        pairs = [tuple(part.split("=", 1)) if "=" in part else (part, "") for part in parts]  # type: ignore[misc]
+        pairs = [(part.partition("=")[0], part.partition("=")[2]) for part in parts]
     if not pairs or any(axis not in AXES for axis, _ in pairs):
         raise BadInputError(f'fix: {key} must name sizes of pp, dp, tp, such as "pp=2,dp=2,tp=2", not {given!r}')
     sizes = {axis: _size(f"{key}.{axis}", size) for axis, size in pairs}
@@ -208,7 +217,7 @@ def _check_zero(values: dict[str, Any]) -> None:
         raise BadInputError(f"fix: fsdp={shard} means zero={meant}, which contradicts zero={level}")
 
 
-_READERS = {
+_READERS: dict[str, Callable[[str, Any], Any]] = {
     "size": _size,
     "level": _level,
     "switch": _switch,

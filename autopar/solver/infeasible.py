@@ -1,5 +1,5 @@
-"""Why nothing fits: which stage of the configuration that comes closest, what is short there, by how many bytes, and the
-nearest thing that fits."""
+"""Why nothing fits: which stage of the configuration that comes closest, what is short there, by how many bytes, and
+the nearest thing that fits."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The error bar of a prediction, until residuals of validation runs take its place.
 
-Every constant of the cost model that is not a fact has a range it may plausibly lie in (``low``, ``high`` in the device's
-catalog file). The plan is priced with one constant at a time at either end of its range; the changes in the step time,
-taken as independent, add in quadrature to each side. A device without such ranges (measured, or the user's own) takes
-``SPREAD`` for the constants below, an assumption: how much a rate measured in isolation may differ under load.
+Every constant of the cost model that is not a fact has a range it may plausibly lie in (``low``, ``high`` in the
+device's catalog file). The plan is priced with one constant at a time at either end of its range; the changes in the
+step time, taken as independent, add in quadrature to each side. A device without such ranges (measured, or the user's
+own) takes ``SPREAD`` for the constants below, an assumption: how much a rate measured alone may differ under load.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import hypot
 from pathlib import Path
+from typing import Any
 
 from autopar.cluster import Cluster, Device
 from autopar.graph.ir import ModelGraph
@@ -80,4 +81,6 @@ def _set(cluster: Cluster, name: str, value: float) -> Cluster:
     owner, _, part = name.rpartition(".")
     if owner:
         return cluster.with_links(**{owner: replace(getattr(cluster, owner), **{part: value})})
-    return Cluster(tuple(replace(group, device=replace(group.device, **{part: value})) for group in cluster.groups))
+    change: dict[str, Any] = {part: value}
+    device = replace(cluster.device, **change)
+    return Cluster(tuple(replace(group, device=device) for group in cluster.groups))

@@ -9,8 +9,8 @@ is one tie, the storage of a tied parameter another.
     (2) each source and output has one layout, tied ones alike:  sum_l y[t,l] = 1, y[t,l] = y[u,l]   `_arrive`
     (3) depth 1 starts at the layout that is produced:       c[t,1,a,b] <= produced[t,a]             `_copies`
     (4) depth d starts at a copy of depth d-1:               c[t,d,a,b] <= sum_e c[t,d-1,e,a]        `_copies`
-    (5) a layout that is read is there:                      sum_{k reads l} x[o,k] <= produced[t,l] + sum_d,a c[t,d,a,l]
-                                                             for every operand of every operator, and every output  `_reads`
+    (5) a layout that is read is there, for every reader:    sum_{k reads l} x[o,k]
+                                                                 <= produced[t,l] + sum_d,a c[t,d,a,l]   `_reads`
     (6) one reader needs no sharing: the conversion is a transport from the produced to the read layout, which
         gives a tight relaxation:  sum_b c[t,a,b] = produced[t,a],  sum_a c[t,a,b] = read[t,b]       `_transport`
 

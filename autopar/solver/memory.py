@@ -11,8 +11,8 @@ and of compute, D: data ranks, Z = D under zero 3 and 1 under zero 0 (nothing is
                `PipelineStage` holds besides: a receive buffer per micro-batch of the step for inputs, one for the
                gradients of outputs, the gradients of the inputs, and the outputs of micro-batches in flight
 * transient    the largest over blocks of what its forward or backward needs beside what is saved (`Candidate`), and
-               FSDP2's staging: gradients in compute dtype and a reduction's input, (C + M) n; under zero 3 without stages
-               also two gathered blocks, 2 C n
+               FSDP2's staging: gradients in compute dtype and a reduction's input, (C + M) n; under zero 3 without
+               stages also two gathered blocks, 2 C n
 * reserve      what the driver, the libraries and the allocator's rounding take (`Device.reserve_bytes`)
 """
 

@@ -2,8 +2,9 @@
 
 A conversion costs its collectives, and the copies that `codegen/runtime/collectives.py` makes around them:
 
-    all_gather on dim d > 0        the gathered shards are concatenated: reads and writes the whole
-    reduce_scatter on dim d > 0    the input is cut and stacked first: reads and writes the whole
+    all_gather on dim d            the gathered shards are concatenated: reads and writes the whole
+    reduce_scatter on dim d        the input is cut and stacked first: reads and writes the whole
+                                   (neither where the dims before d have size one: the shards lie in order already)
     all_to_all                     one copy of the shard before, one after
     slice                          a copy of the slice;  pad, keep: writes the whole, reads what is kept
 """
@@ -21,7 +22,17 @@ from autopar.sharding.rules import Strategy
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import LocalTensor, OpCosts
 
-_WIDTHS = {"float64": 8, "int64": 8, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
+_WIDTHS = {
+    "float64": 8,
+    "int64": 8,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 
 
 def element_bytes(dtype: str, job: Job) -> int:
@@ -105,7 +116,7 @@ class AxisPrices:
 
     def conversion(self, meta: TensorMeta, step: Step) -> Price:
         """One direct conversion of a tensor."""
-        whole = self.whole(meta).nbytes
+        whole = self.whole(meta)
         key = (whole, step)
         found = self._conversions.get(key)
         if found is None:
@@ -114,14 +125,15 @@ class AxisPrices:
             found = self._conversions[key] = Price(forward, backward, sent + returned)
         return found
 
-    def _action(self, action: str, whole: int, source: SpmdType, target: SpmdType) -> tuple[float, float]:
-        """(seconds, those in the collective) of an action on a value or gradient."""
+    def _action(self, action: str, tensor: LocalTensor, source: SpmdType, target: SpmdType) -> tuple[float, float]:
+        """(seconds, those in the collective) of an action on a value or gradient that is ``tensor`` in full."""
         if action == "none":
             return 0.0, 0.0
+        whole = tensor.nbytes
         part = whole / self.size
         copied = {
-            "all_gather": 2 * whole if source.dim > 0 else 0,
-            "reduce_scatter": 2 * whole if target.dim > 0 else 0,
+            "all_gather": 0 if _in_order(tensor, source) else 2 * whole,
+            "reduce_scatter": 0 if _in_order(tensor, target) else 2 * whole,
             "all_to_all": 4 * part,
             "all_reduce": 0,
             "slice": 2 * part,
@@ -135,10 +147,6 @@ class AxisPrices:
         return local + sent, sent
 
 
-def parameter_elements(graph: OpGraph, inputs: dict[str, SpmdType], size: int) -> int:
-    """Parameter elements one rank holds when each parameter node is stored as ``inputs`` says."""
-    total = 0
-    for node in graph.of("parameter"):
-        elements = prod(node.meta.at(1, 1))
-        total += elements // size if inputs[node.name].kind == "S" else elements
-    return total
+def _in_order(tensor: LocalTensor, split: SpmdType) -> bool:
+    """Whether the shards of a split, one after the other, are the tensor."""
+    return split.blocks == 1 and prod(tensor.shape[: split.dim]) == 1

@@ -1,7 +1,7 @@
 """Prices a finished plan anew, without the search's tables: the check that a plan costs what the search said.
 
-Walks the plan as the emitter does: decisions are checked and give layouts (`sharding.check`), layouts give local shapes,
-shapes give seconds; stages give memory and, through the simulator, the step time.
+Walks the plan as the emitter does: decisions are checked and give layouts (`sharding.check`), layouts give local
+shapes, shapes give seconds; stages give memory and, through the simulator, the step time.
 """
 
 from __future__ import annotations
@@ -64,12 +64,15 @@ def check_price(plan: Plan, model: ModelGraph) -> None:
     for what, told, found in pairs:
         if not isclose(told, found, rel_tol=TOLERANCE, abs_tol=1e-12):
             raise AutoparError(
-                f"the plan says its {what} is {told!r}, priced anew it is {found!r}: a defect of autopar, please report it"
+                f"the plan says its {what} is {told!r}, priced anew it is {found!r}: a defect of "
+                "autopar, please report it"
             )
     room = plan.cluster.device.memory_bytes
     for index, memory in enumerate(priced.memory):
         if sum(memory.values()) > room:
-            raise AutoparError(f"stage {index} of the plan needs {sum(memory.values())} bytes of {room}: a defect of autopar")
+            raise AutoparError(
+                f"stage {index} of the plan needs {sum(memory.values())} bytes of {room}: a defect of autopar"
+            )
 
 
 def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) -> Repriced:

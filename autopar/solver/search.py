@@ -1,9 +1,9 @@
 """The outer search: branch and bound over meshes, micro-batch sizes and ZeRO levels.
 
 A configuration's bound is refined in steps, each valid: (1) every operator at its fastest, conversions free; (2) the
-intra-block ILP's proved optimum; then, for configurations that were priced in full, (3) the stage ILP over the least
-seconds and the least bytes of every block kind. Configurations are taken in the order of their bounds; one whose bound is
-not below the best plan found is never priced. Pricing one in full means: the fastest sharding of every kind (and leaner
+intra-block ILP's proved optimum; then, where it matters, (3) the stage ILP over the least seconds and the least
+bytes of every block kind. Configurations are taken in the order of their bounds; one whose bound is not below the
+best plan found is never priced. Pricing one in full means: the fastest sharding of every kind (and leaner
 ones where memory makes them pay), stages by the stage ILP, seconds by the simulator.
 
 The plan's bound is the least bound of all configurations, so the gap covers the whole space: all of them, with every
@@ -115,13 +115,20 @@ def price(context: Context, config: Config, shardings: Shardings, found: Found) 
     """Price a configuration in full and keep it if it is the best so far."""
     found.priced.append(config)
     assessed = best_stages(context, config, [shardings.fastest()])
-    if assessed is None or any(cost.recompute == "full" for stage in assessed.stages for cost in stage):
+    _keep(assessed, found)
+    short = assessed is None or any(cost.again_s for stage in assessed.stages for cost in stage)
+    if short:
+        bound = max(found.bounds[config], stage_bound(context, config, shardings))
+        found.bounds[config] = bound
+        short = found.promising(bound)
+    if short:
         for answers in compatible([shardings.fastest(), *shardings.lean()]):
             if len(answers) == 1 and answers[0] is shardings.fastest():
                 continue
-            other = best_stages(context, config, answers)
-            if other is not None and (assessed is None or other.step_time < assessed.step_time):
-                assessed = other
+            _keep(best_stages(context, config, answers), found)
+
+
+def _keep(assessed: Assessment | None, found: Found) -> None:
     if assessed is not None and (found.best is None or assessed.step_time < found.best.step_time * (1 - 1e-9)):
         found.best = assessed
 
@@ -135,5 +142,8 @@ def prove(context: Context, found: Found) -> float:
         if not found.promising(bound):
             break
         shardings = known[config.tp, config.micro_batch]
-        found.bounds[config] = max(bound, stage_bound(context, config, shardings))
+        for sharp in (False, True):
+            if found.promising(bound):
+                bound = max(bound, stage_bound(context, config, shardings, sharp))
+        found.bounds[config] = bound
     return min(found.best.step_time, min(found.bounds.values()))

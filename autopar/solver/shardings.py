@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 from autopar.cluster import Cluster
@@ -77,11 +77,15 @@ class Context:
 
     def freedom(self) -> list[tuple[str, tuple[str, ...]]]:
         """For each block its kind and the recompute choices the fix leaves."""
-        found = []
+        found: list[tuple[str, tuple[str, ...]]] = []
         for index, block in enumerate(self.model.blocks):
-            fixed = self.fix.recompute_of(index, block.kind)
+            fixed = self.fix.recompute_of(index, block.kind, self.repeated(block.kind))
             found.append((block.kind, RECOMPUTE if fixed is None else (fixed,)))
         return found
+
+    def repeated(self, kind: str) -> bool:
+        """Whether blocks of the kind are the model's repeated ones (all are, if none repeats)."""
+        return self.counts[kind] > 1 or max(self.counts.values()) == 1
 
     def always_again(self) -> frozenset[str]:
         """Kinds all of whose blocks are fixed to be recomputed."""
@@ -131,7 +135,8 @@ class Shardings:
         self._fastest: Answered | None = None
         self._lean: list[Answered] | None = None
         self._total_bound: float | None = None
-        self._kind_bounds: dict[str, KindBound] = {}
+        self._kind_bounds: dict[bool, dict[str, KindBound]] = {}
+        self._least_of: dict[tuple[str, frozenset[str]], float] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
 
     def built(self, again: frozenset[str]) -> ModelProblem:
@@ -210,25 +215,48 @@ class Shardings:
             context.clock.add("saved bytes", begin)
         return self._kind_bytes
 
-    def kind_bounds(self) -> dict[str, KindBound]:
-        """Per kind, seconds that no decision can undercut: the layout at its ends is free."""
-        if not self._kind_bounds:
-            self._kind_bounds = {name: self._kind_bound(name) for name in self.context.model.kinds}
-        return self._kind_bounds
+    def kind_bounds(self, sharp: bool = False) -> dict[str, KindBound]:
+        """Per kind, seconds that no decision can undercut, whatever the layout between blocks.
 
-    def _kind_bound(self, name: str) -> KindBound:
+        ``sharp``: recomputation bounded by an ILP of its own, not by each operator's fastest forward.
+        """
+        found = self._kind_bounds.get(sharp)
+        if found is None:
+            found = self._kind_bounds[sharp] = {
+                name: self._kind_bound(name, sharp) for name in self.context.model.kinds
+            }
+        return found
+
+    def _kind_bound(self, name: str, sharp: bool) -> KindBound:
         context = self.context
         if self.size == 1:
             cost = self.fastest().costs[name][0]
             seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.elements)
             return KindBound(seconds * (1 - 1e-12), (seconds + cost.forward_s) * (1 - 1e-12))
         choices = {choice for kind, some in context.freedom() if kind == name for choice in some}
-        none = self._least(name, frozenset()) if "none" in choices else float("inf")
-        full = self._least(name, frozenset(context.model.kinds)) if "full" in choices else float("inf")
-        return KindBound(none, full)
+        if "none" not in choices:
+            return KindBound(float("inf"), self._least(name, context.always_again()))
+        none = self._least(name, frozenset())
+        if sharp and "full" in choices:
+            return KindBound(none, self._least(name, frozenset(context.model.kinds)))
+        return KindBound(none, none + self._fastest_forward(name))
+
+    def _fastest_forward(self, name: str) -> float:
+        """Each operator's fastest forward, conversions free."""
+        graph = self.context.model.kinds[name].graph
+        strategies = self.built(frozenset()).strategies
+        return sum(
+            min(
+                self.prices.operator(node, graph, strategy)[0].forward_s
+                for strategy in strategies[f"{name}/{node.name}"]
+            )
+            for node in graph.of("op")
+        )
 
     def _least(self, name: str, again: frozenset[str]) -> float:
-        """The least seconds of one kind with the layouts at its ends free."""
+        """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs)."""
+        if (name, again) in self._least_of:
+            return self._least_of[name, again]
         begin = time.perf_counter()
         prefix = f"{name}/"
         whole = self.built(again).problem
@@ -238,7 +266,7 @@ class Shardings:
             {tensor: table for tensor, table in whole.conversions.items() if tensor.startswith(prefix)},
             tuple(output for output in whole.outputs if output.tensor.startswith(prefix)),
         )
-        bound = solve(_untied(part)).bound
+        bound = self._least_of[name, again] = solve(part).bound
         self.context.clock.add("bounds", begin)
         self.context.clock.counts["intra-block ILPs"] += 1
         return bound
@@ -276,13 +304,3 @@ class Shardings:
         """The most bytes any block hands in."""
         kinds = self.context.model.kinds
         return max(boundary_bytes(kinds[k], d, self.batch, self.context.job) for k, d in decisions.items())
-
-
-def _untied(problem: Problem) -> Problem:
-    """The problem with its ends free: what ties it to other kinds can only cost seconds."""
-    return replace(
-        problem,
-        sources=tuple(replace(source, tie="") for source in problem.sources),
-        outputs=tuple(replace(output, tie="") for output in problem.outputs),
-    )
-

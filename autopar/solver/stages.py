@@ -11,8 +11,8 @@ Write x[s,r] = sum_c n[s,r,c], e[s,r] = sum_{j<=s} x[j,r], w_s = sum n·seconds,
     (5) the step takes at least:          V >= sum_{j<s} w_j + transfers + m(w_s + waits) + a_s           `_time`
             which is `bounds.pipeline_bound` with the work after the last micro-batch of each stage
 
-    minimise V; `balance` then minimises (m-1) max_s w_s + sum_s w_s + max_s a_s at nearly the same V, because V alone leaves the
-    stages that do not decide it open, and the simulator minds.
+    minimise V; `run_balanced` then minimises (m-1) max_s w_s + sum_s w_s + max_s a_s at nearly the same V, because V
+    alone leaves the stages that do not decide it open, and the simulator minds.
 
 Seconds become integers, rounded down, so that the optimum times the unit stays a valid bound.
 """
@@ -92,12 +92,21 @@ class StageAnswer:
                         yield s, r, c, count
 
 
-def stage_seconds(problem: StageProblem, counts: tuple[tuple[tuple[int, ...], ...], ...]) -> float:
+Counts = tuple[tuple[tuple[int, ...], ...], ...]
+"""Blocks by stage, run and option."""
+
+
+def _used(problem: StageProblem, stage: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, Option]]:
+    for run, counts in zip(problem.runs, stage, strict=True):
+        yield from zip(counts, run.options, strict=True)
+
+
+def stage_seconds(problem: StageProblem, counts: Counts) -> float:
     """V of constraint (5) for given counts, in exact arithmetic."""
     last = problem.stages - 1
     value = before = 0.0
     for s, stage in enumerate(counts):
-        items = [(n, o) for run, ns in zip(problem.runs, stage, strict=True) for n, o in zip(ns, run.options, strict=True)]
+        items = list(_used(problem, stage))
         work = sum(n * o.seconds for n, o in items)
         after = sum(n * o.after_s for n, o in items)
         waits = problem.transfer_s * ((s > 0) + (s < last))
@@ -107,11 +116,11 @@ def stage_seconds(problem: StageProblem, counts: tuple[tuple[tuple[int, ...], ..
     return value
 
 
-def stage_bytes(problem: StageProblem, counts: tuple[tuple[tuple[int, ...], ...], ...]) -> list[float]:
+def stage_bytes(problem: StageProblem, counts: Counts) -> list[float]:
     """Bytes of each stage as constraint (4) counts them, overhead included."""
     totals = []
     for s, stage in enumerate(counts):
-        items = [(n, o) for run, ns in zip(problem.runs, stage, strict=True) for n, o in zip(ns, run.options, strict=True)]
+        items = list(_used(problem, stage))
         held = sum(n * (o.resident + problem.in_flight(s) * o.inflight) for n, o in items)
         peak = max((o.transient for n, o in items if n), default=0.0)
         totals.append(held + peak + problem.capacity - problem.spare(s))
@@ -207,7 +216,7 @@ class _Model:
             self.after.append(after)
             before = before + work
 
-    def run(self, objective: Any, work_limit: float) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], float, str] | None:
+    def run(self, objective: Any, work_limit: float) -> tuple[Counts, float, str] | None:
         self.cp.minimize(objective)
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1

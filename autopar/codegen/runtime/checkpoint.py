@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from .launch import InputError
 from .parameters import Tied, first_names
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,12 +52,12 @@ def save(
 def resume(path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied) -> int:
     """Read parameters and optimizer state from ``path`` (a ``step_N`` folder, or the folder that holds them).
 
-    Returns the number of optimizer steps done. Raises FileNotFoundError if there is no complete checkpoint.
+    Returns the number of optimizer steps done. Raises InputError if there is no complete checkpoint.
     """
     if not (path / ".metadata").exists():
         pointer = path / "latest"
         if not pointer.exists():
-            raise FileNotFoundError(f"no complete checkpoint in {path}")
+            raise InputError(f"--resume: no complete checkpoint in {path}")
         path = path / pointer.read_text().strip()
     state = _state(stage, optimizer, tied, set())
     state["step"] = torch.tensor(0)

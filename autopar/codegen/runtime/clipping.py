@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 
 @torch.no_grad()
@@ -19,16 +19,18 @@ def clip_gradients(
 
     ``not_counted``: ids of parameters that are copies of one on another stage.
     """
-    weights = [weight for weight in parameters if weight.grad is not None]
-    # Gradients by the axes they are sharded over: a whole one must not be counted once per rank.
+    # By the axes they are sharded over: a gradient that is whole on an axis must not be counted once per rank.
+    # On local tensors: PyTorch would work out the layout of every DTensor first, which takes seconds.
+    local = {weight: weight.grad.to_local() for weight in parameters if weight.grad is not None}
     by_axes: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
-    for weight in weights:
-        gradient = weight.grad
-        if id(weight) not in not_counted and isinstance(gradient, DTensor):
-            by_axes[_sharded_axes(gradient)].append(gradient.to_local())
+    for weight, gradient in local.items():
+        if id(weight) not in not_counted:
+            by_axes[_sharded_axes(weight.grad)].append(gradient)
 
-    local = next((weight for weight in weights if isinstance(weight.grad, DTensor)), None)
-    square = torch.zeros((), device=mesh.device_type, dtype=local.dtype if local is not None else torch.float32)
+    dtype = max(
+        (gradient.dtype for gradient in local.values()), key=lambda dtype: dtype.itemsize, default=torch.float32
+    )
+    square = torch.zeros((), device=mesh.device_type, dtype=dtype)
     for axes in sorted(by_axes):
         part = get_total_norm(by_axes[axes]) ** 2
         for axis in axes:
@@ -38,7 +40,7 @@ def clip_gradients(
         dist.all_reduce(square, group=mesh["pp"].get_group())
     norm = square.sqrt()
     if max_norm is not None:
-        clip_grads_with_norm_(weights, max_norm, norm)
+        torch._foreach_mul_(list(local.values()), (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

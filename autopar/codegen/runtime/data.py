@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .launch import InputError
+
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "int32": torch.int32}
 
 
@@ -18,7 +20,7 @@ class Tokens:
     """Token ids: a file of little-endian integers (mapped, never read whole), or a folder of text, byte by byte.
 
     ``path``: a file of ``dtype`` values ("uint8" makes any text file a byte-level corpus), or a folder whose files that
-    match ``pattern`` are joined in sorted order. Raises ValueError if there is less than one sample in it.
+    match ``pattern`` are joined in sorted order. Raises InputError if there is less than one sample in it.
     """
 
     def __init__(self, path: Path, seq_len: int, vocabulary: int, dtype: str, pattern: str, seed: int) -> None:
@@ -30,16 +32,16 @@ class Tokens:
             count = path.stat().st_size // DTYPES[dtype].itemsize
             self.tokens = torch.from_file(str(path), shared=False, size=count, dtype=DTYPES[dtype])
         else:
-            raise ValueError(f"--data: {path} is neither a file nor a folder")
+            raise InputError(f"--data: {path} is neither a file nor a folder")
         self.path, self.seq_len, self.vocabulary, self.seed = path, seq_len, vocabulary, seed
         self.count = len(self.tokens) // seq_len
         if self.count == 0:
-            raise ValueError(f"--data: {path} has {len(self.tokens)} tokens, less than one sample of {seq_len}")
+            raise InputError(f"--data: {path} has {len(self.tokens)} tokens, less than one sample of {seq_len}")
 
     def samples(self, indices: list[int]) -> Tensor:
         """The samples of these indices (counted over all epochs): int64 [len(indices), seq_len].
 
-        Raises ValueError on a token id past the vocabulary.
+        Raises InputError on a token id past the vocabulary.
         """
         rows = []
         for index in indices:
@@ -48,7 +50,7 @@ class Tokens:
             rows.append(self.tokens[start : start + self.seq_len].to(torch.int64))
         ids = torch.stack(rows)
         if int(ids.max()) >= self.vocabulary or int(ids.min()) < 0:
-            raise ValueError(
+            raise InputError(
                 f"--data: {self.path} has token id {int(ids.max())}, but the model's vocabulary is {self.vocabulary}: "
                 "was the file written with another --token-dtype?"
             )

@@ -11,8 +11,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
+class InputError(ValueError):
+    """What the user gave cannot be used: train.py says so in one line and leaves with status 2."""
+
+
 def check_launch(axes: dict[str, int], devices_per_node: int, any_topology: bool = False) -> None:
-    """Leave with status 2 and one line (from rank 0) if torchrun started something else than the plan needs.
+    """Raise InputError if torchrun started something else than the plan needs.
 
     ``axes``: sizes of the mesh axes. ``any_topology``: do not insist on ``devices_per_node`` processes on each node.
     """
@@ -23,11 +27,11 @@ def check_launch(axes: dict[str, int], devices_per_node: int, any_topology: bool
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     shape = " x ".join(f"{axis}={size}" for axis, size in axes.items())
     if world != needed:
-        refuse(
+        raise InputError(
             f"this plan needs {needed} process{'es' * (needed > 1)} ({shape}), but {world} were started: use launch.sh"
         )
     if not any_topology and local != min(devices_per_node, needed):
-        refuse(
+        raise InputError(
             f"this plan was made for {devices_per_node} devices per node, but {local} processes were started on one: "
             "search again for this cluster, or pass --any-topology to run it all the same"
         )
@@ -40,7 +44,7 @@ def start(axes: dict[str, int], device_type: str, timeout_s: float | None = None
     FSDP2 replicates over "dp" and shards over "shard" when parameters are not sharded (ZeRO 0). ``device_type``: "cuda"
     or "cpu"; a machine without GPUs runs a plan made for GPUs on its CPU.
     """
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
     if device_type == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -62,9 +66,8 @@ def stop() -> None:
 
 
 def refuse(message: str) -> NoReturn:
-    """Print one line and leave with status 2. To be called by every rank; rank 0 speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)  # torchrun ends all ranks as soon as one has left: let rank 0 speak first
-    sys.exit(2)
+    """Print one line and leave with status 2. All ranks may call it for the same reason; then rank 0 speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)  # as soon as one rank has left, torchrun ends the others: rank 0 first, if it has this to say
+    print(f"train.py: {message}", file=sys.stderr, flush=True)
+    os._exit(2)  # not through the process group's shutdown, which would wait for ranks that are still working

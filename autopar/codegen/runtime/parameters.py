@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from .launch import InputError
+
 Tied = tuple[tuple[str, ...], ...]
 
 
@@ -37,7 +39,7 @@ def fill(stage: nn.Module, value_of: Callable[[str, torch.Size], Tensor], tied: 
     for name, weight in stage.named_parameters():
         whole = value_of(first.get(name, name), weight.shape)
         if whole.shape != weight.shape:
-            raise ValueError(f"{name}: the model has shape {tuple(weight.shape)}, the value {tuple(whole.shape)}")
+            raise InputError(f"{name}: the model has shape {tuple(weight.shape)}, the value {tuple(whole.shape)}")
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         local.copy_(own_slice(whole, weight))
 
@@ -61,13 +63,15 @@ def initialise(
 
 def load_weights(stage: nn.Module, path: Path, tied: Tied = ()) -> None:
     """Read the parameters of this stage from a file of ``torch.save({name: tensor})``; only what is used is read."""
+    if not path.is_file():
+        raise InputError(f"--weights: there is no file {path}")
     copy_weights(stage, torch.load(path, map_location="cpu", mmap=True, weights_only=True), tied)
 
 
 def copy_weights(stage: nn.Module, weights: Mapping[str, Tensor], tied: Tied = ()) -> None:
     """Set the parameters of this stage from whole tensors by name; a tied weight may be under any of its names.
 
-    Raises ValueError naming a weight that is missing or has another shape.
+    Raises InputError naming a weight that is missing or has another shape.
     """
     groups = {group[0]: group for group in tied}
 
@@ -75,6 +79,6 @@ def copy_weights(stage: nn.Module, weights: Mapping[str, Tensor], tied: Tied = (
         for held in groups.get(name, (name,)):
             if held in weights:
                 return weights[held]
-        raise ValueError(f"the weights have none named {name}")
+        raise InputError(f"the weights have none named {name}")
 
     fill(stage, value_of, tied)

@@ -16,8 +16,8 @@ def shard_stage(stage: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zer
     gradient reduction and optimizer state keep the dtype of the parameters.
     """
     master = next(stage.parameters()).dtype
-    # Shard over "dp", or replicate over "dp" and shard over the one rank of "shard".
-    data_mesh = mesh["dp"] if zero == 3 else mesh["dp", "shard"]
+    # Shard over "dp", or replicate over "dp" and shard over the one rank of "shard" (the same if "dp" has one rank).
+    data_mesh = mesh["dp"] if zero == 3 or mesh["dp"].size() == 1 else mesh["dp", "shard"]
     precision = MixedPrecisionPolicy(
         param_dtype=compute if compute != master else None, reduce_dtype=master, cast_forward_inputs=False
     )

@@ -1,0 +1,187 @@
+"""Cutting a model into a chain of blocks: kinds by structure, sources, constants, the round trip to JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from traced import gpt2, llama, worst_error
+
+from autopar.graph.ir import ModelGraph, Source
+from autopar.graph.serialize import model_from_json, model_to_json
+from autopar.graph.trace import trace
+
+
+def test_llama_is_prologue_layers_epilogue():
+    graph = trace(llama(4))
+    assert [(block.kind, block.path) for block in graph.blocks] == [
+        ("Prologue", ""),
+        *(("LlamaDecoderLayer", f"model.layers.{i}") for i in range(4)),
+        ("Epilogue", ""),
+    ]
+    layer = graph.blocks[2]
+    assert layer.inputs == {
+        "hidden": Source("block", block=1, index=0),
+        "cos_wide": Source("constant", key="cos_wide"),
+        "sin_wide": Source("constant", key="sin_wide"),
+    }
+    assert layer.parameters["self_attn.q_proj.weight"] == "model.layers.1.self_attn.q_proj.weight"
+    assert graph.blocks[-1].inputs["labels"] == Source("batch", key="labels")
+    assert graph.constants.outputs == ("cos_wide", "sin_wide")
+    assert [node.target for node in graph.constants.of("buffer")] == ["model.rotary_emb.inv_freq"]
+
+
+def test_learned_positions_belong_to_the_prologue():
+    graph = trace(gpt2())
+    assert graph.blocks[0].parameters.keys() == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert [node.op for node in graph.constants.of("op")] == ["aten.arange", "aten.unsqueeze"]
+
+
+def test_graphs_are_closed_and_names_unique():
+    for graph in (trace(llama()), trace(gpt2())):
+        _check(graph)
+
+
+def _check(graph: ModelGraph) -> None:
+    """Every reference resolves, every source exists and agrees with what it feeds."""
+    for operators in (*(kind.graph for kind in graph.kinds.values()), graph.constants, graph.count):
+        seen: set[str] = set()
+        for name, node in operators.nodes.items():
+            assert name == node.name
+            assert name.isidentifier()
+            assert set(node.operands()) <= seen
+            seen.add(name)
+        assert set(operators.outputs) <= seen
+    for place, block in enumerate(graph.blocks):
+        nodes = graph.kinds[block.kind].graph.nodes
+        for name, source in block.inputs.items():
+            if source.origin == "block":
+                assert source.block < place
+                producer = graph.kinds[graph.blocks[source.block].kind].graph
+                assert producer.nodes[producer.outputs[source.index]].meta == nodes[name].meta
+            elif source.origin == "batch":
+                assert graph.batch[source.key] == nodes[name].meta
+            else:
+                assert graph.constants.nodes[source.key].meta == nodes[name].meta
+        for node in nodes.values():
+            if node.kind in ("parameter", "buffer"):
+                table = graph.parameters if node.kind == "parameter" else graph.buffers
+                assert table[block.parameters[node.target]] == node.meta
+
+
+def test_round_trip_and_fingerprint():
+    graph = trace(gpt2())
+    again = model_from_json(json.loads(json.dumps(model_to_json(graph))))
+    assert again == graph
+    assert again.fingerprint() == graph.fingerprint() == trace(gpt2(device="cpu")).fingerprint()
+    assert trace(gpt2(4)).fingerprint() != graph.fingerprint()
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, width)
+        self.back = nn.Linear(width, 6)
+        self.register_buffer("scale", torch.linspace(1, 2, 6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.back(F.relu(self.linear(x))) * (self.scale + 1)
+
+
+class Net(nn.Module):
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 6)
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("table", torch.arange(6.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        first = x
+        for layer in self.layers:
+            x = layer(x) + self.table
+        return x + first
+
+
+def square(y: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return y.square().mean()
+
+
+def traced(layers: list[nn.Module], cls: type[nn.Module] = Net) -> ModelGraph:
+    torch.manual_seed(0)
+    model = cls(layers).double()
+    graph = trace(model, inputs={"x": torch.zeros(6)}, loss=square)
+    _check(graph)
+    batch = {"x": torch.randn(3, 6, dtype=torch.float64)}
+    assert worst_error(graph, model, batch, square(model(**batch), batch)) < 1e-10
+    return graph
+
+
+def test_layers_of_two_widths_are_two_kinds():
+    graph = traced([Layer(4), Layer(4), Layer(8), Layer(4)])
+    assert [block.kind for block in graph.blocks][1:-2] == ["Layer", "Layer", "Layer2"]
+
+
+def test_what_runs_between_layers_belongs_to_the_layer_before():
+    graph = traced([Layer(), Layer(), Layer()])
+    assert [block.kind for block in graph.blocks] == ["Prologue", "Layer", "Layer", "Layer2", "Epilogue"]
+    kinds = {name: [node.op for node in kind.graph.of("op")] for name, kind in graph.kinds.items()}
+    assert kinds["Layer"] == [*kinds["Layer2"], "aten.add"]
+
+
+def test_edges_over_blocks_are_sources():
+    graph = traced([Layer(), Layer()])
+    assert Source("block", block=0, index=0) in graph.blocks[-1].inputs.values()
+
+
+def test_buffers_of_layers_stay_with_them_and_shared_ones_are_constants():
+    graph = traced([Layer(), Layer(), Layer()])
+    assert graph.blocks[2].parameters["scale"] == "layers.1.scale"
+    assert graph.buffers.keys() == {f"layers.{i}.scale" for i in range(3)} | {"table"}
+    assert graph.buffer_values["table"] == tuple(range(6))
+    assert any(source == Source("constant", key="table") for source in graph.blocks[1].inputs.values())
+
+
+class Shared(Net):
+    """One layer, run three times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for _ in range(3):
+            x = self.layers[0](x)
+        return self.layers[1](x)
+
+
+def test_a_layer_called_again_is_a_block_each_time():
+    graph = traced([Layer(), Layer()], Shared)
+    assert [block.path for block in graph.blocks] == ["", "layers.0", "layers.0", "layers.0", "layers.1", ""]
+    assert {block.kind for block in graph.blocks[1:5]} == {"Layer"}
+    assert len(graph.parameters) == 2 + 2 * 4
+
+
+class Nested(nn.Module):
+    """Stages that differ, of blocks that do not."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Sequential(Layer(4), Layer(4)), nn.Sequential(Layer(8), Layer(8), Layer(8))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def test_repeated_layers_are_found_inside_stages():
+    graph = traced([], Nested)
+    paths = [block.path for block in graph.blocks]
+    assert paths == [*(f"stages.0.{i}" for i in range(2)), *(f"stages.1.{i}" for i in range(3)), ""]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_repetition_is_one_block(count):
+    graph = traced([Layer() for _ in range(count)])
+    assert [block.kind for block in graph.blocks] == ["Model"]

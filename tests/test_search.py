@@ -1,0 +1,209 @@
+"""The whole search: what it finds unaided, what fixing means, bounds that hold, answers when nothing fits."""
+
+import dataclasses
+
+import pytest
+from dense_decoder import decoder, llama3_8b
+
+from autopar.cluster import Cluster
+from autopar.errors import BadInputError, InfeasibleError
+from autopar.job import Job
+from autopar.models import model_graph
+from autopar.plan import Plan
+from autopar.sharding.check import check_decision
+from autopar.sharding.layout import I, S
+from autopar.solver.evaluate import best_stages, quick_bound, stage_bound
+from autopar.solver.fix import Fix, parse_fix
+from autopar.solver.search import search
+from autopar.solver.shardings import Context, Shardings
+from autopar.solver.space import configs
+
+JOB = Job(global_batch=16, seq_len=64, dtype="bf16")
+CLUSTER = Cluster.parse("2x4:h100")
+
+
+@pytest.fixture(scope="module")
+def small() -> Plan:
+    return search(decoder(4), JOB, CLUSTER)
+
+
+def with_memory(cluster: Cluster, nbytes: int) -> Cluster:
+    device = dataclasses.replace(cluster.device, memory_bytes=nbytes, reserve_bytes=nbytes // 20)
+    return Cluster(tuple(dataclasses.replace(group, device=device) for group in cluster.groups))
+
+
+def fastest(model, size, seq, batch=1):
+    context = Context.of(model, Job(512, seq), Cluster.parse("8x8:h100"), Fix())
+    return Shardings(context, size, batch).fastest()
+
+
+def test_finds_megatron_with_sequence_parallelism_unaided():
+    """One 8-way axis, Llama-3 8B: column then row, norms on the split sequence, invariant norm weights."""
+    model = model_graph("llama3-8b")
+    answer = fastest(model, 8, 4096)
+    layer = answer.costs["LlamaDecoderLayer"][0].decision
+    used = {name: choice["tp"] for name, choice in layer.strategies.items()}
+    graph = model.kinds["LlamaDecoderLayer"].graph
+    linear = {node.args[1].name: used[node.name] for node in graph.of("op") if node.op == "aten.linear"}
+    assert linear == {
+        "q_proj_weight": "n",
+        "k_proj_weight": "n",
+        "v_proj_weight": "n",
+        "o_proj_weight": "k",
+        "gate_proj_weight": "n",
+        "up_proj_weight": "n",
+        "down_proj_weight": "k",
+    }
+    assert used["attention"] == "h"
+    assert {used[name] for name in used if "layernorm" in name or "residual" in name} == {"s"}
+    stored = {name: str(layout) for name, layout in layer.inputs.items()}
+    assert stored["hidden"] == "tp:S(1)"
+    assert stored["input_layernorm_weight"] == stored["post_attention_layernorm_weight"] == "tp:I"
+    assert stored["q_proj_weight"] == stored["gate_proj_weight"] == "tp:S(0)"
+    assert stored["o_proj_weight"] == stored["down_proj_weight"] == "tp:S(1)"
+    moves = [f"{c.tensor}: {c.source} -> {c.target}" for c in layer.conversions if c.tensor in ("o_proj", "down_proj")]
+    assert moves == ["o_proj: tp:P -> tp:S(1)", "down_proj: tp:P -> tp:S(1)"]
+    last = answer.costs["Epilogue"][0].decision
+    assert last.strategies["loss"] == {"tp": "v"}
+    assert last.strategies["lm_head"] == {"tp": "n"}
+    for kind, (cost, _) in answer.costs.items():
+        check_decision(model.kinds[kind], cost.decision, 1, 4096)
+
+
+def test_tied_embeddings_are_stored_alike():
+    model = decoder(4, tied=True)
+    costs = fastest(model, 4, 256).costs
+    assert costs["Prologue"][0].decision.inputs["table"] == costs["Epilogue"][0].decision.inputs["head"]
+
+
+def test_plan_is_whole(small):
+    assert Plan.from_json(small.to_json()) == small
+    assert small.mesh.size == 8
+    assert small.bound <= small.predicted.step_time
+    assert small.gap == pytest.approx((small.predicted.step_time - small.bound) / small.bound)
+    assert sum(small.predicted.breakdown.values()) == pytest.approx(small.predicted.step_time)
+    low, high = small.predicted.interval
+    assert low < small.predicted.step_time < high
+    assert small.stages[-1].runs[-1].stop == 6
+    assert 0 < small.predicted.mfu < 1
+    assert {"search", "intra-block ILP", "reprice"} <= set(small.seconds)
+    assert small.searched["configurations"] >= small.searched["priced"] > 0
+
+
+def test_same_inputs_same_plan(small):
+    search(decoder(2), Job(8, 32), Cluster.parse("1x2:h100"))
+    again = search(decoder(4), JOB, CLUSTER)
+    strip = {"seconds": {}}
+    assert dataclasses.replace(again, **strip) == dataclasses.replace(small, **strip)
+
+
+@pytest.mark.parametrize(
+    "fix",
+    [
+        {"dp": 8, "zero": 0},
+        {"dp": 8, "zero": 3},
+        {"fsdp": 8},
+        {"tp": 4, "pp": 1},
+        {"tp": 4, "sp": True},
+        {"tp": 4, "sp": False, "dp": 2},
+        {"pp": 2, "dp": 2, "micro_batch": 2},
+        {"pp": 4, "recompute": "full"},
+        {"pp": 2, "tp": 2, "recompute": "Layer:full"},
+        {"mesh": "pp=2,dp=2,tp=2", "zero": 3, "schedule": "1f1b"},
+    ],
+)
+def test_what_is_fixed_holds_and_is_no_faster(small, fix):
+    plan = search(decoder(4), JOB, CLUSTER, fix)
+    wanted = parse_fix(fix)
+    for axis in ("pp", "dp", "tp"):
+        if getattr(wanted, axis) is not None:
+            assert getattr(plan.mesh, axis) == getattr(wanted, axis)
+    if wanted.micro_batch is not None:
+        assert plan.micro_batch == wanted.micro_batch
+    if wanted.zero is not None or wanted.fsdp is not None:
+        assert plan.zero == (3 if wanted.zero == 3 or wanted.fsdp == 8 else 0)
+    for block, kind in enumerate(block.kind for block in decoder(4).blocks):
+        choice = wanted.recompute_of(block, kind, repeated=kind == "Layer")
+        assert choice is None or plan.candidate_of(block).recompute == choice
+    hidden = plan.candidate_of(1).decision.inputs["x"]["tp"]
+    if wanted.sp is not None:
+        assert hidden == (S(1) if wanted.sp else I)
+    if wanted.tp is not None and wanted.tp > 1:
+        strategies = plan.candidate_of(1).decision.strategies
+        assert all(strategies[name]["tp"] in ("n", "k") for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    assert plan.predicted.step_time >= small.predicted.step_time * (1 - 1e-9)
+    assert small.bound <= plan.predicted.step_time
+    assert plan.fixed == wanted.given()
+
+
+def test_bounds_hold_for_every_configuration():
+    """No configuration can be priced below any of its bounds, with much and with little memory."""
+    model, job = decoder(3), Job(8, 64)
+    for nbytes in (80 * 2**30, 12 * 2**20):
+        cluster = with_memory(Cluster.parse("1x4:h100"), nbytes)
+        context = Context.of(model, job, cluster, Fix())
+        known: dict[tuple[int, int], Shardings] = {}
+        fitted = 0
+        for config in configs(model, job, cluster, Fix()):
+            key = (config.tp, config.micro_batch)
+            shardings = known.setdefault(key, Shardings(context, *key))
+            assessed = best_stages(context, config, [shardings.fastest()])
+            if assessed is None:
+                continue
+            fitted += 1
+            cheap = quick_bound(context, config, shardings.cheap_bound())
+            sharp = quick_bound(context, config, shardings.bound())
+            assert cheap <= sharp * (1 + 1e-9)
+            assert sharp <= assessed.step_time
+            for closer in (False, True):
+                assert stage_bound(context, config, shardings, closer) <= assessed.step_time
+            assert all(sum(memory.values()) <= nbytes for memory in assessed.memory)
+        assert fitted > 3
+
+
+def test_little_memory_makes_it_recompute_or_split():
+    model, job = decoder(4, hidden=256, ffn=1024), Job(8, 1024)
+    free = search(model, job, Cluster.parse("1x2:h100"), {"micro_batch": 4})
+    need = max(stage.total_bytes for stage in free.stages) - free.stages[0].memory["reserve"]
+    tight = search(model, job, with_memory(Cluster.parse("1x2:h100"), int(need * 0.8)), {"micro_batch": 4})
+    assert max(stage.total_bytes for stage in tight.stages) <= int(need * 0.8)
+    assert tight.predicted.step_time > free.predicted.step_time
+    assert tight.bound <= tight.predicted.step_time
+
+
+def test_nothing_fits_and_says_what_would():
+    model, job = decoder(4, hidden=256, ffn=1024), Job(8, 1024)
+    need = max(s.total_bytes for s in search(model, job, Cluster.parse("1x2:h100"), {"micro_batch": 4}).stages)
+    cluster = with_memory(Cluster.parse("1x2:h100"), (need - 4 * 2**30) // 2)
+    with pytest.raises(InfeasibleError, match=r"stage \d of \d needs [\d,]+ bytes per device, [\d,]+ bytes") as error:
+        search(model, job, cluster, {"dp": 2, "zero": 0, "micro_batch": 4, "recompute": "none"})
+    assert "It would fit with" in str(error.value)
+    with pytest.raises(InfeasibleError, match=r"smallest cluster of these nodes|No number of these devices"):
+        search(model, job, with_memory(cluster, 2**22))
+
+
+@pytest.mark.parametrize(
+    ("fix", "batch", "message"),
+    [
+        ({"dp": 8}, 12, "global_batch 12 does not divide by dp=8"),
+        ({"dp": 8, "micro_batch": 4}, 16, "micro_batch=4 does not divide"),
+        ({"pp": 4, "dp": 2, "micro_batch": 8}, 16, "1F1B needs at least pp"),
+        ({"fsdp": 3}, 16, "fsdp=3 is not the number of data ranks"),
+        ({"tp": 16}, 16, "makes 16 ranks, but the cluster has 8 devices"),
+    ],
+)
+def test_contradictions_are_named(fix, batch, message):
+    with pytest.raises(BadInputError, match=message):
+        search(decoder(4), Job(batch, 64), CLUSTER, fix)
+
+
+def test_sequences_longer_than_the_model_takes_are_refused():
+    model = dataclasses.replace(decoder(2), max_seq=32)
+    with pytest.raises(BadInputError, match="seq_len 64 is longer than decoder takes"):
+        search(model, JOB, CLUSTER)
+
+
+def test_fast_links_favour_sharded_data_parallelism_for_8b():
+    plan = search(llama3_8b(), Job(64, 4096), Cluster.parse("1x8:h100"))
+    assert (plan.mesh.dp, plan.zero) == (8, 3)
+    assert plan.gap < 0.05

@@ -1,0 +1,76 @@
+"""The emitted module under the type checker of `spmd_types`, global mode, 8 and 64 ranks."""
+
+from __future__ import annotations
+
+import pytest
+from hand_plans import gpt2, graph_of, llama, megatron, plan_of, whole
+
+from autopar.cluster import Cluster
+from autopar.codegen.emit_block import FUNCTIONS
+from autopar.codegen.emit_module import module_source
+from autopar.codegen.runtime import collectives
+from autopar.codegen.typecheck import TWINS, typecheck
+from autopar.errors import BadInputError, VerificationError
+from autopar.job import Job
+from autopar.plan import Mesh, Plan
+from autopar.solver.search import search
+
+GRAPHS = {"llama": graph_of(llama(2)), "gpt2": graph_of(gpt2(2))}
+
+
+def plan(model: str, name: str) -> Plan:
+    graph = GRAPHS[model]
+    if name == "dp":
+        return plan_of(graph, whole(graph), Mesh(dp=4))
+    if name.startswith("tp4"):
+        return plan_of(graph, megatron(graph, 4, "sp" in name), Mesh(tp=4))
+    return plan_of(graph, megatron(graph, 2, True), Mesh(pp=2, tp=2), bounds=(2,), recompute="full")
+
+
+def test_every_collective_has_a_twin() -> None:
+    assert set(TWINS) == set(FUNCTIONS.values())
+    assert all(callable(getattr(collectives, name)) for name in TWINS)
+
+
+@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("name", ["dp", "tp4", "tp4 sp", "pp2 tp2 full"])
+@pytest.mark.parametrize("model", GRAPHS)
+def test_emitted_modules_type_check(model: str, name: str, ranks: int) -> None:
+    typecheck(plan(model, name), GRAPHS[model], ranks)
+
+
+@pytest.mark.parametrize("model", GRAPHS)
+@pytest.mark.parametrize("fix", [{"tp": 4}, {"tp": 2, "dp": 2}], ids=str)
+def test_plans_of_the_search_type_check(model: str, fix: dict[str, object]) -> None:
+    found = search(GRAPHS[model], Job(8, 32), Cluster.parse("1x4:h100"), fix)
+    for ranks in (8, 64):
+        typecheck(found, GRAPHS[model], ranks)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("reduce_scatter(o, self.tp, 1)", "shard(o, self.tp, 1)"),
+        ("reduce_scatter(o, self.tp, 1)", "reduce_scatter(o, self.tp, 2)"),
+        ("reduce_scatter(down, self.tp, 1)", "all_reduce_invariant(down, self.tp)"),
+        ("all_gather(normed, self.tp, 1)", "all_gather_invariant(normed, self.tp, 1)"),
+        ("all_gather(normed, self.tp, 1)", "normed"),
+        ("replicate(self.input_layernorm.weight.to_local(), self.tp)", "self.input_layernorm.weight.to_local()"),
+        ("o_proj=Weights(weight=new.split(1,", "o_proj=Weights(weight=new.split(0,"),
+        ("return vocab_cross_entropy(", "return 2 * all_reduce_invariant("),
+    ],
+)
+def test_a_wrong_collective_is_caught(old: str, new: str) -> None:
+    chosen = plan("llama", "tp4 sp")
+    source = module_source(chosen, GRAPHS["llama"])
+    assert old in source
+    names = "import all_gather, all_gather_invariant, all_reduce_invariant, shard,"
+    wrong = source.replace(old, new, 1).replace("import all_gather,", names)
+    with pytest.raises((VerificationError, TypeError)):
+        typecheck(chosen, GRAPHS["llama"], 8, wrong)
+    typecheck(chosen, GRAPHS["llama"], 8, source)
+
+
+def test_ranks_that_the_axes_do_not_divide_are_refused() -> None:
+    with pytest.raises(BadInputError, match="multiple"):
+        typecheck(plan("llama", "tp4"), GRAPHS["llama"], 6)
