@@ -1,4 +1,4 @@
-# make demo | test | check | proof: each makes .venv from the pinned constraints.txt first, once.
+# make demo | test | check | proof | readme: each makes .venv from the pinned constraints.txt first, once.
 PYTHON := $(firstword $(foreach python,$(PYTHON) python3 python3.13 python3.12 python3.11,\
 	$(shell $(python) -c 'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
 BIN := .venv/bin
@@ -7,7 +7,7 @@ CODE := autopar tests examples benchmarks
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check proof clean
+.PHONY: demo test check proof readme clean
 
 demo: $(READY)
 	$(BIN)/autopar search llama3-8b --cluster 8x8:h100 --global-batch 512 --seq-len 8192
@@ -24,6 +24,9 @@ check: $(READY)
 
 proof: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+readme: $(READY)
+	$(BIN)/python examples/refresh_readme.py
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "autopar needs Python 3.11 or newer; name it with PYTHON=..." >&2; exit 2; }

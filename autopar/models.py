@@ -134,7 +134,7 @@ def _from_config(config: Mapping[str, Any], spec: str) -> nn.Module:
             if names and hasattr(transformers, names[0]):
                 return getattr(transformers, names[0])(built)  # type: ignore[no-any-return]
             return transformers.AutoModelForCausalLM.from_config(built)  # type: ignore[no-any-return, no-untyped-call]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # transformers and its validators raise many kinds
             raise BadInputError(f"transformers cannot build {spec!r}: {error}") from error
 
 

@@ -90,13 +90,15 @@ def train_single(model: LlamaForCausalLM, folder: Path, corpus: Path, steps: int
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--fix", action="append", default=[], help="part of the plan, as in --fix tp=2 --fix pp=2")
     parser.add_argument("--out", type=Path, help="where to leave the emitted folder (default: a temporary place)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="autopar-demo-") as temporary:
         folder = args.out or Path(temporary) / "out"
         model = small_llama()
         begin = time.perf_counter()
-        plan = autopar.search(model, JOB, autopar.Cluster.parse(CLUSTER))
+        fix = dict(item.partition("=")[::2] for item in args.fix)
+        plan = autopar.search(model, JOB, autopar.Cluster.parse(CLUSTER), fix=fix)
         print(plan)
         print(f"searched in {time.perf_counter() - begin:.1f} s")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -200,7 +201,7 @@ def plan_of(
     }
     edges = (0, *bounds, len(model.blocks))
     stages = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         runs = tuple(Run(i, i + 1, model.blocks[i].kind) for i in range(start, stop))
         stages.append(Stage(runs, 0.0, 0.0, 0.0, {}))
     return Plan(

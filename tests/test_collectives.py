@@ -1,4 +1,4 @@
-"""The emitted folder's collectives: each conversion and its backward keep the tensor whole, on simulated and real ranks."""
+"""The emitted folder's collectives: each conversion keeps the tensor, its backward the gradient, on any ranks."""
 
 from __future__ import annotations
 

@@ -128,9 +128,7 @@ def test_one_kind_under_two_decisions_becomes_two_classes() -> None:
     assert changed[target] == last.decision.strategies[target]
     candidates = {**base.candidates, "other": dataclasses.replace(first, name="other", recompute="full")}
     runs = tuple(dataclasses.replace(r, candidate="other") if r.start == 2 else r for r in base.stages[0].runs)
-    mixed = dataclasses.replace(
-        base, candidates=candidates, stages=(dataclasses.replace(base.stages[0], runs=runs),)
-    )
+    mixed = dataclasses.replace(base, candidates=candidates, stages=(dataclasses.replace(base.stages[0], runs=runs),))
     text = module_source(mixed, graph)
     # Recomputation alone needs no second class, but a choice for each block.
     assert text.count("(nn.Module):") == 2
@@ -144,7 +142,7 @@ def test_one_kind_under_two_decisions_becomes_two_classes() -> None:
 def test_buffers_are_written_as_their_formula_or_as_literals() -> None:
     graph = GRAPHS["llama"]
     assert "1.0 / 10000.0 ** (torch.arange(0, 8, 2" in module_source(plan(graph, "dp4"), graph)
-    other = dataclasses.replace(graph, buffer_values={name: (1.0, 0.3, 0.2, 0.1) for name in graph.buffers})
+    other = dataclasses.replace(graph, buffer_values=dict.fromkeys(graph.buffers, (1.0, 0.3, 0.2, 0.1)))
     assert "(1.0, 0.3, 0.2, 0.1)" in module_source(plan(graph, "dp4"), other)
     unknown = dataclasses.replace(graph, buffer_values={})
     with pytest.raises(UnsupportedError, match="inv_freq"):
@@ -185,7 +183,9 @@ def test_blocks_compile_without_graph_breaks(model: str, name: str) -> None:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("model", "name"), [("llama", "tp4 sp"), ("llama", "tp4"), ("gpt2", "tp4 sp"), ("llama", "dp4")])
+@pytest.mark.parametrize(
+    ("model", "name"), [("llama", "tp4 sp"), ("llama", "tp4"), ("gpt2", "tp4 sp"), ("llama", "dp4")]
+)
 def test_an_emitted_block_saves_for_backward_what_the_search_counts(model: str, name: str) -> None:
     graph = GRAPHS[model]
     chosen = plan(graph, name, dtype="bf16")

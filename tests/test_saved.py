@@ -53,7 +53,7 @@ def test_nothing_is_saved_for_inputs_without_gradient():
 def test_arguments_that_share_storage():
     base = torch.empty(4, 6, requires_grad=True)
     records = saved_for_backward(lambda x, y: x * y, (base, base.detach()[1:3].repeat(2, 1)))
-    assert [record.argument for record in records] == [1, 0] or [record.argument for record in records] == [0, 1]
+    assert [record.argument for record in records] == [1]
     (record,) = saved_for_backward(lambda x, y: (x[1:3] * y).sum(), (base, base.detach()[1:3]))
     assert (record.argument, record.bytes) == (0, 4 * 6 * 4)
 
@@ -66,12 +66,12 @@ def test_attention_keeps_what_flash_attention_keeps():
     records = saved_for_backward(attend, arguments)
     assert sorted(record.bytes for record in records if not record.is_input) == [B * 4 * S * 4, B * 4 * S * 8 * 2]
     assert {record.argument for record in records} == {0, 1, 2, None}
-    assert saved_bytes(records) < saved_bytes(saved_for_backward(attend, arguments, fused=False))
 
 
 def test_norm_and_dropout_keep_statistics_and_mask():
-    norm = saved_for_backward(lambda x, w: F.rms_norm(x, (H,), w), (bf16(B, S, H), bf16(H)))
-    assert saved_bytes(norm) == B * S * 4
+    arguments = (bf16(B, S, H), bf16(H))
+    assert saved_bytes(saved_for_backward(lambda x, w: F.rms_norm(x, (H,), w), arguments)) == B * S * 4
+    assert saved_bytes(saved_for_backward(lambda x, w: F.rms_norm(x, (H,), w), arguments, fused=False)) > B * S * 4
     assert saved_bytes(saved_for_backward(lambda x: F.dropout(x, 0.1), (bf16(B, S, H),))) == B * S * H
     assert saved_for_backward(lambda x: F.dropout(x, 0.0), (bf16(B, S, H),)) == []
 

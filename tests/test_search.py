@@ -197,6 +197,14 @@ def test_contradictions_are_named(fix, batch, message):
         search(decoder(4), Job(batch, 64), CLUSTER, fix)
 
 
+def test_a_model_axis_that_splits_nothing_is_refused():
+    cluster = Cluster.parse("1x3:h100")
+    with pytest.raises(BadInputError, match="tp=3 divides no feature dimension"):
+        search(decoder(2), Job(3, 63), cluster, {"tp": 3})
+    with pytest.raises(BadInputError, match="sp=true splits sequences over tp=4, but seq_len 63"):
+        search(decoder(2), Job(4, 63), CLUSTER, {"tp": 4, "sp": True})
+
+
 def test_sequences_longer_than_the_model_takes_are_refused():
     model = dataclasses.replace(decoder(2), max_seq=32)
     with pytest.raises(BadInputError, match="seq_len 64 is longer than decoder takes"):

@@ -32,12 +32,12 @@ for first, second in ((Shard(0), Shard(0)), (Shard(0), Shard(1)), (Replicate(), 
     assert torch.equal(stage.get_parameter(name).full_tensor(), value)
 
     gradients = [value * 0.5, value.flip(0) ** 2]
+    total = gradients[0] + gradients[1]
     copy = stage.get_parameter(name)
     copy.grad = distribute_tensor(gradients[pp], tp, copy.placements)
     stage.own.grad = distribute_tensor(torch.full((3,), 1.0 + pp, dtype=torch.float64), tp, [Replicate()])
     tied = TiedWeights(stage, TIED, mesh)
     tied.add_gradients()
-    total = gradients[0] + gradients[1]
     assert torch.equal(copy.grad.full_tensor(), total)
     assert tied.not_counted == ({id(copy)} if pp == 1 else set())
 

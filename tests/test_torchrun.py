@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,8 +56,38 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model(**batch).loss  # type: ignore[no-any-return]
 
 
+BROKEN = {
+    # Gradients of norm weights that sequence-split ranks share are left unsummed.
+    "llama tp4 sp": (
+        "runtime/collectives.py",
+        "return _reduced(gradient, ctx.axis), None\n\n\nclass _Shard(",
+        "return gradient, None\n\n\nclass _Shard(",
+    ),
+    # FSDP2's own factor instead of one division by all tokens.
+    "llama dp4": ("runtime/sharding.py", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)"),
+    # Each stage keeps the gradient of its own copy of the tied embedding.
+    "gpt2 pp4": ("runtime/step.py", "self.tied.add_gradients()", "pass"),
+}
+"""Mistakes that the proof has to notice: in which emitted file, what is replaced by what."""
+
+
+def break_cases(folder: Path) -> None:
+    """Add a copy of some cases with a mistake in each."""
+    cases = json.loads((folder / "cases.json").read_text())
+    for case in list(cases):
+        if case["name"] in BROKEN and case["dtype"] == "fp64":
+            file, old, new = BROKEN[case["name"]]
+            broken = {**case, "name": f"broken {case['name']}", "folder": f"broken_{case['folder']}"}
+            shutil.copytree(folder / case["folder"], folder / broken["folder"])
+            source = (folder / broken["folder"] / file).read_text()
+            assert source.count(old) == 1
+            (folder / broken["folder"] / file).write_text(source.replace(old, new))
+            cases.append(broken)
+    (folder / "cases.json").write_text(json.dumps(cases))
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[prove.Measured]:
+def everything(tmp_path_factory: pytest.TempPathFactory) -> list[prove.Measured]:
     folder = tmp_path_factory.mktemp("proof")
     cluster = autopar.Cluster.parse("1x4:cpu")
     job = autopar.Job(global_batch=SAMPLES, seq_len=SEQ, dtype="fp32")
@@ -68,9 +100,24 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[prove.Measured]:
             reference = prove.one_device(wide, batches(), loss_of, steps=dtype == "fp64")
             cases = {key: prove.with_dtype(plan, dtype) for key, plan in plans.items()}
             prove.prepare(folder, cases, graph, weights, reference)
+    break_cases(folder)
     rows = prove.prove(folder, ranks=4, timeout_s=400)
     print("\n" + prove.table(rows))
     return rows
+
+
+@pytest.fixture
+def measured(everything: list[prove.Measured]) -> list[prove.Measured]:
+    return [row for row in everything if not row.name.startswith("broken")]
+
+
+def test_mistakes_are_noticed(everything: list[prove.Measured]) -> None:
+    broken = {row.name.removeprefix("broken "): row for row in everything if row.name.startswith("broken")}
+    assert set(broken) == set(BROKEN)
+    assert all(row.failures() for row in broken.values())
+    assert "norm" in broken["llama tp4 sp"].worst_gradient
+    assert broken["gpt2 pp4"].worst_gradient == "transformer.wte.weight"
+    assert broken["llama dp4"].gradient > 0.1
 
 
 def test_every_forced_plan_was_measured(measured: list[prove.Measured]) -> None:

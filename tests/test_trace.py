@@ -67,6 +67,36 @@ def test_frozen_parameters_have_no_gradient():
     assert graph.parameters["lm_head.weight"].requires_grad
 
 
+def test_unused_parameters_are_left_out_with_a_note():
+    model = Tiny()
+    model.unused = nn.Linear(3, 3)
+    graph = trace(model, inputs=SAMPLE)
+    assert not any(name.startswith("unused") for name in graph.parameters)
+    assert graph.notes == ("2 parameters take no part in the loss and are left out: unused.weight, unused.bias",)
+
+
+class Sinusoids(nn.Module):
+    """Adds a float32 table to its activations, as position encodings often are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 6)
+        self.leave = nn.Linear(6, 6)
+        self.register_buffer("table", torch.arange(6.0).sin())
+        self.register_buffer("widened", torch.arange(6.0).cos())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.enter(x) + self.table) * self.widened.float().to(x.dtype)
+
+
+def test_buffers_are_wide_only_where_the_model_widens_them():
+    graph = trace(Sinusoids(), inputs={"x": torch.zeros(6)}, loss=lambda y, batch: y.square().mean())
+    assert {name: meta.dtype for name, meta in graph.buffers.items()} == {"table": "compute", "widened": "float32"}
+    assert graph.buffer_values["widened"] == tuple(torch.arange(6.0).cos().tolist())
+    dtypes = {node.meta.dtype for node in graph.kinds["Model"].graph.of("op") if node.op != "aten.mean"}
+    assert "float32" not in dtypes
+
+
 def test_batch_is_symbolic():
     graph = trace(llama())
     assert {key: meta.shape for key, meta in graph.batch.items()} == {

@@ -57,7 +57,6 @@ def test_plans_of_the_search_type_check(model: str, fix: dict[str, object]) -> N
         ("all_gather(normed, self.tp, 1)", "normed"),
         ("replicate(self.input_layernorm.weight.to_local(), self.tp)", "self.input_layernorm.weight.to_local()"),
         ("o_proj=Weights(weight=new.split(1,", "o_proj=Weights(weight=new.split(0,"),
-        ("return vocab_cross_entropy(", "return 2 * all_reduce_invariant("),
     ],
 )
 def test_a_wrong_collective_is_caught(old: str, new: str) -> None:
@@ -66,7 +65,7 @@ def test_a_wrong_collective_is_caught(old: str, new: str) -> None:
     assert old in source
     names = "import all_gather, all_gather_invariant, all_reduce_invariant, shard,"
     wrong = source.replace(old, new, 1).replace("import all_gather,", names)
-    with pytest.raises((VerificationError, TypeError)):
+    with pytest.raises(VerificationError, match="does not type-check"):
         typecheck(chosen, GRAPHS["llama"], 8, wrong)
     typecheck(chosen, GRAPHS["llama"], 8, source)
 

@@ -29,8 +29,8 @@ def buffer_expr(name: str, meta: TensorMeta, values: tuple[float, ...] | None, d
         return Binary("/", literal(1.0), Binary("**", literal(theta), exponent))
     if len(values) > _MOST_LITERAL:
         raise UnsupportedError(
-            f"buffer {name} of {len(values)} values has no formula that autopar knows; compute it in forward, or make it "
-            "a parameter"
+            f"buffer {name} of {len(values)} values has no formula that autopar knows; compute it in forward, or make "
+            "it a parameter"
         )
     if len(set(values)) == 1 and len(values) > 1:
         filled = literal(values[0] if floating else int(values[0]))

@@ -10,13 +10,13 @@ from autopar.codegen.expressions import Site, Sizes, render
 from autopar.codegen.source import Binary, Call, Expr, Method, Text, Value, literal, values_in
 from autopar.codegen.statements import Program, Step
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import COMPUTE, Node, OpGraph, Ref, map_refs
+from autopar.graph.ir import COMPUTE, Node, OpGraph, Ref
 from autopar.graph.size import BATCH, SEQ, Size
 from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step as Conversion
 from autopar.sharding.conversions import path, same
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.layout import Layout, SpmdType
+from autopar.sharding.layout import Layout
 from autopar.sharding.local import produced_layouts
 
 FUNCTIONS = {
@@ -36,8 +36,12 @@ FUNCTIONS = {
 """The function of `runtime/collectives.py` for each pair of types."""
 
 _VARIANTS = {"aten.embedding": "vocab_embedding", "autopar.cross_entropy": "vocab_cross_entropy"}
-_ELEMENTWISE = "add sub mul div neg silu gelu relu tanh sigmoid pow rsqrt mean sum softmax eq ne lt gt le ge where cos sin"
-_SHAPE = "unflatten flatten reshape view transpose t permute unsqueeze squeeze expand slice select contiguous cast detach"
+_ELEMENTWISE = (
+    "add sub mul div neg silu gelu relu tanh sigmoid pow rsqrt mean sum softmax eq ne lt gt le ge where cos sin"
+)
+_SHAPE = (
+    "unflatten flatten reshape view transpose t permute unsqueeze squeeze expand slice select contiguous cast detach"
+)
 _GROUPS = dict.fromkeys(_ELEMENTWISE.split(), "elementwise") | dict.fromkeys(_SHAPE.split(), "shape")
 
 
@@ -113,9 +117,11 @@ class Body:
         operands = node.operands()
         needs, output, variant = [Layout()] * len(operands), Layout(), ""
         if self.decision is not None and self.setting.axes:
-            choice = {axis: s for axis, s in chosen(node, self.graph, self.decision).items() if axis in self.setting.axes}
-            needs, output = (list(produced_layouts(node, choice)[0]), produced_layouts(node, choice)[1])
-            variant = next((f"{axis}" for axis, strategy in choice.items() if strategy.variant), "")
+            strategies = chosen(node, self.graph, self.decision)
+            choice = {axis: strategy for axis, strategy in strategies.items() if axis in self.setting.axes}
+            read_as, output = produced_layouts(node, choice)
+            needs = list(read_as)
+            variant = next((axis for axis, strategy in choice.items() if strategy.variant), "")
         read = iter([Value(self._materialise(name, need)) for name, need in zip(operands, needs, strict=True)])
         args, kwargs = _substituted(node.args, read), _substituted(node.kwargs, read)
         shapes = tuple(self.graph.nodes[name].meta.shape for name in operands)
@@ -188,20 +194,20 @@ class Body:
 
     def _comments(self, node: Node, axis: str, step: Conversion) -> tuple[str, ...]:
         """What moves: bytes of the tensor that is whole on the axis, for one micro-batch, forward and backward."""
-        moved = [f"{_action(step.forward)}"] if step.forward_bytes else []
+        forward = _action(step.forward) if step.forward_bytes else ""
         back = _action(step.backward) if step.backward_bytes else "nothing to move"
         nbytes = self.setting.compute_bytes if node.meta.dtype == COMPUTE else 4
         for size in node.meta.at(self.setting.micro_batch, self.setting.seq_len):
             nbytes *= size
         amount = _amount(nbytes)
-        what = f"{node.target}" if node.kind == "parameter" else "per micro-batch"
-        if not moved:
+        what = node.target if node.kind == "parameter" else "per micro-batch"
+        if not forward:
             if step.source.kind == "I" and node.kind == "parameter":
                 return ()
             return (f"{axis}: nothing to move; backward: {back}" + (f" of {amount}" if step.backward_bytes else ""),)
         seconds = self.setting.seconds(step.forward, nbytes, axis)
         time = f", {_time(seconds)}" if seconds is not None else ""
-        return (f"{axis} {moved[0]}, {amount} {what}{time}; backward: {back}",)
+        return (f"{axis} {forward}, {amount} {what}{time}; backward: {back}",)
 
     # Names and sizes
 
@@ -338,6 +344,3 @@ def _amount(nbytes: int) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
-
-
-__all__ = ["FUNCTIONS", "Body", "Setting", "SpmdType", "map_refs"]

@@ -14,13 +14,13 @@ It imports `runtime.collectives`, `runtime.operators` and `runtime.weights`, and
 
 from __future__ import annotations
 
-from autopar.codegen.emit_block import FUNCTIONS, Body, Setting
+import re
+
+from autopar.codegen.emit_block import FUNCTIONS, Setting
+from autopar.codegen.emit_constants import constants_source, count_source
 from autopar.codegen.emit_stage import StageWriter, class_source
-from autopar.codegen.source import Expr, Text
 from autopar.codegen.statements import wrap_comment
-from autopar.codegen.wiring import argument_name, place_blocks
-from autopar.codegen.buffers import buffer_expr
-from autopar.errors import UnsupportedError
+from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
 
@@ -39,9 +39,9 @@ def module_source(plan: Plan, model: ModelGraph) -> str:
     body += ["", "", *writer.stages_table()]
     body += ["", "", *writer.stage_class()]
     if model.constants.outputs:
-        body += ["", "", *_constants(model, setting)]
+        body += ["", "", *constants_source(model, setting)]
     body += ["", "", *_BUILD.splitlines()]
-    body += ["", "", *_count_targets(model, setting)]
+    body += ["", "", *count_source(model, setting)]
     body += ["", "", *_INIT.splitlines()]
     text = "\n".join(body)
     return "\n".join([*_header(plan, model, text), text]) + "\n"
@@ -88,7 +88,7 @@ def _header(plan: Plan, model: ModelGraph, text: str) -> list[str]:
         ("runtime.operators", _OPERATORS),
         ("runtime.weights", ("New", "Weights")),
     ):
-        used = [name for name in names if f"{name}(" in text.replace("vocab_" + name, "") or f": {name})" in text or f": {name}," in text]
+        used = [name for name in names if re.search(rf"\b{name}\b", text)]
         if used:
             lines += _import(module, used)
     lines.append("from torch import Tensor, nn")
@@ -117,60 +117,6 @@ def _import(module: str, names: list[str]) -> list[str]:
     return [f"from {module} import (", *(f"    {name}," for name in names), ")"]
 
 
-def _constants(model: ModelGraph, setting: Setting) -> list[str]:
-    """The function that makes what blocks share and no parameter changes (rotary tables, positions)."""
-    body = _free_body(model, model.constants, setting)
-    body.extra = {"size b": "batch", "size s": "seq", "dtype": "dtype", "device": "device"}
-    body.names = {name: argument_name(name) for name in model.constants.outputs}
-    for node in model.constants.of("op"):
-        if node.op in ("aten.mul", "aten.matmul") and any(model.constants.nodes[o].kind == "buffer" for o in node.operands()):
-            body.names[node.name] = "angles"
-    lines = body.program().lines(1)
-    names = [argument_name(name) for name in model.constants.outputs]
-    kind = "tuple[" + ", ".join(["Tensor"] * len(names)) + "]" if len(names) > 1 else "Tensor"
-    given = {"batch": "int", "seq": "int", "dtype": "torch.dtype", "device": "torch.device"}
-    used = [key for key in given if any(_mentions(line, key) for line in lines)]
-    arguments = ", ".join(f"{key}: {given[key]}" for key in used)
-    text = " and ".join(names) if len(names) < 3 else ", ".join(names)
-    head = [f"def shared_tables({arguments}) -> {kind}:"]
-    if len(head[0]) > 88:
-        head = ["def shared_tables(", *(f"    {key}: {given[key]}," for key in used), f") -> {kind}:"]
-    return [*head, f'    """{text}: the same for all blocks and ranks."""', *lines]
-
-
-def constants_arguments(model: ModelGraph, setting: Setting) -> tuple[str, ...]:
-    """The arguments that ``shared_tables`` takes, of batch, seq, dtype and device."""
-    head = "".join(_constants(model, setting)).partition("(")[2].partition(")")[0]
-    return tuple(part.split(":")[0].strip() for part in head.split(",") if part.strip())
-
-
-def _mentions(line: str, name: str) -> bool:
-    import re
-
-    return re.search(rf"(?<![\w.]){name}\b(?!=)", line) is not None
-
-
-def _free_body(model: ModelGraph, graph, setting: Setting) -> Body:  # type: ignore[no-untyped-def]
-    weights: dict[str, Expr] = {}
-    for node in graph.of("parameter"):
-        raise UnsupportedError(f"{node.target}: a parameter among the constants")
-    for node in graph.of("buffer"):
-        values = model.buffer_values.get(node.target)
-        weights[node.name] = buffer_expr(node.target, node.meta, values, setting.double)
-    arguments = {node.name: argument_name(node.target) for node in graph.of("input")}
-    return Body(graph, None, setting, arguments, weights)
-
-
-def _count_targets(model: ModelGraph, setting: Setting) -> list[str]:
-    body = _free_body(model, model.count, setting)
-    return [
-        "def count_targets(batch: dict[str, Tensor]) -> Tensor:",
-        '    """How many targets ``batch`` has: what its summed loss is divided by."""',
-        *(f'    {body.arguments[node.name]} = batch["{node.target}"]' for node in model.count.of("input")),
-        *body.program().lines(1),
-    ]
-
-
 _BUILD = '''\
 def build_stage(
     index: int,
@@ -193,5 +139,3 @@ def init_parameter(name: str, weight: Tensor, generator: torch.Generator) -> Non
         weight.fill_(1.0)
     else:
         weight.normal_(0.0, 0.02, generator=generator)'''
-
-__all__ = ["Text", "constants_arguments", "module_source"]

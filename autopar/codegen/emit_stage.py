@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 
 from autopar.codegen.buffers import buffer_expr
 from autopar.codegen.emit_block import Body, Setting
+from autopar.codegen.emit_constants import constants_arguments
 from autopar.codegen.source import Argument, Call, Expr, Method, Text, literal, statement
 from autopar.codegen.wiring import Placed, argument_name, argument_names, flow_names
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import ModelGraph
+from autopar.graph.ir import ModelGraph, OpGraph
 from autopar.plan import Plan
 from autopar.sharding.layout import Layout
 
@@ -34,11 +34,14 @@ def class_source(placed: Placed, model: ModelGraph, setting: Setting) -> list[st
     return lines
 
 
-def signature(name: str, arguments: list[str], keywords: list[str], outputs: int, indent: int, optional: int = 0) -> list[str]:
+def signature(
+    name: str, arguments: list[str], keywords: list[str], outputs: int, indent: int, optional: bool = False
+) -> list[str]:
     """``def name(self, ...)`` on tensors, on one line or one argument a line."""
     margin = "    " * indent
     kind = "Tensor" if outputs == 1 else "tuple[" + ", ".join(["Tensor"] * outputs) + "]"
-    parts = ["self", *(f"{a}: Tensor | None = None" if i < optional else f"{a}: Tensor" for i, a in enumerate(arguments))]
+    annotation = "Tensor | None = None" if optional else "Tensor"
+    parts = ["self", *(f"{argument}: {annotation}" for argument in arguments)]
     parts += ["*", *(f"{a}: Tensor" for a in keywords)] if keywords else []
     line = f"{margin}def {name}({', '.join(parts)}) -> {kind}:"
     if len(line) <= 88:
@@ -97,19 +100,14 @@ def parameter_expr(layout: Layout, shape: tuple[int, ...]) -> Expr:
 def _tree(stored: dict[str, Layout], shapes: dict[str, tuple[int, ...]]) -> dict[str, Expr]:
     """Top-level attributes of a block, nested as the model's modules are."""
     members: dict[str, Expr] = {}
-    for head, group in groupby(sorted(stored, key=lambda t: list(stored).index(_first(stored, t))), lambda t: t.split(".")[0]):
-        targets = list(group)
+    for head in dict.fromkeys(target.split(".")[0] for target in stored):
+        targets = [target for target in stored if target.split(".")[0] == head]
         if targets == [head]:
             members[head] = parameter_expr(stored[head], shapes[head])
             continue
         inner = {t.split(".", 1)[1]: stored[t] for t in targets}
         members[head] = _weights(_tree(inner, {t.split(".", 1)[1]: shapes[t] for t in targets}))
     return members
-
-
-def _first(stored: dict[str, Layout], target: str) -> str:
-    head = target.split(".")[0]
-    return next(t for t in stored if t.split(".")[0] == head)
 
 
 def _weights(members: dict[str, Expr]) -> Expr:
@@ -335,7 +333,7 @@ class StageWriter:
         flow = flow_names(self.model)
         batch = list(self.model.batch)
         last = self.placed[-1]
-        lines = signature("forward", list(flow) if self.many else [], batch, 1, 1, optional=len(flow))
+        lines = signature("forward", list(flow) if self.many else [], batch, 1, 1, optional=True)
         indent, previous = 2, None
         constants_done = not self.model.constants.outputs
         for block in self.placed:
@@ -363,10 +361,14 @@ class StageWriter:
     def _loop(self, first: Placed, flow: tuple[str, ...]) -> list[str]:
         loops = [block for block in self.placed if block.container]
         if any(block.arguments != first.arguments for block in loops):
-            raise UnsupportedError("repeated blocks of this model take different arguments: cannot write one loop over them")
+            raise UnsupportedError(
+                "repeated blocks of this model take different arguments: cannot write one loop over them"
+            )
         indices = [block.index for block in loops]
         if indices != list(range(indices[0], indices[-1] + 1)):
-            raise UnsupportedError("repeated blocks of this model are interrupted by others: cannot write one loop over them")
+            raise UnsupportedError(
+                "repeated blocks of this model are interrupted by others: cannot write one loop over them"
+            )
         outputs = len(self.model.kinds[first.kind].graph.outputs)
         result = ", ".join(flow[:outputs]) + " = "
         kinds = {block.candidate.recompute for block in loops}
@@ -385,8 +387,6 @@ class StageWriter:
         ]
 
     def _constants_call(self, hidden: str, batch: list[str], first: bool) -> list[str]:
-        from autopar.codegen.emit_module import constants_arguments
-
         source = batch[0]
         values = {
             "batch": Text(f"{source}.shape[0]"),
@@ -396,12 +396,14 @@ class StageWriter:
         }
         wanted = constants_arguments(self.model, self.setting)
         if first and "dtype" in wanted:
-            raise UnsupportedError("the first block reads shared tables in the compute dtype, before any activation tells it")
+            raise UnsupportedError(
+                "the first block reads shared tables in the compute dtype, before any activation tells it"
+            )
         names = [argument_name(name) for name in self.model.constants.outputs]
         return statement(f"{', '.join(names)} = ", Call("shared_tables", tuple(values[key] for key in wanted)), str, 2)
 
 
-def _node_of(graph, names: dict[str, str], full: str) -> str:  # type: ignore[no-untyped-def]
+def _node_of(graph: OpGraph, names: dict[str, str], full: str) -> str:
     return next(node.name for node in graph.of("parameter") if names[node.target] == full)
 
 

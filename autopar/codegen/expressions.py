@@ -1,4 +1,4 @@
-"""Operators raised to what people write: one function per canonical operator, from argument expressions to a `source` tree.
+"""Operators raised to what people write: for each canonical operator, from argument expressions to a `source` tree.
 
 A renderer sees a node, its arguments with tensors replaced by expressions, and `Sizes`, which says what a size is on
 this rank. An operator without a renderer of its own is called by its name in `torch.nn.functional` or `torch`.
@@ -60,7 +60,9 @@ class Sizes:
 
     def _symbol(self, symbol: Size) -> Expr:
         if symbol not in self.symbols:
-            raise UnsupportedError(f"no tensor at hand has a dim of size {symbol}: cannot write sizes that depend on it")
+            raise UnsupportedError(
+                f"no tensor at hand has a dim of size {symbol}: cannot write sizes that depend on it"
+            )
         return self.symbols[symbol]
 
 
@@ -81,6 +83,7 @@ class Site:
 
 
 Renderer = Callable[[Site], Expr]
+_EXPRESSION = Value | Text | Call | Method | Binary
 
 
 def render(site: Site) -> Expr:
@@ -91,11 +94,13 @@ def render(site: Site) -> Expr:
 
 def argument(value: Any, sizes: Sizes) -> Expr:
     """An argument as an expression: tensors are expressions already."""
-    if isinstance(value, Value | Text | Call | Method | Binary):
+    if isinstance(value, _EXPRESSION):
         return value
     if isinstance(value, Size):
         return sizes.expr(value)
-    if isinstance(value, tuple | list) and any(isinstance(v, Value | Text | Call | Method | Binary | Size) for v in value):
+    if isinstance(value, tuple | list) and any(
+        isinstance(v, Value | Text | Call | Method | Binary | Size) for v in value
+    ):
         return _Tuple(tuple(argument(item, sizes) for item in value)).expr()
     return literal(value)
 
@@ -356,8 +361,8 @@ def _dropout(site: Site) -> Expr:
     if p == 0 or not train:
         return argument(x, site.sizes)
     raise UnsupportedError(
-        f"dropout of {p} in {site.node.module or 'the model'}: its random masks would have to agree between ranks that hold "
-        "the same values, which emitted code does not do yet; set the model's dropout to 0 (or call model.eval())"
+        f"dropout of {p} in {site.node.module or 'the model'}: its random masks would have to agree between ranks that "
+        "hold the same values, which emitted code does not do yet; set the model's dropout to 0 (or call model.eval())"
     )
 
 

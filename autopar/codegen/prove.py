@@ -173,7 +173,8 @@ def run_ranks(arguments: list[str], ranks: int, timeout_s: float, folder: Path |
     finally:
         _end(process)
     if process.returncode:
-        start = max(0, output.find("Traceback"))  # of the rank that failed first; torchrun's own comes after
+        # The first traceback is that of the rank that failed; torchrun's own comes after.
+        start = max(0, output.find("Traceback") - 1000)
         raise VerificationError(f"{' '.join(arguments)} failed on {ranks} ranks:\n{output[start:][:6000]}")
     return output
 

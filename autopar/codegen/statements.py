@@ -6,9 +6,24 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from autopar.codegen.source import INDENT, WIDTH, Binary, Call, Expr, Text, Value, statement, text_of, values_in
+from autopar.codegen.source import INDENT, WIDTH, Binary, Call, Expr, Resolve, Value, statement, text_of, values_in
 
-_RESERVED = {"self", "torch", "nn", "F", "Tensor", "tp", "dtype", "device", "return", "in", "is", "not", "lambda", "index"}
+_RESERVED = {
+    "self",
+    "torch",
+    "nn",
+    "F",
+    "Tensor",
+    "tp",
+    "dtype",
+    "device",
+    "return",
+    "in",
+    "is",
+    "not",
+    "lambda",
+    "index",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +158,7 @@ class Program:
                 yield key
 
 
-def _return(expr: Expr, resolve, indent: int) -> list[str]:  # type: ignore[no-untyped-def]
+def _return(expr: Expr, resolve: Resolve, indent: int) -> list[str]:
     if isinstance(expr, Call) and not expr.function:
         inner = ", ".join(text_of(a, resolve) for a in expr.arguments if not isinstance(a, tuple))
         return [f"{INDENT * indent}return {inner}"]
@@ -160,6 +175,3 @@ def wrap_comment(text: str, indent: int) -> list[str]:
             line = margin
         line += word + " "
     return [*lines, line.rstrip()]
-
-
-__all__ = ["Program", "Step", "Text", "wrap_comment"]

@@ -21,7 +21,6 @@ MOST_BYTES = 3e9
 """Float64 weights and gradients that a proof may hold at once, over all ranks and the reference."""
 
 MOST_RANKS = 16
-MOST_POSITIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +65,13 @@ def _short_batch(plan: Plan, graph: ModelGraph) -> Plan:
     """Few samples, micro-batches and positions, as long as every decision still divides."""
     job = plan.job
     step = 8 * plan.mesh.tp
-    sizes = [(1 if plan.micro_batch == 1 else 2, seq) for seq in (*range(step, 4 * step + 1, step),) if seq <= job.seq_len]
+    few = min(plan.micro_batch, 2)
+    sizes = [(few, seq) for seq in range(step, 4 * step + 1, step) if seq <= job.seq_len]
     for batch, seq in (*sizes, (plan.micro_batch, job.seq_len)):
         micro_batches = min(plan.micro_batches, 2)
         short = replace(
             plan,
-            micro_batch=min(batch, plan.micro_batch) if seq != job.seq_len else batch,
+            micro_batch=batch,
             micro_batches=micro_batches,
             job=replace(job, seq_len=seq, global_batch=plan.mesh.dp * batch * micro_batches),
         )
@@ -129,8 +129,8 @@ def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
         stages.append(Stage(tuple(runs), 0.0, 0.0, 0.0, {}))
     if start != len(small.blocks):
         raise UnsupportedError(
-            f"cannot make a twin of {plan.model} with {start} blocks: the shortened model has {len(small.blocks)}; verify a "
-            "smaller configuration of the same architecture"
+            f"cannot make a twin of {plan.model} with {start} blocks: it has {len(small.blocks)}; verify "
+            "a smaller configuration of the same architecture"
         )
     kept = {name for names in _kept_runs(plan) for name in names}
     candidates = {name: candidate for name, candidate in plan.candidates.items() if name in kept}
@@ -152,8 +152,8 @@ def _narrow_model(plan: Plan, model: nn.Module) -> tuple[nn.Module, str]:
     name = _first(config, _LAYERS)
     if config is None or name is None:
         raise UnsupportedError(
-            f"{plan.model} is too large to verify in one process, and has no Hugging Face config from which autopar could "
-            "build a smaller twin: verify a smaller instance of the same class"
+            f"{plan.model} is too large to verify in one process, and has no Hugging Face config from which autopar "
+            "could build a smaller twin: verify a smaller instance of the same class"
         )
     repeated = sum(
         plan.candidates[run].decision.kind not in ("Prologue", "Epilogue") for runs in _kept_runs(plan) for run in runs

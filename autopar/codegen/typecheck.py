@@ -1,11 +1,11 @@
-"""Proof by types: the emitted module under `spmd_types.typecheck`, in its global mode, on a fake process group of any size.
+"""Proof by types: the emitted module under `spmd_types.typecheck`, in its global mode, on a fake process group.
 
 The module's text runs as it is, with other things behind its names: `runtime.collectives` is swapped for the functions
 of `spmd_types` that claim the same types (`TWINS`), parameters and batch carry the types of the plan, and the few
 operators whose global meaning the checker does not know (`_Boundaries`) state their types themselves.
 
-A dim split in blocks (a fused q/k/v projection split by heads) is for the checker a plain split of the same dim with its
-elements in another order: `_Boundaries` follows such tensors from where the order changes to where it changes back.
+A dim split in blocks (a fused q/k/v projection split by heads) is for the checker a plain split of the same dim with
+its elements in another order: `_Boundaries` follows such tensors from where the order changes to where it changes back.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ def typecheck(plan: Plan, graph: ModelGraph, world_size: int, source: str | None
         raise BadInputError(f"{world_size} ranks are no multiple of the plan's tensor-parallel axis of {tp}")
     text = source if source is not None else module_source(plan, graph)
     with fake_mesh({"dp": world_size // tp, "tp": tp}) as mesh:
-        module = load_module(text)
-        axes = {name: spmd_types.normalize_axis(mesh[name].get_group()) for name in ("dp", "tp") if mesh[name].size() > 1}
+        module: Any = load_module(text)
+        axes = {
+            name: spmd_types.normalize_axis(mesh[name].get_group()) for name in ("dp", "tp") if mesh[name].size() > 1
+        }
         for name, twin in TWINS.items():
             if hasattr(module, name):
                 setattr(module, name, twin)
@@ -90,7 +92,7 @@ def _run(module: Any, plan: Plan, graph: ModelGraph, mesh: DeviceMesh, axes: Map
         kind, found = (P if name == "dp" else promised), types_of(flow[0]).get(axis)
         if found is not kind:
             raise spmd_types.SpmdTypeError(f"the loss leaves as {found} on an axis where it must be {kind}")
-    flow[0].backward()
+    flow[0].backward()  # type: ignore[no-untyped-call]
 
 
 def _promised(plan: Plan, graph: ModelGraph) -> Any:
@@ -188,7 +190,7 @@ def _stated(function: Callable[..., Tensor], types: Mapping[Any, Any], *argument
 
     with spmd_types.no_typecheck():
         result = function(*arguments, **options)
-    return spmd_types.assert_type(result, dict(types))  # type: ignore[no-any-return]
+    return spmd_types.assert_type(result, dict(types))  # type: ignore[return-value]
 
 
 def _fail(what: str) -> None:
@@ -200,7 +202,8 @@ def _fail(what: str) -> None:
 def _embedding_types(ids: Tensor, weight: Tensor, vocabulary_axis: Any = None) -> dict[Any, Any]:
     from spmd_types import P, R, S
 
-    known, result = types_of(ids), {}
+    known = types_of(ids)
+    result: dict[Any, Any] = {}
     for axis, kind in types_of(weight).items():
         other = known.get(axis, R)
         if axis == vocabulary_axis:
@@ -240,7 +243,8 @@ def _axis(axis: DeviceMesh) -> Any:
 def _loss_types(logits: Tensor, labels: Tensor, vocabulary_axis: Any = None) -> dict[Any, Any]:
     from spmd_types import I, P, R, S
 
-    split, other, result = type(S(0)), types_of(labels), {}
+    split, other = type(S(0)), types_of(labels)
+    result: dict[Any, Any] = {}
     for axis, kind in types_of(logits).items():
         if axis == vocabulary_axis:
             if kind != S(logits.ndim - 1) or isinstance(other.get(axis, R), split):

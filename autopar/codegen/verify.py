@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
@@ -271,7 +271,7 @@ def run_emitted(
                 result = stage(*flow, **part)
                 flow = result if isinstance(result, tuple) else (result,)
             loss = flow[0] / max(targets, 1)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         gradients: dict[str, Tensor] = {}
         for stage in stages:
@@ -296,11 +296,10 @@ def _per_rank(value: Tensor, plan: Plan, index: int) -> Tensor:
 
 @torch.no_grad()
 def _fill(parameter: nn.Parameter, whole: Tensor, tp: int) -> None:
-    dims = [p.dim for p in parameter.placements if p.is_shard()] if isinstance(parameter, DTensor) else []
-    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
-    for rank in sorted(local._local_tensors):
-        value = whole.chunk(tp, dims[0])[rank % tp] if dims else whole
-        local._local_tensors[rank].copy_(value)
+    dim = _split_dim(parameter)
+    local: Any = parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
+    for rank, own in local._local_tensors.items():
+        own.copy_(whole if dim is None else whole.chunk(tp, dim)[rank % tp])
 
 
 def _gradient(parameter: nn.Parameter, dp: int, tp: int) -> Tensor:
@@ -308,9 +307,13 @@ def _gradient(parameter: nn.Parameter, dp: int, tp: int) -> Tensor:
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros(1, *parameter.shape)
-    dims = [p.dim for p in gradient.placements if p.is_shard()] if isinstance(gradient, DTensor) else []
+    dim = _split_dim(gradient)
     local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
-    shards = [sum(on_rank(local, d * tp + t) for d in range(dp)) for t in range(tp)]
-    if dims:
-        return torch.cat(shards, dims[0]).unsqueeze(0)  # type: ignore[arg-type]
-    return torch.stack(shards)  # type: ignore[arg-type]
+    shards = [torch.stack([on_rank(local, d * tp + t) for d in range(dp)]).sum(0) for t in range(tp)]
+    return torch.stack(shards) if dim is None else torch.cat(shards, dim).unsqueeze(0)
+
+
+def _split_dim(x: Tensor) -> int | None:
+    """The dim that a parameter (or its gradient) is split on, None if every rank holds it whole."""
+    split = [p.dim for p in x.placements if isinstance(p, Shard)] if isinstance(x, DTensor) else []
+    return split[0] if split else None

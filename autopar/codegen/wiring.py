@@ -1,4 +1,4 @@
-"""How blocks hang together in the emitted stage: names of what flows between them, and which are loops, modules, methods."""
+"""How blocks hang together in the emitted stage: what flows between them, which are loops, modules or methods."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
     flow = flow_names(model)
     names: dict[tuple[str, str], str] = {}
     placed = []
-    stages = {block: s for s, stage in enumerate(plan.stages) for run in stage.runs for block in range(run.start, run.stop)}
+    stages = {
+        block: s for s, stage in enumerate(plan.stages) for run in stage.runs for block in range(run.start, run.stop)
+    }
     for index, block in enumerate(model.blocks):
         candidate = plan.candidate_of(index)
         key = (block.kind, repr(candidate.decision.to_json()))
@@ -50,8 +52,8 @@ def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
         for source in block.inputs.values():
             if source.origin == "block" and source.block != index - 1:
                 raise UnsupportedError(
-                    f"block {index} ({block.path or block.kind}) reads the output of block {source.block}: emitted stages "
-                    "pass activations from each block to the next only"
+                    f"block {index} ({block.path or block.kind}) reads the output of block {source.block}: emitted "
+                    "stages pass activations from each block to the next only"
                 )
             arguments.append(flow[source.index] if source.origin == "block" else argument_name(source.key))
         placed.append(Placed(index, block.kind, block.path, stages[index], candidate, callee, tuple(arguments)))
@@ -74,9 +76,7 @@ def flow_names(model: ModelGraph) -> tuple[str, ...]:
 
 def argument_names(kind: BlockKind, flow: dict[str, str]) -> dict[str, str]:
     """Argument names of a kind's forward, by input node."""
-    return {
-        node.name: flow.get(node.name, argument_name(node.target or node.name)) for node in kind.graph.of("input")
-    }
+    return {node.name: flow.get(node.name, argument_name(node.target or node.name)) for node in kind.graph.of("input")}
 
 
 def argument_name(text: str) -> str:

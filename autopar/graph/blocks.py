@@ -44,7 +44,7 @@ def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str],
     Layers that ``fold`` made stand-ins of become blocks of their representative's kind. Raises CannotFoldError when the
     graph shows that they may differ.
     """
-    shared = _shared(draft, layers)
+    draft, shared = _merge_shared(draft, _shared(draft, layers))
     segments = _segments(draft, layers, shared)
     home = {name: index for index, segment in enumerate(segments) for name in segment.nodes}
     wanted = _outputs(draft, segments, home)
@@ -110,6 +110,21 @@ def _shared(draft: Draft, layers: Mapping[str, str]) -> set[str]:
         if node.name in draft.constant and not own and all(name in shared for name in node.operands()):
             shared.add(node.name)
     return shared
+
+
+def _merge_shared(draft: Draft, shared: set[str]) -> tuple[Draft, set[str]]:
+    """Equal shared constants, computed in several places, become one."""
+    names: dict[str, str] = {}
+    first: dict[str, str] = {}
+    merged = Draft(output=draft.output)
+    for node in draft.nodes.values():
+        args, kwargs = map_refs(node.args, names.__getitem__), map_refs(node.kwargs, names.__getitem__)
+        key = repr((node.kind, node.op, args, kwargs, node.meta, node.target)) if node.name in shared else node.name
+        names[node.name] = first.setdefault(key, node.name)
+        if names[node.name] == node.name:
+            merged.nodes[node.name] = replace(node, args=args, kwargs=kwargs)
+    merged.constant = draft.constant & merged.nodes.keys()
+    return merged, shared & merged.nodes.keys()
 
 
 def _segments(draft: Draft, layers: Mapping[str, str], shared: set[str]) -> list[Segment]:
@@ -222,9 +237,9 @@ def _extract(
 
 
 def _relative(path: str, segment: Segment) -> str:
-    if not segment.path:
-        return path
-    return path.removeprefix(segment.path).removeprefix(".") if path.startswith(segment.path) else ""
+    """``path`` inside the segment's layer, without the numbers of repeated calls; "" for what runs around the layer."""
+    inside = not segment.path or f"{path}.".startswith(f"{segment.path}.")
+    return re.sub(r"@\d+", "", path.removeprefix(segment.path).removeprefix(".")) if inside else ""
 
 
 def canonical(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[object, ...]:

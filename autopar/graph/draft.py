@@ -32,13 +32,13 @@ class Draft:
     _seen: dict[str, str] = field(default_factory=dict)
 
     def add(self, node: Node) -> str:
-        """Append a node, or return the equal node that is there (same module, or constant)."""
+        """Append a node, or return the equal node that is there, from the same call of the same module."""
         operands = node.operands()
         constant = node.kind == "buffer" or (
             node.kind == "op" and node.op not in RANDOM and all(name in self.constant for name in operands)
         )
         if node.kind == "op" and node.op not in RANDOM:
-            key = repr((node.op, node.args, node.kwargs, node.meta.shape, "" if constant else node.module))
+            key = repr((node.op, node.args, node.kwargs, node.meta.shape, node.module))
             if key in self._seen:
                 return self._seen[key]
             self._seen[key] = node.name

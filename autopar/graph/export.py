@@ -84,33 +84,35 @@ def scalar_of(outputs: Any) -> torch.Tensor:
     raise BadInputError(f"the model returns {kind} without a loss; pass loss=fn(outputs, batch) returning a scalar")
 
 
-def fake_copy(model: nn.Module, stubs: Mapping[int, nn.Module], mode: FakeTensorMode, wide_buffers: bool) -> nn.Module:
-    """A training-mode copy with fake tensors on the CPU: parameters in the trace dtype, buffers in their own.
+def fake_copy(
+    model: nn.Module, stubs: Mapping[int, nn.Module], mode: FakeTensorMode, narrow: frozenset[str]
+) -> nn.Module:
+    """A training-mode copy with fake tensors on the CPU: parameters in the trace dtype, floating buffers in float32.
 
-    ``stubs``: modules (by id) that the copy replaces. Nothing of a replaced module is copied.
+    ``stubs``: modules (by id) that the copy replaces; nothing of a replaced module is copied. ``narrow``: full names of
+    buffers that take the trace dtype instead.
     """
     memo: dict[int, Any] = dict(stubs)
-    kept: list[nn.Module] = []
-    pending = [model]
+    kept: list[tuple[str, nn.Module]] = []
+    pending = [("", model)]
     while pending:
-        module = pending.pop()
+        prefix, module = pending.pop()
         if id(module) not in stubs:
-            kept.append(module)
-            pending.extend(child for child in module.children())
+            kept.append((prefix, module))
+            pending.extend((f"{prefix}{name}.", child) for name, child in module.named_children())
 
-    def fake(tensor: torch.Tensor, narrow: bool) -> torch.Tensor:
-        dtype = TRACE_DTYPE if narrow and tensor.is_floating_point() else tensor.dtype
-        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    def fake(tensor: torch.Tensor, floating: torch.dtype) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=floating if tensor.is_floating_point() else tensor.dtype, device="cpu")
 
     with mode:
-        for module in kept:
+        for prefix, module in kept:
             for parameter in module._parameters.values():
                 if parameter is not None and id(parameter) not in memo:
                     grad = parameter.requires_grad and parameter.is_floating_point()
-                    memo[id(parameter)] = nn.Parameter(fake(parameter, True), requires_grad=grad)
-            for buffer in module._buffers.values():
+                    memo[id(parameter)] = nn.Parameter(fake(parameter, TRACE_DTYPE), requires_grad=grad)
+            for name, buffer in module._buffers.items():
                 if buffer is not None and id(buffer) not in memo:
-                    memo[id(buffer)] = fake(buffer, not wide_buffers)
+                    memo[id(buffer)] = fake(buffer, TRACE_DTYPE if prefix + name in narrow else torch.float32)
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         if getattr(module, "gradient_checkpointing", False) is True:
@@ -118,32 +120,43 @@ def fake_copy(model: nn.Module, stubs: Mapping[int, nn.Module], mode: FakeTensor
     return copied.train()
 
 
-def export(model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool) -> Exported:
+def export(
+    model: nn.Module,
+    batch: BatchSpec,
+    loss: Loss | None,
+    fold: Fold | None,
+    static_seq: bool,
+    narrow: frozenset[str] = frozenset(),
+) -> Exported:
     """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``.
 
     Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
     with torch's reason when the model cannot be traced.
     """
-    wide = True
-    while True:
-        try:
-            return _export(model, batch, loss, fold, static_seq, wide)
-        except (AutoparError, CannotFoldError):
-            raise
-        except Exception as error:
-            if fold is not None:
-                raise CannotFoldError(str(error)) from error
-            # A float32 buffer may have met half-precision activations, as `model.to(bf16)` would not have it.
-            if not wide or "dtype" not in str(error):
-                raise UnsupportedError(_reason(model, error)) from error
-            wide = False
+    try:
+        return _export(model, batch, loss, fold, static_seq, narrow)
+    except (AutoparError, CannotFoldError):
+        raise
+    except Exception as error:
+        if fold is not None:
+            raise CannotFoldError(str(error)) from error
+        every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+        # A float32 buffer may have met half-precision activations where torch does not promote.
+        if "dtype" in str(error) and every - narrow:
+            return export(model, batch, loss, fold, static_seq, every)
+        raise UnsupportedError(_reason(model, error)) from error
 
 
 def _export(
-    model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool, wide_buffers: bool
+    model: nn.Module,
+    batch: BatchSpec,
+    loss: Loss | None,
+    fold: Fold | None,
+    static_seq: bool,
+    narrow: frozenset[str],
 ) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, wide_buffers)
+    copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
     if fold:
         fold.watch(copied)
     with mode:

@@ -236,15 +236,47 @@ class Importer:
         return f"module {self.draft.module!r}" if self.draft.module else "the model"
 
 
+def promoting_buffers(draft: Draft) -> frozenset[str]:
+    """Float32 buffers that meet half-precision tensors without a cast, so that the result is float32."""
+    feeding: dict[str, frozenset[str]] = {}
+    found: frozenset[str] = frozenset()
+    for node in draft.nodes.values():
+        if node.kind == "buffer":
+            feeding[node.name] = frozenset({node.target}) if node.meta.dtype == "float32" else frozenset()
+            continue
+        operands = node.operands()
+        if (
+            node.op != "autopar.cast"
+            and node.meta.dtype == "float32"
+            and {draft.meta(name).dtype for name in operands} >= {COMPUTE, "float32"}
+        ):
+            wide = (name for name in operands if draft.meta(name).dtype == "float32" and name in draft.constant)
+            found = found.union(*(feeding.get(name, frozenset()) for name in wide))
+        if node.name in draft.constant:
+            feeding[node.name] = frozenset().union(*(feeding.get(name, frozenset()) for name in operands))
+    return found
+
+
 def module_path(node: torch.fx.Node) -> str | None:
-    """Path in the user's model of the module that ran ``node``, with ``@k`` on repeated calls; None if unknown."""
+    """Path in the user's model of the module that ran ``node``; None if unknown.
+
+    A module called for the (k+1)-th time shows as ``name@k``, so that calls can be told apart.
+    """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
-    path = str(next(reversed(stack.values()))[0])
-    if path in ("", "model"):
+    plain = called = ""
+    for key, (path, *_) in stack.items():
+        call = key.rpartition("@")[2] if "@" in key else ""
+        added = str(path).removeprefix(plain).lstrip(".") if str(path).startswith(plain) else str(path)
+        if added != path or not plain:
+            called = f"{called}.{added}" if called else added
+        else:
+            called = added  # a module that lives elsewhere in the model
+        called, plain = f"{called}@{call}" if call else called, str(path)
+    if called in ("", "model"):
         return ""
-    return path.removeprefix("model.") if path.startswith("model.") else None
+    return called.removeprefix("model.") if called.startswith("model.") else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

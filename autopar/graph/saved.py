@@ -140,8 +140,10 @@ def _attention(
     **__: Any,
 ) -> torch.Tensor:
     kept = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    shape = (*query.shape[:-1], value.shape[-1])
-    return _Saving.apply(shape, torch.empty(query.shape[:-1], dtype=torch.float32), True, *kept)  # type: ignore[no-any-return, no-untyped-call]
+    # The kernels write [batch, positions, heads, width] and return a transposed view: merging heads after it is free.
+    output = query.new_empty(*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1]).transpose(-3, -2)
+    statistics = torch.empty(query.shape[:-1], dtype=torch.float32)
+    return _Saving.apply(output, statistics, True, *kept)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _rms_norm(
@@ -149,7 +151,7 @@ def _rms_norm(
 ) -> torch.Tensor:
     rows = x.shape[: x.ndim - len(shape)]
     kept = (x,) if weight is None else (x, weight)
-    return _Saving.apply(x.shape, torch.empty(rows, dtype=torch.float32), False, *kept)  # type: ignore[no-any-return, no-untyped-call]
+    return _Saving.apply(torch.empty_like(x), torch.empty(rows, dtype=torch.float32), False, *kept)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -159,15 +161,15 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
 
 
 class _Saving(torch.autograd.Function):
-    """Returns a tensor of the given shape; saves its inputs, some statistics, and (if asked) the output."""
+    """Returns ``output``; saves its inputs, some statistics, and (if asked) the output."""
 
     @staticmethod
     def forward(
-        ctx: Any, shape: Sequence[int], statistics: torch.Tensor, keep_output: bool, *inputs: torch.Tensor
+        ctx: Any, output: torch.Tensor, statistics: torch.Tensor, keep_output: bool, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        output = inputs[0].new_empty(tuple(shape))
-        ctx.save_for_backward(*inputs, statistics, *((output,) if keep_output else ()))
-        return output
+        result = output.view_as(output)
+        ctx.save_for_backward(*inputs, statistics, *((result,) if keep_output else ()))
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

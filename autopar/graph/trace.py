@@ -18,7 +18,7 @@ from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import known_values
 from autopar.graph.export import BatchSpec, Exported, Loss, export
 from autopar.graph.fold import CannotFoldError, Fold, plan_fold
-from autopar.graph.importing import Importer
+from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
 from autopar.graph.ir import COMPUTE, ModelGraph, OpGraph, TensorMeta
 from autopar.graph.simplify import simplify
@@ -69,6 +69,8 @@ def trace(
             if node.kind != "input":
                 used[node.kind][block.parameters[node.target]] = node.meta
     used["buffer"].update({node.target: node.meta for node in traced.blocks.constants.of("buffer")})
+    if unused := [full for full in parameters if full not in used["parameter"]]:
+        notes = (*notes, f"{len(unused)} parameters take no part in the loss and are left out: {', '.join(unused[:3])}")
     values = {**traced.values, **known_values(model, used["buffer"].keys() - traced.values.keys())}
     return ModelGraph(
         name=name or type(model).__name__,
@@ -119,10 +121,17 @@ def _traced(
     fold: Fold | None,
     static_seq: bool,
 ) -> _Traced:
-    exported = export(model, spec, loss, fold, static_seq)
-    sizes, metas = _sizes(exported, spec, static_seq)
-    importer = Importer(sizes, names.canonical, names.trainable)
-    draft = importer.program(exported.program, list(spec.shapes))
+    narrow: frozenset[str] = frozenset()
+    while True:
+        exported = export(model, spec, loss, fold, static_seq, narrow)
+        sizes, metas = _sizes(exported, spec, static_seq)
+        importer = Importer(sizes, names.canonical, names.trainable)
+        draft = importer.program(exported.program, list(spec.shapes))
+        # `model.to(bf16)` narrows buffers too. Those that the model widens by itself stay wide; the others may not
+        # silently turn its activations into float32.
+        if not (promoting := promoting_buffers(draft) - narrow):
+            break
+        narrow |= promoting
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     draft = simplify(draft, raising.RULES, masks.rules(values, _max_seq(model)))

@@ -33,7 +33,7 @@ def _decision(plan: Plan) -> list[str]:
             f"{_count(plan.micro_batch, 'sequences')} on each data rank, {plan.micro_batches:,} per step",
         ),
         *_item("schedule", "no pipeline" if plan.schedule == "none" else plan.schedule),
-        *_item("memory by", f"ZeRO-{plan.zero}, recompute {_recompute(plan)}"),
+        *_item("memory", f"ZeRO-{plan.zero}, recompute {_recompute(plan)}"),
     ]
     if plan.fixed:
         lines += _item("fixed", _pairs({key: _value(value) for key, value in plan.fixed.items()}))
@@ -83,6 +83,7 @@ def _recompute(plan: Plan) -> str:
 def _prediction(plan: Plan) -> list[str]:
     found = plan.predicted
     low, high = (seconds_text(value) for value in found.interval)
+    parts = [(name, s) for name, s in found.breakdown.items() if s > 1e-6 * found.step_time]
     per_device = found.tokens_per_second / plan.cluster.devices
     lines = [
         *_item("step time", f"{seconds_text(found.step_time)} (between {low} and {high})"),
@@ -90,7 +91,7 @@ def _prediction(plan: Plan) -> list[str]:
             "throughput",
             f"{found.tokens_per_second:,.0f} tokens/s, {per_device:,.0f} per device, MFU {_percent(found.mfu)}",
         ),
-        *_item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in found.breakdown.items() if s)),
+        *_item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in parts)),
         *_item("bound", f"{seconds_text(plan.bound)}, gap {_percent(plan.gap)}, {plan.status} in the searched space"),
     ]
     if plan.searched:

@@ -5,15 +5,16 @@ on (found by following the blocks' inputs), so that one layout holds along the w
 kinds that are one tensor are tied as well.
 
 What the tables of `fix` mean here: with ``tp`` fixed, every matmul with a feature factor that divides splits one
-(`_feature_splits`); ``sp`` fixes the layout between blocks, split by sequence or invariant (`boundary_types`).
+(`feature_splits`); ``sp`` fixes the layout between blocks, split by sequence or invariant (`boundary_types`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
+from autopar.graph.ir import BlockKind, ModelGraph, Node
 from autopar.graph.size import SEQ, Size, size_at
 from autopar.sharding.conversions import direct, plain
 from autopar.sharding.decision import BlockDecision, Conversion
@@ -201,7 +202,7 @@ class _KindProblem:
         possible = [s for s in strategies_of(node, graph) if divides(node, graph, s, size, self.prices.batch, seq)]
         possible = [s for s in possible if self._even(node, s)]
         if self.demands.split_matmuls:
-            possible = _feature_splits(node, graph, possible) or possible
+            possible = feature_splits(node, possible) or possible
         choices = []
         for strategy in possible:
             price, _ = self.prices.operator(node, graph, strategy)
@@ -263,7 +264,7 @@ class _KindProblem:
         return found
 
 
-def _feature_splits(node: Node, graph: OpGraph, strategies: list[Strategy]) -> list[Strategy]:
+def feature_splits(node: Node, strategies: Iterable[Strategy]) -> list[Strategy]:
     """Of a matmul's strategies, those that split a feature factor: one whose size depends on neither b nor s."""
     if node.op not in _MATMULS:
         return []

@@ -21,6 +21,9 @@ from autopar.solver.simulate import StageTimes, simulate
 from autopar.solver.space import Config
 from autopar.solver.stages import BlockRun, Option, StageAnswer, StageProblem, solve_stages
 
+STAGE_GAP = 1e-4
+"""How close to its optimum the stage ILP is solved; the simulator tells spreads apart afterwards."""
+
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
@@ -139,7 +142,7 @@ def step(
         "recomputation": m * again,
         "model axis communication": m * talk,
         "data axis": busy - m * own + t.reduce_s,
-        "pipeline wait": timeline.ends[last] - busy,
+        "pipeline wait": timeline.ends[last] - busy if len(times) > 1 else 0.0,
         "tied weights": tied_s,
         "optimizer": optimizer,
     }
@@ -224,11 +227,15 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
     return kept
 
 
-def best_stages(context: Context, config: Config, answers: Sequence[Answered]) -> Assessment | None:
-    """The fastest stages that fit, over compatible answers; None if none fit."""
+def best_stages(
+    context: Context, config: Config, answers: Sequence[Answered], cutoff: float = float("inf")
+) -> Assessment | None:
+    """The fastest stages that fit, over compatible answers; None if none fit. ``cutoff``: a step time that is of no use
+    any more; stages that cannot be faster are found less carefully."""
     begin = time.perf_counter()
     problem, costs_of = stage_problem(context, config, answers)
-    answer = solve_stages(problem)
+    # The ILP's V counts what blocks hide of each other's communication a little too high.
+    answer = solve_stages(problem, gap=STAGE_GAP, cutoff=cutoff * 1.02)
     context.clock.add("stage ILP", begin)
     context.clock.counts["stage ILPs"] += 1
     if answer is None:
@@ -300,19 +307,29 @@ def _least_communication(context: Context, config: Config, data: DataAxis) -> fl
 
 
 def fits_at_best(context: Context, config: Config, shardings: Shardings) -> bool:
-    """Whether a configuration could fit if every kind took its least bytes. Needs no intra-block ILP."""
-    begin = time.perf_counter()
+    """Whether a configuration could fit if every kind took its least bytes: the stages together have room for as many
+    blocks of each kind as there are, counted alone and by stage with its own micro-batches in flight. No ILP."""
     problem = _least_problem(context, config, shardings, timed=False)
-    fits = solve_stages(problem, balance=False) is not None
-    context.clock.add("bounds", begin)
-    return fits
+    for run in problem.runs:
+        room = 0.0
+        for stage in range(config.pp):
+            spare = problem.spare(stage)
+            flying = problem.in_flight(stage)
+            room += max(
+                max(0.0, spare - option.transient) // max(option.resident + flying * option.inflight, 1.0)
+                for option in run.options
+            )
+        if room < run.count:
+            return False
+    return True
 
 
 def stage_bound(context: Context, config: Config, shardings: Shardings, sharp: bool = False) -> float:
     """A valid bound for one configuration: the stage ILP over the least seconds and the least bytes of every kind, as
     if one decision had both. Infinite when even that does not fit. ``sharp``: see `Shardings.kind_bounds`."""
     begin = time.perf_counter()
-    answer = solve_stages(_least_problem(context, config, shardings, timed=True, sharp=sharp), balance=False)
+    problem = _least_problem(context, config, shardings, timed=True, sharp=sharp)
+    answer = solve_stages(problem, work_limit=1.0, balance=False, gap=3e-4)
     context.clock.add("bounds", begin)
     context.clock.counts["bound ILPs"] += 1
     if answer is None:

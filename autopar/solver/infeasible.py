@@ -5,23 +5,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 from autopar.cluster import Cluster
 from autopar.solver.evaluate import Assessment, assess, best_stages, compatible, spread, stage_problem
 from autopar.solver.fix import Fix
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Answered, Context, Shardings
 from autopar.solver.space import Config, configs
-from autopar.solver.stages import solve_stages
+from autopar.solver.stages import solve_stages, stage_bytes
 
 GIB = 2**30
-TRIES = 12
+UNLIMITED = 2.0**50
+TRIES = 6
 """Configurations looked at to find the closest, those with the smallest micro-batches and most sharding first."""
 
 
 def explain(context: Context, space: list[Config]) -> str:
     """The message of an `InfeasibleError`."""
-    closest = min((a for config in _leanest(space) for a in _least_memory(context, config)), key=_most, default=None)
+    known: dict[tuple[int, int], Shardings] = {}
+    closest = min(
+        (a for config in _leanest(space) for a in _least_memory(context, config, known)), key=_most, default=None
+    )
     if closest is None:
         return f"{context.model.name} cannot be spread over {context.cluster}: no configuration places every block"
     room = context.cluster.device.memory_bytes
@@ -42,30 +47,34 @@ def _most(assessment: Assessment) -> int:
     return max(sum(memory.values()) for memory in assessment.memory)
 
 
-def _leanest(space: list[Config]) -> list[Config]:
-    return sorted(space, key=lambda c: (c.micro_batch, -c.zero, -c.pp * c.tp, c))[:TRIES]
+def _leanest(space: list[Config], tries: int = TRIES) -> list[Config]:
+    return sorted(space, key=lambda c: (c.micro_batch, -c.zero, -c.pp * c.tp, c))[:tries]
 
 
-def _least_memory(context: Context, config: Config) -> Iterator[Assessment]:
+def _answers(context: Context, config: Config, known: dict[tuple[int, int], Shardings]) -> list[list[Answered]]:
+    key = (config.tp, config.micro_batch)
+    shardings = known.setdefault(key, Shardings(context, *key))
+    return compatible([shardings.fastest(), *shardings.lean()])
+
+
+def _least_memory(context: Context, config: Config, known: dict[tuple[int, int], Shardings]) -> Iterator[Assessment]:
     """Stages that use the least memory, whatever the room."""
-    shardings = Shardings(context, config.tp, config.micro_batch)
-    for answers in compatible([shardings.fastest(), *shardings.lean()]):
+    for answers in _answers(context, config, known):
         problem, costs_of = stage_problem(context, config, answers)
         boundary = max(answer.boundary for answer in answers)
-        low, high = 0.0, 2.0**50
-        found = None
-        while high - low > 0.01 * max(low, GIB):
-            room = (low + high) / 2 if low else max(high / 64, GIB)
+        found = solve_stages(replace(problem, capacity=UNLIMITED), balance=False)
+        if found is None:
+            continue
+        high = max(stage_bytes(problem, found.counts))
+        low = high / 64
+        while high > 1.02 * low:
+            room = sqrt(low * high)
             answer = solve_stages(replace(problem, capacity=room), balance=False, work_limit=1.0)
             if answer is None:
                 low = room
-                if room >= high:
-                    break
             else:
-                high, found = room, answer
-                low = low or room / 1024
-        if found is not None:
-            yield assess(context, config, spread(found, costs_of, config.pp), boundary)
+                found, high = answer, min(room, max(stage_bytes(problem, answer.counts)))
+        yield assess(context, config, spread(found, costs_of, config.pp), boundary)
 
 
 def _way_out(context: Context) -> str:
@@ -75,9 +84,9 @@ def _way_out(context: Context) -> str:
         config = _fits(context, loosened, context.cluster)
         if config is not None:
             return f"It would fit with {told or config} ({config})."
-    for factor in (2, 4, 8, 16, 32, 64):
+    for factor in (2, 4, 8, 16, 64):
         cluster = Cluster(tuple(replace(group, nodes=group.nodes * factor) for group in context.cluster.groups))
-        config = _fits(context, Fix(), cluster)
+        config = _fits(context, Fix(), cluster, tries=2)
         if config is not None:
             return f"The smallest cluster of these nodes found to fit is {cluster} ({config})."
     return "No number of these devices tried (up to 64 times as many) fits it."
@@ -106,12 +115,12 @@ def _looser(fix: Fix) -> Iterator[tuple[Fix, str]]:
     yield replace(fix, **together), "nothing of this fixed"
 
 
-def _fits(context: Context, fix: Fix, cluster: Cluster) -> Config | None:
+def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> Config | None:
     """A configuration that fits, among those that take least memory."""
     other = Context.of(context.model, context.job, cluster, fix)
-    for config in _leanest(list(configs(context.model, context.job, cluster, fix))):
-        shardings = Shardings(other, config.tp, config.micro_batch)
-        for answers in compatible([shardings.fastest(), *shardings.lean()]):
+    known: dict[tuple[int, int], Shardings] = {}
+    for config in _leanest(list(configs(context.model, context.job, cluster, fix)), tries):
+        for answers in _answers(other, config, known):
             if best_stages(other, config, answers) is not None:
                 return config
     return None

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from autopar.plan import Candidate, Plan, Predicted, Run, Stage
+from autopar.sharding.rules import has_rule
 from autopar.solver.candidates import BlockCost
 from autopar.solver.evaluate import Assessment, Placed, placed
 from autopar.solver.interval import interval_of
@@ -64,9 +65,22 @@ def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts
         fixed=context.fix.given(),
         searched=counts,
         seconds={},
-        notes=context.model.notes,
+        notes=(*context.model.notes, *_unruled(context)),
     )
     return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))
+
+
+def _unruled(context: Context) -> list[str]:
+    """What the user should know of operators that no rule covers."""
+    names = dict.fromkeys(
+        node.op
+        for kind in context.model.kinds.values()
+        for node in kind.graph.of("op")
+        if node.operands() and not has_rule(node, kind.graph)
+    )
+    return [
+        f"{name} has no sharding rule and runs whole on every rank (rules: autopar/sharding/rules)" for name in names
+    ]
 
 
 def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:

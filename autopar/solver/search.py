@@ -114,7 +114,8 @@ def explore(context: Context, space: list[Config]) -> Found:
 def price(context: Context, config: Config, shardings: Shardings, found: Found) -> None:
     """Price a configuration in full and keep it if it is the best so far."""
     found.priced.append(config)
-    assessed = best_stages(context, config, [shardings.fastest()])
+    cutoff = found.best.step_time if found.best else float("inf")
+    assessed = best_stages(context, config, [shardings.fastest()], cutoff)
     _keep(assessed, found)
     short = assessed is None or any(cost.again_s for stage in assessed.stages for cost in stage)
     if short:
@@ -125,7 +126,8 @@ def price(context: Context, config: Config, shardings: Shardings, found: Found) 
         for answers in compatible([shardings.fastest(), *shardings.lean()]):
             if len(answers) == 1 and answers[0] is shardings.fastest():
                 continue
-            _keep(best_stages(context, config, answers), found)
+            cutoff = found.best.step_time if found.best else float("inf")
+            _keep(best_stages(context, config, answers, cutoff), found)
 
 
 def _keep(assessed: Assessment | None, found: Found) -> None:

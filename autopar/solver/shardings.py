@@ -25,7 +25,14 @@ from autopar.solver.block_problem import (
     ties_of,
     whole_decisions,
 )
-from autopar.solver.candidates import RECOMPUTE, BlockCost, BlockCosts, boundary_bytes
+from autopar.solver.candidates import (
+    RECOMPUTE,
+    BlockCost,
+    BlockCosts,
+    boundary_bytes,
+    decision_price,
+    local_elements,
+)
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import stream_seconds
 from autopar.solver.fix import Fix
@@ -132,6 +139,7 @@ class Shardings:
         self.context, self.size, self.batch = context, size, batch
         self.prices = AxisPrices(context.ops, context.collectives, size, batch)
         self._built: dict[frozenset[str], ModelProblem] = {}
+        self._decisions: dict[str, BlockDecision] = {}
         self._fastest: Answered | None = None
         self._lean: list[Answered] | None = None
         self._total_bound: float | None = None
@@ -165,24 +173,26 @@ class Shardings:
     def bound(self) -> float:
         """Seconds of all blocks for one micro-batch: no sharding on this axis needs fewer."""
         if self._total_bound is None:
-            self.fastest()
-        assert self._total_bound is not None
+            context = self.context
+            if self.size == 1:
+                self._decisions = whole_decisions(context.model)
+                seconds = 0.0
+                for name, decision in self._decisions.items():
+                    kind = context.model.kinds[name]
+                    price, _ = decision_price(kind, decision, self.prices)
+                    handed = context.gradient_price() * self._held(name, local_elements(kind, decision))
+                    twice = price.forward_s if name in context.always_again() else 0.0
+                    seconds += context.counts[name] * (price.seconds + twice + handed)
+                self._total_bound = seconds * (1 - 1e-12)
+            else:
+                self._decisions, self._total_bound = self._solve(0.0, context.always_again())
         return self._total_bound
 
     def fastest(self) -> Answered:
         """The answer with the least seconds."""
         if self._fastest is None:
-            context = self.context
-            if self.size == 1:
-                self._fastest = self._answered("", whole_decisions(context.model))
-                seconds = 0.0
-                for kind, (cost, _) in self._fastest.costs.items():
-                    handed = context.gradient_price() * self._held(kind, cost.elements)
-                    twice = cost.forward_s if kind in context.always_again() else 0.0
-                    seconds += context.counts[kind] * (cost.forward_s + cost.backward_s + twice + handed)
-                self._total_bound = seconds * (1 - 1e-12)
-            else:
-                self._fastest, self._total_bound = self._solve("", 0.0, context.always_again())
+            self.bound()
+            self._fastest = self._answered("", self._decisions)
         return self._fastest
 
     def lean(self) -> list[Answered]:
@@ -197,7 +207,8 @@ class Shardings:
                 plain, every = self.context.always_again(), frozenset(self.context.model.kinds)
                 ways = [(0.0, every), *((share, plain) for share in LEAN)]
                 for index, (share, again) in enumerate(ways):
-                    answer, _ = self._solve(f"lean{index}", share * seconds / max(saved, 1), again)
+                    decisions, _ = self._solve(share * seconds / max(saved, 1), again)
+                    answer = self._answered(f"lean{index}", decisions)
                     if all(answer.costs != known.costs for known in (fast, *self._lean)):
                         self._lean.append(answer)
         return self._lean
@@ -277,13 +288,13 @@ class Shardings:
         tied = [node for node in nodes if (kind, node.name) in self.context.ties.parameters]
         return elements - 0.5 * sum(prod(node.meta.at(1, 1)) for node in tied)
 
-    def _solve(self, name: str, byte_price: float, again: frozenset[str]) -> tuple[Answered, float]:
+    def _solve(self, byte_price: float, again: frozenset[str]) -> tuple[dict[str, BlockDecision], float]:
         built = self.built(again)
         begin = time.perf_counter()
         answer = solve(built.problem, byte_price)
         self.context.clock.add("intra-block ILP", begin)
         self.context.clock.counts["intra-block ILPs"] += 1
-        return self._answered(name, decisions_of(self.context.model, built, answer)), answer.bound
+        return decisions_of(self.context.model, built, answer), answer.bound
 
     def _answered(self, name: str, decisions: dict[str, BlockDecision]) -> Answered:
         begin = time.perf_counter()

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from autopar.cluster import Cluster
 from autopar.errors import BadInputError
 from autopar.graph.ir import ModelGraph
+from autopar.graph.size import size_at
 from autopar.job import Job
 from autopar.plan import Mesh
+from autopar.sharding.rules import strategies_of
+from autopar.solver.block_problem import feature_splits
 from autopar.solver.capabilities import schedule_allows, schedule_of
 from autopar.solver.fix import Fix
 from autopar.solver.work import flops
@@ -81,6 +84,8 @@ def _divisors(n: int) -> list[int]:
 def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None:
     """Why no configuration exists at all, said clearly. Raises BadInputError."""
     devices = cluster.devices
+    if fix.tp is not None and fix.tp > 1:
+        _check_model_axis(model, job, fix.tp, bool(fix.sp))
     if model.max_seq is not None and job.seq_len > model.max_seq:
         raise BadInputError(
             f"job: seq_len {job.seq_len} is longer than {model.name} takes ({model.max_seq}); lower seq_len"
@@ -106,6 +111,21 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
         f"micro-batches on each data rank, but pp={pp} and dp={min(dps)} leave {batch // (min(dps) * least)} of "
         f"{least} samples; use fewer stages, a smaller micro_batch or a larger global_batch"
     )
+
+
+def _check_model_axis(model: ModelGraph, job: Job, size: int, sequence: bool) -> None:
+    """Refuse a ``tp`` that splits nothing, and ``sp`` on sequences that do not divide."""
+    if sequence and job.seq_len % size:
+        raise BadInputError(
+            f"fix: sp=true splits sequences over tp={size}, but seq_len {job.seq_len} does not divide by it; use "
+            "sp=false or another tp or seq_len"
+        )
+    for kind in model.kinds.values():
+        for node in kind.graph.of("op"):
+            splits = feature_splits(node, strategies_of(node, kind.graph))
+            if any(size_at(split.extent or 0, 1, 1) % size == 0 for split in splits):
+                return
+    raise BadInputError(f"fix: tp={size} divides no feature dimension of any matmul of {model.name}; choose another tp")
 
 
 def model_flops(model: ModelGraph, job: Job) -> float:

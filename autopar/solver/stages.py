@@ -127,15 +127,25 @@ def stage_bytes(problem: StageProblem, counts: Counts) -> list[float]:
     return totals
 
 
-def solve_stages(problem: StageProblem, work_limit: float = 10.0, balance: bool = True) -> StageAnswer | None:
-    """The spread with the least V that fits, or None if none fits. Deterministic."""
-    model = _Model(problem)
+def solve_stages(
+    problem: StageProblem,
+    work_limit: float = 4.0,
+    balance: bool = True,
+    gap: float = 1e-5,
+    cutoff: float = float("inf"),
+) -> StageAnswer | None:
+    """The spread with the least V that fits, or None if none fits. Deterministic.
+
+    ``gap``: how close to the optimum is enough (the bound stays valid). ``cutoff``: a V at which the answer is of no
+    use; it is not balanced then. ``work_limit``: CP-SAT's deterministic time.
+    """
+    model = _Model(problem, gap)
     first = model.run(model.value, work_limit)
     if first is None:
         return None
     counts, bound, status = first
     bound = bound * model.unit
-    if balance and problem.stages > 1:
+    if balance and problem.stages > 1 and bound < cutoff:
         # A tenth of a per mille of V buys the balance of every stage that V does not see.
         limit = int(max(stage_seconds(problem, counts) / model.unit, 1) * (1 + 1e-4)) + 1
         second = model.run_balanced(limit, counts, work_limit)
@@ -145,8 +155,9 @@ def solve_stages(problem: StageProblem, work_limit: float = 10.0, balance: bool 
 
 
 class _Model:
-    def __init__(self, problem: StageProblem) -> None:
+    def __init__(self, problem: StageProblem, gap: float) -> None:
         self.problem = problem
+        self.gap = gap
         self.cp = cp_model.CpModel()
         m = problem.micro_batches
         most = sum(run.count * max((m + 1) * o.seconds + o.after_s for o in run.options) for run in problem.runs)
@@ -223,7 +234,7 @@ class _Model:
         solver.parameters.random_seed = 0
         solver.parameters.max_deterministic_time = work_limit
         # One stage is small: solved exactly, so that equal spreads come out in one order.
-        solver.parameters.relative_gap_limit = 1e-5 if self.problem.stages > 1 else 0.0
+        solver.parameters.relative_gap_limit = self.gap if self.problem.stages > 1 else 0.0
         status = solver.solve(self.cp)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return None

@@ -64,7 +64,7 @@ def resume(path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, tied:
     dcp.load(state, checkpoint_id=path)
     step = int(state["step"].item())
     for weight in stage.parameters():
-        optimizer.state[weight]["step"] = torch.tensor(float(step))
+        optimizer.state[weight]["step"].fill_(step)
     return step
 
 
@@ -77,11 +77,20 @@ def _state(stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, skip:
             continue
         name = first.get(name, name)
         state["model"][name] = weight.detach()
-        moments = optimizer.state[weight]
         for moment in MOMENTS:
-            value: Tensor = moments.setdefault(moment, torch.zeros_like(weight))
-            state["optimizer"][f"{name}.{moment}"] = value
+            state["optimizer"][f"{name}.{moment}"] = _adamw_state(optimizer, weight)[moment]
     return state
+
+
+def _adamw_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
+    """What AdamW keeps for a parameter, made here if it has not taken a step yet."""
+    kept = optimizer.state[weight]
+    if not kept:
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        kept["step"] = torch.zeros((), dtype=torch.float32, device=weight.device if on_device else "cpu")
+        for moment in MOMENTS:
+            kept[moment] = torch.zeros_like(weight, requires_grad=False)
+    return kept
 
 
 def _complete(folder: Path) -> list[Path]:

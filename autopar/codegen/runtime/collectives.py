@@ -230,7 +230,9 @@ def _gathered(x: Tensor, axis: DeviceMesh, dim: int) -> Tensor:
     ranks = axis.size()
     stacked = _functional.all_gather_into_tensor(x.contiguous(), ranks, axis.get_group().group_name)
     stacked = _functional.wait_tensor(stacked)
-    return stacked if dim == 0 else torch.cat(stacked.chunk(ranks), dim)
+    if _leads(x, dim):
+        return stacked.view(*x.shape[:dim], ranks * x.size(dim), *x.shape[dim + 1 :])
+    return torch.cat(stacked.chunk(ranks), dim)
 
 
 def _reduced(x: Tensor, axis: DeviceMesh) -> Tensor:
@@ -239,10 +241,15 @@ def _reduced(x: Tensor, axis: DeviceMesh) -> Tensor:
 
 def _reduced_slice(x: Tensor, axis: DeviceMesh, dim: int) -> Tensor:
     ranks = axis.size()
-    stacked = x.contiguous() if dim == 0 else torch.cat(x.chunk(ranks, dim))
-    return _functional.wait_tensor(
-        _functional.reduce_scatter_tensor(stacked, "sum", ranks, axis.get_group().group_name)
-    )
+    size = x.size(dim) // ranks
+    stacked = x.contiguous().flatten(0, dim) if _leads(x, dim) else torch.cat(x.chunk(ranks, dim))
+    piece = _functional.reduce_scatter_tensor(stacked, "sum", ranks, axis.get_group().group_name)
+    return _functional.wait_tensor(piece).view(*x.shape[:dim], size, *x.shape[dim + 1 :])
+
+
+def _leads(x: Tensor, dim: int) -> bool:
+    """Whether the slices of ``dim`` follow one another in memory, so that nothing need be copied."""
+    return x.shape[:dim].numel() == 1
 
 
 def _exchanged(x: Tensor, axis: DeviceMesh, source: int, target: int) -> Tensor:

@@ -1,0 +1,65 @@
+"""The functions of ``module.py`` that hold no parameters: shared tables, and the count that the loss is divided by."""
+
+from __future__ import annotations
+
+import re
+
+from autopar.codegen.buffers import buffer_expr
+from autopar.codegen.emit_block import Body, Setting
+from autopar.codegen.source import Expr
+from autopar.codegen.wiring import argument_name
+from autopar.errors import UnsupportedError
+from autopar.graph.ir import ModelGraph, OpGraph
+
+
+def constants_source(model: ModelGraph, setting: Setting) -> list[str]:
+    """The function that makes what blocks share and no parameter changes (rotary tables, positions)."""
+    body = _free_body(model, model.constants, setting)
+    body.extra = {"size b": "batch", "size s": "seq", "dtype": "dtype", "device": "device"}
+    body.names = {name: argument_name(name) for name in model.constants.outputs}
+    for node in model.constants.of("op"):
+        reads_buffer = any(model.constants.nodes[name].kind == "buffer" for name in node.operands())
+        if node.op in ("aten.mul", "aten.matmul") and reads_buffer:
+            body.names[node.name] = "angles"
+    lines = body.program().lines(1)
+    names = [argument_name(name) for name in model.constants.outputs]
+    kind = "tuple[" + ", ".join(["Tensor"] * len(names)) + "]" if len(names) > 1 else "Tensor"
+    given = {"batch": "int", "seq": "int", "dtype": "torch.dtype", "device": "torch.device"}
+    used = [key for key in given if any(_mentions(line, key) for line in lines)]
+    arguments = ", ".join(f"{key}: {given[key]}" for key in used)
+    text = " and ".join(names) if len(names) < 3 else ", ".join(names)
+    head = [f"def shared_tables({arguments}) -> {kind}:"]
+    if len(head[0]) > 88:
+        head = ["def shared_tables(", *(f"    {key}: {given[key]}," for key in used), f") -> {kind}:"]
+    return [*head, f'    """{text}: the same for all blocks and ranks."""', *lines]
+
+
+def constants_arguments(model: ModelGraph, setting: Setting) -> tuple[str, ...]:
+    """The arguments that ``shared_tables`` takes, of batch, seq, dtype and device."""
+    head = "".join(constants_source(model, setting)).partition("(")[2].partition(")")[0]
+    return tuple(part.split(":")[0].strip() for part in head.split(",") if part.strip())
+
+
+def _mentions(line: str, name: str) -> bool:
+    return re.search(rf"(?<![\w.]){name}\b(?!=)", line) is not None
+
+
+def _free_body(model: ModelGraph, graph: OpGraph, setting: Setting) -> Body:
+    weights: dict[str, Expr] = {}
+    for node in graph.of("parameter"):
+        raise UnsupportedError(f"{node.target}: a parameter among the constants")
+    for node in graph.of("buffer"):
+        values = model.buffer_values.get(node.target)
+        weights[node.name] = buffer_expr(node.target, node.meta, values, setting.double)
+    arguments = {node.name: argument_name(node.target) for node in graph.of("input")}
+    return Body(graph, None, setting, arguments, weights)
+
+
+def count_source(model: ModelGraph, setting: Setting) -> list[str]:
+    body = _free_body(model, model.count, setting)
+    return [
+        "def count_targets(batch: dict[str, Tensor]) -> Tensor:",
+        '    """How many targets ``batch`` has: what its summed loss is divided by."""',
+        *(f'    {body.arguments[node.name]} = batch["{node.target}"]' for node in model.count.of("input")),
+        *body.program().lines(1),
+    ]
