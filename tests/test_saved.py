@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from traced import llama
+from traced import llama_graph
 
 from autopar.graph.interpret import run_graph
 from autopar.graph.saved import saved_bytes, saved_for_backward
-from autopar.graph.trace import trace
 
 B, S, H, W = 2, 16, 8, 32
 
@@ -94,7 +93,7 @@ def test_gathered_input_is_what_a_linear_layer_keeps():
 
 
 def test_a_llama_layer_by_hand():
-    graph = trace(llama()).kinds["LlamaDecoderLayer"].graph
+    graph = llama_graph().kinds["LlamaDecoderLayer"].graph
     values = {
         node.name: torch.empty(node.meta.at(B, S), dtype=torch.bfloat16, device="meta").requires_grad_(
             node.meta.requires_grad

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from traced import gpt2, llama
+from traced import gpt2_graph, llama_graph
 
 from autopar.graph.interpret import run_model
 from autopar.graph.ir import Node, Ref
@@ -78,13 +78,13 @@ def show(value: object) -> str:
 
 
 def test_llama_layer_reads_as_written_by_hand():
-    graph = trace(llama())
+    graph = llama_graph()
     assert text(list(graph.kinds["LlamaDecoderLayer"].graph.of("op"))) == LLAMA_LAYER
     assert text(list(graph.kinds["Epilogue"].graph.of("op"))) == EPILOGUE
 
 
 def test_gpt2_products_are_linear_layers():
-    nodes = list(trace(gpt2()).kinds["GPT2Block"].graph.of("op"))
+    nodes = list(gpt2_graph().kinds["GPT2Block"].graph.of("op"))
     assert text(nodes).startswith(GPT2_ATTENTION)
     assert "act = gelu(c_fc, 'tanh')" in text(nodes)
     assert "enable_gqa" not in text(nodes)
@@ -269,7 +269,7 @@ def test_masks_are_recognised_by_value(mask, written):
 
 
 def test_window_longer_than_any_sequence_is_causal():
-    graph = trace(llama())
+    graph = llama_graph()
     assert graph.max_seq == 64
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from autopar.graph.interpret import keep_wide, run_model
 from autopar.graph.ir import ModelGraph
+from autopar.graph.trace import trace
 
 VOCABULARY = 128
 
@@ -49,6 +52,18 @@ def gpt2(layers: int = 3, device: str = "meta", dropout: float = 0.0) -> GPT2LMH
     torch.manual_seed(0)
     with torch.device(device):
         return GPT2LMHeadModel(config)
+
+
+@cache
+def llama_graph() -> ModelGraph:
+    """`llama()` traced, once per session."""
+    return trace(llama())
+
+
+@cache
+def gpt2_graph() -> ModelGraph:
+    """`gpt2()` traced, once per session."""
+    return trace(gpt2())
 
 
 def token_batch(samples: int, positions: int, seed: int = 1) -> dict[str, Tensor]:

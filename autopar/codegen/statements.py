@@ -111,7 +111,8 @@ class Program:
                     self._comments[step.key] = (*self._comments[key], *self._comments[step.key])
                     continue
                 allowed = uses[key] == 1 and step.group in _INLINE[inner.group]
-                if self._comments[key] and (inner.group != "exchange" or not isinstance(step.expr, Binary | Value)):
+                adds_exchange = inner.group == "exchange" and isinstance(step.expr, Binary | Value)
+                if self._comments[key] and not adds_exchange and step.group != "return":
                     continue
                 if not allowed or self._weight[step.key] + self._weight[key] > _MOST_INLINE:
                     continue

@@ -76,13 +76,13 @@ def _run(module: Any, plan: Plan, graph: ModelGraph, mesh: DeviceMesh, axes: Map
     for key, meta in graph.batch.items():
         shape = meta.at(plan.micro_batch, plan.job.seq_len)
         with spmd_types.no_typecheck():
-            value = torch.zeros(shape, dtype=torch.int64) if meta.dtype.startswith("int") else torch.zeros(shape)
+            value = torch.zeros(shape, dtype=torch.int64 if meta.dtype.startswith("int") else None, device="meta")
         types = {axes[name]: S(0) if name == "dp" else R for name in axes}
         batch[key] = spmd_types.assert_type(value, types)
     flow: tuple[Tensor, ...] = ()
     for index in range(len(plan.stages)):
         with spmd_types.no_typecheck():
-            stage = module.build_stage(index, mesh, torch.device("cpu"), torch.float32)
+            stage = module.build_stage(index, mesh, torch.device("meta"), torch.float32)
         for parameter in stage.parameters():
             spmd_types.assert_type(parameter, parameter.stored_types)
         result = stage(*flow, **batch)
@@ -139,7 +139,7 @@ class TypedNew:
     def _parameter(self, shape: tuple[int, ...], kind: Any) -> nn.Parameter:
         from spmd_types import R
 
-        parameter = nn.Parameter(torch.zeros(shape, dtype=self.dtype))
+        parameter = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device="meta"))
         parameter.stored_types = {  # type: ignore[attr-defined]
             axis: R if name == "dp" else kind for name, axis in self.axes.items()
         }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from autopar.graph.draft import Draft
 from autopar.graph.fold import STAND_IN, CannotFoldError, Fold
-from autopar.graph.ir import Block, BlockKind, Node, OpGraph, Ref, Source, TensorMeta, map_refs
+from autopar.graph.ir import Block, BlockKind, Node, OpGraph, Source, map_refs
 from autopar.graph.naming import leaf_name, named
 from autopar.graph.structure import layer_of
 
@@ -283,6 +283,3 @@ def _unique(wished: str, taken: Mapping[str, object]) -> str:
     while name in taken:
         name, number = f"{wished}{number}", number + 1
     return name
-
-
-__all__ = ["Blocks", "Ref", "TensorMeta", "canonical", "cut"]

@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind
 
 from autopar.errors import UnsupportedError
 from autopar.graph.aliases import is_safe_mutation
-from autopar.graph.draft import FLOATING, Draft
+from autopar.graph.draft import Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.size import Size
 from autopar.graph.sizes import Sizes
@@ -309,6 +309,3 @@ def is_number(value: Any) -> bool:
 def close(value: Any, wanted: float) -> bool:
     """Whether a graph's literal is ``wanted`` up to float32 rounding."""
     return is_number(value) and math.isclose(value, wanted, rel_tol=1e-6)
-
-
-__all__ = ["FLOATING", "Importer", "close", "dtype_name", "is_number", "module_path"]
