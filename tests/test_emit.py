@@ -12,6 +12,7 @@ import pytest
 import torch
 from hand_plans import gpt2, graph_of, llama, megatron, plan_of, whole
 
+from autopar.codegen.buffers import buffer_expr
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import fake_mesh
@@ -147,6 +148,15 @@ def test_buffers_are_written_as_their_formula_or_as_literals() -> None:
     unknown = dataclasses.replace(graph, buffer_values={})
     with pytest.raises(UnsupportedError, match="inv_freq"):
         module_source(plan(graph, "dp4"), unknown)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0, 1000000.0, 150000.0])
+def test_rotary_frequencies_are_written_as_their_formula(theta: float) -> None:
+    values = tuple((1.0 / theta ** (torch.arange(0, 128, 2).float() / 128)).tolist())
+    text = str(buffer_expr("inv_freq", TensorMeta((64,), "float32"), values, double=False))
+    assert str(theta) in text
+    off = (*values[:-2], values[-2] * 1.001, values[-1])
+    assert str(theta) not in str(buffer_expr("inv_freq", TensorMeta((64,), "float32"), off, double=False))
 
 
 def test_dropout_is_refused_by_name() -> None:

@@ -69,6 +69,14 @@ def test_plans_of_the_search_are_right(model: str, fix: dict[str, object]) -> No
     assert verify(found, MODELS[model]).worst[1] <= 1e-10
 
 
+def test_tied_weights_on_meta_stay_tied() -> None:
+    with torch.device("meta"):
+        model = gpt2(2)
+    graph = graph_of(model)
+    assert graph.tied
+    assert verify(plan(graph, "pp4"), model).worst[1] <= 1e-10
+
+
 def mutated(source: str, old: str, new: str) -> str:
     assert old in source
     return source.replace(old, new, 1)

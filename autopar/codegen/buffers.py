@@ -54,8 +54,9 @@ def _where(meta: TensorMeta, double: bool) -> tuple[tuple[str, Expr], ...]:
 def _rotary_base(values: tuple[float, ...]) -> float | None:
     """theta if the values are exactly 1 / theta ** (arange(0, d, 2) / d) in float32, else None."""
     size = 2 * len(values)
-    if len(values) < 2 or values[0] != 1.0 or not 0 < values[1] < 1:
+    if len(values) < 2 or values[0] != 1.0 or not 0 < values[-1] < 1:
         return None
-    theta = float(round(values[1] ** (-size / 2)))
+    # The last value has the exponent nearest to 1, and so the least rounding error left in theta.
+    theta = float(round(values[-1] ** (-size / (size - 2))))
     formula = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
     return theta if torch.equal(formula, torch.tensor(values, dtype=torch.float32)) else None

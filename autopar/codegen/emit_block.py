@@ -82,7 +82,7 @@ class Body:
 
     def program(self) -> Program:
         """The statements. Raises UnsupportedError for what cannot be written."""
-        self.names |= _attention_names(self.graph)
+        self.names |= _attention_names(self.graph) | _logits_names(self.graph)
         for node in self.graph.nodes.values():
             if node.kind == "input":
                 self._add_input(node)
@@ -296,6 +296,12 @@ def _attention_names(graph: OpGraph) -> dict[str, str]:
             if here.kind == "op" and here.op in ("aten.select", "aten.slice"):
                 names[here.name] = letter
     return names
+
+
+def _logits_names(graph: OpGraph) -> dict[str, str]:
+    """What cross-entropy reads first is called logits, whatever module made it."""
+    losses = (node for node in graph.of("op") if node.op == "autopar.cross_entropy")
+    return {node.operands()[0]: "logits" for node in losses if graph.nodes[node.operands()[0]].kind == "op"}
 
 
 def _values(args: object) -> list[Value]:

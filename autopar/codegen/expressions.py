@@ -366,6 +366,17 @@ def _dropout(site: Site) -> Expr:
     )
 
 
+def _pad(site: Site) -> Expr:
+    x, pads = argument(site.args[0], site.sizes), argument(site.args[1], site.sizes)
+    mode, value = site.arg(2, "mode", "constant"), site.arg(3, "value")
+    if mode != "constant":
+        return Call("F.pad", (x, pads, ("mode", literal(mode))))
+    if not value:
+        return Call("F.pad", (x, pads))
+    whole = site.node.meta.dtype.startswith("int")
+    return Call("F.pad", (x, pads, ("value", literal(int(value) if whole else value))))
+
+
 def _neg(site: Site) -> Expr:
     x = argument(site.args[0], site.sizes)
     return Binary("neg", x, x)
@@ -404,6 +415,7 @@ RENDERERS: dict[str, Renderer] = {
     "aten.logical_or": _binary("|"),
     "aten.bitwise_or": _binary("|"),
     "aten.neg": _neg,
+    "aten.pad": _pad,
     "aten.pow": _pow,
     "aten.mean": _reduce("mean"),
     "aten.sum": _reduce("sum"),

@@ -203,11 +203,20 @@ def wide_copy(model: nn.Module, graph: ModelGraph, dtype: torch.dtype, seed: int
     made = copy.deepcopy(model)
     if on_meta:
         made = made.to_empty(device="cpu")
+        _tie(made, graph)
         _draw(made, graph, seed)
     made = made.to(device="cpu", dtype=dtype).train()
     for parameter in made.parameters():
         parameter.grad = None
     return made
+
+
+def _tie(model: nn.Module, graph: ModelGraph) -> None:
+    """Make tied names one parameter again: `to_empty` gives each its own."""
+    for first, *others in graph.tied:
+        for name in others:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
 
 
 @torch.no_grad()

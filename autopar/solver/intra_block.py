@@ -46,6 +46,7 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
     """
     model = _Model(problem, byte_price)
     solver = cp_model.CpSolver()
+    solver.parameters.catch_sigint_signal = False  # Ctrl-C is Python's, as everywhere else
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.max_deterministic_time = work_limit

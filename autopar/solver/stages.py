@@ -230,6 +230,7 @@ class _Model:
     def run(self, objective: Any, work_limit: float) -> tuple[Counts, float, str] | None:
         self.cp.minimize(objective)
         solver = cp_model.CpSolver()
+        solver.parameters.catch_sigint_signal = False  # Ctrl-C is Python's, as everywhere else
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = 0
         solver.parameters.max_deterministic_time = work_limit
