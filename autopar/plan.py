@@ -84,17 +84,23 @@ class Stage:
     def total_bytes(self) -> int:
         return sum(self.memory.values())
 
+    @property
+    def memory_and_total(self) -> dict[str, int]:
+        return {**self.memory, "total": self.total_bytes}
+
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
     """``step_time`` s; ``tokens_per_second`` of the whole cluster; ``mfu`` model FLOP/s over peak; ``interval`` s;
-    ``breakdown``: seconds by name, adding up to ``step_time``."""
+    ``breakdown``: seconds by name, adding up to ``step_time``; ``memory``: per stage, bytes per rank by kind and their
+    "total"."""
 
     step_time: float
     tokens_per_second: float
     mfu: float
     interval: tuple[float, float]
     breakdown: dict[str, float]
+    memory: tuple[dict[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +169,10 @@ class Plan:
             fields["cluster"] = Cluster.from_json(data["cluster"])
             fields["job"] = Job.from_json(data["job"])
             fields["mesh"] = Mesh(**data["mesh"])
-            fields["predicted"] = Predicted(**{**data["predicted"], "interval": tuple(data["predicted"]["interval"])})
+            predicted = data["predicted"]
+            fields["predicted"] = Predicted(
+                **{**predicted, "interval": tuple(predicted["interval"]), "memory": tuple(predicted["memory"])}
+            )
             fields["candidates"] = {
                 key: Candidate(**{**value, "decision": BlockDecision.from_json(value["decision"])})
                 for key, value in data["candidates"].items()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autopar.graph.ir import Node, OpGraph, Ref, TensorMeta
+from autopar.graph.ir import Node, OpGraph, Ref, TensorMeta, substitute
 from autopar.graph.ops import callable_of
 from autopar.graph.size import Size
 from autopar.sharding.rules.elementwise import broadcast
@@ -153,13 +153,7 @@ class Example:
 
 def fill(value: Any, tensors: Any) -> Any:
     """``value`` with each `Ref` replaced by the next tensor."""
-    if isinstance(value, Ref):
-        return next(tensors)
-    if isinstance(value, tuple | list):
-        return tuple(fill(item, tensors) for item in value)
-    if isinstance(value, dict):
-        return {key: fill(item, tensors) for key, item in value.items()}
-    return value
+    return substitute(value, lambda _: next(tensors))
 
 
 def _t(*shape: int) -> T:

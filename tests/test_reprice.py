@@ -31,6 +31,8 @@ def test_agrees_with_the_search(fix, tied):
     priced = reprice(plan, model)
     assert priced.step_time == pytest.approx(plan.predicted.step_time, rel=1e-9)
     assert priced.mfu == pytest.approx(plan.predicted.mfu, rel=1e-9)
+    assert priced.memory == plan.predicted.memory
+    assert all(stage["total"] == sum(stage.values()) - stage["total"] for stage in plan.predicted.memory)
     assert [sum(m.values()) for m in price_plan(plan, model).memory] == [s.total_bytes for s in plan.stages]
 
 

@@ -35,6 +35,8 @@ FORCED: dict[str, dict[str, Any]] = {
     "tp2 dp2": {"dp": 2, "tp": 2, "pp": 1, "zero": 0, "recompute": "none", "micro_batch": 2},
     "tp2 dp2 zero3 recompute": {"dp": 2, "tp": 2, "pp": 1, "zero": 3, "recompute": "full", "micro_batch": 2},
     "pp2 dp2": {"dp": 2, "tp": 1, "pp": 2, "zero": 0, "recompute": "none", "micro_batch": 1},
+    "pp2 dp2 zero3": {"dp": 2, "tp": 1, "pp": 2, "zero": 3, "recompute": "none", "micro_batch": 1},
+    "pp2 dp2 zero3 recompute": {"dp": 2, "tp": 1, "pp": 2, "zero": 3, "recompute": "full", "micro_batch": 2},
     "pp4": {"dp": 1, "tp": 1, "pp": 4, "recompute": "none", "micro_batch": 2},
     "pp2 tp2": {"dp": 1, "tp": 2, "pp": 2, "recompute": "none", "micro_batch": 2},
     "pp2 tp2 recompute": {"dp": 1, "tp": 2, "pp": 2, "sp": True, "recompute": "full", "micro_batch": 1},

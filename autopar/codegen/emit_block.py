@@ -10,7 +10,7 @@ from autopar.codegen.expressions import Site, Sizes, render
 from autopar.codegen.source import Binary, Call, Expr, Method, Text, Value, literal, values_in
 from autopar.codegen.statements import Program, Step
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import COMPUTE, Node, OpGraph, Ref
+from autopar.graph.ir import COMPUTE, Node, OpGraph, substitute
 from autopar.graph.size import BATCH, SEQ, Size
 from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step as Conversion
@@ -123,7 +123,7 @@ class Body:
             needs = list(read_as)
             variant = next((axis for axis, strategy in choice.items() if strategy.variant), "")
         read = iter([Value(self._materialise(name, need)) for name, need in zip(operands, needs, strict=True)])
-        args, kwargs = _substituted(node.args, read), _substituted(node.kwargs, read)
+        args, kwargs = substitute((node.args, node.kwargs), lambda _: next(read))
         shapes = tuple(self.graph.nodes[name].meta.shape for name in operands)
         site = Site(node, args, kwargs, shapes, output, self._sizes())
         expr = render(site)
@@ -308,17 +308,6 @@ def _values(args: object) -> list[Value]:
     if isinstance(args, Value):
         return [args]
     return [value for item in args for value in _values(item)] if isinstance(args, tuple) else []
-
-
-def _substituted(value: object, read):  # type: ignore[no-untyped-def]
-    """``value`` with every `Ref` replaced by the next of ``read``."""
-    if isinstance(value, Ref):
-        return next(read)
-    if isinstance(value, tuple | list):
-        return tuple(_substituted(item, read) for item in value)
-    if isinstance(value, dict):
-        return {key: _substituted(item, read) for key, item in value.items()}
-    return value
 
 
 def _over_vocabulary(node: Node, args: tuple[object, ...], plain: Expr, axis: Expr) -> Expr:

@@ -63,20 +63,24 @@ class Node:
     def operands(self) -> tuple[str, ...]:
         """Names of the tensor arguments, in order: args first, then kwargs by insertion; repeats stay."""
         found: list[str] = []
-        map_refs(self.args, lambda name: found.append(name) or name)  # type: ignore[func-returns-value]
-        map_refs(tuple(self.kwargs.values()), lambda name: found.append(name) or name)  # type: ignore[func-returns-value]
+        substitute((self.args, self.kwargs), found.append)
         return tuple(found)
+
+
+def substitute(value: Any, put: Callable[[str], Any]) -> Any:
+    """``value`` with every `Ref` inside replaced by ``put`` of its name, in order; lists become tuples."""
+    if isinstance(value, Ref):
+        return put(value.name)
+    if isinstance(value, tuple | list):
+        return tuple(substitute(item, put) for item in value)
+    if isinstance(value, dict):
+        return {key: substitute(item, put) for key, item in value.items()}
+    return value
 
 
 def map_refs(value: Any, rename: Callable[[str], str]) -> Any:
     """``value`` with every `Ref` inside renamed."""
-    if isinstance(value, Ref):
-        return Ref(rename(value.name))
-    if isinstance(value, tuple | list):
-        return tuple(map_refs(item, rename) for item in value)
-    if isinstance(value, dict):
-        return {key: map_refs(item, rename) for key, item in value.items()}
-    return value
+    return substitute(value, lambda name: Ref(rename(name)))
 
 
 @dataclass(frozen=True, slots=True)

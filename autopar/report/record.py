@@ -26,7 +26,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": predicted.tokens_per_second,
         "mfu": predicted.mfu,
         "interval": list(predicted.interval),
-        "memory": [{**stage.memory, "total": stage.total_bytes} for stage in plan.stages],
+        "memory": [stage.memory_and_total for stage in plan.stages],
         "bound_s": plan.bound,
         "gap": plan.gap,
         "status": plan.status,

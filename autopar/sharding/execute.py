@@ -6,13 +6,13 @@ backward, or a single rank (`run_local`), which under `FakeTensorMode` shows wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from autopar.errors import VerificationError
-from autopar.graph.ir import BlockKind, Node, OpGraph, Ref
+from autopar.graph.ir import BlockKind, Node, OpGraph, substitute
 from autopar.graph.ops import callable_of
 from autopar.sharding.conversions import Step, path, same
 from autopar.sharding.decision import BlockDecision
@@ -35,8 +35,7 @@ def run_op(
         kwargs = {**kwargs, "compute": compute}
     calls = []
     for rank in range(len(world.ranks)):
-        tensors = iter([values[rank] for values in operands])
-        calls.append((_fill(args, tensors), _fill(kwargs, tensors)))
+        calls.append(_called_with(args, kwargs, [values[rank] for values in operands]))
     special = {axis: strategy.variant for axis, strategy in choice.items() if strategy.variant}
     if not special:
         function = callable_of(node.op)
@@ -59,15 +58,10 @@ def run_op(
     return done
 
 
-def _fill(value: Any, tensors: Any) -> Any:
-    """``value`` with each `Ref` replaced by the next tensor."""
-    if isinstance(value, Ref):
-        return next(tensors)
-    if isinstance(value, tuple | list):
-        return tuple(_fill(item, tensors) for item in value)
-    if isinstance(value, dict):
-        return {key: _fill(item, tensors) for key, item in value.items()}
-    return value
+def _called_with(args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """The arguments with each `Ref` replaced by the next tensor."""
+    rest = iter(tensors)
+    return substitute((args, kwargs), lambda _: next(rest))
 
 
 def convert_values(

@@ -1,15 +1,19 @@
 """What the data axis adds to a stage's seconds: FSDP2's gathers, reductions, copies; hidden where compute hides them.
 
-As executed (FSDP2 of torch 2.13 on one data axis; a group per block; `codegen/runtime/sharding.py` and `step.py`):
+As executed (FSDP2 of torch 2.13 on one data axis; a group per block and a root group, `groups.py`; see
+`codegen/runtime/sharding.py` and `step.py`):
 
     zero  stages  parameters gathered                       gradients reduced
     0     1       locally (cast and copied), each micro-b.  all-reduce of master dtype at the last micro-batch, block by
                                                             block under its backward
-    3     1       over dp, for each forward and backward    reduce-scatter at each micro-batch, under the backward
+    3     1       over dp, for each forward and backward;   reduce-scatter at each micro-batch, under the backward
+                  the root group for each forward only
     0     > 1     locally, once a step                      all-reduce after the last backward, exposed
-    3     > 1     over dp, for each backward and the first  reduce-scatter after the last backward, exposed
-                  forward (stock 1F1B keeps them after a
-                  backward, `reshard_after_forward` does not)
+    3     > 1     over dp, once a step (in the first        reduce-scatter after the last backward, exposed
+                  forward; nothing is resharded before
+                  the last backward)
+
+The root group's gather begins the forward and nothing hides it; its reduction follows the last block's backward.
 
 Hidden communication has a budget: gathers and reductions of one data axis share one channel (one communicator), run in
 the order in which FSDP2 issues them, and a block's compute waits for its gather. A gather is issued when the block
@@ -31,11 +35,13 @@ from autopar.solver.op_costs import OpCosts
 
 @dataclass(frozen=True, slots=True)
 class BlockTime:
-    """One block on one rank: its own seconds per micro-batch, and parameter elements held on the model axes."""
+    """One block on one rank: its own seconds per micro-batch, parameter elements held on the model axes, and whether
+    it is in the root group."""
 
     forward_s: float
     backward_s: float
     elements: int
+    root: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,44 +98,44 @@ class DataAxis:
         deferred = (self.pipelined or not self.sharded) and self.micro_batches > 1
         return stream_seconds(self.ops, (compute + (2 if deferred else 1) * master) * elements, 1)
 
-    def least_copies_s(self, elements: float) -> float:
+    def least_copies_s(self, elements: float, root: bool = False) -> float:
         """Seconds per micro-batch of all copies beside one C + M per backward, launches left out, so that it is linear
-        in ``elements`` and may stand in bounds."""
+        in ``elements`` and may stand in bounds. ``root``: of elements that may be in the root group."""
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
         shards = self.size if self.sharded else 1
         cast = (master + compute) / shards if master != compute else 0.0
         gather = cast + (4 if shards == 1 else 2) * compute
-        gathers = (1 if self.sharded else 0) if self.pipelined else (2 if self.sharded else 1)
+        gathers = 0 if self.pipelined else 2 if self.sharded and not root else 1
         deferred = (self.pipelined or not self.sharded) and self.micro_batches > 1
         return stream_seconds(self.ops, (gathers * gather + (master if deferred else 0)) * elements)
 
     def stage(self, blocks: Sequence[BlockTime]) -> DataTimes:
         """Seconds of a stage that holds ``blocks``."""
-        gathers = [self.gather_s(block.elements) for block in blocks]
-        reduces = [self.reduce_s(block.elements) for block in blocks]
-        gather_copies = [self.gather_copy_s(block.elements) for block in blocks]
+        own = [0 if block.root else block.elements for block in blocks]
+        rooted = sum(block.elements for block in blocks if block.root)
+        gathers, gather_copies, reduces, reduce_copies = (
+            [seconds(elements) if elements else 0.0 for elements in (*own, rooted)]
+            for seconds in (self.gather_s, self.gather_copy_s, self.reduce_s, self.reduce_copy_s)
+        )
+        root_gather, root_reduce = gathers.pop(), reduces.pop()
+        root_gather_copy, root_reduce_copy = gather_copies.pop(), reduce_copies.pop()
         forward = [block.forward_s for block in blocks]
-        backward = [block.backward_s + self.reduce_copy_s(block.elements) for block in blocks]
-        elements = sum(block.elements for block in blocks)
+        backward = [block.backward_s + copy for block, copy in zip(blocks, reduce_copies, strict=True)]
+        elements = rooted + sum(own)
         share = elements / self.size if self.sharded else elements
         optimizer = self.ops.optimizer_seconds(int(share)) + self.ops.clip_seconds(int(share))
+        none = [0.0] * len(blocks)
+        plain = sum(backward) + root_reduce_copy
+        copied = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]
+        gathered = root_gather + root_gather_copy + hidden_forward(copied, gathers)
         if self.pipelined:
-            first = sum(gather_copies)
-            if self.sharded:
-                first += hidden_forward(forward, gathers) - sum(forward)
-                backward = [b + copy for b, copy in zip(backward, gather_copies, strict=True)]
-                run_backward = hidden_backward(backward, gathers, [0.0] * len(blocks))
-            else:
-                run_backward = sum(backward)
-            return DataTimes(sum(forward), run_backward, first, 0.0, sum(reduces), optimizer)
-        forward = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]
+            return DataTimes(sum(forward), plain, gathered - sum(forward), 0.0, sum(reduces) + root_reduce, optimizer)
         if self.sharded:
             backward = [b + copy for b, copy in zip(backward, gather_copies, strict=True)]
-            return DataTimes(
-                hidden_forward(forward, gathers), hidden_backward(backward, gathers, reduces), 0.0, 0.0, 0.0, optimizer
-            )
-        last = hidden_backward(backward, [0.0] * len(blocks), reduces) - sum(backward)
-        return DataTimes(sum(forward), sum(backward), 0.0, last, 0.0, optimizer)
+            reduced = hidden_backward(backward, gathers, reduces, root_reduce_copy, root_reduce)
+            return DataTimes(gathered, reduced, 0.0, 0.0, 0.0, optimizer)
+        last = hidden_backward(backward, none, reduces, root_reduce_copy, root_reduce) - plain
+        return DataTimes(gathered, plain, 0.0, last, 0.0, optimizer)
 
 
 def stream_seconds(ops: OpCosts, nbytes: float, kernels: int = 0) -> float:
@@ -148,9 +154,15 @@ def hidden_forward(compute: Sequence[float], gathers: Sequence[float]) -> float:
     return now
 
 
-def hidden_backward(compute: Sequence[float], gathers: Sequence[float], reduces: Sequence[float]) -> float:
+def hidden_backward(
+    compute: Sequence[float],
+    gathers: Sequence[float],
+    reduces: Sequence[float],
+    after: float = 0.0,
+    reduce_after: float = 0.0,
+) -> float:
     """Seconds of a backward, last block first: the gather of the next block is issued when a block starts, its
-    reduction when it has ended; both in one channel."""
+    reduction when it has ended; both in one channel. ``after``: seconds once all have ended, then a last reduction."""
     now = 0.0
     channel = ready = gathers[-1] if gathers else 0.0
     for index in range(len(compute) - 1, -1, -1):
@@ -161,4 +173,7 @@ def hidden_backward(compute: Sequence[float], gathers: Sequence[float], reduces:
         now = started + compute[index]
         if reduces[index]:
             channel = max(channel, now) + reduces[index]
+    now += after
+    if reduce_after:
+        channel = max(channel, now) + reduce_after
     return max(now, channel)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import prod
 
 from autopar.solver.bounds import spread_bound
 from autopar.solver.candidates import RECOMPUTE, BlockCost
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes
+from autopar.solver.groups import root_blocks
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.shardings import Answered, Context, Shardings
 from autopar.solver.simulate import StageTimes, simulate
@@ -92,24 +93,18 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
     begin = time.perf_counter()
     place = placed(context, config, boundary)
     shared, crossing = tied_elements(context, stages)
+    ends = list(accumulate(len(costs) for costs in stages))
+    roots = [root_blocks(context.model, range(end - len(costs), end)) for costs, end in zip(stages, ends, strict=True)]
+    rows = [list(zip(*row, strict=True)) for row in zip(stages, shared, roots, strict=True)]
     times = tuple(
-        place.data.stage(
-            [
-                BlockTime(cost.forward_s, cost.backward_s, cost.elements - double)
-                for cost, double in zip(costs, doubles, strict=True)
-            ]
-        )
-        for costs, doubles in zip(stages, shared, strict=True)
+        place.data.stage([BlockTime(c.forward_s, c.backward_s, c.elements - double, root) for c, double, root in row])
+        for row in rows
     )
     memory = tuple(
         place.memory.stage(
-            index,
-            [
-                BlockBytes(cost.elements, cost.inflight, cost.transient, double)
-                for cost, double in zip(costs, doubles, strict=True)
-            ],
+            index, [BlockBytes(c.elements, c.inflight, c.transient, double, root) for c, double, root in row]
         )
-        for index, (costs, doubles) in enumerate(zip(stages, shared, strict=True))
+        for index, row in enumerate(rows)
     )
     exchanged = crossing * context.job.master_bytes / place.memory.shards
     tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.dp * config.tp)
@@ -148,9 +143,33 @@ def step(
     }
 
 
-def block_runs(context: Context) -> list[tuple[str, tuple[str, ...], int]]:
-    """Consecutive blocks of one kind with the same freedom: (kind, recompute choices, count)."""
-    return [(kind, choices, len(list(group))) for (kind, choices), group in groupby(context.freedom())]
+@dataclass(frozen=True, slots=True)
+class KindRun:
+    """``count`` consecutive blocks from ``start`` of one kind and freedom. ``root``: the root group of their stage holds
+    them, or may (``sure`` False: only if a block they share a weight with is in the same stage)."""
+
+    kind: str
+    choices: tuple[str, ...]
+    start: int
+    count: int
+    root: bool
+    sure: bool
+
+
+def block_runs(context: Context, config: Config) -> list[KindRun]:
+    """The chain of blocks as runs of alike ones."""
+    blocks = context.model.blocks
+    rooted = root_blocks(context.model, range(len(blocks)))
+    alike = [
+        (kind, choices, root, config.pp == 1 or not (root and block.path))
+        for (kind, choices), root, block in zip(context.freedom(), rooted, blocks, strict=True)
+    ]
+    runs, start = [], 0
+    for (kind, choices, root, sure), group in groupby(alike):
+        count = len(list(group))
+        runs.append(KindRun(kind, choices, start, count, root, sure))
+        start += count
+    return runs
 
 
 def compatible(answers: Sequence[Answered]) -> list[list[Answered]]:
@@ -167,39 +186,59 @@ def stage_problem(
     """The stage ILP of a configuration over compatible answers, and the cost each option stands for."""
     boundary = max(answer.boundary for answer in answers)
     place = placed(context, config, boundary)
-    runs, costs_of = [], []
-    for kind, choices, count in block_runs(context):
-        costs = [answer.costs[kind][RECOMPUTE.index(choice)] for answer in answers for choice in choices]
-        costs = _undominated(costs)
-        costs_of.append(costs)
-        runs.append(BlockRun(kind, count, tuple(_option(place, cost) for cost in costs)))
+    kinds = block_runs(context, config)
+    costs_of = [
+        _undominated([answer.costs[run.kind][RECOMPUTE.index(choice)] for answer in answers for choice in run.choices])
+        for run in kinds
+    ]
+    most = [max(cost.elements for cost in costs) for costs in costs_of]
+    pending = place.memory.pending(max((n for n, run in zip(most, kinds, strict=True) if not run.root), default=0))
+    ending = place.memory.root_staging(_most_rooted(kinds, most, config.pp))
+    runs = []
+    for run, costs in zip(kinds, costs_of, strict=True):
+        options = []
+        for cost in costs:
+            needed = cost.transient + (pending if run.root else 0.0)
+            needed = max(needed, ending) if run.root else needed
+            if not (run.root and run.sure):
+                needed = max(needed, cost.transient + place.memory.staging(cost.elements))
+            options.append(_option(place, cost, run.root, needed))
+        runs.append(BlockRun(run.kind, run.count, tuple(options)))
     overhead = [float(place.memory.buffers(s) + place.memory.reserve) for s in range(config.pp)]
     if config.pp == 1:
-        stage = [
-            cost for costs, run in zip(costs_of, runs, strict=True) for cost in costs[:1] for _ in range(run.count)
-        ]
-        doubles = sum(tied_elements(context, [stage])[0][0])
-        overhead[0] -= place.memory.resident(doubles)
+        stage = [(costs[0], run.root) for costs, run in zip(costs_of, kinds, strict=True) for _ in range(run.count)]
+        doubles = tied_elements(context, [[cost for cost, _ in stage]])[0][0]
+        for double, (_, root) in zip(doubles, stage, strict=True):
+            overhead[0] -= place.memory.resident(double, root)
     room = context.cluster.device.memory_bytes if capacity is None else capacity
     problem = StageProblem(tuple(runs), config.pp, config.micro_batches, room, place.transfer_s, tuple(overhead))
     return problem, costs_of
 
 
-def _option(place: Placed, cost: BlockCost) -> Option:
+def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) -> int:
+    """The most elements that one stage's root group can hold; ``elements``: of each run's largest block."""
+    held = [run.count * n if run.root else 0 for run, n in zip(runs, elements, strict=True)]
+    # The first block and the last are never in one stage of several.
+    apart = min(elements[0], elements[-1]) if stages > 1 and runs[0].root and runs[-1].root else 0
+    return sum(held) - apart
+
+
+def _option(place: Placed, cost: BlockCost, root: bool, transient: float) -> Option:
     data, elements = place.data, cost.elements
+    copies, gather, reduce = data.gather_copy_s(elements), data.gather_s(elements), data.reduce_s(elements)
     forward = cost.forward_s
     backward = cost.backward_s + data.reduce_copy_s(elements)
     after = 0.0
     if data.pipelined:
-        after = data.reduce_s(elements)
-        if data.sharded:
-            backward = max(backward + data.gather_copy_s(elements), data.gather_s(elements))
+        after = reduce + copies + (gather if root else max(0.0, gather - forward - copies))
+    elif root:
+        forward += copies + gather
+        backward += reduce if data.sharded else 0.0
+        after = 0.0 if data.sharded else reduce
     else:
-        copies = data.gather_copy_s(elements)
-        gather = data.gather_s(elements)
         forward = max(forward + copies, gather)
         if data.sharded:
-            backward = max(backward + copies, gather + data.reduce_s(elements))
+            backward = max(backward + copies, gather + reduce)
     share = elements / place.memory.shards
     after += data.ops.optimizer_seconds(int(share)) + data.ops.clip_seconds(int(share))
     # What communication hides costs a little all the same, so that nothing is recomputed for nothing.
@@ -208,9 +247,9 @@ def _option(place: Placed, cost: BlockCost) -> Option:
         name=f"{cost.kind}/{cost.recompute}",
         seconds=forward + backward + own,
         after_s=after,
-        resident=place.memory.resident(elements),
+        resident=place.memory.resident(elements, root),
         inflight=cost.inflight,
-        transient=cost.transient + place.memory.staging(elements),
+        transient=transient,
     )
 
 
@@ -255,8 +294,10 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
     """No plan of this configuration takes less, given that a micro-batch's blocks take at least ``work`` seconds."""
     place = placed(context, config, 0)
     m = config.micro_batches
-    total = sum(prod(meta.at(1, 1)) for meta in context.model.parameters.values())
-    work += place.data.least_copies_s(total / config.tp)
+    sizes = {name: prod(meta.at(1, 1)) for name, meta in context.model.parameters.items()}
+    total, rooted = sum(sizes.values()), sum(sizes[name] for name in _rooted_names(context))
+    work += place.data.least_copies_s((total - rooted) / config.tp)
+    work += place.data.least_copies_s(rooted / config.tp, root=True)
     # Some stage holds at least its even share.
     share = int(total / config.tp / config.pp / place.memory.shards)
     optimizer = context.ops.optimizer_seconds(share) + context.ops.clip_seconds(share)
@@ -285,24 +326,45 @@ def _holds(context: Context, kind: str, tie: str | None) -> bool:
     return any(owner == kind and name == tie for (owner, _), name in context.ties.parameters.items())
 
 
+def _rooted_names(context: Context) -> set[str]:
+    """Parameters that may be in a root group, tied ones under the first of their names."""
+    model = context.model
+    first = {name: group[0] for group in model.tied for name in group}
+    names = set()
+    for block, root in zip(model.blocks, root_blocks(model, range(len(model.blocks))), strict=True):
+        if root:
+            names |= {first.get(name, name) for name in block.parameters.values()}
+    return names & model.parameters.keys()
+
+
+def _least_groups(context: Context, config: Config) -> tuple[list[int], int]:
+    """Least elements of what FSDP2 gathers and reduces, of a model in one stage: each block's own group (0 where it has
+    none), and the root group."""
+    roots = root_blocks(context.model, range(len(context.model.blocks)))
+    least = [_least_elements(context, config, index) for index in range(len(roots))]
+    own = [0 if root else elements for elements, root in zip(least, roots, strict=True)]
+    return own, sum(least) - sum(own)
+
+
 def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
     """Network seconds that nothing can hide without stages, (each micro-batch, once a step): the first gather each way
-    and the last reduction."""
+    and the last reduction. Those of the root group come first and last."""
     if config.pp > 1:
         return 0.0, 0.0
-    first, last = (_least_elements(context, config, index) for index in (0, len(context.model.blocks) - 1))
+    own, rooted = _least_groups(context, config)
+    first, last = (rooted or own[0]), own[-1]
+    reduce = data.reduce_s(first) if first else 0.0
     if not data.sharded:
-        return 0.0, data.reduce_s(first)
-    return data.gather_s(first) + data.gather_s(last) + data.reduce_s(first), 0.0
+        return 0.0, reduce
+    return (data.gather_s(first) if first else 0.0) + (data.gather_s(last) if last else 0.0) + reduce, 0.0
 
 
 def _least_communication(context: Context, config: Config, data: DataAxis) -> float:
-    """Network seconds of a step without stages: gathers twice and reductions once in each micro-batch, or once."""
-    gathers = reduces = 0.0
-    for index in range(len(context.model.blocks)):
-        least = _least_elements(context, config, index)
-        gathers += 2 * data.gather_s(least)
-        reduces += data.reduce_s(least)
+    """Network seconds of a step without stages: gathers twice (once for the root group) and reductions once in each
+    micro-batch, or reductions once."""
+    own, rooted = _least_groups(context, config)
+    gathers = 2 * sum(data.gather_s(n) for n in own if n) + (data.gather_s(rooted) if rooted else 0.0)
+    reduces = sum(data.reduce_s(n) for n in (*own, rooted) if n)
     return config.micro_batches * (gathers + reduces) if data.sharded else reduces
 
 
@@ -344,9 +406,7 @@ def _only_bound(context: Context, config: Config, shardings: Shardings) -> float
     if config.pp > 1 or config.tp > 1:
         return 0.0
     costs = shardings.fastest().costs
-    blocks = [
-        costs[kind][RECOMPUTE.index(choices[0])] for kind, choices, count in block_runs(context) for _ in range(count)
-    ]
+    blocks = [costs[kind][RECOMPUTE.index(choices[0])] for kind, choices in context.freedom()]
     return assess(context, config, [blocks], shardings.fastest().boundary).step_time * (1 - 1e-12)
 
 
@@ -358,28 +418,27 @@ def _least_problem(
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
     place = placed(context, config, handed)
     runs = []
-    start = 0
-    for kind, choices, count in block_runs(context):
+    for run in block_runs(context, config):
+        kind = run.kind
         least = bytes_of[kind]
-        elements = float(_least_elements(context, config, start))
-        start += count
+        elements = float(_least_elements(context, config, run.start))
         seconds = {"none": 0.0, "full": 0.0}
         after = 0.0
         if timed:
-            bound, copies = shardings.kind_bounds(sharp)[kind], place.data.least_copies_s(elements)
+            bound, copies = shardings.kind_bounds(sharp)[kind], place.data.least_copies_s(elements, run.root)
             seconds = {"none": bound.none_s + copies, "full": bound.full_s + copies}
             moved = 10 * elements / place.memory.shards * context.job.master_bytes
             device = context.cluster.device
             after = moved / max(device.memory_bandwidth, device.cache_bandwidth)
             after += place.data.reduce_s(int(elements)) if config.pp > 1 else 0.0
         options = []
-        for choice in choices:
+        for choice in run.choices:
             kept = least.saved if choice == "none" else min(least.inputs, least.saved)
             # Recomputing needs what is not kept while the block runs.
-            needed = least.saved - kept + place.memory.staging(elements)
-            resident = place.memory.resident(elements)
+            needed = least.saved - kept + (0.0 if run.root else place.memory.staging(elements))
+            resident = place.memory.resident(elements, run.root and run.sure)
             options.append(Option(choice, seconds[choice], after, resident, kept, needed))
-        runs.append(BlockRun(kind, count, tuple(options)))
+        runs.append(BlockRun(kind, run.count, tuple(options)))
     overhead = tuple(float(place.memory.reserve + place.memory.buffers(s)) for s in range(config.pp))
     room = context.cluster.device.memory_bytes
     return StageProblem(tuple(runs), config.pp, config.micro_batches, room, place.transfer_s, overhead)

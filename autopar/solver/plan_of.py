@@ -8,7 +8,7 @@ from itertools import groupby
 from autopar.plan import Candidate, Plan, Predicted, Run, Stage
 from autopar.sharding.rules import has_rule
 from autopar.solver.candidates import BlockCost
-from autopar.solver.evaluate import Assessment, Placed, placed
+from autopar.solver.evaluate import Assessment, Placed, block_runs, placed
 from autopar.solver.interval import interval_of
 from autopar.solver.shardings import Context
 from autopar.solver.space import model_flops
@@ -19,7 +19,8 @@ def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts
     config, job, cluster = best.config, context.job, context.cluster
     names = candidate_names([cost for stage in best.stages for cost in stage])
     place = placed(context, config, 0)
-    candidates = {name: _candidate(name, cost, place.memory.resident(cost.elements), place) for name, cost in names}
+    rooted = {run.kind for run in block_runs(context, config) if run.root}
+    candidates = {name: _candidate(name, cost, cost.kind in rooted, place) for name, cost in names}
     by_cost = {id(cost): name for name, cost in names}
     known = [(cost, name) for name, cost in names]
 
@@ -44,6 +45,7 @@ def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts
         mfu=model_flops(context.model, job) / (step_time * peak),
         interval=(step_time, step_time),
         breakdown=best.breakdown,
+        memory=tuple(stage.memory_and_total for stage in stages),
     )
     distance = max(0.0, (step_time - bound) / bound)
     plan = Plan(
@@ -98,7 +100,7 @@ def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
     return names
 
 
-def _candidate(name: str, cost: BlockCost, resident: float, place: Placed) -> Candidate:
+def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candidate:
     share = int(cost.elements / place.memory.shards)
     once = place.data.ops.optimizer_seconds(share) + place.data.ops.clip_seconds(share)
     if place.data.pipelined or not place.data.sharded:
@@ -110,7 +112,7 @@ def _candidate(name: str, cost: BlockCost, resident: float, place: Placed) -> Ca
         forward_s=cost.forward_s,
         backward_s=cost.backward_s,
         step_s=once,
-        resident_bytes=round(resident),
+        resident_bytes=round(place.memory.resident(cost.elements, root)),
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
         parameters=cost.elements,

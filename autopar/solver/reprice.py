@@ -20,6 +20,7 @@ from autopar.sharding.conversions import path
 from autopar.sharding.execute import local_shape
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes
+from autopar.solver.groups import root_blocks
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.op_costs import LocalTensor, OpCosts
 from autopar.solver.prices import AxisPrices, element_bytes
@@ -41,7 +42,8 @@ class Repriced:
 def reprice(plan: Plan, model: ModelGraph) -> Predicted:
     """The plan's figures, priced anew (the interval is kept). Raises BadInputError for another model."""
     plan.check_model(model.fingerprint(), model.name)
-    step_time = price_plan(plan, model).step_time
+    priced = price_plan(plan, model)
+    step_time = priced.step_time
     peak = plan.cluster.device.peak(plan.job.dtype) * plan.cluster.devices
     return Predicted(
         step_time,
@@ -49,6 +51,7 @@ def reprice(plan: Plan, model: ModelGraph) -> Predicted:
         model_flops(model, plan.job) / (step_time * peak),
         plan.predicted.interval,
         plan.predicted.breakdown,
+        tuple({**memory, "total": sum(memory.values())} for memory in priced.memory),
     )
 
 
@@ -89,15 +92,16 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     for index in range(mesh.pp):
         block_times, block_bytes = [], []
         here: dict[str, int] = {}
-        for block, candidate in _blocks(plan, index):
+        placed = list(_blocks(plan, index))
+        for (block, candidate), root in zip(placed, root_blocks(model, [b for b, _ in placed]), strict=True):
             doubled = 0
             for name, elements in _tied(model, block, candidate):
                 doubled += elements if name in here else 0
                 here.setdefault(name, elements)
             forward, backward = seconds[candidate.name]
-            block_times.append(BlockTime(forward, backward, candidate.parameters - doubled))
+            block_times.append(BlockTime(forward, backward, candidate.parameters - doubled, root))
             block_bytes.append(
-                BlockBytes(candidate.parameters, candidate.inflight_bytes, candidate.transient_bytes, doubled)
+                BlockBytes(candidate.parameters, candidate.inflight_bytes, candidate.transient_bytes, doubled, root)
             )
         for name, elements in here.items():
             copies.setdefault(name, []).append((index, elements))

@@ -12,7 +12,8 @@ def shard_stage(stage: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zer
     """Wrap a stage for the data axis, in place. Afterwards every parameter is a DTensor over the data and model axes.
 
     ``zero``: 0 keeps parameters, gradients and optimizer state whole on each data rank; 3 shards all three and gathers
-    a block's parameters for its forward and again for its backward. ``compute``: the dtype blocks run in; parameters,
+    a block's parameters for its forward and again for its backward, or once a step if there are several stages (stock
+    schedules keep what a backward gathers to the end of the step, so freeing it in between saves no memory). ``compute``: the dtype blocks run in; parameters,
     gradient reduction and optimizer state keep the dtype of the parameters.
     """
     master = next(stage.parameters()).dtype
@@ -23,10 +24,11 @@ def shard_stage(stage: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zer
     )
     # A weight that two blocks share has to be gathered once for both: it goes with the root.
     holders = Counter(id(weight) for block in blocks for weight in block.parameters())
+    free_blocks = zero == 3 and mesh["pp"].size() == 1
     for block in blocks:
         weights = list(block.parameters())
         if weights and all(holders[id(weight)] == 1 for weight in weights):
-            fully_shard(block, mesh=data_mesh, reshard_after_forward=zero == 3, mp_policy=precision)
+            fully_shard(block, mesh=data_mesh, reshard_after_forward=free_blocks, mp_policy=precision)
     fully_shard(stage, mesh=data_mesh, reshard_after_forward=False, mp_policy=precision)
 
     for module in stage.modules():
