@@ -48,6 +48,9 @@ def search(
     from autopar.solver.fix import parse_fix
     from autopar.solver.search import search as solve
 
+    for what, value, kind in (("job", job, Job), ("cluster", cluster, Cluster)):
+        if not isinstance(value, kind):
+            raise BadInputError(f"{what} must be an autopar.{kind.__name__}, not {value!r}")
     choices = parse_fix(fix).given()
     begin = time.perf_counter()
     graph = _graph_of(model, inputs, loss)
@@ -115,8 +118,14 @@ def verify(plan: Plan, model: Model, inputs: Inputs = None, loss: Loss = None) -
 
 
 def _graph_of(model: Model, inputs: Inputs, loss: Loss) -> ModelGraph:
+    from torch import nn
+
     from autopar.models import model_graph
 
+    if not isinstance(model, nn.Module | str):
+        raise BadInputError(f"the model must be a torch.nn.Module or a MODEL string, not a {type(model).__name__}")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise BadInputError(f"inputs must map names to example tensors, not be a {type(inputs).__name__}")
     return model_graph(model, inputs, loss)
 
 

@@ -295,3 +295,7 @@ def _check_out(out: Path, file: bool) -> None:
         raise BadInputError(f"--out {out}: the file {above} is in the way")
     if not os.access(out if out.is_dir() else above, os.W_OK):
         raise BadInputError(f"--out {out}: no permission to write there")
+    if not file:
+        from autopar.codegen.emit import check_target
+
+        check_target(out)

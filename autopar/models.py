@@ -83,7 +83,8 @@ def model_graph(
 def _trace(loaded: LoadedModel) -> ModelGraph:
     from autopar.graph.trace import trace
 
-    return trace(loaded.model, inputs=loaded.inputs, loss=loaded.loss, name=loaded.name)
+    with _quiet(sys.modules.get("transformers")):
+        return trace(loaded.model, inputs=loaded.inputs, loss=loaded.loss, name=loaded.name)
 
 
 def _named_config(spec: str) -> tuple[str, dict[str, Any]]:
@@ -141,6 +142,9 @@ def _from_config(config: Mapping[str, Any], spec: str) -> nn.Module:
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
     """Without transformers' advice about configurations that we did not write."""
+    if transformers is None:  # not imported: nothing to keep quiet
+        yield
+        return
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -116,3 +116,20 @@ def test_verify_measures_the_error(plan):
 def test_bad_fixes_are_refused(fix):
     with pytest.raises(BadInputError, match=r"^fix: "):
         autopar.search(meta_llama(), JOB, CLUSTER, fix=fix)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"model": 3}, "torch.nn.Module"),
+        ({"job": {"global_batch": 8}}, "autopar.Job"),
+        ({"cluster": "1x4:h100"}, "autopar.Cluster"),
+        ({"inputs": [1]}, "inputs"),
+        ({"fix": 8}, "mapping"),
+        ({"fix": "tp=8"}, "mapping"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_refused(wrong, told):
+    with pytest.raises(BadInputError, match=told):
+        autopar.search(**{"model": "llama3-8b", "job": JOB, "cluster": CLUSTER, **wrong})

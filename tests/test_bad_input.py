@@ -215,3 +215,19 @@ def test_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
         small_plan("other").save(path)
     assert path.read_text() == old
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_batch_that_fits_no_mesh(refuse):
+    status, message = refuse(*search(batch=7))
+    assert status == 2
+    assert "global_batch 7" in message
+    assert "64" in message
+    assert "{}" not in message
+    assert "1F1B" not in message
+
+
+def test_a_folder_of_others_is_refused_before_the_search(refuse, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    status, message = refuse(*search("no-such-model"), "-o", tmp_path)
+    assert status == 2
+    assert "did not write" in message

@@ -159,12 +159,6 @@ def test_rotary_frequencies_are_written_as_their_formula(theta: float) -> None:
     assert str(theta) not in str(buffer_expr("inv_freq", TensorMeta((64,), "float32"), off, double=False))
 
 
-def test_dropout_is_refused_by_name() -> None:
-    graph = graph_of(gpt2(1, resid_pdrop=0.1))
-    with pytest.raises(UnsupportedError, match=r"dropout of 0\.1 in .*resid_dropout|dropout of 0\.1"):
-        module_source(plan_of(graph, whole(graph)), graph)
-
-
 def test_a_model_whose_blocks_are_no_chain_is_refused() -> None:
     graph = GRAPHS["llama"]
     block = graph.blocks[2]

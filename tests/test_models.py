@@ -203,3 +203,12 @@ def test_missing_transformers_says_what_to_install(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(BadInputError, match=r"pip install autopar\[hf\]"):
         model_graph(str(config))
+
+
+def test_transformers_gives_no_advice_while_tracing(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOPAR_CACHE", str(tmp_path))
+    import transformers
+
+    transformers.logging.set_verbosity_warning()
+    model_graph("gpt2")
+    assert capfd.readouterr().err == ""

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from autopar.errors import BadInputError, UnsupportedError
-from autopar.graph.ir import ModelGraph, Ref
+from autopar.codegen.tokens import token_batch, vocabulary_of
+from autopar.codegen.wiring import blocks_method
+from autopar.errors import BadInputError
+from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,14 +25,6 @@ RUNTIME = Path(__file__).parent / "runtime"
 WEIGHTS_FILE = "initial.pt"
 TORCH_DTYPES = {"bf16": ("bfloat16", "float32"), "fp32": ("float32", "float32"), "fp64": ("float64", "float64")}
 """Compute and master dtype of a job's dtype, by torch's names."""
-
-_FROM_TOKENS = {
-    "input_ids": "ids",
-    "labels": "ids",
-    "attention_mask": "torch.ones_like(ids)",
-    "position_ids": "torch.arange(SEQ_LEN, device=ids.device).expand_as(ids)",
-}
-"""How train.py makes the batch tensors of a language model from token ids."""
 
 
 def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -42,7 +36,7 @@ def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, T
     """
     out = Path(out)
     plan.check_model(graph.fingerprint(), graph.name)
-    _check_target(out)
+    check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -74,28 +68,8 @@ def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[s
         _save_weights(graph, weights, folder / WEIGHTS_FILE)
 
 
-def vocabulary_of(graph: ModelGraph) -> int:
-    """Rows of the table that token ids look up. Raises UnsupportedError if the model has no such table."""
-    for block in graph.blocks:
-        nodes = graph.kinds[block.kind].graph.nodes
-        ids = {name for name, source in block.inputs.items() if (source.origin, source.key) == ("batch", "input_ids")}
-        for node in nodes.values():
-            if node.op == "aten.embedding" and any(isinstance(a, Ref) and a.name in ids for a in node.args[1:2]):
-                return int(nodes[node.args[0].name].meta.at(1, 1)[0])
-    raise UnsupportedError(
-        f"{graph.name}: no embedding reads 'input_ids', so train.py cannot tell its vocabulary; models that do not "
-        "start from token ids run through autopar.parallelize"
-    )
-
-
 def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
     compute, master = TORCH_DTYPES[plan.job.dtype]
-    unknown = [key for key in graph.batch if key not in _FROM_TOKENS]
-    if unknown:
-        raise UnsupportedError(
-            f"{graph.name} takes {', '.join(unknown)}, which train.py cannot make from token ids; give autopar a model "
-            f"that takes {', '.join(_FROM_TOKENS)} alone, or run it through autopar.parallelize"
-        )
     names = [block.path or block.kind for block in graph.blocks]
     stages = []
     for index, stage in enumerate(plan.stages):
@@ -132,9 +106,10 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "master_dtype": master,
         "vocabulary": vocabulary_of(graph),
         "predicted_step_s": float(f"{plan.predicted.step_time:.4g}"),
-        "batch": {key: _FROM_TOKENS[key] for key in graph.batch},
+        "batch": token_batch(graph),
         "stages": stages,
         "has_weights": has_weights,
+        "blocks": blocks_method(graph),
     }
 
 
@@ -155,7 +130,8 @@ def _save_weights(graph: ModelGraph, weights: Mapping[str, Tensor], path: Path) 
     torch.save(chosen, path)
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
+    """Raise BadInputError if ``out`` is a file, or a folder with something in it that autopar did not write."""
     if out.exists() and not out.is_dir():
         raise BadInputError(f"cannot write the folder {out}: it is a file; name another place")
     if out.is_dir() and any(out.iterdir()) and not _is_emitted(out):

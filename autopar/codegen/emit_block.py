@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from autopar.codegen.expressions import Site, Sizes, render
 from autopar.codegen.source import Binary, Call, Expr, Method, Text, Value, literal, values_in
 from autopar.codegen.statements import Program, Step
+from autopar.codegen.wiring import is_writable
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import COMPUTE, Node, OpGraph, substitute
+from autopar.graph.ops import draws_random
 from autopar.graph.size import BATCH, SEQ, Size
 from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step as Conversion
@@ -104,7 +106,8 @@ class Body:
 
     def _add_weight(self, node: Node) -> None:
         key = f"weight {node.name}"
-        self._hints[key] = node.target.rpartition(".")[2]
+        leaf = node.target.rpartition(".")[2]
+        self._hints[key] = leaf if is_writable(leaf) else "weight"
         group = "weight" if node.kind == "parameter" else "operator"
         self._steps.append(Step(key, self.weights[node.name], self._hints[key], group))
         stored, wanted = self.stored.get(node.name), self._arrives(node.name)
@@ -129,6 +132,9 @@ class Body:
         expr = render(site)
         if variant:
             expr = _over_vocabulary(node, args, expr, Text(self.axis_text.format(variant)))
+        split = [axis for axis, kind in output.types if kind.kind == "S" and axis in self.setting.axes]
+        if split and draws_random(node):
+            expr = _with_own_numbers(node, expr, [Text(self.axis_text.format(axis)) for axis in split])
         key = f"op {node.name}"
         self._hints[key] = self._hint(node, site)
         self._steps.append(Step(key, expr, self._hints[key], _GROUPS.get(node.op.partition(".")[2], "operator")))
@@ -318,12 +324,26 @@ def _over_vocabulary(node: Node, args: tuple[object, ...], plain: Expr, axis: Ex
     return Call(_VARIANTS[node.op], (first, second, axis, *rest))
 
 
+_OWN_NUMBERS = {"F.dropout": "dropout", "F.scaled_dot_product_attention": "attention"}
+
+
+def _with_own_numbers(node: Node, plain: Expr, axes: list[Text]) -> Expr:
+    """The call whose random numbers differ between the shards of its result."""
+    assert isinstance(plain, Call)
+    if len(axes) > 1:
+        raise UnsupportedError(
+            f"dropout in {node.module or 'the model'} on a tensor split over {len(axes)} model axes: its random masks "
+            "would have to differ along both; set the model's dropout to 0"
+        )
+    return Call(_OWN_NUMBERS[plain.function], (*plain.arguments, ("axis", axes[0])))
+
+
 def _module_name(module: str) -> str:
     parts = [part for part in module.split(".") if part and not part.isdigit()]
     if not parts:
         return ""
     name = re.sub(r"(?<!^c)(_proj|_layernorm|_layer_norm)$", "", parts[-1])
-    return name if name.isidentifier() else ""
+    return name if is_writable(name) else ""
 
 
 def _action(action: str) -> str:

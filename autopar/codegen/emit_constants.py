@@ -10,6 +10,7 @@ from autopar.codegen.source import Expr
 from autopar.codegen.wiring import argument_name
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph, OpGraph
+from autopar.graph.size import BATCH, SEQ
 
 
 def constants_source(model: ModelGraph, setting: Setting) -> list[str]:
@@ -56,9 +57,24 @@ def _free_body(model: ModelGraph, graph: OpGraph, setting: Setting) -> Body:
 
 
 def count_source(model: ModelGraph, setting: Setting) -> list[str]:
+    head = "def count_targets(batch: dict[str, Tensor]) -> Tensor:"
+    some, shape = next((key, meta.shape) for key, meta in model.batch.items() if meta.shape[:1] == (BATCH,))
+    if not model.count.outputs:
+        return [
+            head,
+            '    """None: the loss is a plain sum, which nothing divides."""',
+            f'    return torch.zeros((), dtype=torch.int64, device=batch["{some}"].device)',
+        ]
     body = _free_body(model, model.count, setting)
+    if not any(
+        True for _ in model.count.of("input")
+    ):  # a mean over all elements: their number follows from the batch alone
+        long, dims = next(((key, m.shape) for key, m in model.batch.items() if SEQ in m.shape), (some, shape))
+        body.extra = {"size b": f'batch["{some}"].shape[0]', "device": f'batch["{some}"].device'}
+        if SEQ in dims:
+            body.extra["size s"] = f'batch["{long}"].shape[{dims.index(SEQ)}]'
     return [
-        "def count_targets(batch: dict[str, Tensor]) -> Tensor:",
+        head,
         '    """How many targets ``batch`` has: what its summed loss is divided by."""',
         *(f'    {body.arguments[node.name]} = batch["{node.target}"]' for node in model.count.of("input")),
         *body.program().lines(1),

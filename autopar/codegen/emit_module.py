@@ -24,7 +24,7 @@ from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
 
-_OPERATORS = ("cross_entropy", "rotary", "vocab_cross_entropy", "vocab_embedding")
+_OPERATORS = ("attention", "cross_entropy", "dropout", "rotary", "vocab_cross_entropy", "vocab_embedding")
 
 
 def module_source(plan: Plan, model: ModelGraph) -> str:
@@ -83,12 +83,12 @@ def _header(plan: Plan, model: ModelGraph, text: str) -> list[str]:
     lines.append("import torch")
     if "F." in text:
         lines.append("import torch.nn.functional as F")
-    for module, names in (
-        ("runtime.collectives", sorted(FUNCTIONS.values())),
-        ("runtime.operators", _OPERATORS),
-        ("runtime.weights", ("New", "Weights")),
+    for module, names, end in (
+        ("runtime.collectives", sorted(FUNCTIONS.values()), r"\("),
+        ("runtime.operators", _OPERATORS, r"\("),
+        ("runtime.weights", ("New", "Weights"), r"\b"),
     ):
-        used = [name for name in names if re.search(rf"\b{name}\b", text)]
+        used = [name for name in names if re.search(rf"(?<![.\w]){name}{end}", text)]
         if used:
             lines += _import(module, used)
     lines.append("from torch import Tensor, nn")

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autopar.codegen.buffers import buffer_expr
 from autopar.codegen.emit_block import Body, Setting
 from autopar.codegen.emit_constants import constants_arguments
 from autopar.codegen.source import Argument, Call, Expr, Method, Text, literal, statement
-from autopar.codegen.wiring import Placed, argument_name, argument_names, flow_names
+from autopar.codegen.wiring import (
+    Placed,
+    argument_name,
+    argument_names,
+    blocks_method,
+    flow_names,
+    free_name,
+    is_writable,
+    top_names,
+)
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph, OpGraph
 from autopar.plan import Plan
@@ -23,13 +35,15 @@ def class_source(placed: Placed, model: ModelGraph, setting: Setting) -> list[st
     shapes = {t: kind.graph.nodes[name].meta.at(1, 1) for t, name in targets.items()}
     arguments = argument_names(kind, _flow_arguments(placed, model))
     body = _block_body(placed, model, setting, arguments, "self.", stored)
+    axis = _axis_name(target.partition(".")[0] for target in targets)
+    body.axis_text = f"self.{axis}"
     forward = body.program().lines(2)
     lines = [f"class {placed.callee}(nn.Module):", *_docstring(placed, model, setting, arguments), ""]
     lines += ["    def __init__(self, new: New) -> None:", "        super().__init__()"]
-    if any("self.tp" in line for line in forward):
-        lines.append("        self.tp = new.axis")
+    if _uses(axis, forward):
+        lines.append(f"        self.{axis} = new.axis")
     for name, member in _tree(stored, shapes).items():
-        lines += statement(f"self.{name} = ", member, str, 2)
+        lines += assignment(name, member, 2)
     lines += ["", *signature("forward", list(arguments.values()), [], len(kind.graph.outputs), 1), *forward]
     return lines
 
@@ -68,7 +82,7 @@ def _block_body(
     weights: dict[str, Expr] = {}
     for node in kind.graph.nodes.values():
         if node.kind == "parameter":
-            path = attribute(prefix, (names or {}).get(node.target, node.target))
+            path = attribute(prefix, (names or {}).get(node.target, node.target), parameter=True)
             weights[node.name] = Method(Text(path), "to_local") if setting.axes else Text(path)
         elif node.kind == "buffer":
             full = model.blocks[placed.index].parameters[node.target]
@@ -76,12 +90,40 @@ def _block_body(
     return Body(kind.graph, placed.candidate.decision, setting, arguments, weights)
 
 
-def attribute(prefix: str, path: str) -> str:
-    """``self.a.b`` for the dotted path ``a.b``, also where a part is a number."""
-    text = prefix.rstrip(".")
-    for part in path.split("."):
-        text += f".{part}" if part.isidentifier() else f'.get_submodule("{part}")'
+def attribute(prefix: str, path: str, parameter: bool = False) -> str:
+    """``self.a.b`` for the dotted path ``a.b`` of a module (or parameter), also where a part is no Python name."""
+    text, odd = prefix.rstrip("."), ""
+    parts = path.split(".")
+    for place, part in enumerate(parts):
+        if is_writable(part):
+            text += f".{part}"
+            continue
+        odd += f".{part}" if odd else part
+        last = place + 1 == len(parts)
+        if last or is_writable(parts[place + 1]):
+            text += f".{'get_parameter' if last and parameter else 'get_submodule'}({json.dumps(odd)})"
+            odd = ""
     return text
+
+
+def assignment(path: str, member: Expr, indent: int) -> list[str]:
+    """``self.a.b = member``, also where the last part is no Python name."""
+    owner, _, leaf = path.rpartition(".")
+    if is_writable(leaf):
+        return statement(f"{attribute('self', path)} = ", member, str, indent)
+    is_parameter = isinstance(member, Call) and member.function.startswith("new.")
+    register = "register_parameter" if is_parameter else "add_module"
+    holder = Text(attribute("self", owner) if owner else "self")
+    return statement("", Method(holder, register, (literal(leaf), member)), str, indent)
+
+
+def _axis_name(members: Iterable[str]) -> str:
+    """What a class with these members calls its tensor-parallel axis."""
+    return free_name("tp", members)
+
+
+def _uses(axis: str, lines: Iterable[str]) -> bool:
+    return any(re.search(rf"\bself\.{axis}\b", line) for line in lines)
 
 
 def _stored(layout: Layout, setting: Setting) -> Layout:
@@ -111,14 +153,10 @@ def _tree(stored: dict[str, Layout], shapes: dict[str, tuple[int, ...]]) -> dict
 
 
 def _weights(members: dict[str, Expr]) -> Expr:
-    arguments: list[Argument] = []
-    for name, member in members.items():
-        if name.isidentifier():
-            arguments.append((name, member))
-        else:
-            (line,) = statement("", member, str, -100)
-            arguments.append(Text(f'**{{"{name}": {line}}}'))
-    return Call("Weights", tuple(arguments))
+    if all(is_writable(name) for name in members):
+        arguments: tuple[Argument, ...] = tuple(members.items())
+        return Call("Weights", arguments)
+    return Call("Weights.named", tuple(Call("", (literal(name), member)) for name, member in members.items()))
 
 
 def _docstring(placed: Placed, model: ModelGraph, setting: Setting, arguments: dict[str, str]) -> list[str]:
@@ -153,6 +191,14 @@ class StageWriter:
     @property
     def many(self) -> bool:
         return len(self.plan.stages) > 1
+
+    @property
+    def _axis(self) -> str:
+        return _axis_name(top_names(self.model))
+
+    @property
+    def _index(self) -> str:
+        return free_name("index", top_names(self.model))
 
     def stages_table(self) -> list[str]:
         """Per stage its runs of equal blocks: where they are, which, of what class, recomputed or not."""
@@ -198,7 +244,7 @@ class StageWriter:
         """``Stage``: parameters in the model's own module tree, forward over its blocks, methods for the ends."""
         methods = [self._method(block) for block in self.placed if not block.path]
         forward = self._forward()
-        uses_tp = any("self.tp" in line for lines in (*methods, forward) for line in lines)
+        axis = self._axis
         lines = [
             "class Stage(nn.Module):",
             '    """One pipeline stage, its parameters under the names they have in the model."""'
@@ -207,10 +253,10 @@ class StageWriter:
             "",
             "    def __init__(self, index: int, new: New) -> None:",
             "        super().__init__()",
-            "        self.index = index",
+            f"        self.{self._index} = index",
         ]
-        if uses_tp:
-            lines.append("        self.tp = new.axis")
+        if any(_uses(axis, text) for text in (*methods, forward)):
+            lines.append(f"        self.{axis} = new.axis")
         lines += self._members()
         lines += ["", *self._iterators()]
         lines += ["", *forward]
@@ -232,14 +278,13 @@ class StageWriter:
                 prefix = ".".join(parts[:count])
                 if prefix not in made and prefix not in containers:
                     made.add(prefix)
-                    into.append(f"{'    ' * indent}{attribute('self', prefix)} = nn.Module()")
+                    into.extend(assignment(prefix, Call("nn.Module", ()), indent))
 
         shared = containers + [path for names, _ in owned for path in names]
         for path in shared:
-            ensure_path = path if path in containers else path.rpartition(".")[0]
-            ensure(ensure_path, lines, 2)
+            ensure(path, lines, 2)
         for container in containers:
-            lines.append(f"        {attribute('self', container)} = nn.ModuleDict()")
+            lines += assignment(container, Call("nn.ModuleDict", ()), 2)
         if containers:
             lines.append("        for container, positions, block, _ in STAGES[index]:")
             if len(containers) == 1:
@@ -255,7 +300,7 @@ class StageWriter:
                 lines.append(f"        if index == {stage}:")
                 indent = 3
             for path, member in names.items():
-                lines += statement(f"{attribute('self', path)} = ", member, str, indent)
+                lines += assignment(path, member, indent)
         return lines
 
     def _owned(self) -> list[tuple[dict[str, Expr], int]]:
@@ -276,9 +321,14 @@ class StageWriter:
                         names[leaf] = parameter_expr(layout, shape)
                     else:
                         stored.setdefault(owner, {}).setdefault(leaf, parameter_expr(layout, shape))
-            names |= {owner: _weights(members) for owner, members in stored.items()}
+            inner = [block.container for block in self.placed if block.container] + [*names, *stored]
+            for owner, members in stored.items():
+                if any(path.startswith(f"{owner}.") for path in inner):  # has modules too: keep the one that holds them
+                    names |= {f"{owner}.{leaf}": member for leaf, member in members.items()}
+                else:
+                    names[owner] = _weights(members)
             if names:
-                found.append((names, stage))
+                found.append((dict(sorted(names.items(), key=lambda item: item[0].count("."))), stage))
         return found
 
     def _parameters(self, block: Placed) -> dict[str, tuple[Layout, tuple[int, ...]]]:
@@ -300,18 +350,29 @@ class StageWriter:
     # Code
 
     def _iterators(self) -> list[str]:
+        head = f"    def {blocks_method(self.model)}(self) -> list[nn.Module]:"
         loops = [block for block in self.placed if block.container]
         single = [block for block in self.placed if block.path and not block.container]
         if not loops:
             listed = ", ".join(attribute("self", block.path) for block in single)
-            return ["    def blocks(self) -> list[nn.Module]:", f"        return [{listed}]"]
+            return [head, f"        return [{listed}]"]
         containers = list(dict.fromkeys(block.container for block in loops))
+        lines = [head, '        """The blocks of this stage, in order."""']
+        if any(path.rpartition(".")[0] in containers for names, _ in self._owned() for path in names):
+            # The list has other members too (the ends of a Sequential).
+            return [
+                *lines,
+                "        return [",
+                '            self.get_submodule(f"{container}.{i}")',
+                f"            for container, positions, _, _ in STAGES[self.{self._index}]",
+                "            for i in positions",
+                "        ]",
+            ]
         if len(containers) == 1:
             expr = f"{attribute('self', containers[0])}.values()"
         else:
             parts = ", ".join(f"*{attribute('self', container)}.values()" for container in containers)
             expr = f"({parts})"
-        lines = ["    def blocks(self) -> list[nn.Module]:", '        """The blocks of this stage, in order."""']
         return [*lines, f"        return [*{expr}]"]
 
     def _method(self, block: Placed) -> list[str]:
@@ -319,6 +380,7 @@ class StageWriter:
         arguments = argument_names(kind, _flow_arguments(block, self.model))
         names = self._names(block)
         body = _block_body(block, self.model, self.setting, arguments, "self.", {}, names)
+        body.axis_text = f"self.{self._axis}"
         # A tied weight is stored as the first block of the stage that has it wants it.
         for other in self.placed:
             if other.stage == block.stage and other.index < block.index and not other.path:
@@ -348,7 +410,7 @@ class StageWriter:
             result = "" if block is last else ", ".join(flow[: len(self.model.kinds[block.kind].graph.outputs)]) + " = "
             margin = indent
             if self.many:
-                lines.append(f"        if self.index == {block.stage}:")
+                lines.append(f"        if self.{self._index} == {block.stage}:")
                 margin += 1
             prefix = result or "return "
             function = attribute("self", block.path) if block.path else f"self.{block.callee}"
@@ -374,8 +436,8 @@ class StageWriter:
         kinds = {block.candidate.recompute for block in loops}
         if len(kinds) == 1:
             call = _call("block", first.arguments, next(iter(kinds)))
-            return ["        for block in self.blocks():", *statement(result, call, str, 3)]
-        runs = "        for container, positions, _, recompute in STAGES[self.index]:"
+            return [f"        for block in self.{blocks_method(self.model)}():", *statement(result, call, str, 3)]
+        runs = f"        for container, positions, _, recompute in STAGES[self.{self._index}]:"
         return [
             runs,
             "            for i in positions:",

@@ -185,10 +185,11 @@ def _attention(site: Site) -> Expr:
     pairs: list[Argument] = []
     if mask is not None:
         pairs.append(("attn_mask", argument(mask, site.sizes)))
-    for index, key, default in ((4, "dropout_p", 0.0), (5, "is_causal", False)):
-        value = site.arg(index, key, default)
-        if value != default:
-            pairs.append((key, literal(value)))
+    dropout = site.arg(4, "dropout_p", 0.0)
+    if dropout:
+        pairs.append(("dropout_p", Text(f"{dropout} if self.training else 0.0")))
+    if site.arg(5, "is_causal", False):
+        pairs.append(("is_causal", literal(True)))
     query, key_shape = site.shapes[0], site.shapes[1]
     scale = site.arg(6, "scale")
     if scale is not None and scale != query[-1] ** -0.5:  # type: ignore[operator]
@@ -357,13 +358,8 @@ def _reduce(name: str) -> Renderer:
 
 
 def _dropout(site: Site) -> Expr:
-    x, p, train = site.args[0], site.arg(1, "p", 0.5), site.arg(2, "train", True)
-    if p == 0 or not train:
-        return argument(x, site.sizes)
-    raise UnsupportedError(
-        f"dropout of {p} in {site.node.module or 'the model'}: its random masks would have to agree between ranks that "
-        "hold the same values, which emitted code does not do yet; set the model's dropout to 0 (or call model.eval())"
-    )
+    x, p, train = argument(site.args[0], site.sizes), site.arg(1, "p", 0.5), site.arg(2, "train", True)
+    return Call("F.dropout", (x, literal(p), Text("self.training"))) if p and train else x
 
 
 def _pad(site: Site) -> Expr:

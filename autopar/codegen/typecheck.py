@@ -83,6 +83,7 @@ def _run(module: Any, plan: Plan, graph: ModelGraph, mesh: DeviceMesh, axes: Map
     for index in range(len(plan.stages)):
         with spmd_types.no_typecheck():
             stage = module.build_stage(index, mesh, torch.device("meta"), torch.float32)
+            stage.eval()  # dropout does not change a type
         for parameter in stage.parameters():
             spmd_types.assert_type(parameter, parameter.stored_types)
         result = stage(*flow, **batch)

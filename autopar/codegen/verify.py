@@ -18,11 +18,13 @@ from torch.distributed.tensor import DTensor, Shard
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
+from autopar.codegen.tokens import loss_targets, token_tables
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
 from autopar.graph.export import LossOf
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
+from autopar.graph.ops import draws_random
 from autopar.graph.trace import trace
 from autopar.plan import Plan
 from autopar.sharding.layout import P
@@ -37,7 +39,8 @@ JOB_DTYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 class VerifyReport:
     """Errors of the loss and of each parameter's gradient (see `gradient_errors`), and what was run.
 
-    ``ranks``: data times tensor-parallel ranks of each stage; ``twin``: how the model was shrunk, "" if it was not.
+    ``ranks``: data times tensor-parallel ranks of each stage; ``twin``: how the model was shrunk, "" if it was not;
+    ``dropout_off``: the model has dropout, which the proof turns off.
     """
 
     model: str
@@ -49,6 +52,7 @@ class VerifyReport:
     errors: dict[str, float]
     tolerance: float
     twin: str
+    dropout_off: bool
     seconds: float
 
     @property
@@ -68,6 +72,7 @@ class VerifyReport:
             "errors": self.errors,
             "tolerance": self.tolerance,
             "twin": self.twin,
+            "dropout_off": self.dropout_off,
             "seconds": self.seconds,
         }
 
@@ -75,6 +80,7 @@ class VerifyReport:
         ordered = sorted(self.errors.items(), key=lambda pair: -pair[1])
         width = max(len(name) for name, _ in ordered[:5])
         what = f"its shrunk twin ({self.twin})" if self.twin else "the whole model"
+        what += ", dropout off" if self.dropout_off else ""
         lines = [
             f"{self.model}, {self.mesh}: {self.dtype}, {self.ranks} ranks a stage in one process, {what}",
             f"  {'loss':{width}}  {self.loss_error:.1e}",
@@ -139,6 +145,8 @@ def _compare(
     plan, graph = twin.plan, twin.graph
     samples = plan.mesh.dp * plan.micro_batch * plan.micro_batches
     reference = wide_copy(twin.model, graph, dtype, seed)
+    dropout = _drops(graph)
+    reference.train(not dropout)  # random masks cannot be compared: dropout is off on both sides
     batch = random_batch(graph, inputs, samples, plan.job.seq_len, dtype, seed)
     weights = {name: weight.detach() for name, weight in reference.named_parameters()}
     expected_loss, expected = _single_device(reference, graph, loss, batch)
@@ -155,6 +163,7 @@ def _compare(
         errors=errors,
         tolerance=TOLERANCE[dtype],
         twin=twin.how,
+        dropout_off=dropout,
         seconds=time.perf_counter() - begin,
     )
     name, error = report.worst
@@ -164,6 +173,11 @@ def _compare(
             f"gradient of {name} by {error:.1e} (the most of {len(errors)}); allowed {report.tolerance:.0e}"
         )
     return report
+
+
+def _drops(graph: ModelGraph) -> bool:
+    """Whether the model drops elements at random."""
+    return any(draws_random(node) for kind in graph.kinds.values() for node in kind.graph.of("op"))
 
 
 def gradient_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
@@ -187,36 +201,28 @@ def gradient_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 def random_batch(
     graph: ModelGraph, inputs: Mapping[str, Any] | None, samples: int, seq: int, dtype: torch.dtype, seed: int
 ) -> dict[str, Tensor]:
-    """A batch of the shapes the graph takes. Token ids are drawn from the vocabulary, a tenth of the labels is ignored;
-    tensors given as ``inputs`` are drawn from the values they hold."""
+    """A batch of the shapes the graph takes. Token ids are drawn from the vocabulary, a tenth of the targets
+    is ignored; other tensors given as ``inputs`` are drawn from the values they hold."""
+    tables, targets = token_tables(graph), loss_targets(graph)
+    vocabulary = min(tables.values(), default=2)
     generator = torch.Generator().manual_seed(seed)
     batch = {}
     for key, meta in graph.batch.items():
         shape = meta.at(samples, seq)
         example = inputs.get(key) if inputs else None
-        if example is not None and key not in ("input_ids", "labels"):
+        if example is not None and not example.is_meta and key not in tables and key not in targets:
             values = example.flatten()
             picked = values[torch.randint(0, values.numel(), shape, generator=generator)]
             batch[key] = picked.to(dtype) if example.is_floating_point() else picked
         elif meta.dtype in ("int64", "int32"):
-            batch[key] = torch.randint(0, _vocabulary(graph), shape, generator=generator)
-            if key == "labels":
-                batch[key][torch.rand(shape, generator=generator) < 0.1] = -100
+            batch[key] = torch.randint(0, vocabulary, shape, generator=generator)
+            if key in targets:
+                batch[key][torch.rand(shape, generator=generator) < 0.1] = targets[key][0]
         elif meta.dtype == "bool":
             batch[key] = torch.ones(shape, dtype=torch.bool)
         else:
             batch[key] = torch.randn(shape, generator=generator, dtype=dtype)
     return batch
-
-
-def _vocabulary(graph: ModelGraph) -> int:
-    rows = [
-        int(kind.graph.nodes[node.operands()[0]].meta.at(1, 1)[0])
-        for kind in graph.kinds.values()
-        for node in kind.graph.of("op")
-        if node.op == "aten.embedding" and "input_ids" in node.operands()
-    ]
-    return min(rows, default=2)
 
 
 def _single_device(
@@ -260,6 +266,7 @@ def run_emitted(
             module.build_stage(index, device_mesh, torch.device("cpu"), dtype) for index in range(len(plan.stages))
         ]
         for stage in stages:
+            stage.train(not _drops(graph))
             for name, parameter in stage.named_parameters():
                 _fill(parameter, values[first.get(name, name)], mesh.tp)
         targets = int(module.count_targets(dict(batch)))

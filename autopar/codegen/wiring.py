@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import keyword
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import BlockKind, ModelGraph
 from autopar.plan import Candidate, Plan
+
+_MODULE_NAMES = frozenset(
+    ("Stage", "Weights", "New", "Tensor", "DeviceMesh", "MESH", "STAGES", "TIED", "F", "nn", "torch", "checkpoint")
+)
+"""What module.py defines or imports beside the classes of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +53,10 @@ def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
         key = (block.kind, repr(candidate.decision.to_json()))
         if key not in names:
             count = sum(kind == block.kind for kind, _ in names)
-            names[key] = block.kind if not count else f"{block.kind}{count + 1}"
-        callee = names[key] if block.path else _snake(names[key])
+            name = re.sub(r"\W", "_", block.kind)
+            name = f"{name}Block" if name in _MODULE_NAMES else name
+            names[key] = name if not count else f"{name}{count + 1}"
+        callee = names[key] if block.path else free_name(_snake(names[key]), top_names(model))
         arguments = []
         for source in block.inputs.values():
             if source.origin == "block" and source.block != index - 1:
@@ -83,7 +92,30 @@ def argument_name(text: str) -> str:
     """``text`` as a Python name, without what tracing appended to it."""
     name = re.sub(r"(_(wide|compute|float32))+(_\d+)?$", "", re.sub(r"\W", "_", text.rpartition(".")[2]))
     name = {"arange": "positions"}.get(name, name)
-    return name if name.isidentifier() else f"x_{name}"
+    return name if is_writable(name) else f"x_{name}"
+
+
+def is_writable(name: str) -> bool:
+    """Whether ``name`` can be written as an attribute: "0" and "in" are names of modules that cannot."""
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def free_name(wished: str, taken: Iterable[str]) -> str:
+    """``wished``, with as many underscores behind it as keep it from being one of ``taken``."""
+    taken = set(taken)
+    while wished in taken:
+        wished += "_"
+    return wished
+
+
+def top_names(model: ModelGraph) -> frozenset[str]:
+    """What the model itself calls the members of its outermost module: the stage may call nothing else so."""
+    return frozenset(full.partition(".")[0] for full in model.parameters)
+
+
+def blocks_method(model: ModelGraph) -> str:
+    """The name of ``Stage.blocks``, for a model that has a member of that name itself."""
+    return free_name("blocks", top_names(model))
 
 
 def _snake(name: str) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from autopar.graph.ir import Node
+
 WIDE = {torch.float64: torch.float64}
 DTYPES = {
     "float32": torch.float32,
@@ -64,6 +66,15 @@ def _aten(op: str) -> Callable[..., Any]:
     if packet is None:
         raise KeyError(op)
     return packet  # type: ignore[no-any-return]
+
+
+def draws_random(node: Node) -> bool:
+    """Whether an operator node drops elements at random."""
+    if node.op == "aten.dropout":
+        return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5))
+    if node.op == "aten.scaled_dot_product_attention":
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    return False
 
 
 CALLS: dict[str, Callable[..., torch.Tensor]] = {

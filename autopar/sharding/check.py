@@ -223,8 +223,8 @@ def check_data_parallel(model: ModelGraph) -> None:
             "cannot be trained data-parallel; return a sum over targets, or a sum over a count"
         )
     given = {node.name: _batch_type(model.batch[node.target].shape) for node in model.count.of("input")}
-    (count, *_) = _split_batch(model.count, given, f"{model.name}, count of targets")
-    if count not in (P, R):
+    counts = _split_batch(model.count, given, f"{model.name}, count of targets")  # none for a plain sum
+    if any(count not in (P, R) for count in counts):
         raise UnsupportedError(f"{model.name}: the count the loss is divided by is not a sum over samples")
 
 

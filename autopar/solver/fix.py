@@ -107,6 +107,8 @@ def parse_fix(fix: Fix | Mapping[str, Any] | Iterable[str] | None) -> Fix:
     if isinstance(fix, Fix):
         return fix
     pairs: list[tuple[str, Any]]
+    if fix is not None and (isinstance(fix, str) or not isinstance(fix, Iterable)):
+        raise BadInputError(f'fix: expected a mapping such as {{"tp": 8}}, not {fix!r}')
     if isinstance(fix, Mapping):
         pairs = list(fix.items())
     else:

@@ -105,11 +105,20 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
         )
     if fix.fsdp is not None and fix.fsdp not in (1, *dps):
         raise BadInputError(f"fix: fsdp={fix.fsdp} is not the number of data ranks ({dps}); use fsdp=1 or fsdp=dp")
+    fixed = ", ".join(f"{key}={value}" for key, value in fix.given().items())
+    dp = min(dp for dp in dps if batch % dp == 0)
     least = fix.micro_batch or 1
+    if fix.pp is not None and batch // (dp * least) < pp:
+        raise BadInputError(
+            f"fix: nothing can run {fixed} on {devices} devices with global_batch {batch}: 1F1B needs at least pp "
+            f"micro-batches on each data rank, but pp={pp} and dp={dp} leave {batch // (dp * least)} of {least} "
+            "samples; use fewer stages, a smaller micro_batch or a larger global_batch"
+        )
     raise BadInputError(
-        f"fix: nothing can run {fix.given()} on {devices} devices with global_batch {batch}: 1F1B needs at least pp "
-        f"micro-batches on each data rank, but pp={pp} and dp={min(dps)} leave {batch // (min(dps) * least)} of "
-        f"{least} samples; use fewer stages, a smaller micro_batch or a larger global_batch"
+        f"job: global_batch {batch} fits no mesh of {devices} devices{f' with {fixed}' if fixed else ''}: dp must "
+        f"divide it, tp stays inside a node of {cluster.devices_per_node} unless it is fixed, and pp takes what is "
+        f"left, with at most {len(model.blocks)} stages and as many micro-batches on each data rank; choose a global "
+        f"batch that is a multiple of {devices}, or fewer devices"
     )
 
 

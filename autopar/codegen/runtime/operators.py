@@ -1,5 +1,7 @@
 """Operators that PyTorch has no function for, on whole tensors and over a split vocabulary."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +64,34 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def dropout(x: Tensor, p: float, training: bool, axis: DeviceMesh) -> Tensor:
+    """Dropout of a tensor that is split over ``axis``: every rank draws a mask of its own."""
+    with _own_random_numbers(axis, training):
+        return F.dropout(x, p, training)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, axis: DeviceMesh, dropout_p: float, **options: Any) -> Tensor:
+    """Attention with dropout, its heads split over ``axis``: every rank draws a mask of its own."""
+    with _own_random_numbers(axis, dropout_p > 0):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, **options)
+
+
+@contextmanager
+def _own_random_numbers(axis: DeviceMesh, active: bool) -> Iterator[None]:
+    """Inside, random numbers differ between the ranks of ``axis``; after it, they agree again.
+
+    The seed is drawn from the numbers the ranks share, so that recomputation (which restores those) draws it again.
+    """
+    if not active:
+        yield
+        return
+    seed = int(torch.randint(2**62, ()).item())
+    devices = [torch.cuda.current_device()] if axis.device_type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed + axis.get_local_rank())
+        yield
 
 
 def _own_ids(ids: Tensor, size: int, axis: DeviceMesh) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,8 @@ class Step:
         if samples % self.micro_batches:
             raise ValueError(f"{samples} samples do not make {self.micro_batches} micro-batches of equal size")
         dp, pp = self.mesh["dp"].get_group(), self.mesh["pp"].get_group()
-        targets = torch.as_tensor(self.count_targets(batch)).clone()
+        device = next(iter(batch.values())).device
+        targets = torch.as_tensor(self.count_targets(batch), device=device).clone()
         dist.all_reduce(targets, group=dp)
         self.targets = targets.clamp(min=1)
         if self.schedule is None:

@@ -14,6 +14,11 @@ class Weights(nn.Module):
         for name, member in members.items():
             setattr(self, name, member)
 
+    @classmethod
+    def named(cls, *members: "tuple[str, nn.Parameter | Weights]") -> "Weights":
+        """The same for names that cannot be written as keywords ("0", "in")."""
+        return cls(**dict(members))
+
 
 class New:
     """Makes uninitialised parameters; with a model axis they are DTensors on it, of the (global) shape given."""
