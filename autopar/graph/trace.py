@@ -21,6 +21,7 @@ from autopar.graph.fold import CannotFoldError, Fold, plan_fold
 from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
 from autopar.graph.ir import COMPUTE, ModelGraph, OpGraph, TensorMeta
+from autopar.graph.limits import longest_sequence
 from autopar.graph.simplify import simplify
 from autopar.graph.sizes import FixedSequenceError, Sizes
 from autopar.graph.structure import repeats
@@ -72,6 +73,7 @@ def trace(
     if unused := [full for full in parameters if full not in used["parameter"]]:
         notes = (*notes, f"{len(unused)} parameters take no part in the loss and are left out: {', '.join(unused[:3])}")
     values = {**traced.values, **known_values(model, used["buffer"].keys() - traced.values.keys())}
+    limits = [limit for limit in (_max_seq(model), longest_sequence(traced.blocks, values)) if limit is not None]
     return ModelGraph(
         name=name or type(model).__name__,
         kinds=traced.blocks.kinds,
@@ -83,7 +85,7 @@ def trace(
         buffers=used["buffer"],
         tied=_tied(aliases),
         buffer_values={full: tuple(values[full].flatten().tolist()) for full in used["buffer"] if full in values},
-        max_seq=_max_seq(model),
+        max_seq=min(limits) if limits else None,
         notes=notes,
     )
 
@@ -98,10 +100,11 @@ def _folded(
     static_seq: bool,
 ) -> _Traced:
     """Trace with equal layers stood in for; if the proof fails, trace them all."""
-    if fold:
-        with contextlib.suppress(CannotFoldError):
-            return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)
-    return _traced(model, spec, loss, names, layers, None, static_seq)
+    with torch.device("cpu"):  # whatever the caller's default device: the traced copy is a fake on the CPU
+        if fold:
+            with contextlib.suppress(CannotFoldError):
+                return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)
+        return _traced(model, spec, loss, names, layers, None, static_seq)
 
 
 @dataclass(frozen=True, slots=True)
