@@ -145,7 +145,7 @@ def step(
 
 @dataclass(frozen=True, slots=True)
 class KindRun:
-    """``count`` consecutive blocks from ``start`` of one kind and freedom. ``root``: the root group of their stage holds
+    """``count`` consecutive blocks from ``start`` of one kind and freedom. ``root``: their stage's root group holds
     them, or may (``sure`` False: only if a block they share a weight with is in the same stage)."""
 
     kind: str

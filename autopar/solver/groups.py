@@ -2,8 +2,8 @@
 
 `codegen/runtime/sharding.py` makes every module in `Stage.blocks()` a group of its own. What is left belongs to the
 root group: blocks written as methods of the stage (embedding, final norm and head: they have no path), and blocks
-that share a weight with another one of the same stage. The root group is gathered when the stage's forward begins, stays
-gathered through the backward, and its gradients are reduced when the backward has ended.
+that share a weight with another one of the same stage. The root group is gathered when the stage's forward begins,
+stays gathered through the backward, and its gradients are reduced when the backward has ended.
 """
 
 from __future__ import annotations

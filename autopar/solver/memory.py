@@ -6,8 +6,8 @@ sharded over data ranks). "Frees": zero 3 without stages.
 
 * parameters   M N / Z, and gathered for a whole micro-batch or longer: C N, or only C r if each block is freed
 * gradients    M N accumulated whole, unless zero 3 without stages reduces at each micro-batch: then M N / Z
-               (stock pipelining defers reduction, so that gradients stay whole to the last micro-batch); C r as autograd
-               leaves them, because the root group takes them up only when the backward has ended
+               (stock pipelining defers reduction, so that gradients stay whole to the last micro-batch); C r as
+               autograd leaves them, because the root group takes them up only when the backward has ended
 * optimizer    2 M N / Z (AdamW's two moments)
 * activations  saved for backward x micro-batches in flight (1F1B: min(p - s, m) on stage s), and what
                `PipelineStage` holds besides: a receive buffer per micro-batch of the step for inputs, one for the

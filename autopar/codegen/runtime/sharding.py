@@ -13,8 +13,9 @@ def shard_stage(stage: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zer
 
     ``zero``: 0 keeps parameters, gradients and optimizer state whole on each data rank; 3 shards all three and gathers
     a block's parameters for its forward and again for its backward, or once a step if there are several stages (stock
-    schedules keep what a backward gathers to the end of the step, so freeing it in between saves no memory). ``compute``: the dtype blocks run in; parameters,
-    gradient reduction and optimizer state keep the dtype of the parameters.
+    schedules keep what a backward gathers to the end of the step, so freeing it in between saves no memory).
+    ``compute``: the dtype blocks run in; parameters, gradient reduction and optimizer state keep the dtype of the
+    parameters.
     """
     master = next(stage.parameters()).dtype
     # Shard over "dp", or replicate over "dp" and shard over the one rank of "shard" (the same if "dp" has one rank).
