@@ -1,5 +1,7 @@
 """Predicted bytes against what is executed: closed forms, and autograd and FSDP2's rules."""
 
+import dataclasses
+
 import pytest
 import torch
 from dense_decoder import decoder, llama3_8b
@@ -9,9 +11,14 @@ from autopar.graph.saved import saved_for_backward
 from autopar.job import Job
 from autopar.solver.block_problem import whole_decisions
 from autopar.solver.candidates import BlockCosts, live_bytes, local_elements, measure_saved
+from autopar.solver.evaluate import assess, spread, stage_problem
 from autopar.solver.fix import Fix
+from autopar.solver.groups import root_blocks
 from autopar.solver.memory import BlockBytes, MemoryModel
+from autopar.solver.search import search
 from autopar.solver.shardings import Context, Shardings
+from autopar.solver.space import configs
+from autopar.solver.stages import solve_stages, stage_bytes
 
 BF16 = Job(global_batch=8, seq_len=32)
 BLOCK = BlockBytes(elements=1000, inflight=500, transient=70)
@@ -57,6 +64,68 @@ def test_in_flight_and_buffers_by_stage():
 def test_tied_weights_count_once_on_a_stage():
     shared = BlockBytes(elements=1000, inflight=0, transient=0, shared=1000)
     assert model().stage(0, [BLOCK, shared])["optimizer"] == model().stage(0, [BLOCK])["optimizer"]
+
+
+def test_the_root_group_stays_gathered_and_its_gradients_whole():
+    """FSDP2 never frees the root group inside a micro-batch and reduces it when the backward has ended."""
+    root = BlockBytes(elements=300, inflight=0, transient=5, root=True)
+    plain = model(zero=3).stage(0, [BLOCK])
+    memory = model(zero=3).stage(0, [root, BLOCK])
+    assert memory["parameters"] - plain["parameters"] == 300 * (4 // 4 + 2)
+    assert memory["gradients"] - plain["gradients"] == 300 * (4 // 4 + 2)
+    assert memory["optimizer"] - plain["optimizer"] == 300 * 8 // 4
+    assert memory["transient"] == plain["transient"]
+    # Whole anyway: only the gradients that wait in compute dtype come on top.
+    for other in (model(zero=0), model(zero=3, stages=2)):
+        assert other.stage(0, [root])["gradients"] == 300 * (4 + 2)
+    # A block of the root group runs beside the input of another block's reduction.
+    heavy = BlockBytes(elements=300, inflight=0, transient=50_000, root=True)
+    assert model(zero=3).stage(0, [heavy, BLOCK])["transient"] == 50_000 + 1000 * 4
+    # A root group so large that its own reduction is the peak.
+    huge = BlockBytes(elements=10**6, inflight=0, transient=0, root=True)
+    assert model(zero=3).stage(0, [huge, BLOCK])["transient"] == 10**6 * (4 - 2)
+
+
+def test_a_huge_vocabulary_is_predicted_to_stay_gathered():
+    job = Job(global_batch=4, seq_len=8)
+    cluster = Cluster.parse("1x4:h100")
+    small, large = (
+        search(decoder(2, vocab=vocab), job, cluster, {"dp": 4, "zero": 3, "recompute": "none"}).stages[0].memory
+        for vocab in (512, 512 + 2**17)
+    )
+    elements = 2 * 2**17 * 64
+    assert large["parameters"] - small["parameters"] == elements * (4 // 4 + 2)
+    assert large["gradients"] - small["gradients"] == elements * (4 // 4 + 2)
+    assert large["transient"] > small["transient"]
+
+
+def test_blocks_of_the_root_group():
+    graph = decoder(2)
+    assert root_blocks(graph, range(4)) == (True, False, False, True)
+    # Layers that share a weight go with the root where they are in one stage, and only there.
+    weight = next(name for name in graph.blocks[1].parameters.values())
+    shared = dataclasses.replace(graph, tied=((weight, weight.replace("layers.0", "layers.1")),))
+    assert root_blocks(shared, range(4)) == (True, True, True, True)
+    assert root_blocks(shared, range(2)) == (True, False)
+    assert root_blocks(decoder(2, tied=True), range(4)) == (True, False, False, True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_stage_ilp_never_counts_fewer_bytes_than_the_plan(tied):
+    graph = decoder(3, tied=tied)
+    job = Job(global_batch=8, seq_len=32)
+    context = Context.of(graph, job, Cluster.parse("1x4:h100"), Fix())
+    seen = 0
+    for config in configs(graph, job, context.cluster, Fix()):
+        answer = Shardings(context, config.tp, config.micro_batch).fastest()
+        problem, costs_of = stage_problem(context, config, [answer])
+        found = solve_stages(problem, balance=False)
+        counted = stage_bytes(problem, found.counts)
+        exact = assess(context, config, spread(found, costs_of, config.pp), answer.boundary).memory
+        for told, memory in zip(counted, exact, strict=True):
+            assert told >= sum(memory.values()) - 8
+        seen += config.zero == 3
+    assert seen > 3
 
 
 def test_float64_jobs_have_no_separate_masters():

@@ -8,7 +8,9 @@ from dense_decoder import decoder
 from autopar.cluster import Cluster
 from autopar.errors import AutoparError, BadInputError
 from autopar.job import Job
-from autopar.solver.data_axis import hidden_backward, hidden_forward
+from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward
+from autopar.solver.op_costs import OpCosts
 from autopar.solver.reprice import check_price, price_plan, reprice
 from autopar.solver.search import search
 
@@ -71,3 +73,35 @@ def test_hidden_communication_stays_within_its_budget():
     assert hidden_backward([4.0, 4.0, 4.0], [1.0] * 3, [1.0] * 3) == 14.0
     assert hidden_backward([1.0, 1.0], [3.0, 3.0], [5.0, 5.0]) == 3 + 3 + 5 + 5
     assert hidden_backward([2.0, 2.0], [0.0, 0.0], [0.0, 0.0]) == 4.0
+    # The root group's copies and reduction come when all blocks have ended.
+    assert hidden_backward([2.0, 2.0], [0.0, 0.0], [1.0, 1.0], 0.5, 3.0) == 4.0 + max(0.5, 1.0) + 3.0
+    assert hidden_backward([2.0], [0.0], [0.0], 0.5, 0.0) == 2.5
+
+
+def data_axis(zero, pipelined):
+    job, cluster = Job(global_batch=16, seq_len=64), Cluster.parse("1x8:h100")
+    return DataAxis(OpCosts(cluster.device, job), CollectiveCosts(cluster), 8, 1, zero, pipelined, 4)
+
+
+def test_stages_gather_once_a_step():
+    axis, blocks = data_axis(3, True), [BlockTime(1e-6, 2e-6, 10**8), BlockTime(1e-6, 2e-6, 10**8)]
+    times = axis.stage(blocks)
+    # Gathers far longer than the compute beside them: both are seen in the first forward, none in any backward.
+    assert times.first_s > 2 * axis.gather_s(10**8)
+    assert times.forward_s == pytest.approx(2e-6)
+    assert times.backward_s == pytest.approx(4e-6 + 2 * axis.reduce_copy_s(10**8))
+    assert times.reduce_s == pytest.approx(2 * axis.reduce_s(10**8))
+
+
+def test_the_root_group_is_gathered_once_and_reduced_last():
+    axis, n = data_axis(3, False), 10**8
+    ends = [BlockTime(0.0, 0.0, n, root=True), BlockTime(0.0, 0.0, n, root=True)]
+    layer = BlockTime(1.0, 2.0, n)
+    whole, alone = axis.stage([ends[0], layer, ends[1]]), axis.stage([layer])
+    # One gather of both ends before the forward; the layer's own is no longer than before.
+    assert whole.forward_s - alone.forward_s == pytest.approx(
+        axis.gather_s(2 * n) + axis.gather_copy_s(2 * n), rel=1e-4
+    )
+    # Nothing is gathered in the backward for them, and the reduction of both follows the layer's.
+    wait = max(0.0, axis.reduce_copy_s(2 * n) - axis.reduce_s(n))
+    assert whole.backward_s - alone.backward_s == pytest.approx(axis.reduce_s(2 * n) + wait, rel=1e-3)
