@@ -11,8 +11,8 @@ export OMP_NUM_THREADS ?= 1
 
 demo: $(READY)
 	$(BIN)/autopar search llama3-8b --cluster 8x8:h100 --global-batch 512 --seq-len 8192
-	$(BIN)/python examples/demo.py --out out/demo
-	$(BIN)/autopar verify out/demo --model examples/demo.py:small_llama
+	$(BIN)/python examples/demo.py --out build/demo
+	$(BIN)/autopar verify build/demo --model examples/demo.py:small_llama
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -158,8 +158,18 @@ def test_a_model_too_large_is_verified_on_a_twin_of_the_same_decisions(monkeypat
         assert candidate.decision.strategies == chosen.candidates[name].decision.strategies
     report = verify(chosen, model)
     assert report.worst[1] <= 1e-10
-    assert report.twin == "pp=2 x dp=2 x tp=2, 4 of 8 blocks, narrow layers"
+    assert report.twin == "pp=2 x dp=2 x tp=2, 6 of 8 blocks, narrow layers"
     assert "twin" in str(report)
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+def test_a_twin_of_one_stage_sees_its_layers_as_the_model_does(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twin, "MOST_RANKS", 3)
+    model = llama(layers, hidden_size=128, num_attention_heads=16, num_key_value_heads=4, vocab_size=512)
+    graph = graph_of(model)
+    report = verify(plan_of(graph, whole(graph), Mesh(dp=4)), model)
+    assert report.worst[1] <= 1e-10
+    assert "pp=1 x dp=2 x tp=1" in report.twin
 
 
 def test_a_model_too_large_without_a_configuration_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -458,9 +458,12 @@ class StageWriter:
         }
         wanted = constants_arguments(self.model, self.setting)
         if first and "dtype" in wanted:
-            raise UnsupportedError(
-                "the first block reads shared tables in the compute dtype, before any activation tells it"
-            )
+            if any(block.path for block in self.model.blocks):
+                raise UnsupportedError(
+                    "the first block reads shared tables in the compute dtype, before any activation tells it"
+                )
+            # All parameters are the stage's own, which FSDP2 has gathered in the compute dtype when forward begins.
+            values["dtype"] = Text("next(self.parameters()).dtype")
         names = [argument_name(name) for name in self.model.constants.outputs]
         return statement(f"{', '.join(names)} = ", Call("shared_tables", tuple(values[key] for key in wanted)), str, 2)
 

@@ -34,8 +34,8 @@ class Twin:
 
 
 def small_twin(plan: Plan, model: nn.Module, graph: ModelGraph, trace: Callable[[nn.Module], ModelGraph]) -> Twin:
-    """The plan with a short batch, and, if it is still too large: two ranks on each axis, one block of every run, and
-    for models with a Hugging Face ``config`` narrow layers. Every block kind and decision stays.
+    """The plan with a short batch, and, if it is still too large: two ranks on each axis, a few blocks of every run,
+    and for models with a Hugging Face ``config`` narrow layers. Every block kind and decision stays.
 
     Raises UnsupportedError when even that does not fit.
     """
@@ -119,13 +119,13 @@ def _kept_runs(plan: Plan) -> list[list[str]]:
 
 
 def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
-    """The plan for a model with one block of every kept run."""
+    """The plan for a model with one block of every kept run, two of repeated ones."""
     stages, start = [], 0
     for names in _kept_runs(plan):
         runs = []
         for name in names:
-            runs.append(Run(start, start + 1, name))
-            start += 1
+            runs.append(Run(start, start + _copies(plan, name), name))
+            start = runs[-1].stop
         stages.append(Stage(tuple(runs), 0.0, 0.0, 0.0, {}))
     if start != len(small.blocks):
         raise UnsupportedError(
@@ -136,6 +136,11 @@ def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
     candidates = {name: candidate for name, candidate in plan.candidates.items() if name in kept}
     mesh = replace(plan.mesh, pp=len(stages))
     return replace(plan, mesh=mesh, stages=tuple(stages), candidates=candidates, fingerprint=small.fingerprint())
+
+
+def _copies(plan: Plan, name: str) -> int:
+    """How many blocks of a run the twin keeps: a single layer would not be seen as a repeated one."""
+    return 1 if plan.candidates[name].decision.kind in ("Prologue", "Epilogue", "Model") else 2
 
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -155,11 +160,10 @@ def _narrow_model(plan: Plan, model: nn.Module) -> tuple[nn.Module, str]:
             f"{plan.model} is too large to verify in one process, and has no Hugging Face config from which autopar "
             "could build a smaller twin: verify a smaller instance of the same class"
         )
-    repeated = sum(
-        plan.candidates[run].decision.kind not in ("Prologue", "Epilogue") for runs in _kept_runs(plan) for run in runs
-    )
-    setattr(config, name, repeated)
-    if getattr(config, "layer_types", None) is not None:
+    repeated = sum(copies for runs in _kept_runs(plan) for run in runs if (copies := _copies(plan, run)) > 1)
+    if repeated:
+        setattr(config, name, repeated)
+    if repeated and getattr(config, "layer_types", None) is not None:
         config.layer_types = list(config.layer_types)[:repeated]
     heads, kv = _get(config, _HEADS), _get(config, _KV_HEADS)
     if heads is not None:

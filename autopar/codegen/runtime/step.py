@@ -80,9 +80,11 @@ class Step:
     def _accumulate(self, batch: Batch) -> Tensor:
         losses = []
         for index in range(self.micro_batches):
-            is_last = index == self.micro_batches - 1
-            self.stage.set_is_last_backward(is_last)
-            self.stage.set_requires_gradient_sync(is_last or self.reduce_each)
+            reduce = self.reduce_each or index == self.micro_batches - 1
+            self.stage.set_requires_gradient_sync(reduce)
+            # Every backward that reduces ends its reductions, as the last of a step does. Otherwise FSDP2 holds the
+            # whole gradients of the root group, its reduction's input, through the next micro-batch.
+            self.stage.set_is_last_backward(reduce)
             loss = self._mean_loss(self.stage(**{key: self._part(value, index) for key, value in batch.items()}))
             loss.backward()
             losses.append(loss.detach())
