@@ -1,0 +1,82 @@
+"""Predicted bytes against the allocator's, for emitted code with FSDP2: one of two data ranks, collectives faked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import autopar
+from autopar.codegen.emit import emit
+from autopar.models import model_graph
+from autopar.solver.search import search
+
+MEASURE = """
+import json
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import module
+import train
+from runtime import launch, parameters
+
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+mesh, device = launch.start(train.MESH, "cpu")
+step = train.parallelize(mesh, device)
+parameters.initialise(step.stage, module.init_parameter, 0, module.TIED)
+optimizer = torch.optim.AdamW(step.stage.parameters(), lr=1e-3)
+ids = torch.zeros(train.MICRO_BATCH * train.MICRO_BATCHES, train.SEQ_LEN, dtype=torch.int64)
+step.forward_backward(train.make_batch(ids))
+optimizer.step()
+optimizer.zero_grad()
+local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).nbytes
+held = sum(map(local, step.stage.parameters()))
+held += sum(local(value) for state in optimizer.state.values() for value in state.values())
+with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    step.forward_backward(train.make_batch(ids))
+found.export_chrome_trace("trace.json")
+events = [event for event in json.load(open("trace.json"))["traceEvents"] if event.get("name") == "[memory]"]
+json.dump(held + max(event["args"]["Total Allocated"] for event in events), open("peak.json", "w"))
+"""
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_prediction_is_what_the_allocator_sees(tmp_path: Path, zero: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=16384,
+        max_position_embeddings=128,
+    )
+    graph = model_graph(LlamaForCausalLM(config))
+    job = autopar.Job(global_batch=8, seq_len=64)
+    fix = {"dp": 2, "zero": zero, "recompute": "none", "micro_batch": 2}
+    plan = search(graph, job, autopar.Cluster.parse("1x2:h100"), fix)
+    emit(plan, graph, tmp_path)
+    (tmp_path / "measure.py").write_text(MEASURE)
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "measure.py"],
+        cwd=tmp_path,
+        env={**os.environ, **ranks, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (tmp_path / "peak.json").exists(), done.stderr[-2000:]
+    measured = json.loads((tmp_path / "peak.json").read_text())
+    memory = plan.stages[0].memory
+    predicted = sum(nbytes for kind, nbytes in memory.items() if kind != "reserve")
+    assert predicted == pytest.approx(measured, rel=0.05)
