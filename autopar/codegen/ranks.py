@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -17,39 +18,35 @@ from autopar.errors import UnsupportedError
 @contextmanager
 def fake_mesh(axes: Mapping[str, int]) -> Iterator[DeviceMesh]:
     """A device mesh (axis name to size, outermost first) whose collectives do nothing; this process is rank 0."""
-    if dist.is_initialized():
-        raise UnsupportedError(
-            "proofs in one process set up their own process group, but this process already has one: "
-            "run them without torchrun, before torch.distributed is initialised"
-        )
-    world = 1
-    for size in axes.values():
-        world *= size
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    try:
-        yield init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
-    finally:
-        dist.destroy_process_group()
+    with _fake_group(prod(axes.values())):
+        yield _mesh(axes)
 
 
 @contextmanager
 def local_ranks(axes: Mapping[str, int]) -> Iterator[DeviceMesh]:
     """All ranks of a mesh at once: inside, tensors are `LocalTensor` and collectives really exchange values."""
+    ranks = prod(axes.values())
+    with _fake_group(ranks), LocalTensorMode(ranks):
+        # The mesh must be made inside the mode: it asks for the rank's coordinates.
+        yield _mesh(axes)
+
+
+@contextmanager
+def _fake_group(ranks: int) -> Iterator[None]:
     if dist.is_initialized():
         raise UnsupportedError(
             "proofs in one process set up their own process group, but this process already has one: "
             "run them without torchrun, before torch.distributed is initialised"
         )
-    world = 1
-    for size in axes.values():
-        world *= size
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        with LocalTensorMode(world):
-            # The mesh must be made inside the mode: it asks for the rank's coordinates.
-            yield init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def _mesh(axes: Mapping[str, int]) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
 def per_rank(values: list[torch.Tensor]) -> torch.Tensor:
