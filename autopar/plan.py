@@ -6,46 +6,88 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from autopar.cluster import Cluster
 from autopar.errors import BadInputError
 from autopar.job import Job
+from autopar.schedule import SCHEDULES
 from autopar.sharding.decision import BlockDecision
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+SAVEABLE = ("matmul", "attention", "all_gather", "all_reduce", "reduce_scatter", "all_to_all")
+"""Operators whose results selective recomputation may keep."""
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "transient", "reserve")
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Device mesh: axis sizes, outermost first in rank order. pp: stages; dp: batch; tp: the model axis."""
+    """Device mesh: axis sizes, outermost first in rank order.
+
+    ``pp``: ranks of the pipeline; ``dp``: ranks that each have samples of their own; ``cp``: context parallel, splits
+    activations by sequence and no parameter; ``tp``: splits operators. ``tp_parts``: the sizes of the mesh axes that
+    tp is made of, outermost first, where operators split it in several ways (8 as 2 x 4); empty where it is one axis.
+    """
 
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     tp: int = 1
+    tp_parts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tp_parts and (prod(self.tp_parts) != self.tp or len(self.tp_parts) < 2 or 1 in self.tp_parts):
+            raise BadInputError(f"mesh: tp={self.tp} is not made of the axes {self.tp_parts}")
 
     @property
     def size(self) -> int:
-        return self.pp * self.dp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def data(self) -> int:
+        """Ranks that hold the same parameters on the model axes: data and context ranks."""
+        return self.dp * self.cp
 
     def axes(self) -> dict[str, int]:
         """All axes, outermost first."""
-        return {"pp": self.pp, "dp": self.dp, "tp": self.tp}
+        return {"pp": self.pp, "dp": self.dp, "cp": self.cp, **self._tp_axes()}
+
+    def model_axes(self) -> dict[str, int]:
+        """The axes that block decisions are about: context and tensor parallel ones of more than one rank."""
+        sizes = {"cp": self.cp, **self._tp_axes()}
+        return {axis: size for axis, size in sizes.items() if size > 1}
+
+    def tp_axes(self) -> dict[str, int]:
+        """The model axes that parameters may be split on."""
+        return {axis: size for axis, size in self._tp_axes().items() if size > 1}
+
+    def _tp_axes(self) -> dict[str, int]:
+        if not self.tp_parts:
+            return {"tp": self.tp}
+        return {f"tp{index}": size for index, size in enumerate(self.tp_parts)}
 
     def __str__(self) -> str:
-        return " x ".join(f"{axis}={size}" for axis, size in self.axes().items())
+        parts = {"pp": str(self.pp), "dp": str(self.dp)}
+        if self.cp > 1:
+            parts["cp"] = str(self.cp)
+        parts["tp"] = "x".join(map(str, self.tp_parts)) or str(self.tp)
+        return " x ".join(f"{axis}={size}" for axis, size in parts.items())
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One full choice inside a block kind, with its cost vector (per rank, per micro-batch unless said otherwise).
 
-    ``recompute`` is "none" or "full". Seconds: ``forward_s``, ``backward_s`` (recomputation included), ``step_s``
-    (once per optimizer step, exposed). Bytes: ``resident_bytes`` (parameters, gradients, optimizer state),
-    ``inflight_bytes`` (saved for backward per micro-batch in flight), ``transient_bytes`` (peak while it runs).
-    ``parameters``: elements held per rank on the model axes (before any sharding over dp).
+    ``recompute`` is "none", "full" (backward runs the whole forward again) or "selective" (all of it but the operators
+    named in ``saved``, out of `SAVEABLE`; without "all_gather" what was gathered is gathered again). ``offload``: what
+    the block saves for backward waits on the host.
+
+    Seconds: ``forward_s``, ``backward_s`` (recomputation included), ``step_s`` (once per optimizer step, exposed).
+    Bytes: ``resident_bytes`` (parameters, gradients, optimizer state), ``inflight_bytes`` (saved for backward per
+    micro-batch in flight), ``transient_bytes`` (peak while it runs). ``parameters``: elements held per rank on the
+    model axes (before any sharding over data ranks).
     """
 
     name: str
@@ -58,6 +100,8 @@ class Candidate:
     inflight_bytes: int
     transient_bytes: int
     parameters: int
+    saved: tuple[str, ...] = ()
+    offload: bool = False
     sources: dict[str, float] = field(default_factory=dict)
 
 
@@ -72,7 +116,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pipeline stage: runs of blocks, predicted seconds per micro-batch, and bytes per rank by kind."""
+    """One pipeline stage: runs of blocks, predicted seconds per micro-batch, and bytes per rank by kind.
+
+    Where a rank has several stages, "transient" and "reserve" are those of the rank and stand with its first stage:
+    the stages of a rank add up to what it holds.
+    """
 
     runs: tuple[Run, ...]
     forward_s: float
@@ -108,7 +156,10 @@ class Plan:
     """Everything needed to run, price and explain one way of training the model on the cluster.
 
     ``micro_batch``: samples per data rank per micro-batch; ``micro_batches``: how many per step.
-    ``zero``: 0 or 3. ``schedule``: "none" (one stage) or "1f1b". ``bound``: a valid lower bound in seconds on the
+    ``zero``: 0 to 3, over groups of ``fsdp`` data ranks (`Mesh.data`, the innermost; 1 under zero 0), replicated across
+    groups. ``schedule``: a name of `SCHEDULES`, with ``vpp`` stages on each pipeline rank; ``stages`` are listed in the
+    model's order, `rank_of` tells where each sits. ``offload``: "none", or "state": parameters, gradients and optimizer
+    state wait on the host. ``bound``: a valid lower bound in seconds on the
     step time of every plan in the searched space; ``gap`` = (found - bound) / bound. ``described``: for each candidate
     its sharding in words, a line per operator with parameters, written when the plan was made.
     """
@@ -133,6 +184,17 @@ class Plan:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     described: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fsdp: int = 1
+    vpp: int = 1
+    offload: str = "none"
+
+    def rank_of(self, stage: int) -> int:
+        """The pipeline rank that stage ``stage`` sits on."""
+        return SCHEDULES[self.schedule].rank_of(stage, self.mesh.pp)
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages of a pipeline rank, in the model's order."""
+        return tuple(stage for stage in range(len(self.stages)) if self.rank_of(stage) == rank)
 
     def candidate_of(self, block: int) -> Candidate:
         """The candidate block ``block`` runs under."""
@@ -168,13 +230,19 @@ class Plan:
             fields = {name: data[name] for name in Plan.__dataclass_fields__}
             fields["cluster"] = Cluster.from_json(data["cluster"])
             fields["job"] = Job.from_json(data["job"])
-            fields["mesh"] = Mesh(**data["mesh"])
+            fields["mesh"] = Mesh(**{**data["mesh"], "tp_parts": tuple(data["mesh"]["tp_parts"])})
             predicted = data["predicted"]
             fields["predicted"] = Predicted(
                 **{**predicted, "interval": tuple(predicted["interval"]), "memory": tuple(predicted["memory"])}
             )
             fields["candidates"] = {
-                key: Candidate(**{**value, "decision": BlockDecision.from_json(value["decision"])})
+                key: Candidate(
+                    **{
+                        **value,
+                        "decision": BlockDecision.from_json(value["decision"]),
+                        "saved": tuple(value["saved"]),
+                    }
+                )
                 for key, value in data["candidates"].items()
             }
             fields["stages"] = tuple(
@@ -218,8 +286,12 @@ class Plan:
                 f"dp={self.mesh.dp} x micro_batch={self.micro_batch} x micro_batches={self.micro_batches} is {samples} "
                 f"samples, the job's global batch {self.job.global_batch}"
             )
-        if len(self.stages) != self.mesh.pp:
-            raise BadInputError(f"{len(self.stages)} stages for pp={self.mesh.pp}")
+        if self.schedule not in SCHEDULES:
+            raise BadInputError(f"no schedule is called {self.schedule!r}; there are {', '.join(SCHEDULES)}")
+        if len(self.stages) != self.mesh.pp * self.vpp:
+            raise BadInputError(f"{len(self.stages)} stages for pp={self.mesh.pp} with {self.vpp} on each rank")
+        if self.mesh.data % self.fsdp:
+            raise BadInputError(f"shard groups of {self.fsdp} do not divide the {self.mesh.data} data ranks")
         expected = 0
         for run in (run for stage in self.stages for run in stage.runs):
             if run.start != expected or run.stop <= run.start:

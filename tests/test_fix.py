@@ -20,7 +20,7 @@ def test_reads_dicts_and_strings_alike():
 
 def test_mesh_sets_every_axis():
     expected = Fix(pp=2, dp=1, tp=4)
-    for mesh in ("pp=2,tp=4", "pp=2 x dp=1 x tp=4", {"pp": 2, "tp": 4}, Mesh(2, 1, 4)):
+    for mesh in ("pp=2,tp=4", "pp=2 x dp=1 x tp=4", {"pp": 2, "tp": 4}, Mesh(pp=2, tp=4)):
         assert parse_fix({"mesh": mesh}) == expected
     with pytest.raises(BadInputError, match="tp is given twice"):
         parse_fix({"mesh": "tp=4", "tp": 2})

@@ -10,7 +10,8 @@ from autopar.cluster import Cluster
 from autopar.graph.saved import saved_for_backward
 from autopar.job import Job
 from autopar.solver.block_problem import whole_decisions
-from autopar.solver.candidates import BlockCosts, live_bytes, local_elements, measure_saved
+from autopar.solver.candidates import BlockCosts, measure_saved
+from autopar.solver.decision_costs import live_bytes, local_elements
 from autopar.solver.evaluate import assess, spread, stage_problem
 from autopar.solver.fix import Fix
 from autopar.solver.groups import root_blocks

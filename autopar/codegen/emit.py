@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 RUNTIME = Path(__file__).parent / "runtime"
 WEIGHTS_FILE = "initial.pt"
-TORCH_DTYPES = {"bf16": ("bfloat16", "float32"), "fp32": ("float32", "float32"), "fp64": ("float64", "float64")}
+TORCH_DTYPES = {
+    "bf16": ("bfloat16", "float32"),
+    "fp16": ("float16", "float32"),
+    "fp32": ("float32", "float32"),
+    "fp64": ("float64", "float64"),
+}
 """Compute and master dtype of a job's dtype, by torch's names."""
 
 
@@ -50,6 +55,9 @@ def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, T
 def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the files of `emit` into an existing folder."""
     from autopar.codegen.emit_module import module_source
+    from autopar.solver.capabilities import check_executable
+
+    check_executable(plan)
 
     (folder / "module.py").write_text(module_source(plan, graph))
     (folder / "runtime").mkdir()

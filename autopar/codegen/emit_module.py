@@ -48,7 +48,7 @@ def module_source(plan: Plan, model: ModelGraph) -> str:
 
 
 def _setting(plan: Plan) -> Setting:
-    axes = {axis: size for axis, size in plan.mesh.axes().items() if axis not in ("pp", "dp") and size > 1}
+    axes = plan.mesh.model_axes()
     try:
         from autopar.solver.collective_costs import CollectiveCosts
 

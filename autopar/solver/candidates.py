@@ -4,8 +4,6 @@
   (`graph.saved`), exactly as it will be emitted. Parameters, constants and batch tensors exist anyway and do not count;
   the input handed on by the block before counts here, once. They grow linearly with the batch (measured at one and two
   samples), except where the batch itself is split.
-* Transient bytes follow from liveness (`live_bytes`): in the forward, tensors that are still to be read and are not
-  saved; in the backward, gradients between their making and their use.
 * Recompute "full" keeps the block's input alone; its backward runs the forward again, collectives included, and what
   the block saves is then transient.
 """
@@ -19,20 +17,17 @@ from typing import Any
 
 import torch
 
-from autopar.graph.ir import BlockKind, Node
+from autopar.graph.ir import BlockKind
 from autopar.graph.saved import saved_for_backward
 from autopar.job import Job
-from autopar.sharding.conversions import path
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.execute import local_shape, run_local
-from autopar.sharding.layout import Layout
-from autopar.sharding.rules import Strategy, strategy_of
-from autopar.solver.prices import FREE, AxisPrices, Price, element_bytes
-from autopar.solver.work import VIEWS
+from autopar.sharding.rules import strategy_of
+from autopar.solver.decision_costs import boundary_bytes, decision_price, live_bytes, local_elements
+from autopar.solver.prices import AxisPrices
 
 RECOMPUTE = ("none", "full")
-_VIEWS = frozenset(f"aten.{name}" for name in VIEWS)
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,84 +153,3 @@ def _splits_batch(kind: BlockKind, decision: BlockDecision, seq: int) -> bool:
                 if held.kind == "S" and meta.at(1, seq)[held.dim] % decision.axes[axis]:
                     return True
     return False
-
-
-def decision_price(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> tuple[Price, dict[str, float]]:
-    """Seconds of a decision on at most one model axis, and of these how many are measured or from the catalog."""
-    graph = kind.graph
-    total = FREE
-    sources: dict[str, float] = {}
-    axis = next(iter(decision.axes), None)
-    for node in graph.of("op"):
-        strategy = strategy_of(node, graph, decision.strategies[node.name][axis]) if axis else None
-        price, source = prices.operator(node, graph, strategy)
-        sources[source] = sources.get(source, 0.0) + price.seconds
-        total += price
-    for conversion in decision.conversions:
-        meta = graph.nodes[conversion.tensor].meta
-        for _, step in path(conversion.source, conversion.target, meta.requires_grad):
-            price = prices.conversion(meta, step)
-            source = prices.collectives.cluster.device.origin
-            sources[source] = sources.get(source, 0.0) + price.seconds
-            total += price
-    return total, sources
-
-
-def local_bytes(node: Node, layout: Layout, axes: Mapping[str, int], batch: int, job: Job) -> int:
-    """Bytes one rank holds of a node's value."""
-    count = 1
-    for size in local_shape(node.meta.at(batch, job.seq_len), layout, axes):
-        count *= size
-    return count * element_bytes(node.meta.dtype, job)
-
-
-def local_elements(kind: BlockKind, decision: BlockDecision) -> int:
-    """Parameter elements one rank holds on the model axes."""
-    total = 0
-    for node in kind.graph.of("parameter"):
-        count = 1
-        for size in local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes):
-            count *= size
-        total += count
-    return total
-
-
-def boundary_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
-    """Bytes per rank of the inputs that other blocks hand in."""
-    nodes = [node for node in kind.graph.of("input") if node.meta.requires_grad]
-    return sum(local_bytes(node, decision.inputs[node.name], decision.axes, batch, job) for node in nodes)
-
-
-def live_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
-    """The most bytes alive at once beside what is saved: operands and output of an operator in the forward, gradients
-    in the backward. Views share their operand's bytes."""
-    graph, axes = kind.graph, decision.axes
-    axis = next(iter(axes), None)
-    sizes: dict[str, int] = {}
-    read: dict[str, int] = {}
-    for node in graph.of("op"):
-        strategy: Strategy | None = strategy_of(node, graph, decision.strategies[node.name][axis]) if axis else None
-        layout = Layout(((axis, strategy.output),)) if axis and strategy else Layout()
-        sizes[node.name] = 0 if node.op in _VIEWS else local_bytes(node, layout, axes, batch, job)
-        wanted = strategy.inputs if strategy else ()
-        inputs = 0
-        for index, name in enumerate(node.operands()):
-            operand = graph.nodes[name]
-            if operand.kind == "op" or operand.meta.requires_grad:
-                held = Layout(((axis, wanted[index]),)) if axis else Layout()
-                inputs += local_bytes(operand, held, axes, batch, job)
-        read[node.name] = inputs
-    forward = max((read[name] + sizes[name] for name in sizes), default=0)
-    # Backward: the gradient of the output, those of the operands, and gradients that wait for other readers.
-    users = graph.users()
-    order = [node.name for node in graph.of("op")]
-    place = {name: index for index, name in enumerate(order)}
-    peak = 0
-    for name in reversed(order):
-        waiting = 0
-        for other in order[: place[name]]:
-            later = [place[user] for user in users[other] if user in place]
-            if later and max(later) > place[name] and graph.nodes[other].meta.requires_grad:
-                waiting += sizes[other]
-        peak = max(peak, sizes[name] + read[name] + waiting)
-    return max(forward, peak)

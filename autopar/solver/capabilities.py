@@ -1,59 +1,185 @@
-"""What can be executed today, as data: the search stays inside this table, and a fix outside it is refused by name.
+"""What can be executed, as data: the search stays inside this table, a fix outside it is refused by name, the emitter
+checks what it is given against it, and the documentation prints it.
 
-Later capabilities widen the table; nothing else needs to know.
+`CAPABILITIES` says what values each key may take, `LIMITS` which of them cannot be combined. Later capabilities widen
+the tables; nothing else needs to know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from autopar.errors import UnsupportedError
+from autopar.plan import Mesh, Plan
+from autopar.schedule import SCHEDULES
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """One fixable key: the form of its values, the values that can be executed (None: any of that form), and for the
-    rest the reason and the way out."""
+    """One fixable key: the form of its values, the values that can be executed (None: any of that form), for the rest
+    the reason and the way out, and in ``searched`` what the search looks at where the key is not fixed."""
 
     form: str
     executable: tuple[Any, ...] | None
     missing: str = ""
+    searched: str = ""
 
 
 CAPABILITIES: dict[str, Capability] = {
-    "dp": Capability("size", None),
-    "fsdp": Capability("size", None),
-    "zero": Capability(
-        "level",
-        (0, 3),
-        "zero 1 and 2 need reduction without resharding, which is not emitted yet; use zero=0 or zero=3",
-    ),
-    "tp": Capability("size", None),
-    "sp": Capability("switch", (True, False)),
-    "cp": Capability(
-        "size", (1,), "context parallelism as an axis of its own is not emitted yet; leave cp=1 and let tp split"
-    ),
+    "dp": Capability("size", None, searched="all"),
+    "fsdp": Capability("size", None, searched="all data ranks; those of one node"),
+    "zero": Capability("level", (0, 1, 2, 3), searched="all"),
+    "tp": Capability("axis", None, searched="sizes that divide a node"),
+    "sp": Capability("switch", (True, False), searched="both, tensor by tensor"),
+    "cp": Capability("size", None, searched="1; more only where one sequence does not fit otherwise"),
     "ep": Capability("size", (1,), "expert parallelism is not emitted yet; leave ep=1"),
-    "pp": Capability("size", None),
-    "vpp": Capability("size", (1,), "interleaved (virtual) stages are not emitted yet; leave vpp=1"),
-    "schedule": Capability("name", ("none", "1f1b"), 'only "1f1b" (and "none", for a single stage) is emitted yet'),
-    "micro_batch": Capability("size", None),
-    "recompute": Capability(
-        "recompute", ("none", "full"), 'selective recompute is not emitted yet; use "none" or "full", also per block'
-    ),
-    "offload": Capability("offload", ("none",), "offload to the host is not emitted yet; leave offload=none"),
+    "pp": Capability("size", None, searched="all"),
+    "vpp": Capability("size", None, searched="1"),
+    "schedule": Capability("schedule", tuple(SCHEDULES), searched="1f1b; gpipe for fewer micro-batches than stages"),
+    "micro_batch": Capability("size", None, searched="all"),
+    "recompute": Capability("recompute", ("none", "selective", "full"), searched="none, full, for each block"),
+    "offload": Capability("offload", ("none", "state", "activations", "all"), searched="none"),
     "mesh": Capability("mesh", None),
+    "stages": Capability("counts", None, searched="all contiguous splits"),
 }
 """Every key that may be fixed."""
 
-SCHEDULES = {"none": "one stage", "1f1b": "micro_batches >= stages"}
-"""What a schedule demands."""
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the limits look at: the decisions outside the blocks, and which recomputation and offload blocks use.
+
+    ``inside_node``: devices of a node."""
+
+    mesh: Mesh
+    schedule: str
+    vpp: int
+    micro_batches: int
+    zero: int
+    fsdp: int
+    offload: str = "none"
+    recompute: frozenset[str] = frozenset({"none"})
+    offloads_blocks: bool = False
+    dtype: str = "bf16"
+
+    @staticmethod
+    def of(plan: Plan) -> Choice:
+        """What a plan has chosen."""
+        used = [plan.candidates[run.candidate] for stage in plan.stages for run in stage.runs]
+        return Choice(
+            plan.mesh,
+            plan.schedule,
+            plan.vpp,
+            plan.micro_batches,
+            plan.zero,
+            plan.fsdp,
+            plan.offload,
+            frozenset(candidate.recompute for candidate in used),
+            any(candidate.offload for candidate in used),
+            plan.job.dtype,
+        )
 
 
-def schedule_of(stages: int) -> str:
-    """The schedule that runs this many stages."""
-    return "none" if stages == 1 else "1f1b"
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A combination that cannot be executed: ``keys`` it is about, whether a choice ``breaks`` it, the ``reason`` with
+    the way out, and in ``avoids`` the error PyTorch would raise, or what it would do silently."""
+
+    name: str
+    keys: tuple[str, ...]
+    breaks: Callable[[Choice], bool]
+    reason: str
+    avoids: str = ""
 
 
-def schedule_allows(stages: int, micro_batches: int) -> bool:
-    """Whether the emitted schedule runs: torch's 1F1B wants at least as many micro-batches as stages."""
-    return stages == 1 or micro_batches >= stages
+def _splits_backward(choice: Choice) -> bool:
+    return SCHEDULES[choice.schedule].splits_backward
+
+
+LIMITS: tuple[Limit, ...] = (
+    Limit(
+        "one stage has no schedule",
+        ("schedule", "pp"),
+        lambda c: (c.mesh.pp == 1) != (c.schedule == "none"),
+        'a single stage runs under schedule "none", several under any other',
+    ),
+    Limit(
+        "stages on a rank",
+        ("vpp", "schedule"),
+        lambda c: c.vpp < 2 if SCHEDULES[c.schedule].stages is None else c.vpp != SCHEDULES[c.schedule].stages,
+        "interleaved runs two or more stages a rank (vpp), zbv and dualpipev exactly two, the others one",
+    ),
+    Limit(
+        "1f1b fills the pipeline",
+        ("schedule", "pp", "micro_batch"),
+        lambda c: c.schedule == "1f1b" and c.micro_batches < c.mesh.pp,
+        "1F1B needs at least pp micro-batches on each data rank; use fewer stages, a smaller micro_batch, a larger "
+        "global_batch, or gpipe",
+    ),
+    Limit(
+        "interleaved goes in rounds",
+        ("schedule", "pp", "micro_batch"),
+        lambda c: c.schedule == "interleaved" and c.micro_batches % max(1, c.micro_batches // c.mesh.pp) != 0,
+        "interleaved 1F1B runs micro-batches in micro_batches // pp equal rounds; choose a number that divides",
+    ),
+    Limit(
+        "dualpipev fills the pipeline",
+        ("schedule", "pp", "micro_batch"),
+        lambda c: c.schedule == "dualpipev" and c.micro_batches < 2 * c.mesh.pp,
+        "DualPipeV needs at least 2 pp micro-batches on each data rank; use fewer stages or smaller micro-batches",
+    ),
+    Limit(
+        "split backward keeps gradients whole",
+        ("schedule", "zero"),
+        lambda c: _splits_backward(c) and c.zero >= 2,
+        "zbv and dualpipev compute weight gradients apart from the backward that FSDP2 reduces and frees after; use "
+        "zero=0 or zero=1, or another schedule",
+        "gradients are wrong, and nothing is raised (reshard_after_forward under a split backward)",
+    ),
+    Limit(
+        "split backward recomputes too often",
+        ("schedule", "recompute"),
+        lambda c: _splits_backward(c) and bool(c.recompute - {"none"}),
+        "zbv and dualpipev would recompute a block once for its input and once for its weights; use recompute=none, or "
+        "another schedule",
+    ),
+    Limit(
+        "zero 0 shards nothing",
+        ("zero", "fsdp"),
+        lambda c: c.zero == 0 and c.fsdp != 1,
+        "zero=0 keeps everything whole: its shard group is of one rank (fsdp=1)",
+    ),
+    Limit(
+        "shard groups hold whole sequences",
+        ("fsdp", "cp"),
+        lambda c: c.fsdp > 1 and c.fsdp % c.mesh.cp != 0,
+        "the ranks of cp hold one sequence and are sharded over together: fsdp must be a multiple of cp",
+    ),
+)
+"""What cannot be combined."""
+
+
+def refusals(choice: Choice) -> Iterator[Limit]:
+    """The limits that a choice breaks."""
+    return (limit for limit in LIMITS if limit.breaks(choice))
+
+
+def executes(choice: Choice) -> bool:
+    """Whether emitted code runs it."""
+    return next(refusals(choice), None) is None
+
+
+def check_executable(plan: Plan) -> None:
+    """Raise UnsupportedError naming the first limit that the plan breaks."""
+    for limit in refusals(Choice.of(plan)):
+        told = limit.reason + (f" (it avoids: {limit.avoids})" if limit.avoids else "")
+        raise UnsupportedError(f"the plan for {plan.model} cannot be executed: {limit.name}: {told}")
+
+
+def schedule_of(stages: int, micro_batches: int) -> str:
+    """The schedule that runs this many stages, one a rank, where none is fixed."""
+    if stages == 1:
+        return "none"
+    return "1f1b" if micro_batches >= stages else "gpipe"

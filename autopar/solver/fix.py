@@ -1,15 +1,25 @@
 """Fixed parts of the plan: what `fix={"tp": 8, "recompute": "full"}` and `--fix tp=8` mean, each in one place.
 
-dp=n           the batch is split n ways                 zero=0|3     gradients all-reduced | everything sharded over dp
-fsdp=n         shard-group size: 1 is zero=0, dp is zero=3
-tp=n           a model axis of size n on which every matmul with a divisible feature factor is split by it
+dp=n           samples are split over n groups of ranks
+zero=0|1|2|3   0: gradients are all-reduced; 1: optimizer state is sharded over data ranks, 2: gradients too (reduced
+               at each micro-batch), 3: parameters too (gathered block by block)
+fsdp=n         shard-group size: of the dp x cp data ranks, n share what is sharded; 1 is zero=0
+cp=n           a model axis on which activations are split by sequence, and no parameter is
+tp=n           a model axis of size n on which every matmul with a divisible feature factor is split by it; tp=2x4: made
+               of two mesh axes, for operators that split it in two ways
 sp=true|false  values between blocks are split by sequence over tp | held whole, invariant
-pp=n           n stages                                  schedule     "none" for one stage, else "1f1b"
+pp=n           n pipeline ranks                          vpp=n        stages on each of them
+schedule       "none" for one stage, else "gpipe", "1f1b", "interleaved", "zbv", "dualpipev"
+stages=a,b,... blocks in each stage, in the model's order
 micro_batch=n  samples per data rank per micro-batch
-recompute      "none" | "full" (the repeated blocks; the ends of the model are recomputed only when named), or per
-               block: "LlamaDecoderLayer:full" or "0-3:full" (block indices), comma separated, later ones win
-mesh           "pp=2,dp=2,tp=2", or {"pp": 2, "dp": 2, "tp": 2}: all three at once (what is not named is 1)
-cp, ep, vpp, offload    their neutral value only (`capabilities`)
+recompute      "none" | "selective" | "full" (the repeated blocks; the ends of the model are recomputed only when
+               named), or per block: "LlamaDecoderLayer:full" or "0-3:full" (block indices), comma separated, later
+               ones win; "selective(matmul+attention)" keeps the results of these operators, "selective" alone is the
+               search's choice
+offload        "none" | "state" (parameters, gradients, optimizer state wait on the host) | "activations" (what the
+               repeated blocks save for backward does) | "all"
+mesh           "pp=2,dp=2,cp=1,tp=2", or {"pp": 2, "dp": 2, "tp": 2}: all at once (what is not named is 1)
+ep             its neutral value only (`capabilities`)
 """
 
 from __future__ import annotations
@@ -17,13 +27,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from autopar.errors import BadInputError, UnsupportedError
+from autopar.plan import SAVEABLE, Mesh
+from autopar.schedule import SCHEDULES
 from autopar.solver.capabilities import CAPABILITIES
 
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-AXES = ("pp", "dp", "tp")
+AXES = ("pp", "dp", "cp", "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +46,16 @@ class Fix:
 
     pp: int | None = None
     dp: int | None = None
+    cp: int | None = None
     tp: int | None = None
+    tp_parts: tuple[int, ...] = ()
     zero: int | None = None
     fsdp: int | None = None
     sp: bool | None = None
     schedule: str | None = None
+    vpp: int | None = None
+    stages: tuple[int, ...] = ()
+    offload: str | None = None
     micro_batch: int | None = None
     recompute: tuple[tuple[str, str], ...] = ()
 
@@ -63,6 +81,10 @@ class Fix:
                     values[name] = ",".join(
                         f"{selector}:{choice}" if selector else choice for selector, choice in value
                     )
+            elif name == "tp_parts":
+                values |= {"tp": "x".join(map(str, value))} if value else {}
+            elif name == "stages":
+                values |= {"stages": ",".join(map(str, value))} if value else {}
             elif value is not None:
                 values[name] = value
         return values
@@ -81,13 +103,15 @@ class Fix:
         if devices % product or (len(sizes) == len(AXES) and product != devices):
             raise BadInputError(
                 f"fix: {named} makes {product} ranks, but the cluster has {devices} devices; "
-                "the sizes of pp, dp and tp must multiply to that"
+                "the sizes of pp, dp, cp and tp must multiply to that"
             )
-        if self.pp is not None and self.pp > len(kinds):
-            raise BadInputError(f"fix: pp={self.pp} stages, but the model has only {len(kinds)} blocks to spread")
+        stages = (self.pp or 1) * (self.vpp or 1)
+        if stages > len(kinds):
+            raise BadInputError(f"fix: {stages} stages, but the model has only {len(kinds)} blocks to spread")
         if self.pp is not None and self.schedule is not None and (self.schedule == "none") != (self.pp == 1):
             wanted = "none" if self.pp == 1 else "1f1b"
             raise BadInputError(f'fix: schedule={self.schedule} contradicts pp={self.pp}; that runs under "{wanted}"')
+        self._check_stages(len(kinds))
         for selector, _ in self.recompute:
             numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
             last = int(numbers[2] or numbers[1]) if numbers else -1
@@ -96,6 +120,18 @@ class Fix:
                     f"fix: recompute names block {selector!r}; the model has blocks 0-{len(kinds) - 1} of kinds "
                     f"{', '.join(dict.fromkeys(kinds))}"
                 )
+
+    def _check_stages(self, blocks: int) -> None:
+        if not self.stages:
+            return
+        if sum(self.stages) != blocks:
+            raise BadInputError(
+                f"fix: stages={','.join(map(str, self.stages))} holds {sum(self.stages)} blocks, the model has {blocks}"
+            )
+        if self.pp is None or len(self.stages) % self.pp:
+            raise BadInputError(
+                f"fix: stages gives {len(self.stages)} stages; fix pp as well, to a number that divides them"
+            )
 
 
 def parse_fix(fix: Fix | Mapping[str, Any] | Iterable[str] | None) -> Fix:
@@ -116,12 +152,11 @@ def parse_fix(fix: Fix | Mapping[str, Any] | Iterable[str] | None) -> Fix:
     values: dict[str, Any] = {}
     for key, text in pairs:
         value = _value(key, text)
-        for name, part in value.items() if key == "mesh" else ((key, value),):
+        for name, part in value.items() if key in ("mesh", "tp") else ((key, value),):
             if name in values and values[name] != part:
                 raise BadInputError(f"fix: {name} is given twice, as {values[name]!r} and {part!r}")
             values[name] = part
-    for key in ("cp", "ep", "vpp", "offload"):
-        values.pop(key, None)
+    values.pop("ep", None)
     _check_zero(values)
     return Fix(**values)
 
@@ -138,7 +173,7 @@ def _value(key: str, given: Any) -> Any:
     if capability is None:
         raise BadInputError(f"fix: unknown key {key!r}; the keys are {', '.join(CAPABILITIES)}")
     value = _READERS[capability.form](key, given)
-    told = tuple(choice for _, choice in value) if capability.form == "recompute" else (value,)
+    told = tuple(choice.partition("(")[0] for _, choice in value) if capability.form == "recompute" else (value,)
     for choice in told:
         if capability.executable is not None and choice not in capability.executable:
             raise UnsupportedError(f"fix: {key}={given} cannot be executed: {capability.missing}")
@@ -173,11 +208,23 @@ def _one_of(key: str, given: Any, known: tuple[str, ...]) -> str:
 
 
 def _schedule(key: str, given: Any) -> str:
-    return _one_of(key, given, ("none", "gpipe", "1f1b", "interleaved", "zbv", "dualpipev"))
+    return _one_of(key, given, tuple(SCHEDULES))
 
 
 def _offload(key: str, given: Any) -> str:
-    return "none" if given in (False, None) else _one_of(key, given, ("none", "activations", "optimizer", "all"))
+    return "none" if given in (False, None) else _one_of(key, given, ("none", "state", "activations", "all"))
+
+
+def _axis(key: str, given: Any) -> dict[str, Any]:
+    sizes = tuple(_size(key, part) for part in str(given).lower().split("x")) if isinstance(given, str) else ()
+    if len(sizes) > 1 and 1 not in sizes:
+        return {"tp": prod(sizes), "tp_parts": sizes}
+    return {"tp": _size(key, given)}
+
+
+def _counts(key: str, given: Any) -> tuple[int, ...]:
+    parts = given if isinstance(given, list | tuple) else str(given).split(",")
+    return tuple(_size(key, part) for part in parts)
 
 
 def _recompute(key: str, given: Any) -> tuple[tuple[str, str], ...]:
@@ -186,45 +233,56 @@ def _recompute(key: str, given: Any) -> tuple[tuple[str, str], ...]:
     else:
         parts = [part.strip() for part in str(given).split(",")]
         entries = [(part.rpartition(":")[0], part.rpartition(":")[2]) for part in parts]
-    known = ("none", "selective", "full")
-    return tuple((selector.strip(), _one_of(key, choice, known)) for selector, choice in entries)
+    return tuple((selector.strip(), _recomputation(key, choice)) for selector, choice in entries)
 
 
-def _mesh(key: str, given: Any) -> dict[str, int]:
+def _recomputation(key: str, given: str) -> str:
+    kept = re.fullmatch(r"selective\((.*)\)", given.strip().lower())
+    if not kept:
+        return _one_of(key, given, ("none", "selective", "full"))
+    names = [_one_of(f"{key}: selective", name, SAVEABLE) for name in kept[1].split("+") if name.strip()]
+    return f"selective({'+'.join(name for name in SAVEABLE if name in names)})"
+
+
+def _mesh(key: str, given: Any) -> dict[str, Any]:
     if isinstance(given, Mapping):
         pairs: list[tuple[str, Any]] = [(str(axis), size) for axis, size in given.items()]
-    elif hasattr(given, "axes"):
-        pairs = list(given.axes().items())
+    elif isinstance(given, Mesh):
+        pairs = [("pp", given.pp), ("dp", given.dp), ("cp", given.cp), ("tp", _parts_text(given))]
     else:
-        parts = [part for part in re.split(r"[,x\s]+", str(given)) if part]
+        parts = [part for part in re.split(r",|\s+x\s+|\s+", str(given)) if part]
         pairs = [(part.partition("=")[0], part.partition("=")[2]) for part in parts]
     if not pairs or any(axis not in AXES for axis, _ in pairs):
-        raise BadInputError(f'fix: {key} must name sizes of pp, dp, tp, such as "pp=2,dp=2,tp=2", not {given!r}')
-    sizes = {axis: _size(f"{key}.{axis}", size) for axis, size in pairs}
-    return {axis: sizes.get(axis, 1) for axis in AXES}
+        raise BadInputError(f'fix: {key} must name sizes of pp, dp, cp, tp, such as "pp=2,dp=2,tp=2", not {given!r}')
+    sizes: dict[str, Any] = dict.fromkeys(AXES, 1)
+    for axis, size in pairs:
+        sizes |= _axis(f"{key}.tp", size) if axis == "tp" else {axis: _size(f"{key}.{axis}", size)}
+    return sizes
+
+
+def _parts_text(mesh: Mesh) -> str:
+    return "x".join(map(str, mesh.tp_parts)) or str(mesh.tp)
 
 
 def _check_zero(values: dict[str, Any]) -> None:
-    """`fsdp` and `zero` say the same thing in this table; together they must agree."""
-    shard, dp, level = values.get("fsdp"), values.get("dp"), values.get("zero")
+    """`fsdp` and `zero` must agree."""
+    shard, level = values.get("fsdp"), values.get("zero")
+    data = values["dp"] * values.get("cp", 1) if "dp" in values else None
     if shard is None:
         return
-    if dp is not None and shard not in (1, dp):
-        raise UnsupportedError(
-            f"fix: fsdp={shard} with dp={dp} shards over a part of the data ranks, which is not emitted yet; "
-            f"use fsdp=1 (zero=0) or fsdp={dp} (zero=3)"
-        )
-    meant = 0 if shard == 1 else 3
-    if level is not None and level != meant and dp != 1:
-        raise BadInputError(f"fix: fsdp={shard} means zero={meant}, which contradicts zero={level}")
+    if data is not None and data % shard:
+        raise BadInputError(f"fix: shard groups of fsdp={shard} ranks do not divide the {data} data ranks (dp x cp)")
+    if level is not None and (level == 0) != (shard == 1) and data != 1:
+        raise BadInputError(f"fix: fsdp={shard} contradicts zero={level}: a shard group of one rank is zero=0")
 
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "size": _size,
+    "axis": _axis,
+    "counts": _counts,
     "level": _level,
     "switch": _switch,
     "schedule": _schedule,
-    "name": _schedule,
     "recompute": _recompute,
     "offload": _offload,
     "mesh": _mesh,

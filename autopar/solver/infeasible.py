@@ -11,7 +11,7 @@ from typing import Any
 from autopar.cluster import Cluster
 from autopar.solver.evaluate import Assessment, assess, best_stages, compatible, spread, stage_problem
 from autopar.solver.fix import Fix
-from autopar.solver.shardings import Answered, Context, Shardings
+from autopar.solver.shardings import Answered, Context, Key, Shardings
 from autopar.solver.space import Config, configs
 from autopar.solver.stages import solve_stages, stage_bytes
 
@@ -23,7 +23,7 @@ TRIES = 6
 
 def explain(context: Context, space: list[Config]) -> str:
     """The message of an `InfeasibleError`."""
-    known: dict[tuple[int, int], Shardings] = {}
+    known: dict[Key, Shardings] = {}
     closest = min(
         (a for config in _leanest(space) for a in _least_memory(context, config, known)), key=_most, default=None
     )
@@ -51,13 +51,13 @@ def _leanest(space: list[Config], tries: int = TRIES) -> list[Config]:
     return sorted(space, key=lambda c: (c.micro_batch, -c.zero, -c.pp * c.tp, c))[:tries]
 
 
-def _answers(context: Context, config: Config, known: dict[tuple[int, int], Shardings]) -> list[list[Answered]]:
-    key = (config.tp, config.micro_batch)
+def _answers(context: Context, config: Config, known: dict[Key, Shardings]) -> list[list[Answered]]:
+    key = config.sharding
     shardings = known.setdefault(key, Shardings(context, *key))
     return compatible([shardings.fastest(), *shardings.lean()])
 
 
-def _least_memory(context: Context, config: Config, known: dict[tuple[int, int], Shardings]) -> Iterator[Assessment]:
+def _least_memory(context: Context, config: Config, known: dict[Key, Shardings]) -> Iterator[Assessment]:
     """Stages that use the least memory, whatever the room."""
     for answers in _answers(context, config, known):
         problem, costs_of = stage_problem(context, config, answers)
@@ -118,7 +118,7 @@ def _looser(fix: Fix) -> Iterator[tuple[Fix, str]]:
 def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> Config | None:
     """A configuration that fits, among those that take least memory."""
     other = Context.of(context.model, context.job, cluster, fix)
-    known: dict[tuple[int, int], Shardings] = {}
+    known: dict[Key, Shardings] = {}
     for config in _leanest(list(configs(context.model, context.job, cluster, fix)), tries):
         for answers in _answers(other, config, known):
             if best_stages(other, config, answers) is not None:

@@ -67,6 +67,9 @@ def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts
         fixed=context.fix.given(),
         searched=counts,
         seconds={},
+        fsdp=config.fsdp,
+        vpp=config.vpp,
+        offload=config.offload,
         notes=(*context.model.notes, *_unruled(context)),
     )
     return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))

@@ -29,7 +29,7 @@ from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.infeasible import explain
 from autopar.solver.plan_of import plan_of
 from autopar.solver.reprice import check_price
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Context, Key, Shardings
 from autopar.solver.space import Config, check_space, configs
 
 GAP = 1e-3
@@ -43,7 +43,7 @@ class Found:
     best: Assessment | None = None
     bounds: dict[Config, float] = field(default_factory=dict)
     priced: list[Config] = field(default_factory=list)
-    shardings: dict[tuple[int, int], Shardings] = field(default_factory=dict)
+    shardings: dict[Key, Shardings] = field(default_factory=dict)
 
     def promising(self, bound: float) -> bool:
         """Whether a configuration of this bound may beat the best plan by more than `GAP`."""
@@ -89,7 +89,7 @@ def explore(context: Context, space: list[Config]) -> Found:
     known = found.shardings
     queue: list[tuple[float, int, Config, bool]] = []
     for order, config in enumerate(space):
-        key = (config.tp, config.micro_batch)
+        key = config.sharding
         shardings = known.setdefault(key, Shardings(context, *key))
         bound = quick_bound(context, config, shardings.cheap_bound())
         found.bounds[config] = bound
@@ -98,7 +98,7 @@ def explore(context: Context, space: list[Config]) -> Found:
         bound, order, config, sharp = heapq.heappop(queue)
         if not found.promising(bound):
             break
-        shardings = known[config.tp, config.micro_batch]
+        shardings = known[config.sharding]
         if not sharp:
             if not fits_at_best(context, config, shardings):
                 found.bounds[config] = float("inf")
@@ -143,7 +143,7 @@ def prove(context: Context, found: Found) -> float:
     for config, bound in ranked:
         if not found.promising(bound):
             break
-        shardings = known[config.tp, config.micro_batch]
+        shardings = known[config.sharding]
         for sharp in (False, True):
             if found.promising(bound):
                 bound = max(bound, stage_bound(context, config, shardings, sharp))

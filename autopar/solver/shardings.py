@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 
 from autopar.cluster import Cluster
+from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.sharding.decision import BlockDecision
@@ -25,16 +27,10 @@ from autopar.solver.block_problem import (
     ties_of,
     whole_decisions,
 )
-from autopar.solver.candidates import (
-    RECOMPUTE,
-    BlockCost,
-    BlockCosts,
-    boundary_bytes,
-    decision_price,
-    local_elements,
-)
+from autopar.solver.candidates import RECOMPUTE, BlockCost, BlockCosts
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import stream_seconds
+from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
 from autopar.solver.fix import Fix
 from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
@@ -43,6 +39,10 @@ from autopar.solver.problem import Problem
 
 LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
+
+
+Key = tuple[tuple[tuple[str, int], ...], int]
+"""Model axes with their sizes, and samples per micro-batch."""
 
 
 @dataclass(slots=True)
@@ -133,9 +133,13 @@ class KindBytes:
 
 
 class Shardings:
-    """All answers for a model axis of ``size`` ranks and ``batch`` samples a micro-batch."""
+    """All answers for model axes of these sizes and ``batch`` samples a micro-batch."""
 
-    def __init__(self, context: Context, size: int, batch: int) -> None:
+    def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int) -> None:
+        self.axes = dict(axes)
+        if set(self.axes) - {"tp"}:
+            raise UnsupportedError(f"several model axes ({', '.join(self.axes)}) cannot be searched yet; use tp alone")
+        size = self.axes.get("tp", 1)
         self.context, self.size, self.batch = context, size, batch
         self.prices = AxisPrices(context.ops, context.collectives, size, batch)
         self._built: dict[frozenset[str], ModelProblem] = {}

@@ -11,16 +11,20 @@ from autopar.graph.ir import ModelGraph
 from autopar.graph.size import size_at
 from autopar.job import Job
 from autopar.plan import Mesh
+from autopar.schedule import SCHEDULES
 from autopar.sharding.rules import strategies_of
 from autopar.solver.block_problem import feature_splits
-from autopar.solver.capabilities import schedule_allows, schedule_of
+from autopar.solver.capabilities import Choice, executes, schedule_of
 from autopar.solver.fix import Fix
 from autopar.solver.work import flops
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Config:
-    """One point of the outer search; what is inside the blocks and stages is decided by the ILPs."""
+    """One point of the outer search; what is inside the blocks and stages is decided by the ILPs.
+
+    ``fsdp``: shard-group size over the dp x cp data ranks; ``vpp``: stages on each pipeline rank; ``offload``: "none"
+    or "state"."""
 
     pp: int
     dp: int
@@ -28,52 +32,101 @@ class Config:
     micro_batch: int
     micro_batches: int
     zero: int
+    fsdp: int = 1
+    cp: int = 1
+    schedule: str = "none"
+    vpp: int = 1
+    offload: str = "none"
+    tp_parts: tuple[int, ...] = ()
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.pp, self.dp, self.tp)
+        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts)
 
     @property
-    def schedule(self) -> str:
-        return schedule_of(self.pp)
+    def stages(self) -> int:
+        return self.pp * self.vpp
+
+    @property
+    def sharding(self) -> tuple[tuple[tuple[str, int], ...], int]:
+        """What shardings of blocks depend on: the model axes, and samples per micro-batch."""
+        return tuple(self.mesh.model_axes().items()), self.micro_batch
+
+    @property
+    def choice(self) -> Choice:
+        """What the capability table judges."""
+        return Choice(self.mesh, self.schedule, self.vpp, self.micro_batches, self.zero, self.fsdp, self.offload)
 
     def __str__(self) -> str:
-        return f"{self.mesh}, micro_batch={self.micro_batch}, zero={self.zero}"
+        text = f"{self.mesh}, micro_batch={self.micro_batch}, zero={self.zero}"
+        text += f", fsdp={self.fsdp}" if self.zero and self.fsdp != self.mesh.data else ""
+        text += f", {self.schedule}" if self.schedule not in ("none", "1f1b") else ""
+        return text + (f", offload={self.offload}" if self.offload != "none" else "")
 
 
 def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
-    """All of them, in a fixed order. A model axis stays inside a node unless ``tp`` is fixed."""
-    devices = cluster.devices
+    """All of them, in a fixed order. A model axis stays inside a node unless it is fixed."""
+    devices, node = cluster.devices, cluster.devices_per_node
     for pp in _divisors(devices):
-        if pp > len(model.blocks) or fix.pp not in (None, pp):
-            continue
-        if fix.schedule not in (None, schedule_of(pp)):
+        if fix.pp not in (None, pp) or pp * (fix.vpp or 1) > len(model.blocks):
             continue
         for tp in _divisors(devices // pp):
-            inside = tp <= cluster.devices_per_node and cluster.devices_per_node % tp == 0
+            inside = tp <= node and node % tp == 0
             if fix.tp not in (None, tp) or not (inside or fix.tp == tp):
                 continue
-            dp = devices // pp // tp
+            cp = fix.cp or 1
+            if devices // pp // tp % cp:
+                continue
+            dp = devices // pp // tp // cp
             if fix.dp not in (None, dp) or job.global_batch % dp:
                 continue
             for micro_batch in _divisors(job.global_batch // dp):
                 count = job.global_batch // dp // micro_batch
-                if fix.micro_batch not in (None, micro_batch) or not schedule_allows(pp, count):
+                if fix.micro_batch not in (None, micro_batch):
                     continue
-                for zero in _levels(dp, fix):
-                    yield Config(pp, dp, tp, micro_batch, count, zero)
+                for schedule, vpp in _schedules(pp, count, fix):
+                    for zero, fsdp in _levels(dp * cp, node // tp, fix):
+                        config = Config(
+                            pp,
+                            dp,
+                            tp,
+                            micro_batch,
+                            count,
+                            zero,
+                            fsdp,
+                            cp,
+                            schedule,
+                            vpp,
+                            "state" if fix.offload in ("state", "all") else "none",
+                            fix.tp_parts,
+                        )
+                        if executes(config.choice):
+                            yield config
 
 
-def _levels(dp: int, fix: Fix) -> tuple[int, ...]:
-    """ZeRO levels that differ on this many data ranks and agree with the fix."""
-    if fix.fsdp is not None and fix.fsdp not in (1, dp):
-        return ()
-    wanted = fix.zero
-    if fix.fsdp is not None and dp > 1:
-        wanted = 0 if fix.fsdp == 1 else 3
-    if dp == 1:
-        return (wanted if wanted is not None else 0,)
-    return (0, 3) if wanted is None else (wanted,)
+def _schedules(pp: int, count: int, fix: Fix) -> Iterator[tuple[str, int]]:
+    """Schedules and stages on each rank."""
+    vpp = fix.vpp
+    if fix.stages:
+        if len(fix.stages) % pp or vpp not in (None, len(fix.stages) // pp):
+            return
+        vpp = len(fix.stages) // pp
+    wished = fix.schedule or (schedule_of(pp, count) if vpp in (None, 1) else "interleaved")
+    fixed = SCHEDULES[wished].stages
+    yield wished, vpp or (2 if fixed is None else fixed)
+
+
+def _levels(data: int, inside: int, fix: Fix) -> Iterator[tuple[int, int]]:
+    """ZeRO levels and shard-group sizes that differ on this many data ranks, ``inside`` of them in one node."""
+    if data == 1:
+        if fix.fsdp in (None, 1):
+            yield fix.zero or 0, 1
+        return
+    for level in (0, 3) if fix.zero is None else (fix.zero,):
+        groups: tuple[int, ...] = (1,) if level == 0 else (data,)
+        if fix.fsdp is not None:
+            groups = (fix.fsdp,) if (fix.fsdp == 1) == (level == 0) and data % fix.fsdp == 0 else ()
+        yield from ((level, group) for group in groups if data % group == 0)
 
 
 def _divisors(n: int) -> list[int]:
@@ -93,7 +146,7 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
     if any(True for _ in configs(model, job, cluster, fix)):
         return
     pp, tp = fix.pp or 1, fix.tp or 1
-    dps = [fix.dp] if fix.dp else [dp for dp in _divisors(devices) if devices % (dp * pp * tp) == 0]
+    dps = [fix.dp] if fix.dp else [dp for dp in _divisors(devices) if devices % (dp * pp * tp * (fix.cp or 1)) == 0]
     batch = job.global_batch
     if not any(batch % dp == 0 for dp in dps):
         told = f"dp={dps[0]}" if len(dps) == 1 else f"any dp that {fix.given() or 'the cluster'} leaves ({dps})"
@@ -103,8 +156,11 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
             f"fix: micro_batch={fix.micro_batch} does not divide global_batch {batch} over dp in {dps}; "
             "choose a divisor of global_batch / dp"
         )
-    if fix.fsdp is not None and fix.fsdp not in (1, *dps):
-        raise BadInputError(f"fix: fsdp={fix.fsdp} is not the number of data ranks ({dps}); use fsdp=1 or fsdp=dp")
+    cp = fix.cp or 1
+    if fix.fsdp is not None and all(dp * cp % fix.fsdp for dp in dps):
+        raise BadInputError(
+            f"fix: fsdp={fix.fsdp} does not divide the number of data ranks ({[dp * cp for dp in dps]})"
+        )
     fixed = ", ".join(f"{key}={value}" for key, value in fix.given().items())
     dp = min(dp for dp in dps if batch % dp == 0)
     least = fix.micro_batch or 1
