@@ -70,7 +70,7 @@ def test_memory_table_has_a_row_per_stage():
 def test_record_has_exactly_the_agreed_keys():
     record = json.loads(json.dumps(plan_record(small_plan())))
     assert list(record) == KEYS
-    assert record["mesh"] == {"pp": 2, "dp": 2, "tp": 2}
+    assert record["mesh"] == {"pp": 2, "dp": 2, "cp": 1, "tp": 2}
     assert record["cluster"] == "2x4:h100"
     assert record["job"]["seq_len"] == 4096
     assert [stage["total"] for stage in record["memory"]] == [stage.total_bytes for stage in small_plan().stages]

@@ -84,7 +84,7 @@ def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator
                 count = job.global_batch // dp // micro_batch
                 if fix.micro_batch not in (None, micro_batch):
                     continue
-                for schedule, vpp in _schedules(pp, count, fix):
+                for schedule, vpp in _schedules(pp, fix):
                     for zero, fsdp in _levels(dp * cp, node // tp, fix):
                         config = Config(
                             pp,
@@ -104,14 +104,14 @@ def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator
                             yield config
 
 
-def _schedules(pp: int, count: int, fix: Fix) -> Iterator[tuple[str, int]]:
+def _schedules(pp: int, fix: Fix) -> Iterator[tuple[str, int]]:
     """Schedules and stages on each rank."""
     vpp = fix.vpp
     if fix.stages:
         if len(fix.stages) % pp or vpp not in (None, len(fix.stages) // pp):
             return
         vpp = len(fix.stages) // pp
-    wished = fix.schedule or (schedule_of(pp, count) if vpp in (None, 1) else "interleaved")
+    wished = fix.schedule or (schedule_of(pp) if vpp in (None, 1) else "interleaved")
     fixed = SCHEDULES[wished].stages
     yield wished, vpp or (2 if fixed is None else fixed)
 
