@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autopar.codegen.buffers import buffer_expr
+from autopar.codegen.calls import MANNER, call, calls_by_manner, manner
 from autopar.codegen.emit_block import Body, Setting
 from autopar.codegen.emit_constants import constants_arguments
 from autopar.codegen.source import Argument, Call, Expr, Method, Text, literal, statement
@@ -202,7 +203,7 @@ class StageWriter:
 
     def stages_table(self) -> list[str]:
         """Per stage its runs of equal blocks: where they are, which, of what class, recomputed or not."""
-        lines = ["# Per stage, runs of equal blocks: module list, positions, class, recompute.", "STAGES = ["]
+        lines = [f"# Per stage, runs of equal blocks: module list, positions, class, {MANNER}.", "STAGES = ["]
         for stage in range(len(self.plan.stages)):
             runs = self._runs(stage)
             if not runs:
@@ -212,12 +213,10 @@ class StageWriter:
             for run in runs:
                 first = run[0]
                 span = f"range({first.position}, {run[-1].position + 1})"
-                text = f'        ("{first.container}", {span}, {first.callee}, "{first.candidate.recompute}"),'
+                parts = (f'"{first.container}"', span, first.callee, manner(first.candidate))
+                text = f"        ({', '.join(parts)}),"
                 if len(text) > 88:
-                    lines.append("        (")
-                    parts = (f'"{first.container}"', span, first.callee, f'"{first.candidate.recompute}"')
-                    lines += [f"            {part}," for part in parts]
-                    lines.append("        ),")
+                    lines += ["        (", *(f"            {part}," for part in parts), "        ),"]
                 else:
                     lines.append(text)
             lines.append("    ],")
@@ -231,8 +230,8 @@ class StageWriter:
             last = runs[-1][-1] if runs else None
             if (
                 last is not None
-                and (last.container, last.callee, last.candidate.recompute)
-                == (block.container, block.callee, block.candidate.recompute)
+                and (last.container, last.callee, manner(last.candidate))
+                == (block.container, block.callee, manner(block.candidate))
                 and last.position + 1 == block.position
             ):
                 runs[-1].append(block)
@@ -414,7 +413,7 @@ class StageWriter:
                 margin += 1
             prefix = result or "return "
             function = attribute("self", block.path) if block.path else f"self.{block.callee}"
-            lines += statement(prefix, _call(function, block.arguments, block.candidate.recompute), str, margin)
+            lines += statement(prefix, call(function, block.arguments, block.candidate), str, margin)
             previous = block
         if self.many or last.container:
             lines.append(f"        return {', '.join(flow)}")
@@ -433,19 +432,15 @@ class StageWriter:
             )
         outputs = len(self.model.kinds[first.kind].graph.outputs)
         result = ", ".join(flow[:outputs]) + " = "
-        kinds = {block.candidate.recompute for block in loops}
-        if len(kinds) == 1:
-            call = _call("block", first.arguments, next(iter(kinds)))
-            return [f"        for block in self.{blocks_method(self.model)}():", *statement(result, call, str, 3)]
-        runs = f"        for container, positions, _, recompute in STAGES[self.{self._index}]:"
+        manners = {manner(block.candidate): block.candidate for block in loops}
+        if len(manners) == 1:
+            lines = statement(result, call("block", first.arguments, first.candidate), str, 3)
+            return [f"        for block in self.{blocks_method(self.model)}():", *lines]
         return [
-            runs,
+            f"        for container, positions, _, {MANNER} in STAGES[self.{self._index}]:",
             "            for i in positions:",
             "                block = self.get_submodule(container)[str(i)]",
-            '                if recompute == "full":',
-            *statement(result, _call("block", first.arguments, "full"), str, 5),
-            "                else:",
-            *statement(result, _call("block", first.arguments, "none"), str, 5),
+            *calls_by_manner(result, first.arguments, list(manners.values()), 4),
         ]
 
     def _constants_call(self, hidden: str, batch: list[str], first: bool) -> list[str]:
@@ -474,12 +469,3 @@ def _node_of(graph: OpGraph, names: dict[str, str], full: str) -> str:
 
 def _reads_constants(block: Placed, model: ModelGraph) -> bool:
     return any(source.origin == "constant" for source in model.blocks[block.index].inputs.values())
-
-
-def _call(function: str, arguments: tuple[str, ...], recompute: str) -> Expr:
-    texts = tuple(Text(argument) for argument in arguments)
-    if recompute == "none":
-        return Call(function, texts)
-    if recompute != "full":
-        raise UnsupportedError(f"recompute {recompute!r} cannot be emitted; use none or full")
-    return Call("checkpoint", (Text(function), *texts, ("use_reentrant", Text("False"))))
