@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 
+from autopar.codegen.calls import IMPORTS
 from autopar.codegen.emit_block import FUNCTIONS, Setting
 from autopar.codegen.emit_constants import constants_source, count_source
 from autopar.codegen.emit_stage import StageWriter, class_source
@@ -85,7 +86,9 @@ def _header(plan: Plan, model: ModelGraph, text: str) -> list[str]:
         lines.append("import torch.nn.functional as F")
     for module, names, end in (
         ("runtime.collectives", sorted(FUNCTIONS.values()), r"\("),
+        ("runtime.offload", IMPORTS["runtime.offload"], r"\("),
         ("runtime.operators", _OPERATORS, r"\("),
+        ("runtime.recompute", IMPORTS["runtime.recompute"], r"\b"),
         ("runtime.weights", ("New", "Weights"), r"\b"),
     ):
         used = [name for name in names if re.search(rf"(?<![.\w]){name}{end}", text)]
@@ -93,7 +96,7 @@ def _header(plan: Plan, model: ModelGraph, text: str) -> list[str]:
             lines += _import(module, used)
     lines.append("from torch import Tensor, nn")
     lines.append("from torch.distributed.device_mesh import DeviceMesh")
-    if "checkpoint(" in text:
+    if re.search(r"\bcheckpoint[(,]", text):
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines += ["", f"MESH = {_dict(plan.mesh.axes())}  # outermost first, in rank order"]
     tied = ", ".join("(" + ", ".join(f'"{name}"' for name in group) + ")" for group in model.tied)
