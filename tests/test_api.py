@@ -11,7 +11,7 @@ from autopar import BadInputError, Cluster, Job, Plan
 
 CLUSTER = Cluster.parse("1x4:h100")
 JOB = Job(global_batch=8, seq_len=32, dtype="fp32")
-MESH = {"pp": 1, "dp": 2, "tp": 2}
+MESH = {"pp": 1, "dp": 2, "cp": 1, "tp": 2}
 ALL = {**MESH, "zero": 3, "sp": True, "micro_batch": 2, "recompute": "none", "schedule": "none"}
 
 

@@ -108,7 +108,7 @@ def damaged(change):
         ("null", "version"),
         (damaged(lambda plan: plan.update(version=99)), "99"),
         (damaged(lambda plan: plan.pop("stages")), "stages"),
-        (damaged(lambda plan: plan.update(mesh={"pp": 2, "dp": 2, "tp": 4})), "16 ranks"),
+        (damaged(lambda plan: plan.update(mesh={"pp": 2, "dp": 2, "cp": 1, "tp": 4, "tp_parts": []})), "16 ranks"),
         (damaged(lambda plan: plan.update(mesh={"pp": "2", "dp": 2, "tp": 2})), "damaged"),
         (damaged(lambda plan: plan["job"].update(global_batch=-1)), "global_batch"),
         (damaged(lambda plan: plan["stages"].pop()), "1 stages for pp=2"),

@@ -58,8 +58,8 @@ def test_emitted_files_load_side_by_side(graph: ModelGraph, tmp_path: Path) -> N
     emit(plain_plan(graph, pp=2, micro_batches=4), graph, tmp_path / "b")
     before = set(sys.modules)
     a, b = load_train(tmp_path / "a"), load_train(tmp_path / "b")
-    assert (a.MESH, a.ZERO, a.MICRO_BATCHES) == ({"pp": 1, "dp": 2, "tp": 1}, 3, 1)
-    assert (b.MESH, b.ZERO, b.MICRO_BATCHES) == ({"pp": 2, "dp": 1, "tp": 1}, 0, 4)
+    assert (a.MESH, a.ZERO, a.MICRO_BATCHES) == ({"pp": 1, "dp": 2, "cp": 1, "tp": 1}, 3, 1)
+    assert (b.MESH, b.ZERO, b.MICRO_BATCHES) == ({"pp": 2, "dp": 1, "cp": 1, "tp": 1}, 0, 4)
     assert not {"train", "module", "runtime"} & (set(sys.modules) - before)
     assert not list(tmp_path.rglob("__pycache__"))
 

@@ -15,7 +15,7 @@ from autopar.sharding.layout import I, S
 from autopar.solver.evaluate import best_stages, quick_bound, stage_bound
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.search import search
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Context, Key, Shardings
 from autopar.solver.space import configs
 
 JOB = Job(global_batch=16, seq_len=64, dtype="bf16")
@@ -34,7 +34,7 @@ def with_memory(cluster: Cluster, nbytes: int) -> Cluster:
 
 def fastest(model, size, seq, batch=1):
     context = Context.of(model, Job(512, seq), Cluster.parse("8x8:h100"), Fix())
-    return Shardings(context, size, batch).fastest()
+    return Shardings(context, {"tp": size}.items() if size > 1 else (), batch).fastest()
 
 
 def test_finds_megatron_with_sequence_parallelism_unaided():
@@ -142,11 +142,10 @@ def test_bounds_hold_for_every_configuration():
     for nbytes in (80 * 2**30, 12 * 2**20):
         cluster = with_memory(Cluster.parse("1x4:h100"), nbytes)
         context = Context.of(model, job, cluster, Fix())
-        known: dict[tuple[int, int], Shardings] = {}
+        known: dict[Key, Shardings] = {}
         fitted = 0
         for config in configs(model, job, cluster, Fix()):
-            key = (config.tp, config.micro_batch)
-            shardings = known.setdefault(key, Shardings(context, *key))
+            shardings = known.setdefault(config.sharding, Shardings(context, *config.sharding))
             assessed = best_stages(context, config, [shardings.fastest()])
             if assessed is None:
                 continue
@@ -188,7 +187,7 @@ def test_nothing_fits_and_says_what_would():
         ({"dp": 8}, 12, "global_batch 12 does not divide by dp=8"),
         ({"dp": 8, "micro_batch": 4}, 16, "micro_batch=4 does not divide"),
         ({"pp": 4, "dp": 2, "micro_batch": 8}, 16, "1F1B needs at least pp"),
-        ({"fsdp": 3}, 16, "fsdp=3 is not the number of data ranks"),
+        ({"fsdp": 3}, 16, "fsdp=3 does not divide the number of data ranks"),
         ({"tp": 16}, 16, "makes 16 ranks, but the cluster has 8 devices"),
     ],
 )

@@ -37,7 +37,7 @@ CAPABILITIES: dict[str, Capability] = {
     "ep": Capability("size", (1,), "expert parallelism is not emitted yet; leave ep=1"),
     "pp": Capability("size", None, searched="all"),
     "vpp": Capability("size", None, searched="1"),
-    "schedule": Capability("schedule", tuple(SCHEDULES), searched="1f1b; gpipe for fewer micro-batches than stages"),
+    "schedule": Capability("schedule", tuple(SCHEDULES), searched="1f1b"),
     "micro_batch": Capability("size", None, searched="all"),
     "recompute": Capability("recompute", ("none", "selective", "full"), searched="none, full, for each block"),
     "offload": Capability("offload", ("none", "state", "activations", "all"), searched="none"),
@@ -178,8 +178,6 @@ def check_executable(plan: Plan) -> None:
         raise UnsupportedError(f"the plan for {plan.model} cannot be executed: {limit.name}: {told}")
 
 
-def schedule_of(stages: int, micro_batches: int) -> str:
+def schedule_of(stages: int) -> str:
     """The schedule that runs this many stages, one a rank, where none is fixed."""
-    if stages == 1:
-        return "none"
-    return "1f1b" if micro_batches >= stages else "gpipe"
+    return "none" if stages == 1 else "1f1b"

@@ -100,7 +100,8 @@ class Fix:
         for size in sizes.values():
             product *= size
         named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        if devices % product or (len(sizes) == len(AXES) and product != devices):
+        whole = {"pp", "dp", "tp"} <= sizes.keys()
+        if devices % product or (whole and product != devices):
             raise BadInputError(
                 f"fix: {named} makes {product} ranks, but the cluster has {devices} devices; "
                 "the sizes of pp, dp, cp and tp must multiply to that"

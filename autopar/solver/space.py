@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cluster import Cluster
-from autopar.errors import BadInputError
+from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.size import size_at
 from autopar.job import Job
@@ -14,7 +15,7 @@ from autopar.plan import Mesh
 from autopar.schedule import SCHEDULES
 from autopar.sharding.rules import strategies_of
 from autopar.solver.block_problem import feature_splits
-from autopar.solver.capabilities import Choice, executes, schedule_of
+from autopar.solver.capabilities import Choice, executes, refusals, schedule_of
 from autopar.solver.fix import Fix
 from autopar.solver.work import flops
 
@@ -65,7 +66,15 @@ class Config:
 
 
 def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
-    """All of them, in a fixed order. A model axis stays inside a node unless it is fixed."""
+    """All that the capability table lets be executed, in a fixed order."""
+    recompute = frozenset(choice.partition("(")[0] for _, choice in fix.recompute)
+    for config in wished(model, job, cluster, fix):
+        if executes(replace(config.choice, recompute=recompute, dtype=job.dtype)):
+            yield config
+
+
+def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
+    """All that the fix asks for and the cluster has room for. A model axis stays inside a node unless it is fixed."""
     devices, node = cluster.devices, cluster.devices_per_node
     for pp in _divisors(devices):
         if fix.pp not in (None, pp) or pp * (fix.vpp or 1) > len(model.blocks):
@@ -84,34 +93,32 @@ def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator
                 count = job.global_batch // dp // micro_batch
                 if fix.micro_batch not in (None, micro_batch):
                     continue
-                for schedule, vpp in _schedules(pp, count, fix):
+                for schedule, vpp in _schedules(pp, fix):
                     for zero, fsdp in _levels(dp * cp, node // tp, fix):
-                        config = Config(
-                            pp,
-                            dp,
-                            tp,
-                            micro_batch,
-                            count,
-                            zero,
-                            fsdp,
-                            cp,
-                            schedule,
-                            vpp,
-                            "state" if fix.offload in ("state", "all") else "none",
-                            fix.tp_parts,
+                        yield Config(
+                            pp=pp,
+                            dp=dp,
+                            tp=tp,
+                            micro_batch=micro_batch,
+                            micro_batches=count,
+                            zero=zero,
+                            fsdp=fsdp,
+                            cp=cp,
+                            schedule=schedule,
+                            vpp=vpp,
+                            offload="state" if fix.offload in ("state", "all") else "none",
+                            tp_parts=fix.tp_parts,
                         )
-                        if executes(config.choice):
-                            yield config
 
 
-def _schedules(pp: int, count: int, fix: Fix) -> Iterator[tuple[str, int]]:
+def _schedules(pp: int, fix: Fix) -> Iterator[tuple[str, int]]:
     """Schedules and stages on each rank."""
     vpp = fix.vpp
     if fix.stages:
         if len(fix.stages) % pp or vpp not in (None, len(fix.stages) // pp):
             return
         vpp = len(fix.stages) // pp
-    wished = fix.schedule or (schedule_of(pp, count) if vpp in (None, 1) else "interleaved")
+    wished = fix.schedule or (schedule_of(pp) if vpp in (None, 1) else "interleaved")
     fixed = SCHEDULES[wished].stages
     yield wished, vpp or (2 if fixed is None else fixed)
 
@@ -162,13 +169,13 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
             f"fix: fsdp={fix.fsdp} does not divide the number of data ranks ({[dp * cp for dp in dps]})"
         )
     fixed = ", ".join(f"{key}={value}" for key, value in fix.given().items())
-    dp = min(dp for dp in dps if batch % dp == 0)
-    least = fix.micro_batch or 1
-    if fix.pp is not None and batch // (dp * least) < pp:
-        raise BadInputError(
-            f"fix: nothing can run {fixed} on {devices} devices with global_batch {batch}: 1F1B needs at least pp "
-            f"micro-batches on each data rank, but pp={pp} and dp={dp} leave {batch // (dp * least)} of {least} "
-            "samples; use fewer stages, a smaller micro_batch or a larger global_batch"
+    refused = Counter(limit for config in wished(model, job, cluster, fix) for limit in refusals(config.choice))
+    if refused and fixed:
+        limit = refused.most_common(1)[0][0]
+        kind = UnsupportedError if limit.avoids else BadInputError
+        raise kind(
+            f"fix: nothing can run {fixed} on {devices} devices with global_batch {batch}: {limit.reason}"
+            + (f" (otherwise {limit.avoids})" if limit.avoids else "")
         )
     raise BadInputError(
         f"job: global_batch {batch} fits no mesh of {devices} devices{f' with {fixed}' if fixed else ''}: dp must "

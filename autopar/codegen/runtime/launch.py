@@ -25,7 +25,7 @@ def check_launch(axes: dict[str, int], devices_per_node: int, any_topology: bool
         needed *= size
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shape = " x ".join(f"{axis}={size}" for axis, size in axes.items())
+    shape = " x ".join(f"{axis}={size}" for axis, size in axes.items() if axis != "cp" or size > 1)
     if world != needed:
         raise InputError(
             f"this plan needs {needed} process{'es' * (needed > 1)} ({shape}), but {world} were started: use launch.sh"
