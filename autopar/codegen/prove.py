@@ -262,11 +262,22 @@ def _worker(folder: Path, cases: str = "cases.json") -> None:
     dist.destroy_process_group()
 
 
+_meshes: dict[tuple[Any, ...], Any] = {}
+
+
+def _mesh(train: Any) -> Any:
+    """What the folder's `launch.start` returns, made once for all cases of the same mesh."""
+    key = (*train.MESH.items(), train.FSDP)
+    if key not in _meshes:
+        _meshes[key] = train.launch.start(train.MESH, train.FSDP, train.DEVICE_TYPE)
+    return _meshes[key]
+
+
 def _measure(case: dict[str, str], folder: Path) -> Measured:
     train = load_train(folder / case["folder"])
     reference = torch.load(folder / case["reference"], weights_only=True)
-    mesh, device = train.launch.start(train.MESH, train.DEVICE_TYPE)
-    step = train.parallelize(mesh, device)
+    mesh, fsdp_mesh, device = _mesh(train)
+    step = train.parallelize(mesh, fsdp_mesh, device)
     train.parameters.load_weights(step.stage, folder / case["folder"] / "initial.pt", train.module.TIED)
     first = train.parameters.first_names(train.module.TIED)
     optimizer = torch.optim.AdamW(step.stage.parameters(), **OPTIMIZER)

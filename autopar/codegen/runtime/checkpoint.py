@@ -17,20 +17,22 @@ from torch import Tensor, nn
 
 from .launch import InputError
 from .parameters import Tied, first_names
+from .step import Step
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
+"""What each optimizer keeps for a parameter, besides the number of steps."""
 
 
-def save(
-    folder: Path, step: int, stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, copies: set[int], keep: int
-) -> None:
-    """Write ``folder/step_N``, N = ``step`` optimizer steps done, and remove all but the ``keep`` newest.
-
-    ``copies``: ids of parameters that another stage writes (tied weights).
-    """
-    target, temporary = folder / f"step_{step}", folder / f"step_{step}.tmp"
-    state = _state(stage, optimizer, tied, copies)
-    state["step"] = torch.tensor(step)
+def save(folder: Path, steps: int, step: Step, optimizer: torch.optim.Optimizer, tied: Tied, keep: int) -> None:
+    """Write ``folder/step_N``, N = ``steps`` optimizer steps done, and remove all but the ``keep`` newest."""
+    target, temporary = folder / f"step_{steps}", folder / f"step_{steps}.tmp"
+    state = _state(step.stage, optimizer, tied, step.copies)
+    state["step"] = torch.tensor(steps)
+    if step.scale.is_dynamic:
+        state["loss_scale"] = step.scale.state()
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -49,7 +51,7 @@ def save(
     dist.barrier()
 
 
-def resume(path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied) -> int:
+def resume(path: Path, step: Step, optimizer: torch.optim.Optimizer, tied: Tied) -> int:
     """Read parameters and optimizer state from ``path`` (a ``step_N`` folder, or the folder that holds them).
 
     Returns the number of optimizer steps done. Raises InputError if there is no complete checkpoint.
@@ -59,13 +61,20 @@ def resume(path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, tied:
         if not pointer.exists():
             raise InputError(f"--resume: no complete checkpoint in {path}")
         path = path / pointer.read_text().strip()
-    state = _state(stage, optimizer, tied, set())
-    state["step"] = torch.tensor(0)
-    dcp.load(state, checkpoint_id=path)
-    step = int(state["step"].item())
-    for weight in stage.parameters():
-        optimizer.state[weight]["step"].fill_(step)
-    return step
+    for stage in step.stages:  # one by one: two may have a copy of the same weight
+        state = _state(stage, optimizer, tied, set())
+        state["step"] = torch.tensor(0)
+        known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        if step.scale.is_dynamic and "loss_scale" in known:
+            state["loss_scale"] = step.scale.state()
+        dcp.load(state, checkpoint_id=path)
+        if "loss_scale" in state:
+            step.scale.load(state["loss_scale"])
+    steps = int(state["step"].item())
+    for kept in optimizer.state.values():
+        if "step" in kept:
+            kept["step"].fill_(steps)
+    return steps
 
 
 def _state(stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, skip: set[int]) -> dict[str, Any]:
@@ -77,18 +86,21 @@ def _state(stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, skip:
             continue
         name = first.get(name, name)
         state["model"][name] = weight.detach()
-        for moment in MOMENTS:
-            state["optimizer"][f"{name}.{moment}"] = _adamw_state(optimizer, weight)[moment]
+        if weight.requires_grad:
+            kept = _kept(optimizer, weight)
+            for moment in MOMENTS[type(optimizer)]:
+                state["optimizer"][f"{name}.{moment}"] = kept[moment]
     return state
 
 
-def _adamw_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
-    """What AdamW keeps for a parameter, made here if it has not taken a step yet."""
+def _kept(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer keeps for a parameter, made here if it has not taken a step yet."""
     kept = optimizer.state[weight]
     if not kept:
-        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        kept["step"] = torch.zeros((), dtype=torch.float32, device=weight.device if on_device else "cpu")
-        for moment in MOMENTS:
+        if isinstance(optimizer, torch.optim.AdamW):
+            on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+            kept["step"] = torch.zeros((), dtype=torch.float32, device=weight.device if on_device else "cpu")
+        for moment in MOMENTS[type(optimizer)]:
             kept[moment] = torch.zeros_like(weight, requires_grad=False)
     return kept
 
