@@ -36,6 +36,9 @@ class Demands:
     sequence: bool | None = None
 
 
+NO_DEMANDS = Demands()
+
+
 def tensor_axes(axes: Mapping[str, int]) -> dict[str, int]:
     """The model axes that may split parameters: all but the context axis."""
     return {axis: size for axis, size in axes.items() if axis != CONTEXT}

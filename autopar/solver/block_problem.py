@@ -1,8 +1,9 @@
 """From block kinds to one abstract problem and back: strategies and conversions priced on all model axes at once.
 
-A layout of the abstract problem is a `Layout`; a choice is one strategy on each axis (`axis_choices`). Every kind's nodes are named "kind/node". The layout of what passes between blocks is one tie per tensor that is handed
-on (found by following the blocks' inputs), so that one layout holds along the whole chain; parameters of different
-kinds that are one tensor are tied as well.
+A layout of the abstract problem is a `Layout`; a choice is one strategy on each axis (`axis_choices`). Every kind's
+nodes are named "kind/node". The layout of what passes between blocks is one tie per tensor that is handed on (found by
+following the blocks' inputs), so that one layout holds along the whole chain; parameters of different kinds that are
+one tensor are tied as well.
 
 What the tables of `fix` mean here: with ``tp`` fixed, every matmul with a feature factor that divides splits one
 (`feature_splits`); ``sp`` fixes the layout between blocks, split by sequence or invariant (`boundary_layouts`).
@@ -25,9 +26,7 @@ from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.layout import CONTEXT, I, Layout, P, R, SpmdType
 from autopar.sharding.local import local_shape, produced_layouts, standard
 from autopar.solver.axis_choices import (
-    Choice as AxesChoice,
-)
-from autopar.solver.axis_choices import (
+    NO_DEMANDS,
     Demands,
     boundary_layouts,
     check_axes,
@@ -37,6 +36,7 @@ from autopar.solver.axis_choices import (
     stored_layouts,
     tensor_axes,
 )
+from autopar.solver.axis_choices import Choice as AxesChoice
 from autopar.solver.prices import AxisPrices, Price
 from autopar.solver.problem import Answer, Choice, Op, Output, Problem, Source
 
@@ -116,7 +116,7 @@ def model_problem(
     model: ModelGraph,
     prices: AxisPrices,
     ties: Ties,
-    demands: Demands = Demands(),
+    demands: Demands = NO_DEMANDS,
     resident_price: float = 0.0,
     again: frozenset[str] = frozenset(),
 ) -> ModelProblem:

@@ -75,7 +75,7 @@ FREE = Price(0.0, 0.0)
 def strides(axes: Mapping[str, int]) -> dict[str, int]:
     """How many ranks apart neighbours on each axis are; the last axis is the innermost."""
     found, stride = {}, 1
-    for axis, size in reversed(axes.items()):
+    for axis, size in reversed(list(axes.items())):
         found[axis] = stride
         stride *= size
     return found
