@@ -152,7 +152,7 @@ class BlockCosts:
         """Bytes saved without recomputation that are too small to be moved to the host."""
         key = (kind.name, json.dumps(decision.to_json(), sort_keys=True), batch)
         if key not in self._small:
-            self._small[key] = _small(measure_saved(kind, decision, batch, self.job))
+            self._small[key] = _small(saved_sizes(kind, decision, batch, self.job))
             self.measured += 1
         return self._small[key]
 
@@ -163,8 +163,8 @@ class BlockCosts:
         if law is None:
             if _splits_batch(kind, decision, self.job.seq_len):
                 self.measured += 1
-                return sum(measure_saved(kind, decision, batch, self.job))
-            one, two = (sum(measure_saved(kind, decision, samples, self.job)) for samples in (1, 2))
+                return measure_saved(kind, decision, batch, self.job)
+            one, two = (measure_saved(kind, decision, samples, self.job) for samples in (1, 2))
             self.measured += 2
             law = self._saved[key] = (2 * one - two, two - one)
         return law[0] + law[1] * batch
@@ -183,7 +183,7 @@ def moved_bytes(kind: BlockKind, candidate: Candidate, batch: int, job: Job) -> 
     """Bytes per micro-batch that a candidate with offload sends to the host."""
     decision = candidate.decision
     if candidate.recompute == "none":
-        sizes = measure_saved(kind, decision, batch, job)
+        sizes = saved_sizes(kind, decision, batch, job)
     else:
         sizes = boundary_parts(kind, decision, batch, job)
     if candidate.recompute == "selective":
@@ -191,7 +191,12 @@ def moved_bytes(kind: BlockKind, candidate: Candidate, batch: int, job: Job) -> 
     return sum(size for size in sizes if size >= SMALL)
 
 
-def measure_saved(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> list[int]:
+def measure_saved(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
+    """Bytes that one rank of the block keeps for backward, its input included."""
+    return sum(saved_sizes(kind, decision, batch, job))
+
+
+def saved_sizes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> list[int]:
     """Run one rank of the block on fake tensors and list the bytes of the storages that autograd keeps."""
     compute = _DTYPES[job.dtype]
     values: dict[str, torch.Tensor] = {}
