@@ -71,6 +71,8 @@ class Device:
       attention; ``memory_efficiency``: fraction of the bandwidth reached by large streaming operators.
     * ``launch_s``: seconds each operator costs however small it is.
     * ``collective_s``: seconds each collective costs before its first byte moves.
+    * ``host_bandwidth``: bytes/s of a copy between host and device, one way; ``host_memory_bandwidth``: bytes/s of the
+      host's memory that fall to this device when all of a node use it. 0 where not known: nothing is offloaded then.
     * ``sources``: where each figure is from, by name. ``origin``: "catalog" or "measured".
     """
 
@@ -89,6 +91,8 @@ class Device:
     memory_efficiency: float
     launch_s: float
     collective_s: float
+    host_bandwidth: float = 0.0
+    host_memory_bandwidth: float = 0.0
     origin: str = "catalog"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
 
@@ -98,8 +102,8 @@ class Device:
             raise BadInputError(f"{owner}: unknown backend {self.backend!r}; one of {', '.join(BACKENDS)}")
         texts = ("name", "title", "backend", "peak_flops", "origin", "sources")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in texts}
-        cache = ("cache_bytes", "cache_bandwidth")
-        _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", *cache))
+        unknown = ("cache_bytes", "cache_bandwidth", "host_bandwidth", "host_memory_bandwidth")
+        _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", *unknown))
         if not self.peak_flops:
             raise BadInputError(f"{owner}: peak_flops is empty; give the dense FLOP/s of at least one dtype")
         _check_positive(owner, {f"peak_flops.{dtype}": value for dtype, value in self.peak_flops.items()})

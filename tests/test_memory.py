@@ -142,7 +142,7 @@ def test_saved_bytes_grow_linearly_with_the_batch(batch):
     context = Context.of(graph, BF16, Cluster.parse("1x4:h100"), Fix())
     decisions = [
         whole_decisions(graph),
-        {k: c[0].decision for k, c in Shardings(context, {"tp": 4}.items(), 1).fastest().costs.items()},
+        {k: c["none"].decision for k, c in Shardings(context, {"tp": 4}.items(), 1).fastest().costs.items()},
     ]
     for chosen in decisions:
         for kind, decision in chosen.items():
@@ -178,8 +178,8 @@ def test_splitting_a_block_splits_what_it_keeps():
     graph = llama3_8b(1)
     job = Job(8, 4096)
     context = Context.of(graph, job, Cluster.parse("1x8:h100"), Fix())
-    split, _ = Shardings(context, {"tp": 8}.items(), 1).fastest().costs["Layer"]
-    whole, recomputed = Shardings(context, (), 1).fastest().costs["Layer"]
+    split = Shardings(context, {"tp": 8}.items(), 1).fastest().costs["Layer"]["none"]
+    whole, recomputed = Shardings(context, (), 1).fastest().costs["Layer"].values()
     assert whole.inflight / 8 <= split.inflight < whole.inflight / 4
     assert recomputed.inflight == 4096 * 4096 * 2
     assert recomputed.transient == whole.transient + whole.inflight - recomputed.inflight

@@ -81,6 +81,8 @@ class DeviceFile(_Model):
     memory_efficiency: float
     launch_s: float
     collective_s: float
+    host_bandwidth: float = 0.0
+    host_memory_bandwidth: float = 0.0
     origin: str
     sources: dict[str, str]
 

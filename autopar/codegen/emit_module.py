@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from autopar.codegen.calls import IMPORTS
 from autopar.codegen.emit_block import FUNCTIONS
 from autopar.codegen.emit_class import class_source
 from autopar.codegen.emit_constants import constants_source, count_source
@@ -89,7 +90,9 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
         lines.append("import torch.nn.functional as F")
     for module, names, end in (
         ("runtime.collectives", sorted(FUNCTIONS.values()), r"\("),
+        ("runtime.offload", IMPORTS["runtime.offload"], r"\("),
         ("runtime.operators", _OPERATORS, r"\("),
+        ("runtime.recompute", IMPORTS["runtime.recompute"], r"\b"),
         ("runtime.weights", ("New", "Weights"), r"\b"),
     ):
         used = [name for name in names if re.search(rf"(?<![.\w]){name}{end}", text)]
@@ -97,7 +100,7 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
             lines += _import(module, used)
     lines.append("from torch import Tensor, nn")
     lines.append("from torch.distributed.device_mesh import DeviceMesh")
-    if "checkpoint(" in text:
+    if re.search(r"\bcheckpoint[(,]", text):
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines += ["", f"MESH = {_dict(plan.mesh.axes())}  # outermost first, in rank order"]
     tied = ", ".join("(" + ", ".join(f'"{name}"' for name in group) + ")" for group in model.tied)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autopar.codegen.calls import MANNER, call, calls_by_manner, manner
+from autopar.codegen.calls import MANNER, call, calls_by_manner, manner, remark
 from autopar.codegen.emit_class import (
     axis_assignments,
     axis_names,
@@ -263,6 +263,7 @@ class StageWriter:
                 margin += 1
             prefix = result or "return "
             function = attribute("self", block.path) if block.path else f"self.{block.callee}"
+            lines += remark(block.candidate, margin)
             lines += statement(prefix, call(function, block.arguments, block.candidate), str, margin)
             previous = block
         if self.many or last.container:
@@ -285,7 +286,7 @@ class StageWriter:
         manners = {manner(block.candidate): block.candidate for block in loops}
         if len(manners) == 1:
             lines = statement(result, call("block", first.arguments, first.candidate), str, 3)
-            return [f"        for block in self.{blocks_method(self.model)}():", *lines]
+            return [f"        for block in self.{blocks_method(self.model)}():", *remark(first.candidate, 3), *lines]
         return [
             f"        for container, positions, _, {MANNER} in STAGES[self.{self._index}]:",
             "            for i in positions:",

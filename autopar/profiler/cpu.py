@@ -131,6 +131,8 @@ def cpu_node(devices_per_node: int, refresh: bool = False) -> tuple[Device, Link
         memory_efficiency=1.0,
         launch_s=profile.call_s * crowding,
         collective_s=0.0,
+        host_bandwidth=bandwidth,
+        host_memory_bandwidth=bandwidth,
         origin="measured",
         sources={
             "memory_bytes": f"physical memory of the machine over {devices_per_node} ranks",
@@ -144,6 +146,8 @@ def cpu_node(devices_per_node: int, refresh: bool = False) -> tuple[Device, Link
             "attention_efficiency": f"{how}: causal attention against a matmul",
             "memory_efficiency": "model constant: the bandwidth is one that was reached",
             "launch_s": f"{shared}: a chain of multiplications of 16 numbers",
+            "host_bandwidth": f"{shared}: a copy of 64 MiB",
+            "host_memory_bandwidth": f"{shared}: a copy of 64 MiB",
             "collective_s": "model constant: gloo starts no kernel; its steps are measured",
         },
     )

@@ -73,8 +73,8 @@ class BlockCosts:
         self._saved: dict[tuple[str, str], tuple[int, int]] = {}
         self.measured = 0
 
-    def of(self, kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> tuple[BlockCost, BlockCost]:
-        """(nothing recomputed, all recomputed)."""
+    def of(self, kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> dict[str, BlockCost]:
+        """The cost by recompute choice."""
         price, sources = decision_price(kind, decision, prices)
         elements = local_elements(kind, decision)
         boundary = boundary_bytes(kind, decision, prices.batch, self.job)
@@ -92,7 +92,7 @@ class BlockCosts:
             transient=live_bytes(kind, decision, prices.batch, self.job),
             sources=sources,
         )
-        return plain, plain.recomputed(boundary)
+        return {"none": plain, "full": plain.recomputed(boundary)}
 
     def saved(self, kind: BlockKind, decision: BlockDecision, batch: int) -> int:
         """Bytes per rank that the sharded block keeps for backward, its input included."""

@@ -13,7 +13,7 @@ from itertools import accumulate, groupby
 from math import prod
 
 from autopar.solver.bounds import spread_bound
-from autopar.solver.candidates import RECOMPUTE, BlockCost
+from autopar.solver.candidates import BlockCost
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes
 from autopar.solver.groups import root_blocks
 from autopar.solver.memory import BlockBytes, MemoryModel
@@ -188,8 +188,7 @@ def stage_problem(
     place = placed(context, config, boundary)
     kinds = block_runs(context, config)
     costs_of = [
-        _undominated([answer.costs[run.kind][RECOMPUTE.index(choice)] for answer in answers for choice in run.choices])
-        for run in kinds
+        _undominated([answer.costs[run.kind][choice] for answer in answers for choice in run.choices]) for run in kinds
     ]
     most = [max(cost.elements for cost in costs) for costs in costs_of]
     pending = place.memory.pending(max((n for n, run in zip(most, kinds, strict=True) if not run.root), default=0))
@@ -406,7 +405,7 @@ def _only_bound(context: Context, config: Config, shardings: Shardings) -> float
     if config.pp > 1 or config.tp > 1:
         return 0.0
     costs = shardings.fastest().costs
-    blocks = [costs[kind][RECOMPUTE.index(choices[0])] for kind, choices in context.freedom()]
+    blocks = [costs[kind][choices[0]] for kind, choices in context.freedom()]
     return assess(context, config, [blocks], shardings.fastest().boundary).step_time * (1 - 1e-12)
 
 

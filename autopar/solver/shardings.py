@@ -106,12 +106,12 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One way to shard all kinds. ``costs``: per kind, (nothing recomputed, all recomputed). ``boundary``: local
-    bytes of what a stage hands to the next. ``signature``: layouts between blocks and of tied parameters; blocks of
+    """One way to shard all kinds. ``costs``: per kind and recompute choice. ``boundary``: local bytes of what a stage
+    hands to the next. ``signature``: layouts between blocks and of tied parameters; blocks of
     answers with equal ones can be mixed."""
 
     name: str
-    costs: dict[str, tuple[BlockCost, BlockCost]]
+    costs: dict[str, dict[str, BlockCost]]
     boundary: int
     signature: tuple[str, ...]
 
@@ -206,8 +206,9 @@ class Shardings:
             if self.size > 1:
                 fast = self.fastest()
                 counts = self.context.counts
-                seconds = sum(n * (c.forward_s + c.backward_s) for k, n in counts.items() for c in fast.costs[k][:1])
-                saved = sum(n * fast.costs[k][0].inflight for k, n in counts.items())
+                plainly = {k: fast.costs[k]["none"] for k in counts}
+                seconds = sum(n * (plainly[k].forward_s + plainly[k].backward_s) for k, n in counts.items())
+                saved = sum(n * plainly[k].inflight for k, n in counts.items())
                 plain, every = self.context.always_again(), frozenset(self.context.model.kinds)
                 ways = [(0.0, every), *((share, plain) for share in LEAN)]
                 for index, (share, again) in enumerate(ways):
@@ -245,7 +246,7 @@ class Shardings:
     def _kind_bound(self, name: str, sharp: bool) -> KindBound:
         context = self.context
         if self.size == 1:
-            cost = self.fastest().costs[name][0]
+            cost = self.fastest().costs[name]["none"]
             seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.elements)
             return KindBound(seconds * (1 - 1e-12), (seconds + cost.forward_s) * (1 - 1e-12))
         choices = {choice for kind, some in context.freedom() if kind == name for choice in some}
