@@ -123,8 +123,6 @@ def test_rule_holds_on_two_axes(op: str) -> None:
 
 
 def both_divide(node: Node, graph: OpGraph, first: Strategy, second: Strategy) -> bool:
-    if first.variant and second.variant:
-        return False
     if first.name == second.name:
         return divides(node, graph, first, 4, 1, 1)
     return divides(node, graph, first, 2, 1, 1) and divides(node, graph, second, 2, 1, 1)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -139,7 +140,8 @@ def _attention(
     *_: Any,
     **__: Any,
 ) -> torch.Tensor:
-    kept = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    computed = attn_mask is None or isinstance(attn_mask, CausalBias)  # the kernel needs no mask in memory
+    kept = (query, key, value) if computed else (query, key, value, attn_mask)
     # The kernels write [batch, positions, heads, width] and return a transposed view: merging heads after it is free.
     output = query.new_empty(*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1]).transpose(-3, -2)
     statistics = torch.empty(query.shape[:-1], dtype=torch.float32)

@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from autopar.graph.size import Size
 
 
+CONTEXT = "cp"
+"""The mesh axis that splits activations by sequence and holds every parameter whole (context parallelism)."""
+
+
 @dataclass(frozen=True, slots=True)
 class SpmdType:
     """How the ranks of one axis hold a tensor: ``kind`` is "R", "I", "P" or "S"; ``dim``/``blocks`` only for "S"."""
