@@ -22,8 +22,10 @@ check: $(READY)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
+# One case alone: make proof ONLY="llama dp2 tp2 fp64 zero0 m2x1"
 proof: $(READY)
-	$(BIN)/python -m pytest -m slow
+	PYTHONPATH=tests $(BIN)/python -m proof --only "$(ONLY)"
+	$(if $(ONLY),,$(BIN)/python -m pytest -m slow)
 
 readme: $(READY)
 	$(BIN)/python examples/refresh_readme.py

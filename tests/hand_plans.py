@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from autopar.cluster import Cluster
-from autopar.graph.ir import BlockKind, ModelGraph
+from autopar.codegen.positions import in_order
+from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
+from autopar.graph.size import SEQ
 from autopar.graph.trace import trace
 from autopar.job import Job
 from autopar.plan import Candidate, Mesh, Plan, Predicted, Run, Stage
-from autopar.sharding.conversions import same
+from autopar.sharding.conversions import plain, same
 from autopar.sharding.decision import BlockDecision, Conversion
-from autopar.sharding.layout import I, Layout, P, S, SpmdType
-from autopar.sharding.rules import strategies_of
+from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
+from autopar.sharding.local import produced_layouts
+from autopar.sharding.rules import Strategy, strategies_of
 
 Wishes = Mapping[str, tuple[SpmdType | None, SpmdType]]
 """For an op node: the type of its first operand (None: any) and of its output."""
@@ -68,19 +71,31 @@ def graph_of(model: nn.Module) -> ModelGraph:
     return dataclasses.replace(graph, buffer_values={**values, **graph.buffer_values})
 
 
-def decide(
-    kind: BlockKind,
-    tp: int,
-    wishes: Wishes,
-    stored: Mapping[str, SpmdType] = {},
-    inputs: Mapping[str, SpmdType] = {},
-    output: SpmdType = I,
-) -> BlockDecision:
-    """A decision on one axis: wished strategies, elsewhere the one that needs the fewest conversions."""
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """What is wanted on one axis: strategies, and the types of stored parameters, of inputs and of the outputs; those
+    not named are ``rest``."""
+
+    wishes: Wishes
+    stored: Mapping[str, SpmdType] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, SpmdType] = dataclasses.field(default_factory=dict)
+    output: SpmdType = I
+    rest: SpmdType = I
+
+    def arrives(self, node: Node) -> SpmdType:
+        return self.stored.get(node.target, self.inputs.get(node.name, self.rest))
+
+
+def decide(kind: BlockKind, sizes: Mapping[str, int], axes: Mapping[str, Axis]) -> BlockDecision:
+    """A decision on several axes: on each one the wished strategies, elsewhere those that need the fewest conversions
+    on that axis; then the conversions that all of them together need."""
     graph = kind.graph
+    chosen: dict[str, dict[str, Strategy]] = {node.name: {} for node in graph.of("op")}
+    for name, axis in axes.items():
+        for node, strategy in _strategies(graph, axis).items():
+            chosen[node][name] = strategy
     held: dict[str, list[Layout]] = {}
     arrives = {}
-    strategies: dict[str, dict[str, str]] = {}
     conversions: list[Conversion] = []
 
     def need(name: str, target: Layout) -> None:
@@ -91,18 +106,39 @@ def decide(
 
     for node in graph.nodes.values():
         if node.kind != "op":
-            found = stored.get(node.target, inputs.get(node.name, I))
-            arrives[node.name] = Layout.of(tp=found)
+            types = {name: axis.arrives(node) for name, axis in axes.items()}
+            arrives[node.name] = in_order(Layout(tuple(types.items())), node.meta.shape)
             held[node.name] = [arrives[node.name]]
             continue
+        inputs, output = produced_layouts(node, chosen[node.name])
+        for name, layout in zip(node.operands(), inputs, strict=True):
+            need(name, in_order(layout, graph.nodes[name].meta.shape))
+        held[node.name] = [in_order(output, node.meta.shape)]
+    leaves = Layout(tuple((name, axis.output) for name, axis in axes.items()))
+    promised = {name: in_order(leaves, graph.nodes[name].meta.shape) for name in graph.outputs}
+    for name, layout in promised.items():
+        need(name, layout)
+    strategies = {node: {axis: strategy.name for axis, strategy in choice.items()} for node, choice in chosen.items()}
+    return BlockDecision(kind.name, dict(sizes), arrives, strategies, tuple(conversions), promised)
+
+
+def _strategies(graph: OpGraph, axis: Axis) -> dict[str, Strategy]:
+    """A strategy for every operator, on one axis alone."""
+    held: dict[str, set[SpmdType]] = {}
+    found = {}
+    for node in graph.nodes.values():
+        if node.kind != "op":
+            held[node.name] = {axis.arrives(node)}
+            continue
         operands = node.operands()
-        first, wanted = wishes.get(node.name, (None, None))
+        first, wanted = axis.wishes.get(node.name, (None, None))
 
         def misfits(strategy, operands=operands) -> int:
             pairs = zip(operands, strategy.inputs, strict=True)
             return sum(
-                not any(same(layout, Layout.of(tp=kind), graph.nodes[name].meta.requires_grad) for layout in held[name])
+                not any(plain(kind, grad) == plain(have, grad) for have in held[name])
                 for name, kind in pairs
+                for grad in [graph.nodes[name].meta.requires_grad]
             )
 
         choices = [
@@ -112,53 +148,78 @@ def decide(
         ]
         assert choices, (node.name, [str(s) for s in strategies_of(node, graph)])
         best = min(choices, key=lambda s: (misfits(s), s.output == P))
-        for name, kind_ in zip(operands, best.inputs, strict=True):
-            need(name, Layout.of(tp=kind_))
-        strategies[node.name] = {"tp": best.name}
-        held[node.name] = [Layout.of(tp=best.output)]
-    for name in graph.outputs:
-        need(name, Layout.of(tp=output))
-    return BlockDecision(
-        kind.name, {"tp": tp}, arrives, strategies, tuple(conversions), {o: Layout.of(tp=output) for o in graph.outputs}
-    )
+        for name, kind in zip(operands, best.inputs, strict=True):
+            held[name].add(kind)
+        found[node.name] = best
+        held[node.name] = {best.output}
+    return found
+
+
+def tensor_parallel(kind: BlockKind, sequence: bool) -> Axis:
+    """Column then row, split vocabulary; the residual whole, or split by sequence."""
+    between = S(1) if sequence else I
+    wishes: dict[str, tuple[SpmdType | None, SpmdType]] = {}
+    stored: dict[str, SpmdType] = {}
+    for node in kind.graph.of("op"):
+        weight = node.operands()[1] if node.op == "aten.linear" else ""
+        target = _parameter(kind, weight) if weight else ""
+        conv1d = bool(weight) and kind.graph.nodes[weight].op == "aten.t"
+        if node.op == "aten.linear" and any(part in target for part in ("o_proj", "down_proj", "c_proj")):
+            wishes[node.name] = (S(2), P)
+            stored[target] = S(0 if conv1d else 1)
+        elif node.op == "aten.linear":
+            blocks = 3 if "c_attn" in target else 1
+            wishes[node.name] = (None, S(2, blocks))
+            stored[target] = I if blocks > 1 else S(1 if conv1d else 0)
+            bias = target.replace("weight", "bias")
+            if conv1d and blocks == 1:
+                stored[bias] = S(0)
+        elif node.op == "aten.embedding" and "wpe" not in _parameter(kind, node.operands()[0]):
+            wishes[node.name] = (S(0), P)
+            stored[_parameter(kind, node.operands()[0])] = S(0)
+        elif node.op == "aten.embedding":
+            wishes[node.name] = (I, I)
+        elif node.op in ("aten.rms_norm", "aten.layer_norm") or (node.op == "aten.add" and node.meta.requires_grad):
+            wishes[node.name] = (between, between)
+    inputs = {} if kind.name == "Prologue" else {"hidden": between}
+    return Axis(wishes, stored, inputs, I if kind.name == "Epilogue" else between)
+
+
+def context_parallel(kind: BlockKind, by_heads: bool) -> Axis:
+    """Every activation split by sequence, parameters whole; attention by position, or by heads."""
+    wishes: dict[str, tuple[SpmdType | None, SpmdType]] = {}
+    for node in kind.graph.of("op"):
+        if node.op == "aten.scaled_dot_product_attention":
+            wishes[node.name] = (S(1), S(1)) if by_heads else (S(2), S(2))
+        elif node.op == "autopar.cross_entropy":
+            wishes[node.name] = (S(1), P)
+        elif node.op in ("aten.embedding", "aten.linear", "aten.rms_norm", "aten.layer_norm"):
+            positions = node.meta.shape.index(SEQ)
+            wishes[node.name] = (None, S(positions))
+        elif node.op == "autopar.rotary":
+            wishes[node.name] = (S(2), S(2))
+    inputs = {} if kind.name == "Prologue" else {"hidden": S(1)}
+    return Axis(wishes, {}, inputs, P if kind.name == "Epilogue" else S(1), rest=R)
+
+
+def on_axes(model: ModelGraph, mesh: Mesh, sequence: bool = False, by_heads: bool = False) -> dict[str, BlockDecision]:
+    """Context parallelism on cp, and the same tensor parallelism on every tp axis."""
+    return {
+        kind.name: decide(
+            kind,
+            mesh.model_axes(),
+            {
+                name: context_parallel(kind, by_heads) if name == "cp" else tensor_parallel(kind, sequence)
+                for name in mesh.model_axes()
+            },
+        )
+        for kind in model.kinds.values()
+    }
 
 
 def megatron(model: ModelGraph, tp: int, sequence: bool) -> dict[str, BlockDecision]:
-    """Column then row tensor parallelism, split vocabulary; the residual whole, or split by sequence."""
-    between = S(1) if sequence else I
-    after = S(1) if sequence else I
-    decisions = {}
-    for kind in model.kinds.values():
-        wishes: dict[str, tuple[SpmdType | None, SpmdType]] = {}
-        stored: dict[str, SpmdType] = {}
-        inputs = {} if kind.name == "Prologue" else {"hidden": between}
-        output = between
-        blocks = 1
-        for node in kind.graph.of("op"):
-            weight = node.operands()[1] if node.op == "aten.linear" else ""
-            target = _parameter(kind, weight) if weight else ""
-            conv1d = bool(weight) and kind.graph.nodes[weight].op == "aten.t"
-            if node.op == "aten.linear" and any(part in target for part in ("o_proj", "down_proj", "c_proj")):
-                wishes[node.name] = (S(2), P)
-                stored[target] = S(0 if conv1d else 1)
-            elif node.op == "aten.linear":
-                blocks = 3 if "c_attn" in target else 1
-                wishes[node.name] = (None, S(2, blocks))
-                stored[target] = I if blocks > 1 else S(1 if conv1d else 0)
-                bias = target.replace("weight", "bias")
-                if conv1d and blocks == 1:
-                    stored[bias] = S(0)
-            elif node.op == "aten.embedding" and "wpe" not in _parameter(kind, node.operands()[0]):
-                wishes[node.name] = (S(0), P)
-                stored[_parameter(kind, node.operands()[0])] = S(0)
-            elif node.op == "aten.embedding":
-                wishes[node.name] = (I, I)
-            elif node.op in ("aten.rms_norm", "aten.layer_norm") or (node.op == "aten.add" and node.meta.requires_grad):
-                wishes[node.name] = (after, after)
-        if kind.name == "Epilogue":
-            output = I
-        decisions[kind.name] = decide(kind, tp, wishes, stored, inputs, output)
-    return decisions
+    """Tensor parallelism on one axis."""
+    return on_axes(model, Mesh(tp=tp), sequence)
 
 
 def whole(model: ModelGraph) -> dict[str, BlockDecision]:

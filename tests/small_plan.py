@@ -56,6 +56,7 @@ def small_plan(model: str = "tiny") -> Plan:
         micro_batches=8,
         schedule="1f1b",
         zero=3,
+        fsdp=2,
         candidates=kinds,
         stages=(
             Stage((Run(0, 2, "Layer/full"),), 0.0246, 0.0492, 0.002, memory),

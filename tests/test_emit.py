@@ -111,8 +111,8 @@ def test_megatron_tensor_parallelism_reads_as_such() -> None:
     half = ["replicate", "all_gather"]
     attention = [*half, *["F.linear"] * 3, "F.scaled_dot_product_attention", "F.linear", "reduce_scatter"]
     assert calls == [*attention, *half, *["F.linear"] * 3, "reduce_scatter"]
-    assert "q_proj=Weights(weight=new.split(0, 64, 64))" in block
-    assert "o_proj=Weights(weight=new.split(1, 64, 64))" in block
+    assert "q_proj=Weights(weight=new.split(64, 64, tp=0))" in block
+    assert "o_proj=Weights(weight=new.split(64, 64, tp=1))" in block
     assert "self.input_layernorm = Weights(weight=new.whole(64))" in block
     assert re.search(r"# tp all-gather, [\d.]+ kB per micro-batch, [\d.]+ us; backward: reduce-scatter", block)
 

@@ -7,6 +7,7 @@ import pytest
 from hand_plans import gpt2, graph_of, llama, megatron, whole
 from small_plan import small_plan
 
+from autopar.plan import Mesh, Run
 from autopar.report.record import plan_record
 from autopar.report.units import bytes_text, memory_unit, seconds_text
 from autopar.report.words import describe
@@ -34,6 +35,44 @@ def test_text_says_the_decision_the_prediction_and_the_sharding():
         "aten.foo has no rule",
     ):
         assert part in text
+
+
+def test_text_tells_context_ranks_shard_groups_schedule_and_offload():
+    plan = small_plan()
+    kinds = {
+        "Layer/full": replace(plan.candidates["Layer/full"], recompute="selective", saved=("matmul", "attention")),
+        "Layer/plain": replace(plan.candidates["Layer/plain"], offload=True),
+    }
+    stages = tuple(
+        replace(stage, runs=(Run(i, i + 1, stage.runs[0].candidate),)) for i, stage in enumerate(plan.stages)
+    )
+    stages += tuple(
+        replace(stage, runs=(Run(i + 2, i + 3, stage.runs[0].candidate),)) for i, stage in enumerate(stages)
+    )
+    text = str(
+        replace(
+            plan,
+            mesh=Mesh(pp=2, dp=1, cp=2, tp=2),
+            schedule="zbv",
+            vpp=2,
+            fsdp=1,
+            zero=1,
+            offload="state",
+            stages=stages,
+            candidates=kinds,
+            described={"cp": ("context (keys gathered) parallel",)},
+        )
+    )
+    for part in (
+        "pp=2 x dp=1 x cp=2 x tp=2 (pp: pipeline stages; cp: context (keys gathered) parallel; tp: nothing split)",
+        "zbv, 2 stages on each rank",
+        "ZeRO-1 over groups of 1 data ranks, recompute selective(matmul+attention) for 2 of 4 blocks",
+        "parameters, gradients, optimizer state, activations on the host",
+        "saved tensors on the host",
+    ):
+        assert part in " ".join(text.split())
+    rows = [line.split()[:3] for line in text.splitlines() if line.strip().startswith(("0 ", "1 "))]
+    assert rows == [["0", "0", "0"], ["1", "1", "1"], ["1", "2", "2"], ["0", "3", "3"]]
 
 
 def test_text_fits_in_100_columns():

@@ -56,7 +56,7 @@ def test_plans_of_the_search_type_check(model: str, fix: dict[str, object]) -> N
         ("all_gather(normed, self.tp, 1)", "all_gather_invariant(normed, self.tp, 1)"),
         ("all_gather(normed, self.tp, 1)", "normed"),
         ("replicate(self.input_layernorm.weight.to_local(), self.tp)", "self.input_layernorm.weight.to_local()"),
-        ("o_proj=Weights(weight=new.split(1,", "o_proj=Weights(weight=new.split(0,"),
+        ("o_proj=Weights(weight=new.split(64, 64, tp=1)", "o_proj=Weights(weight=new.split(64, 64, tp=0)"),
     ],
 )
 def test_a_wrong_collective_is_caught(old: str, new: str) -> None:

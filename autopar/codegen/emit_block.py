@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
+from autopar.codegen import positions
 from autopar.codegen.expressions import Site, Sizes, render
-from autopar.codegen.source import Binary, Call, Expr, Method, Text, Value, literal, values_in
+from autopar.codegen.positions import in_order, is_sequence
+from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal, values_in
 from autopar.codegen.statements import Program, Step
 from autopar.codegen.wiring import is_writable
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import COMPUTE, Node, OpGraph, substitute
 from autopar.graph.ops import draws_random
-from autopar.graph.size import BATCH, SEQ, Size
+from autopar.graph.size import BATCH, SEQ, Size, size_at
 from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step as Conversion
 from autopar.sharding.conversions import path, same
@@ -37,7 +40,12 @@ FUNCTIONS = {
 }
 """The function of `runtime/collectives.py` for each pair of types."""
 
-_VARIANTS = {"aten.embedding": "vocab_embedding", "autopar.cross_entropy": "vocab_cross_entropy"}
+_VARIANTS = {
+    "aten.embedding": ("vocab_embedding", 0),
+    "autopar.cross_entropy": ("vocab_cross_entropy", -1),
+    "aten.scaled_dot_product_attention": ("context_attention", -2),
+}
+"""The function of `runtime/operators.py`, and the dim of the first operand that is split."""
 _ELEMENTWISE = (
     "add sub mul div neg silu gelu relu tanh sigmoid pow rsqrt mean sum softmax eq ne lt gt le ge where cos sin"
 )
@@ -51,7 +59,8 @@ _GROUPS = dict.fromkeys(_ELEMENTWISE.split(), "elementwise") | dict.fromkeys(_SH
 class Setting:
     """What the emitted code is for: sizes of the model axes larger than one, the precision, and one micro-batch.
 
-    ``seconds(kind, bytes, axis)`` predicts a collective, if it can.
+    ``balanced``: cp holds sequences in balanced order (see `positions`). ``seconds(kind, bytes, axis)`` predicts a
+    collective, if it can.
     """
 
     axes: Mapping[str, int]
@@ -59,21 +68,28 @@ class Setting:
     micro_batch: int
     seq_len: int
     compute_bytes: int
+    balanced: bool = False
     seconds: Callable[[str, int, str], float | None] = lambda kind, nbytes, axis: None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The axes that may split parameters: all but cp."""
+        return tuple(axis for axis in self.axes if axis != positions.AXIS)
 
 
 @dataclass(slots=True)
 class Body:
     """Writes one graph. ``arguments``: input node name to argument name; ``weights``: parameter and buffer node name
     to the expression that is its local tensor; ``decision`` None: nothing is split. ``stored``: layouts of weights that
-    are not stored as the decision wants them (tied ones). ``names``: what to call the values of some nodes."""
+    are not stored as the decision wants them (tied ones). ``axes``: the text of each model axis. ``names``: what to
+    call the values of some nodes."""
 
     graph: OpGraph
     decision: BlockDecision | None
     setting: Setting
     arguments: Mapping[str, str]
     weights: Mapping[str, Expr]
-    axis_text: str = "self.{}"
+    axes: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, str] = field(default_factory=dict)
     reserved: frozenset[str] = frozenset()
     stored: dict[str, Layout] = field(default_factory=dict)
@@ -112,33 +128,58 @@ class Body:
         self._steps.append(Step(key, self.weights[node.name], self._hints[key], group))
         stored, wanted = self.stored.get(node.name), self._arrives(node.name)
         if stored is not None:
-            for axis, step in path(stored, wanted, node.meta.requires_grad):
-                key = self._convert(node, key, axis, step)
+            key = self._convert(node, key, stored, wanted)
         self._held[node.name] = [(wanted, key)]
 
     def _add_op(self, node: Node) -> None:
         operands = node.operands()
-        needs, output, variant = [Layout()] * len(operands), Layout(), ""
+        needs, output, variants = [Layout()] * len(operands), Layout(), set()
         if self.decision is not None and self.setting.axes:
             strategies = chosen(node, self.graph, self.decision)
             choice = {axis: strategy for axis, strategy in strategies.items() if axis in self.setting.axes}
             read_as, output = produced_layouts(node, choice)
-            needs = list(read_as)
-            variant = next((axis for axis, strategy in choice.items() if strategy.variant), "")
+            metas = [self.graph.nodes[name].meta for name in operands]
+            needs = [in_order(layout, meta.shape) for layout, meta in zip(read_as, metas, strict=True)]
+            output = in_order(output, node.meta.shape)
+            variants = {strategy.variant for strategy in choice.values() if strategy.variant}
         read = iter([Value(self._materialise(name, need)) for name, need in zip(operands, needs, strict=True)])
         args, kwargs = substitute((node.args, node.kwargs), lambda _: next(read))
         shapes = tuple(self.graph.nodes[name].meta.shape for name in operands)
         site = Site(node, args, kwargs, shapes, output, self._sizes())
         expr = render(site)
-        if variant:
-            expr = _over_vocabulary(node, args, expr, Text(self.axis_text.format(variant)))
+        if variants:
+            expr = self._special(node, expr, shapes[0], needs[0])
         split = [axis for axis, kind in output.types if kind.kind == "S" and axis in self.setting.axes]
         if split and draws_random(node):
-            expr = _with_own_numbers(node, expr, [Text(self.axis_text.format(axis)) for axis in split])
+            expr = _with_own_numbers(expr, self._axes_expr(split))
         key = f"op {node.name}"
         self._hints[key] = self._hint(node, site)
         self._steps.append(Step(key, expr, self._hints[key], _GROUPS.get(node.op.partition(".")[2], "operator")))
         self._held[node.name] = [(output, key)]
+
+    def _special(self, node: Node, plain: Expr, shape: tuple[int | Size, ...], first: Layout) -> Expr:
+        """The call of an operator whose shards need more than the operator itself; ``shape`` and ``first``: those of
+        its first operand."""
+        if node.op not in _VARIANTS:
+            raise UnsupportedError(f"{node.name} ({node.op}): no implementation for how the plan splits it")
+        function, dim = _VARIANTS[node.op]
+        dim %= len(shape)
+        axes, size = first.splits(dim), shape[dim]
+        assert isinstance(plain, Call)
+        arguments: tuple[Argument, ...] = (*plain.arguments[:3],) if dim == len(shape) - 2 else plain.arguments[:2]
+        rest = [a for a in plain.arguments[len(arguments) :] if a != ("is_causal", literal(True))]
+        added: list[Argument] = []
+        if node.op == "aten.scaled_dot_product_attention":
+            if self.setting.balanced and axes[0] == positions.AXIS:
+                added.append(("balanced", literal(True)))
+        elif isinstance(size, int) and size % prod(self.setting.axes[axis] for axis in axes):
+            added.append(("vocabulary", literal(size)))
+        return Call(function, (*arguments, self._axes_expr(axes), *rest, *added))
+
+    def _axes_expr(self, axes: Sequence[str]) -> Expr:
+        """One axis, or a tuple of several, outermost first."""
+        texts = tuple(Text(self.axes[axis]) for axis in axes)
+        return texts[0] if len(texts) == 1 else Call("", texts)
 
     def _arrives(self, name: str) -> Layout:
         return self._reduced(self.decision.inputs[name]) if self.decision is not None else Layout()
@@ -163,8 +204,7 @@ class Body:
             if conversion.tensor == name and same(self._reduced(conversion.target), target, grad):
                 source = self._reduced(conversion.source)
                 key = self._materialise(name, source)
-                for axis, step in path(source, target, grad):
-                    key = self._convert(node, key, axis, step)
+                key = self._convert(node, key, source, target)
                 self._held[name].append((target, key))
                 return key
         raise UnsupportedError(
@@ -172,39 +212,67 @@ class Body:
             f"{', '.join(str(layout) for layout, _ in self._held[name])} and has no conversion to that"
         )
 
-    def _convert(self, node: Node, key: str, axis: str, step: Conversion) -> str:
-        function = FUNCTIONS[step.source.kind + step.target.kind] if step.source.kind + step.target.kind != "RI" else ""
+    def _convert(self, node: Node, key: str, source: Layout, target: Layout) -> str:
+        """The key of ``key``, held as ``source``, after the steps to ``target``."""
+        for axis, step in path(source, target, node.meta.requires_grad):
+            key = self._exchange(node, key, axis, step, source)
+            source = source.with_type(axis, step.target)
+        return key
+
+    def _exchange(self, node: Node, key: str, axis: str, step: Conversion, layout: Layout) -> str:
+        """One step on one axis of a tensor that is held as ``layout``."""
+        function = FUNCTIONS.get(step.source.kind + step.target.kind, "")
         if not function or (function == "replicate" and not node.meta.requires_grad):
             return key
         hint, is_weight = self._hints[key], key.startswith("weight ")
-        dims = [kind.dim for kind in (step.source, step.target) if kind.kind == "S"]
-        blocked = sorted((k.dim, k.blocks) for k in (step.source, step.target) if k.kind == "S" and k.blocks != 1)
+        split = [kind for kind in (step.source, step.target) if kind.kind == "S"]
+        blocked = sorted((kind.dim, kind.blocks) for kind in split if kind.blocks != 1)
         for dim, blocks in reversed(blocked):
-            sizes = Call("", (self._sizes().expr(blocks), literal(-1)))
+            sizes = Call("", (self._sizes().expr(blocks, self._ways(layout, axis, dim, blocks)), literal(-1)))
             key = self._step(f"{key} blocks", Method(Value(key), "unflatten", (literal(dim), sizes)), hint, "shape")
         # Dims behind a dim seen as (blocks, rest) have moved, and it is the rest that converts.
-        moved = [dim + sum(other <= dim for other, _ in blocked) for dim in dims]
-        axis_text = Text(self.axis_text.format(axis))
-        call = Call(function, (Value(key), axis_text, *(literal(dim) for dim in moved)))
+        dims = [literal(kind.dim + sum(other <= kind.dim for other, _ in blocked)) for kind in split]
+        options: list[Argument] = []
+        if self.setting.balanced and axis == positions.AXIS:
+            whole = node.meta.shape
+            ordered = [dim for kind, dim in zip(split, dims, strict=True) if is_sequence(whole[kind.dim], kind)]
+            if len(ordered) > 1:
+                raise UnsupportedError(
+                    f"{node.name}: an all-to-all on cp between two sequence dims, both in balanced order"
+                )
+            options = [("balanced", literal(True) if len(split) == 1 else dim) for dim in ordered]
+        call = Call(function, (Value(key), Text(self.axes[axis]), *dims, *options))
         group = "weight" if is_weight and not blocked else "exchange"
-        key = self._step(f"{key} {axis}:{step.target}", call, hint, group, self._comments(node, axis, step))
+        key = self._step(f"{key} {axis}:{step.target}", call, hint, group, self._comments(node, axis, step, layout))
         for dim, _ in blocked:
             views = (literal(dim), literal(dim + 1))
             key = self._step(f"{key} whole", Method(Value(key), "flatten", views), hint, "shape")
         return key
+
+    def _ways(self, layout: Layout, axis: str, dim: int, blocks: int | Size) -> int:
+        """In how many parts axes outside ``axis`` have cut the ``blocks`` of a dim: they split a more major factor."""
+
+        def count(blocks: int | Size) -> int:
+            return size_at(blocks, self.setting.micro_batch, self.setting.seq_len)
+
+        outer = [name for name in layout.splits(dim) if name != axis and count(layout[name].blocks) < count(blocks)]
+        return prod(self.setting.axes[name] for name in outer)
 
     def _step(self, key: str, expr: Expr, hint: str, group: str, comments: tuple[str, ...] = ()) -> str:
         self._hints[key] = hint
         self._steps.append(Step(key, expr, hint, group, comments))
         return key
 
-    def _comments(self, node: Node, axis: str, step: Conversion) -> tuple[str, ...]:
-        """What moves: bytes of the tensor that is whole on the axis, for one micro-batch, forward and backward."""
+    def _comments(self, node: Node, axis: str, step: Conversion, layout: Layout) -> tuple[str, ...]:
+        """What moves: bytes of the tensor that is whole on the axis and this rank's part along the others, for one
+        micro-batch, forward and backward."""
         forward = _action(step.forward) if step.forward_bytes else ""
         back = _action(step.backward) if step.backward_bytes else "nothing to move"
         nbytes = self.setting.compute_bytes if node.meta.dtype == COMPUTE else 4
         for size in node.meta.at(self.setting.micro_batch, self.setting.seq_len):
             nbytes *= size
+        others = (name for name, kind in layout.types if kind.kind == "S" and name != axis)
+        nbytes //= prod(self.setting.axes[name] for name in others)
         amount = _amount(nbytes)
         what = node.target if node.kind == "parameter" else "per micro-batch"
         if not forward:
@@ -230,7 +298,7 @@ class Body:
                 dim = node.meta.shape.index(symbol)
                 size: Expr = Method(Text(f"{self.arguments[node.name]}.shape"), "[]", (literal(dim),))
                 for axis in self._arrives(node.name).splits(dim):
-                    size = Binary("*", size, Text(f"{self.axis_text.format(axis)}.size()"))
+                    size = Binary("*", size, Text(f"{self.axes[axis]}.size()"))
                 return size
         return None
 
@@ -316,26 +384,15 @@ def _values(args: object) -> list[Value]:
     return [value for item in args for value in _values(item)] if isinstance(args, tuple) else []
 
 
-def _over_vocabulary(node: Node, args: tuple[object, ...], plain: Expr, axis: Expr) -> Expr:
-    if node.op not in _VARIANTS:
-        raise UnsupportedError(f"{node.name} ({node.op}): no implementation over a split vocabulary")
-    assert isinstance(plain, Call)
-    first, second, *rest = plain.arguments
-    return Call(_VARIANTS[node.op], (first, second, axis, *rest))
-
-
 _OWN_NUMBERS = {"F.dropout": "dropout", "F.scaled_dot_product_attention": "attention"}
 
 
-def _with_own_numbers(node: Node, plain: Expr, axes: list[Text]) -> Expr:
+def _with_own_numbers(plain: Expr, axes: Expr) -> Expr:
     """The call whose random numbers differ between the shards of its result."""
     assert isinstance(plain, Call)
-    if len(axes) > 1:
-        raise UnsupportedError(
-            f"dropout in {node.module or 'the model'} on a tensor split over {len(axes)} model axes: its random masks "
-            "would have to differ along both; set the model's dropout to 0"
-        )
-    return Call(_OWN_NUMBERS[plain.function], (*plain.arguments, ("axis", axes[0])))
+    if plain.function == "context_attention":
+        return Call(plain.function, (*plain.arguments, ("split", axes)))
+    return Call(_OWN_NUMBERS[plain.function], (*plain.arguments, ("axis", axes)))
 
 
 def _module_name(module: str) -> str:

@@ -15,21 +15,34 @@ It imports `runtime.collectives`, `runtime.operators` and `runtime.weights`, and
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
+from autopar.codegen.calls import IMPORTS
 from autopar.codegen.emit_block import FUNCTIONS, Setting
+from autopar.codegen.emit_class import class_source
 from autopar.codegen.emit_constants import constants_source, count_source
-from autopar.codegen.emit_stage import StageWriter, class_source
+from autopar.codegen.emit_stage import StageWriter
+from autopar.codegen.positions import is_balanced
+from autopar.codegen.source import literal
 from autopar.codegen.statements import wrap_comment
 from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
 
-_OPERATORS = ("attention", "cross_entropy", "dropout", "rotary", "vocab_cross_entropy", "vocab_embedding")
+_OPERATORS = (
+    "attention",
+    "context_attention",
+    "cross_entropy",
+    "dropout",
+    "rotary",
+    "vocab_cross_entropy",
+    "vocab_embedding",
+)
 
 
 def module_source(plan: Plan, model: ModelGraph) -> str:
     """The text of ``module.py`` for ``plan``. Raises UnsupportedError for what cannot be emitted, naming it."""
-    setting = _setting(plan)
+    setting = _setting(plan, model)
     placed = place_blocks(plan, model)
     classes = {block.callee: block for block in reversed(placed) if block.path}
     body: list[str] = []
@@ -40,14 +53,15 @@ def module_source(plan: Plan, model: ModelGraph) -> str:
     body += ["", "", *writer.stage_class()]
     if model.constants.outputs:
         body += ["", "", *constants_source(model, setting)]
-    body += ["", "", *_BUILD.splitlines()]
+    splits = literal(tuple(setting.splits)).text
+    body += ["", "", *_BUILD.replace("SPLITS", splits).splitlines()]
     body += ["", "", *count_source(model, setting)]
     body += ["", "", *_INIT.splitlines()]
     text = "\n".join(body)
-    return "\n".join([*_header(plan, model, text), text]) + "\n"
+    return "\n".join([*_header(plan, model, setting, text), text]) + "\n"
 
 
-def _setting(plan: Plan) -> Setting:
+def _setting(plan: Plan, model: ModelGraph) -> Setting:
     axes = plan.mesh.model_axes()
     try:
         from autopar.solver.collective_costs import CollectiveCosts
@@ -60,23 +74,31 @@ def _setting(plan: Plan) -> Setting:
         return costs.seconds(kind, nbytes, axes[axis], 1) if costs is not None else None
 
     job = plan.job
-    return Setting(axes, job.dtype == "fp64", plan.micro_batch, job.seq_len, job.compute_bytes, seconds)
+    balanced = is_balanced(plan, model)
+    return Setting(axes, job.dtype == "fp64", plan.micro_batch, job.seq_len, job.compute_bytes, balanced, seconds)
 
 
-def _header(plan: Plan, model: ModelGraph, text: str) -> list[str]:
+def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[str]:
     """Docstring, imports of what the text uses, and the plan's constants."""
-    tp = plan.mesh.tp > 1
     lines = [
         f'"""{model.name} on {plan.mesh.size} devices: {plan.mesh}.',
         "",
-        "Written by autopar; made to be read and changed. Tensors are what one rank holds of",
-        "them: its samples of a micro-batch" + (", its part along the tensor-parallel axis tp." if tp else "."),
+        "Written by autopar; made to be read and changed. Tensors are what one rank holds of them: its samples of a "
+        "micro-batch" + _parts(setting),
     ]
-    if tp:
+    if setting.axes:
+        named = _listed(setting.axes)
         lines += [
             "",
-            "How the ranks of tp hold a tensor: R replicated, I invariant (replicated and used",
-            "alike), P partial sums, S(d) split on dim d; see runtime/collectives.py.",
+            f"How the ranks of {named} hold a tensor: R replicated, I invariant (replicated and used alike), P partial "
+            "sums, S(d) split on dim d; see runtime/collectives.py.",
+        ]
+    if setting.balanced:
+        cp = setting.axes["cp"]
+        lines += [
+            "",
+            f"The ranks of cp hold a sequence in balanced order: of its {2 * cp} chunks, rank r has chunks r and "
+            f"{2 * cp - 1} - r, so that causal attention is the same work for each.",
         ]
     lines += ['"""', ""]
     lines = [part for line in lines for part in ([line] if len(line) <= 88 else _wrapped(line))]
@@ -85,7 +107,9 @@ def _header(plan: Plan, model: ModelGraph, text: str) -> list[str]:
         lines.append("import torch.nn.functional as F")
     for module, names, end in (
         ("runtime.collectives", sorted(FUNCTIONS.values()), r"\("),
+        ("runtime.offload", IMPORTS["runtime.offload"], r"\("),
         ("runtime.operators", _OPERATORS, r"\("),
+        ("runtime.recompute", IMPORTS["runtime.recompute"], r"\b"),
         ("runtime.weights", ("New", "Weights"), r"\b"),
     ):
         used = [name for name in names if re.search(rf"(?<![.\w]){name}{end}", text)]
@@ -93,13 +117,27 @@ def _header(plan: Plan, model: ModelGraph, text: str) -> list[str]:
             lines += _import(module, used)
     lines.append("from torch import Tensor, nn")
     lines.append("from torch.distributed.device_mesh import DeviceMesh")
-    if "checkpoint(" in text:
+    if re.search(r"\bcheckpoint[(,]", text):
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines += ["", f"MESH = {_dict(plan.mesh.axes())}  # outermost first, in rank order"]
     tied = ", ".join("(" + ", ".join(f'"{name}"' for name in group) + ")" for group in model.tied)
     tied_line = f"TIED = ({tied}{',' if len(model.tied) == 1 else ''})"
     lines += ["# Names of one and the same parameter.", tied_line] if model.tied else ["TIED = ()"]
     return lines
+
+
+def _parts(setting: Setting) -> str:
+    parts = []
+    if "cp" in setting.axes:
+        parts.append("its part of each sequence (context-parallel axis cp)")
+    if setting.splits:
+        plural = "es" if len(setting.splits) > 1 else "is"
+        parts.append(f"its part along the tensor-parallel ax{plural} {_listed(setting.splits)}")
+    return "".join(f", {part}" for part in parts) + "."
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(", ".join(names).rsplit(", ", 1))
 
 
 def _wrapped(line: str) -> list[str]:
@@ -126,8 +164,8 @@ def build_stage(
     meta: bool = False,
 ) -> Stage:
     """Stage ``index`` with uninitialised parameters, without memory if ``meta``."""
-    tp = mesh["tp"] if mesh is not None and MESH["tp"] > 1 else None
-    return Stage(index, New(tp, torch.device("meta") if meta else device, dtype))'''
+    place = torch.device("meta") if meta else device
+    return Stage(index, New(mesh, SPLITS, place, dtype))'''
 
 _INIT = '''\
 @torch.no_grad()

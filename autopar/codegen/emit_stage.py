@@ -1,17 +1,22 @@
-"""The classes of ``module.py``: block classes with their parameters, and the stage that wires blocks together."""
+"""The class ``Stage`` of ``module.py`` and the table ``STAGES``: which blocks a stage has, how they hang together."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autopar.codegen.buffers import buffer_expr
-from autopar.codegen.calls import MANNER, call, calls_by_manner, manner
-from autopar.codegen.emit_block import Body, Setting
+from autopar.codegen.calls import MANNER, call, calls_by_manner, manner, remark
+from autopar.codegen.emit_block import Setting
+from autopar.codegen.emit_class import (
+    axis_assignments,
+    axis_names,
+    block_body,
+    flow_arguments,
+    signature,
+    stored_layout,
+)
 from autopar.codegen.emit_constants import constants_arguments
-from autopar.codegen.source import Argument, Call, Expr, Method, Text, literal, statement
+from autopar.codegen.members import assignment, attribute, parameter_expr, weights
+from autopar.codegen.source import Call, Expr, Text, statement
 from autopar.codegen.wiring import (
     Placed,
     argument_name,
@@ -19,165 +24,12 @@ from autopar.codegen.wiring import (
     blocks_method,
     flow_names,
     free_name,
-    is_writable,
     top_names,
 )
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph, OpGraph
 from autopar.plan import Plan
 from autopar.sharding.layout import Layout
-
-
-def class_source(placed: Placed, model: ModelGraph, setting: Setting) -> list[str]:
-    """A block class: parameters under the names they have in the block, and the forward on this rank's part."""
-    kind = model.kinds[placed.kind]
-    targets = {node.target: node.name for node in kind.graph.of("parameter")}
-    stored = {t: _stored(placed.candidate.decision.inputs[name], setting) for t, name in targets.items()}
-    shapes = {t: kind.graph.nodes[name].meta.at(1, 1) for t, name in targets.items()}
-    arguments = argument_names(kind, _flow_arguments(placed, model))
-    body = _block_body(placed, model, setting, arguments, "self.", stored)
-    axis = _axis_name(target.partition(".")[0] for target in targets)
-    body.axis_text = f"self.{axis}"
-    forward = body.program().lines(2)
-    lines = [f"class {placed.callee}(nn.Module):", *_docstring(placed, model, setting, arguments), ""]
-    lines += ["    def __init__(self, new: New) -> None:", "        super().__init__()"]
-    if _uses(axis, forward):
-        lines.append(f"        self.{axis} = new.axis")
-    for name, member in _tree(stored, shapes).items():
-        lines += assignment(name, member, 2)
-    lines += ["", *signature("forward", list(arguments.values()), [], len(kind.graph.outputs), 1), *forward]
-    return lines
-
-
-def signature(
-    name: str, arguments: list[str], keywords: list[str], outputs: int, indent: int, optional: bool = False
-) -> list[str]:
-    """``def name(self, ...)`` on tensors, on one line or one argument a line."""
-    margin = "    " * indent
-    kind = "Tensor" if outputs == 1 else "tuple[" + ", ".join(["Tensor"] * outputs) + "]"
-    annotation = "Tensor | None = None" if optional else "Tensor"
-    parts = ["self", *(f"{argument}: {annotation}" for argument in arguments)]
-    parts += ["*", *(f"{a}: Tensor" for a in keywords)] if keywords else []
-    line = f"{margin}def {name}({', '.join(parts)}) -> {kind}:"
-    if len(line) <= 88:
-        return [line]
-    return [f"{margin}def {name}(", *(f"{margin}    {part}," for part in parts), f"{margin}) -> {kind}:"]
-
-
-def _flow_arguments(placed: Placed, model: ModelGraph) -> dict[str, str]:
-    """For a block's input nodes, the names of what the stage passes."""
-    block = model.blocks[placed.index]
-    return dict(zip(block.inputs, placed.arguments, strict=True))
-
-
-def _block_body(
-    placed: Placed,
-    model: ModelGraph,
-    setting: Setting,
-    arguments: dict[str, str],
-    prefix: str,
-    stored: dict[str, Layout],
-    names: dict[str, str] | None = None,
-) -> Body:
-    kind = model.kinds[placed.kind]
-    weights: dict[str, Expr] = {}
-    for node in kind.graph.nodes.values():
-        if node.kind == "parameter":
-            path = attribute(prefix, (names or {}).get(node.target, node.target), parameter=True)
-            weights[node.name] = Method(Text(path), "to_local") if setting.axes else Text(path)
-        elif node.kind == "buffer":
-            full = model.blocks[placed.index].parameters[node.target]
-            weights[node.name] = buffer_expr(full, node.meta, model.buffer_values.get(full), setting.double)
-    return Body(kind.graph, placed.candidate.decision, setting, arguments, weights)
-
-
-def attribute(prefix: str, path: str, parameter: bool = False) -> str:
-    """``self.a.b`` for the dotted path ``a.b`` of a module (or parameter), also where a part is no Python name."""
-    text, odd = prefix.rstrip("."), ""
-    parts = path.split(".")
-    for place, part in enumerate(parts):
-        if is_writable(part):
-            text += f".{part}"
-            continue
-        odd += f".{part}" if odd else part
-        last = place + 1 == len(parts)
-        if last or is_writable(parts[place + 1]):
-            text += f".{'get_parameter' if last and parameter else 'get_submodule'}({json.dumps(odd)})"
-            odd = ""
-    return text
-
-
-def assignment(path: str, member: Expr, indent: int) -> list[str]:
-    """``self.a.b = member``, also where the last part is no Python name."""
-    owner, _, leaf = path.rpartition(".")
-    if is_writable(leaf):
-        return statement(f"{attribute('self', path)} = ", member, str, indent)
-    is_parameter = isinstance(member, Call) and member.function.startswith("new.")
-    register = "register_parameter" if is_parameter else "add_module"
-    holder = Text(attribute("self", owner) if owner else "self")
-    return statement("", Method(holder, register, (literal(leaf), member)), str, indent)
-
-
-def _axis_name(members: Iterable[str]) -> str:
-    """What a class with these members calls its tensor-parallel axis."""
-    return free_name("tp", members)
-
-
-def _uses(axis: str, lines: Iterable[str]) -> bool:
-    return any(re.search(rf"\bself\.{axis}\b", line) for line in lines)
-
-
-def _stored(layout: Layout, setting: Setting) -> Layout:
-    return Layout(tuple((axis, kind) for axis, kind in layout.types if axis in setting.axes))
-
-
-def parameter_expr(layout: Layout, shape: tuple[int, ...]) -> Expr:
-    """``new.whole(shape)`` or ``new.split(dim, shape)``."""
-    split = [kind.dim for _, kind in layout.types if kind.kind == "S"]
-    if len(split) > 1:
-        raise UnsupportedError(f"a parameter of shape {shape} is split over several model axes ({layout})")
-    sizes = tuple(literal(size) for size in shape)
-    return Call("new.split", (literal(split[0]), *sizes)) if split else Call("new.whole", sizes)
-
-
-def _tree(stored: dict[str, Layout], shapes: dict[str, tuple[int, ...]]) -> dict[str, Expr]:
-    """Top-level attributes of a block, nested as the model's modules are."""
-    members: dict[str, Expr] = {}
-    for head in dict.fromkeys(target.split(".")[0] for target in stored):
-        targets = [target for target in stored if target.split(".")[0] == head]
-        if targets == [head]:
-            members[head] = parameter_expr(stored[head], shapes[head])
-            continue
-        inner = {t.split(".", 1)[1]: stored[t] for t in targets}
-        members[head] = _weights(_tree(inner, {t.split(".", 1)[1]: shapes[t] for t in targets}))
-    return members
-
-
-def _weights(members: dict[str, Expr]) -> Expr:
-    if all(is_writable(name) for name in members):
-        arguments: tuple[Argument, ...] = tuple(members.items())
-        return Call("Weights", arguments)
-    return Call("Weights.named", tuple(Call("", (literal(name), member)) for name, member in members.items()))
-
-
-def _docstring(placed: Placed, model: ModelGraph, setting: Setting, arguments: dict[str, str]) -> list[str]:
-    graph, decision = model.kinds[placed.kind].graph, placed.candidate.decision
-    where = f"{placed.path.rpartition('.')[0]}.*" if placed.container else placed.path
-    lines = [f'    """{where}, one micro-batch.' if where else f'    """{placed.kind}, one micro-batch.']
-    if setting.axes:
-        lines.append("")
-        for name, argument in arguments.items():
-            if graph.nodes[name].meta.requires_grad:
-                lines.append(f"    {argument}: arrives as {_stored(decision.inputs[name], setting)}")
-        for name in graph.outputs:
-            lines.append(f"    returns {_stored(decision.outputs[name], setting)}")
-    candidate = placed.candidate
-    if candidate.forward_s > 0:
-        times = f"{candidate.forward_s * 1e3:.3g} ms forward, {candidate.backward_s * 1e3:.3g} ms backward"
-        lines += ([""] if not setting.axes else []) + [f"    predicted: {times}"]
-    if len(lines) == 1:
-        return [lines[0] + '"""']
-    return [*lines, '    """']
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +46,8 @@ class StageWriter:
         return len(self.plan.stages) > 1
 
     @property
-    def _axis(self) -> str:
-        return _axis_name(top_names(self.model))
+    def _axes(self) -> dict[str, str]:
+        return axis_names(self.setting, top_names(self.model))
 
     @property
     def _index(self) -> str:
@@ -243,7 +95,6 @@ class StageWriter:
         """``Stage``: parameters in the model's own module tree, forward over its blocks, methods for the ends."""
         methods = [self._method(block) for block in self.placed if not block.path]
         forward = self._forward()
-        axis = self._axis
         lines = [
             "class Stage(nn.Module):",
             '    """One pipeline stage, its parameters under the names they have in the model."""'
@@ -254,8 +105,7 @@ class StageWriter:
             "        super().__init__()",
             f"        self.{self._index} = index",
         ]
-        if any(_uses(axis, text) for text in (*methods, forward)):
-            lines.append(f"        self.{axis} = new.axis")
+        lines += axis_assignments(self._axes, [line for text in (*methods, forward) for line in text])
         lines += self._members()
         lines += ["", *self._iterators()]
         lines += ["", *forward]
@@ -317,15 +167,16 @@ class StageWriter:
                 for full, (layout, shape) in self._parameters(block).items():
                     owner, _, leaf = full.rpartition(".")
                     if not owner:
-                        names[leaf] = parameter_expr(layout, shape)
+                        names[leaf] = parameter_expr(layout, shape, self.setting.axes, full)
                     else:
-                        stored.setdefault(owner, {}).setdefault(leaf, parameter_expr(layout, shape))
+                        member = parameter_expr(layout, shape, self.setting.axes, full)
+                        stored.setdefault(owner, {}).setdefault(leaf, member)
             inner = [block.container for block in self.placed if block.container] + [*names, *stored]
             for owner, members in stored.items():
                 if any(path.startswith(f"{owner}.") for path in inner):  # has modules too: keep the one that holds them
                     names |= {f"{owner}.{leaf}": member for leaf, member in members.items()}
                 else:
-                    names[owner] = _weights(members)
+                    names[owner] = weights(members)
             if names:
                 found.append((dict(sorted(names.items(), key=lambda item: item[0].count("."))), stage))
         return found
@@ -336,7 +187,7 @@ class StageWriter:
         names = self._names(block)
         return {
             names[node.target]: (
-                _stored(block.candidate.decision.inputs[node.name], self.setting),
+                stored_layout(block.candidate.decision.inputs[node.name], self.setting),
                 node.meta.at(1, 1),
             )
             for node in graph.of("parameter")
@@ -376,10 +227,9 @@ class StageWriter:
 
     def _method(self, block: Placed) -> list[str]:
         kind = self.model.kinds[block.kind]
-        arguments = argument_names(kind, _flow_arguments(block, self.model))
+        arguments = argument_names(kind, flow_arguments(block, self.model))
         names = self._names(block)
-        body = _block_body(block, self.model, self.setting, arguments, "self.", {}, names)
-        body.axis_text = f"self.{self._axis}"
+        body = block_body(block, self.model, self.setting, arguments, self._axes, names)
         # A tied weight is stored as the first block of the stage that has it wants it.
         for other in self.placed:
             if other.stage == block.stage and other.index < block.index and not other.path:
@@ -413,6 +263,7 @@ class StageWriter:
                 margin += 1
             prefix = result or "return "
             function = attribute("self", block.path) if block.path else f"self.{block.callee}"
+            lines += remark(block.candidate, margin)
             lines += statement(prefix, call(function, block.arguments, block.candidate), str, margin)
             previous = block
         if self.many or last.container:
@@ -435,7 +286,7 @@ class StageWriter:
         manners = {manner(block.candidate): block.candidate for block in loops}
         if len(manners) == 1:
             lines = statement(result, call("block", first.arguments, first.candidate), str, 3)
-            return [f"        for block in self.{blocks_method(self.model)}():", *lines]
+            return [f"        for block in self.{blocks_method(self.model)}():", *remark(first.candidate, 3), *lines]
         return [
             f"        for container, positions, _, {MANNER} in STAGES[self.{self._index}]:",
             "            for i in positions:",

@@ -7,6 +7,7 @@ cases with the emitted train.py's own functions: FSDP2, schedule, tied weights, 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
@@ -28,13 +29,20 @@ from autopar.errors import VerificationError
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
 
-TOLERANCES = {"fp32": 1e-5, "fp64": 1e-10}
-"""Largest error of the loss and of every gradient, by the job's dtype."""
+TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}
+"""Largest error of the loss and of every gradient, by the job's dtype. Under 16 bits the reference is one device in
+float32, so the tolerance is what rounding in that dtype does to a small gradient, some ten units in the last place."""
+
+FLOORS = {"fp64": 1e-3, "fp32": 1e-3, "fp16": 0.1, "bf16": 0.3}
+"""The floor of `gradient_errors`: what rounding leaves of a gradient that is truly zero is no error."""
 
 PARAMETER_TOLERANCE = 1e-8
 """Largest error of every parameter after the optimizer steps, in float64."""
 
 STEPS = 3
+CASE_TIMEOUT_S = 120.0
+"""A case that takes longer hangs: its ranks say where, and end."""
+
 OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "foreach": True}
 MAX_NORM = 1.0
 
@@ -71,16 +79,18 @@ class Measured:
         return found
 
 
-def gradient_errors(gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-    """Error of each gradient: |g - r| / max(|r|, 1e-3 |all gradients| / sqrt(number of parameters)).
+def gradient_errors(
+    gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor], floor: float = 1e-3
+) -> dict[str, float]:
+    """Error of each gradient: |g - r| / max(|r|, ``floor`` |all gradients| / sqrt(number of parameters)).
 
     The floor is there because some true gradients are zero, such as that of a key projection's bias.
     """
     total = math.sqrt(sum(float(r.double().norm()) ** 2 for r in reference.values()))
-    floor = 1e-3 * total / math.sqrt(len(reference))
+    least = floor * total / math.sqrt(len(reference))
     return {
         name: float((gradient.double() - reference[name].double()).norm())
-        / max(float(reference[name].double().norm()), floor)
+        / max(float(reference[name].double().norm()), least)
         for name, gradient in gradients.items()
     }
 
@@ -140,8 +150,33 @@ def prove(folder: Path, ranks: int, timeout_s: float = 300.0) -> list[Measured]:
 
     Raises VerificationError with the end of the ranks' output if they fail or take longer than ``timeout_s``.
     """
+    (folder / "measured.jsonl").unlink(missing_ok=True)
     run_ranks(["-m", "autopar.codegen.prove", str(folder)], ranks, timeout_s)
-    return [Measured(**row) for row in json.loads((folder / "measured.json").read_text())]
+    return _measured(folder)
+
+
+def prove_each(folder: Path, ranks: int, timeout_s: float = 3600.0) -> tuple[list[Measured], dict[str, str]]:
+    """`prove`, but a case that fails or hangs does not stop the others: the ranks are started again for the rest.
+
+    Names must differ. Returns what was measured, and for each case that failed the end of its ranks' output, by name.
+    """
+    failures: dict[str, str] = {}
+    while True:
+        cases = _cases(folder)
+        done = {row.name for row in _measured(folder)}
+        left = [case for case in cases if case["name"] not in done | set(failures)]
+        if not left:
+            return _measured(folder), failures
+        # Every launch knows only what is left; the ranks append what they measure.
+        (folder / "left.json").write_text(json.dumps(left))
+        try:
+            run_ranks(["-m", "autopar.codegen.prove", str(folder), "left.json"], ranks, timeout_s)
+        except VerificationError as error:
+            done = {row.name for row in _measured(folder)}
+            guilty = next((case["name"] for case in left if case["name"] not in done), None)
+            if guilty is None:  # all was measured: they only ended badly
+                continue
+            failures[guilty] = str(error)
 
 
 def run_ranks(arguments: list[str], ranks: int, timeout_s: float, folder: Path | None = None) -> str:
@@ -202,22 +237,27 @@ def _end(process: subprocess.Popen[str]) -> None:
             process.communicate()
 
 
-def _cases(folder: Path) -> list[dict[str, str]]:
-    path = folder / "cases.json"
+def _cases(folder: Path, name: str = "cases.json") -> list[dict[str, str]]:
+    path = folder / name
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _worker(folder: Path) -> None:
-    """One rank: run every case, rank 0 writes what was measured."""
+def _measured(folder: Path) -> list[Measured]:
+    path = folder / "measured.jsonl"
+    return [Measured(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _worker(folder: Path, cases: str = "cases.json") -> None:
+    """One rank: run every case; rank 0 writes what was measured, case by case."""
     torch.set_num_threads(1)
-    rows = []
-    for case in _cases(folder):
+    for case in _cases(folder, cases):
+        faulthandler.dump_traceback_later(CASE_TIMEOUT_S, exit=True)
         row = _measure(case, folder)
-        rows.append(asdict(row))
         if dist.get_rank() == 0:
+            with (folder / "measured.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
             print(table([row]).splitlines()[1], flush=True)
-    if dist.get_rank() == 0:
-        (folder / "measured.json").write_text(json.dumps(rows))
+    faulthandler.cancel_dump_traceback_later()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -240,7 +280,7 @@ def _measure(case: dict[str, str], folder: Path) -> Measured:
         loss = step.forward_backward({key: value[rows] for key, value in batch.items()})
         if index == 0:
             whole = {first.get(name, name): weight.grad.full_tensor() for name, weight in step.stage.named_parameters()}
-            gradients = gradient_errors(whole, reference["gradients"])
+            gradients = gradient_errors(whole, reference["gradients"], FLOORS[case["dtype"]])
             loss_error = abs(float(loss) - float(reference["loss"])) / abs(float(reference["loss"]))
         norm = step.clip_gradients(MAX_NORM)
         if index == 0:
@@ -279,4 +319,4 @@ def _worst(errors: Iterable[dict[str, float]]) -> tuple[str, float]:
 
 
 if __name__ == "__main__":
-    _worker(Path(sys.argv[1]))
+    _worker(Path(sys.argv[1]), *sys.argv[2:])

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Candidate, Plan, Run, Stage
 from autopar.sharding.check import check_decision
-from autopar.sharding.decision import BlockDecision
 
 MOST_BYTES = 3e9
 """Float64 weights and gradients that a proof may hold at once, over all ranks and the reference."""
@@ -40,7 +40,7 @@ def small_twin(plan: Plan, model: nn.Module, graph: ModelGraph, trace: Callable[
     Raises UnsupportedError when even that does not fit.
     """
     short = _short_batch(plan, graph)
-    if _bytes(short, graph) <= MOST_BYTES and short.mesh.dp * short.mesh.tp <= MOST_RANKS:
+    if _bytes(short, graph) <= MOST_BYTES and short.mesh.data * short.mesh.tp <= MOST_RANKS:
         return Twin(short, model, graph, "")
     narrow, notes = _narrow_model(plan, model)
     small = trace(narrow)
@@ -57,14 +57,14 @@ def small_twin(plan: Plan, model: nn.Module, graph: ModelGraph, trace: Callable[
 
 
 def _bytes(plan: Plan, graph: ModelGraph) -> float:
-    copies = 2 + plan.mesh.dp * 2
+    copies = 2 + plan.mesh.data * 2
     return 8.0 * graph.count_parameters() * copies
 
 
 def _short_batch(plan: Plan, graph: ModelGraph) -> Plan:
     """Few samples, micro-batches and positions, as long as every decision still divides."""
     job = plan.job
-    step = 8 * plan.mesh.tp
+    step = 8 * plan.mesh.cp * plan.mesh.tp
     few = min(plan.micro_batch, 2)
     sizes = [(few, seq) for seq in range(step, 4 * step + 1, step) if seq <= job.seq_len]
     for batch, seq in (*sizes, (plan.micro_batch, job.seq_len)):
@@ -90,19 +90,19 @@ def _check(plan: Plan, graph: ModelGraph) -> None:
 
 
 def _few_ranks(plan: Plan) -> Plan:
-    """At most two ranks on the data and model axes."""
-    mesh = replace(plan.mesh, dp=min(plan.mesh.dp, 2), tp=min(plan.mesh.tp, 2))
-    candidates = {name: _on_axes(candidate, {"tp": mesh.tp}) for name, candidate in plan.candidates.items()}
-    return replace(plan, mesh=mesh, candidates=candidates)
+    """At most two ranks on each data and model axis."""
+    old = plan.mesh
+    parts = tuple(min(size, 2) for size in old.tp_parts)
+    tp = prod(parts) if parts else min(old.tp, 2)
+    mesh = replace(old, dp=min(old.dp, 2), cp=min(old.cp, 2), tp=tp, tp_parts=parts)
+    candidates = {name: _on_axes(candidate, mesh.axes()) for name, candidate in plan.candidates.items()}
+    fsdp = plan.fsdp if mesh.data % plan.fsdp == 0 else mesh.data
+    return replace(plan, mesh=mesh, candidates=candidates, fsdp=fsdp)
 
 
 def _on_axes(candidate: Candidate, sizes: dict[str, int]) -> Candidate:
-    decision = candidate.decision
-    axes = {axis: min(size, sizes.get(axis, size)) for axis, size in decision.axes.items()}
-    made = BlockDecision(
-        decision.kind, axes, decision.inputs, decision.strategies, decision.conversions, decision.outputs
-    )
-    return replace(candidate, decision=made)
+    axes = {axis: sizes[axis] for axis in candidate.decision.axes}
+    return replace(candidate, decision=replace(candidate.decision, axes=axes))
 
 
 def _kept_runs(plan: Plan) -> list[list[str]]:
@@ -134,8 +134,15 @@ def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
         )
     kept = {name for names in _kept_runs(plan) for name in names}
     candidates = {name: candidate for name, candidate in plan.candidates.items() if name in kept}
-    mesh = replace(plan.mesh, pp=len(stages))
-    return replace(plan, mesh=mesh, stages=tuple(stages), candidates=candidates, fingerprint=small.fingerprint())
+    return replace(
+        plan,
+        mesh=replace(plan.mesh, pp=len(stages)),
+        vpp=1,
+        schedule="1f1b" if len(stages) > 1 else "none",
+        stages=tuple(stages),
+        candidates=candidates,
+        fingerprint=small.fingerprint(),
+    )
 
 
 def _copies(plan: Plan, name: str) -> int:
@@ -179,7 +186,9 @@ def _narrow_model(plan: Plan, model: nn.Module) -> tuple[nn.Module, str]:
         _set(config, _WIDTH, new_heads * 8)
         if _get(config, _INNER) is not None:
             _set(config, _INNER, new_heads * 12 // 4 * 4)
-    _set(config, _VOCABULARY, 256)
+    # A vocabulary that does not divide stays one.
+    uneven = (_get(config, _VOCABULARY) or 0) % plan.mesh.tp != 0
+    _set(config, _VOCABULARY, 255 if uneven else 256)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(getattr(config, token, None), int):
             setattr(config, token, 0)

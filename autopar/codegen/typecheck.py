@@ -53,6 +53,8 @@ def typecheck(plan: Plan, graph: ModelGraph, world_size: int, source: str | None
         module.New = lambda axis, device, dtype: TypedNew(axis, dtype, axes)
         # Recomputation repeats the forward; its types are the same.
         module.checkpoint = lambda block, *arguments, use_reentrant: block(*arguments)
+        module.selective = lambda block, *arguments, keep: block(*arguments)
+        module.offload = lambda run, *arguments, **options: run(*arguments, **options)
         module.vocab_embedding = _vocab_embedding
         module.vocab_cross_entropy = _vocab_cross_entropy
         module.cross_entropy = _cross_entropy

@@ -1,7 +1,8 @@
 """Proof by numbers, in one process: the emitted module on all ranks against the user's model on one device.
 
-The stages run one after another under `LocalTensorMode`, each with all its data and tensor-parallel ranks; data ranks
-hold whole parameters and their gradients are added up, as FSDP2 does under torchrun (which does not run here).
+The stages run one after another under `LocalTensorMode`, each with all its data and model ranks. Data and
+context-parallel ranks hold the same parameters and their gradients are added up, as FSDP2 does under torchrun (which
+does not run here); all ranks but the data ranks see the same batch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from autopar.graph.ops import draws_random
 from autopar.graph.trace import trace
 from autopar.plan import Plan
 from autopar.sharding.layout import P
+from autopar.sharding.local import coordinates
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest error of the loss and of each gradient that counts as equal."""
@@ -39,7 +42,7 @@ JOB_DTYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 class VerifyReport:
     """Errors of the loss and of each parameter's gradient (see `gradient_errors`), and what was run.
 
-    ``ranks``: data times tensor-parallel ranks of each stage; ``twin``: how the model was shrunk, "" if it was not;
+    ``ranks``: of each stage; ``twin``: how the model was shrunk, "" if it was not;
     ``dropout_off``: the model has dropout, which the proof turns off.
     """
 
@@ -156,7 +159,7 @@ def _compare(
     report = VerifyReport(
         model=graph.name,
         mesh=str(plan.mesh),
-        ranks=plan.mesh.dp * plan.mesh.tp,
+        ranks=plan.mesh.data * plan.mesh.tp,
         dtype=str(dtype).removeprefix("torch."),
         loss=expected_loss,
         loss_error=difference,
@@ -253,7 +256,7 @@ def run_emitted(
     batch: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss, and per parameter its gradient as each tensor-parallel rank would have it, stacked on a new dim 0.
+    """Mean loss, and per parameter its gradient, all copies there are of it stacked on a new dim 0.
 
     ``weights``: whole values by full name; ``batch``: the samples of all data ranks and micro-batches.
     """
@@ -261,14 +264,15 @@ def run_emitted(
     mesh = plan.mesh
     first = {name: group[0] for group in graph.tied for name in group}
     values = {first.get(name, name): value for name, value in weights.items()}
-    with local_ranks({"dp": mesh.dp, "tp": mesh.tp}) as device_mesh:
+    axes = {axis: size for axis, size in mesh.axes().items() if axis != "pp"}
+    with local_ranks(axes) as device_mesh:
         stages = [
             module.build_stage(index, device_mesh, torch.device("cpu"), dtype) for index in range(len(plan.stages))
         ]
         for stage in stages:
             stage.train(not _drops(graph))
             for name, parameter in stage.named_parameters():
-                _fill(parameter, values[first.get(name, name)], mesh.tp)
+                _fill(parameter, values[first.get(name, name)], axes)
         targets = int(module.count_targets(dict(batch)))
         losses = []
         for index in range(plan.micro_batches):
@@ -283,44 +287,57 @@ def run_emitted(
         gradients: dict[str, Tensor] = {}
         for stage in stages:
             for name, parameter in stage.named_parameters():
-                copies = _gradient(parameter, mesh.dp, mesh.tp)
+                copies = _gradient(parameter, axes)
                 key = first.get(name, name)
                 gradients[key] = gradients[key] + copies if key in gradients else copies
-    partial = plan.candidate_of(len(graph.blocks) - 1).decision
-    kind = graph.kinds[graph.blocks[-1].kind]
-    summed = partial.outputs[kind.graph.outputs[0]]["tp"] == P and mesh.tp > 1
-    ranks = [d * mesh.tp + t for d in range(mesh.dp) for t in range(mesh.tp if summed else 1)]
+    decision = plan.candidate_of(len(graph.blocks) - 1).decision
+    leaves = decision.outputs[graph.kinds[graph.blocks[-1].kind].graph.outputs[0]]
+    # Data ranks have samples of their own; on the other axes the loss leaves in parts, or whole on every rank.
+    summed = ("dp", *(axis for axis in decision.axes if leaves[axis] == P))
+    ranks = [r for r, own in enumerate(coordinates(axes)) if all(own[axis] == 0 for axis in axes if axis not in summed)]
     total = sum(float(on_rank(loss, rank)) for loss in losses for rank in ranks)
     return total, gradients
 
 
 def _per_rank(value: Tensor, plan: Plan, index: int) -> Tensor:
-    """Micro-batch ``index`` of every data rank, the same on its tensor-parallel ranks."""
+    """Micro-batch ``index`` of every data rank, the same on all its model ranks."""
     shares = value.chunk(plan.mesh.dp)
     parts = [share.chunk(plan.micro_batches)[index] for share in shares]
-    return per_rank([parts[dp].clone() for dp in range(plan.mesh.dp) for _ in range(plan.mesh.tp)])
+    return per_rank([part.clone() for part in parts for _ in range(plan.mesh.cp * plan.mesh.tp)])
 
 
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, whole: Tensor, tp: int) -> None:
-    dim = _split_dim(parameter)
+def _fill(parameter: nn.Parameter, whole: Tensor, axes: Mapping[str, int]) -> None:
     local: Any = parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
-    for rank, own in local._local_tensors.items():
-        own.copy_(whole if dim is None else whole.chunk(tp, dim)[rank % tp])
+    split = _splits(parameter)
+    for rank, own in enumerate(coordinates(axes)):
+        value = whole
+        for axis, dim in split.items():
+            value = value.chunk(axes[axis], dim)[own[axis]]
+        on_rank(local, rank).copy_(value)
 
 
-def _gradient(parameter: nn.Parameter, dp: int, tp: int) -> Tensor:
-    """The gradient summed over data ranks: whole, one copy for each tensor-parallel rank that has its own."""
+def _gradient(parameter: nn.Parameter, axes: Mapping[str, int]) -> Tensor:
+    """The gradient summed over data and context ranks: whole, stacked for all ranks that have one of their own."""
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros(1, *parameter.shape)
-    dim = _split_dim(gradient)
     local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
-    shards = [torch.stack([on_rank(local, d * tp + t) for d in range(dp)]).sum(0) for t in range(tp)]
-    return torch.stack(shards) if dim is None else torch.cat(shards, dim).unsqueeze(0)
+    data = [size for axis, size in axes.items() if axis in ("dp", "cp")]
+    held = {axis: size for axis, size in axes.items() if axis not in ("dp", "cp")}
+    ranks, model = range(prod(data)), prod(held.values())
+    parts = [torch.stack([on_rank(local, d * model + m) for d in ranks]).sum(0).unsqueeze(0) for m in range(model)]
+    split = _splits(gradient)
+    for axis, size in reversed(held.items()):
+        # Innermost axis first: neighbours are the ranks that differ on it alone. Copies are stacked on dim 0.
+        groups = [parts[place : place + size] for place in range(0, len(parts), size)]
+        parts = [torch.cat(group, split[axis] + 1 if axis in split else 0) for group in groups]
+    return parts[0]
 
 
-def _split_dim(x: Tensor) -> int | None:
-    """The dim that a parameter (or its gradient) is split on, None if every rank holds it whole."""
-    split = [p.dim for p in x.placements if isinstance(p, Shard)] if isinstance(x, DTensor) else []
-    return split[0] if split else None
+def _splits(x: Tensor) -> dict[str, int]:
+    """The axes that split a parameter (or its gradient), outermost first, and the dims they split."""
+    if not isinstance(x, DTensor):
+        return {}
+    names = x.device_mesh.mesh_dim_names or ()
+    return {axis: kind.dim for axis, kind in zip(names, x.placements, strict=True) if isinstance(kind, Shard)}

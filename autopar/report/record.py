@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autopar.plan import Plan, Stage
+from autopar.plan import Plan
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "mesh": plan.mesh.axes(),
         "micro_batch": plan.micro_batch,
         "schedule": plan.schedule,
-        "stages": [_stage_record(plan, stage) for stage in plan.stages],
+        "stages": [_stage_record(plan, index) for index in range(len(plan.stages))],
         "step_time_s": predicted.step_time,
         "tokens_per_second": predicted.tokens_per_second,
         "mfu": predicted.mfu,
@@ -35,20 +35,27 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _stage_record(plan: Plan, stage: Stage) -> dict[str, Any]:
+def _stage_record(plan: Plan, index: int) -> dict[str, Any]:
+    stage = plan.stages[index]
     runs = [
         {
             "blocks": [run.start, run.stop],
             "kind": plan.candidates[run.candidate].decision.kind,
             "recompute": plan.candidates[run.candidate].recompute,
+            "saved": list(plan.candidates[run.candidate].saved),
+            "offload": plan.candidates[run.candidate].offload,
         }
         for run in stage.runs
     ]
     return {
         "blocks": [stage.runs[0].start, stage.runs[-1].stop],
         "runs": runs,
+        "rank": plan.rank_of(index),
         "micro_batches": plan.micro_batches,
         "zero": plan.zero,
+        "fsdp": plan.fsdp,
+        "vpp": plan.vpp,
+        "offload": plan.offload,
         "forward_s": stage.forward_s,
         "backward_s": stage.backward_s,
         "step_s": stage.step_s,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from autopar.plan import MEMORY_KINDS, Plan
+from autopar.plan import MEMORY_KINDS, Candidate, Plan
 from autopar.report.units import bytes_text, memory_unit, seconds_text
 
 WIDTH = 100
@@ -32,8 +33,8 @@ def _decision(plan: Plan) -> list[str]:
             "micro-batch",
             f"{_count(plan.micro_batch, 'sequences')} on each data rank, {plan.micro_batches:,} per step",
         ),
-        *_item("schedule", "no pipeline" if plan.schedule == "none" else plan.schedule),
-        *_item("memory", f"ZeRO-{plan.zero}, recompute {_recompute(plan)}"),
+        *_item("schedule", _schedule(plan)),
+        *_item("memory", f"ZeRO-{plan.zero}{_shard_groups(plan)}, recompute {_recompute(plan)}{_offload(plan)}"),
     ]
     if plan.fixed:
         lines += _item("fixed", _pairs({key: _value(value) for key, value in plan.fixed.items()}))
@@ -47,14 +48,18 @@ def chosen(plan: Plan) -> dict[str, str]:
     whole = {
         "pp": str(mesh.pp),
         "dp": str(mesh.dp),
-        "tp": str(mesh.tp),
+        "cp": str(mesh.cp),
+        "tp": "x".join(map(str, mesh.tp_parts)) or str(mesh.tp),
         "micro_batch": str(plan.micro_batch),
         "zero": str(plan.zero),
+        "fsdp": str(plan.fsdp),
         "recompute": _recompute(plan),
         "schedule": plan.schedule,
     }
     if mesh.tp > 1:
-        whole["sp"] = _value("sequence parallel" in plan.described.get("tp", ()))
+        whole["sp"] = _value("sequence parallel" in _names(plan, next(iter(mesh.tp_axes()))))
+    neutral = {"cp": "1", "fsdp": str(mesh.data if plan.zero else 1)}
+    whole = {key: value for key, value in whole.items() if neutral.get(key) != value}
     return {key: value for key, value in whole.items() if key not in plan.fixed and "mesh" not in plan.fixed}
 
 
@@ -64,20 +69,50 @@ def _axis_words(plan: Plan) -> list[str]:
         words.append("pp: pipeline stages")
     if plan.mesh.dp > 1:
         words.append("dp: data parallel")
-    if plan.mesh.tp > 1:
-        names = [name.removesuffix(" parallel") for name in plan.described.get("tp", ())]
-        words.append(f"tp: {' + '.join(names)} parallel" if names else "tp: nothing split")
+    for axis in plan.mesh.model_axes():
+        names = [name.removesuffix(" parallel") for name in _names(plan, axis)]
+        words.append(f"{axis}: {' + '.join(names)} parallel" if names else f"{axis}: nothing split")
     return words
 
 
+def _names(plan: Plan, axis: str) -> tuple[str, ...]:
+    return plan.described.get(axis, ())
+
+
+def _schedule(plan: Plan) -> str:
+    if plan.schedule == "none":
+        return "no pipeline"
+    return plan.schedule + (f", {plan.vpp} stages on each rank" if plan.vpp > 1 else "")
+
+
+def _shard_groups(plan: Plan) -> str:
+    """Said only where it is not all data ranks."""
+    if not plan.zero or plan.fsdp == plan.mesh.data:
+        return ""
+    return f" over groups of {plan.fsdp} data ranks"
+
+
 def _recompute(plan: Plan) -> str:
-    """How many blocks are recomputed in backward: ``none``, ``full``, or the count."""
+    """How many blocks are recomputed in backward: ``none``, or the count for each way of it."""
     runs = [run for stage in plan.stages for run in stage.runs]
     total = sum(run.stop - run.start for run in runs)
-    full = sum(run.stop - run.start for run in runs if plan.candidates[run.candidate].recompute != "none")
-    if full == 0:
-        return "none"
-    return f"full for {full} of {total} blocks"
+    counts: Counter[str] = Counter()
+    for run in runs:
+        counts[recompute_text(plan.candidates[run.candidate])] += run.stop - run.start
+    told = [f"{way} for {count}" for way, count in counts.items() if way != "none"]
+    return f"{', '.join(told)} of {total} blocks" if told else "none"
+
+
+def recompute_text(candidate: Candidate) -> str:
+    """What of a block is recomputed, as `fix` writes it."""
+    return f"selective({'+'.join(candidate.saved)})" if candidate.recompute == "selective" else candidate.recompute
+
+
+def _offload(plan: Plan) -> str:
+    waiting = ["parameters, gradients, optimizer state"] if plan.offload == "state" else []
+    if any(plan.candidates[run.candidate].offload for stage in plan.stages for run in stage.runs):
+        waiting.append("activations")
+    return f", {', '.join(waiting)} on the host" if waiting else ""
 
 
 def _prediction(plan: Plan) -> list[str]:
@@ -108,7 +143,9 @@ def _percent(share: float) -> str:
 
 
 def _stages(plan: Plan) -> list[str]:
+    several = plan.vpp > 1
     head = [
+        *(["rank"] if several else []),
         "stage",
         "blocks",
         "forward",
@@ -124,7 +161,8 @@ def _stages(plan: Plan) -> list[str]:
         sizes = [*(stage.memory.get(kind, 0) for kind in MEMORY_KINDS), stage.total_bytes]
         times = [seconds_text(value) for value in (stage.forward_s, stage.backward_s, stage.step_s)]
         span = _span(stage.runs[0].start, stage.runs[-1].stop)
-        rows.append([str(index), span, *times, *(bytes_text(size, scale) for size in sizes)])
+        rank = [str(plan.rank_of(index))] if several else []
+        rows.append([*rank, str(index), span, *times, *(bytes_text(size, scale) for size in sizes)])
     limit = bytes_text(plan.cluster.device.memory_bytes, scale)
     title = f"time per micro-batch and once per step; memory per rank in {unit}, of {limit}:"
     return [title, *_table(head, rows)]
@@ -145,7 +183,9 @@ def _sharding(plan: Plan) -> list[str]:
         noun = "block" if len(spans) == 1 and spans[0].isdigit() else "blocks"
         where = f"{candidate.decision.kind}, {noun} {', '.join(spans)}"
         times = f"{seconds_text(candidate.forward_s)} forward, {seconds_text(candidate.backward_s)} backward"
-        lines.append(f"{where}: {times}{'' if candidate.recompute == 'none' else f', recompute {candidate.recompute}'}")
+        way = recompute_text(candidate)
+        times += ", saved tensors on the host" if candidate.offload else ""
+        lines.append(f"{where}: {times}{'' if way == 'none' else f', recompute {way}'}")
         lines += [f"  {line}" for line in told] if told not in printed else [f"  split as {printed[told]}"]
         if told:
             printed.setdefault(told, where)

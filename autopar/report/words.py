@@ -20,6 +20,7 @@ from autopar.sharding.rules import Strategy, strategy_of
 ATTENTION = "aten.scaled_dot_product_attention"
 EMBEDDING = "aten.embedding"
 LOSS = "autopar.cross_entropy"
+CONTEXT = "cp"
 
 
 def describe(model: ModelGraph, decisions: dict[str, BlockDecision]) -> dict[str, tuple[str, ...]]:
@@ -40,11 +41,19 @@ def axis_words(model: ModelGraph, decisions: Iterable[BlockDecision], axis: str)
     for decision in decisions:
         if axis in decision.axes:
             found |= _words_of_kind(model.kinds[decision.kind].graph, decision, axis)
-    order = ("tensor parallel", "sequence parallel", "context parallel", "vocabulary parallel")
+    order = (
+        "tensor parallel",
+        "sequence parallel",
+        "context (keys gathered) parallel",
+        "context (all-to-all) parallel",
+        "vocabulary parallel",
+    )
     return tuple(word for word in order if word in found)
 
 
 def _words_of_kind(graph: OpGraph, decision: BlockDecision, axis: str) -> set[str]:
+    if axis == CONTEXT:
+        return {_word_of_op(node, graph, decision, axis) for node in graph.of("op") if node.op == ATTENTION} - {""}
     handed = (node for node in graph.of("input") if node.meta.requires_grad)
     split = any(_splits_sequence(node, decision.inputs[node.name][axis]) for node in handed)
     words = {_word_of_op(node, graph, decision, axis) for node in graph.of("op") if node.operands()}
@@ -56,7 +65,10 @@ def _word_of_op(node: Node, graph: OpGraph, decision: BlockDecision, axis: str) 
     if node.op == LOSS:
         return "vocabulary parallel" if _verb(node, use) == "vocabulary" else ""
     if node.op == ATTENTION:
-        return "context parallel" if _verb(node, use) == "sequence" else ""
+        context = {"sequence": "context (keys gathered) parallel"}
+        if axis == CONTEXT:
+            context["heads"] = "context (all-to-all) parallel"
+        return context.get(_verb(node, use), "")
     split = [used for _, _, used in use.weights if used.kind == "S"]
     if not split:
         return ""
@@ -105,6 +117,8 @@ def _row(node: Node, graph: OpGraph, decision: BlockDecision, axis: str) -> tupl
     use = _use(node, graph, decision, axis)
     if not use.values or not (use.weights or node.op in (ATTENTION, LOSS)):
         return None
+    if axis == CONTEXT and node.op != ATTENTION:
+        return None  # everything is split by sequence there, and no weight is
     told = []
     for operand, parameter, used in use.weights:
         stored = decision.inputs[parameter.name][axis]

@@ -405,7 +405,10 @@ def _only_bound(context: Context, config: Config, shardings: Shardings) -> float
     if config.pp > 1 or config.tp > 1:
         return 0.0
     costs = shardings.fastest().costs
-    blocks = [costs[kind][choices[0]] for kind, choices in context.freedom()]
+    blocks = [
+        min((costs[kind][choice] for choice in choices), key=lambda cost: cost.forward_s + cost.backward_s)
+        for kind, choices in context.freedom()
+    ]
     return assess(context, config, [blocks], shardings.fastest().boundary).step_time * (1 - 1e-12)
 
 
@@ -421,20 +424,20 @@ def _least_problem(
         kind = run.kind
         least = bytes_of[kind]
         elements = float(_least_elements(context, config, run.start))
-        seconds = {"none": 0.0, "full": 0.0}
-        after = 0.0
+        seconds, after = dict.fromkeys(run.choices, 0.0), 0.0
         if timed:
-            bound, copies = shardings.kind_bounds(sharp)[kind], place.data.least_copies_s(elements, run.root)
-            seconds = {"none": bound.none_s + copies, "full": bound.full_s + copies}
+            copies = place.data.least_copies_s(elements, run.root)
+            seconds = {choice: shardings.least_seconds(kind, choice, sharp) + copies for choice in run.choices}
             moved = 10 * elements / place.memory.shards * context.job.master_bytes
             device = context.cluster.device
             after = moved / max(device.memory_bandwidth, device.cache_bandwidth)
             after += place.data.reduce_s(int(elements)) if config.pp > 1 else 0.0
         options = []
+        staging = 0.0 if run.root else place.memory.staging(elements)
         for choice in run.choices:
-            kept = least.saved if choice == "none" else min(least.inputs, least.saved)
-            # Recomputing needs what is not kept while the block runs.
-            needed = least.saved - kept + (0.0 if run.root else place.memory.staging(elements))
+            kept = shardings.least_kept(kind, choice)
+            # Recomputing all needs what is not kept while the block runs.
+            needed = (least.saved - kept if choice == "full" else 0.0) + staging
             resident = place.memory.resident(elements, run.root and run.sure)
             options.append(Option(choice, seconds[choice], after, resident, kept, needed))
         runs.append(BlockRun(kind, run.count, tuple(options)))

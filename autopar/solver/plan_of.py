@@ -89,12 +89,14 @@ def _unruled(context: Context) -> list[str]:
 
 
 def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
-    """A name for every different cost: the kind, then "full" where it is recomputed, then a number if several."""
+    """A name for every different cost: the kind, then how it is recomputed, if it is, and "offload" if what it keeps
+    waits on the host; then a number if several."""
     names: list[tuple[str, BlockCost]] = []
     for cost in costs:
         if any(cost is other or cost == other for _, other in names):
             continue
-        base = f"{cost.kind}/full" if cost.recompute == "full" else cost.kind
+        base = "/".join([cost.kind, *([cost.recompute] if cost.recompute != "none" else [])])
+        base += "/offload" if cost.offload else ""
         taken = {name for name, _ in names}
         name, number = base, 2
         while name in taken:
@@ -119,5 +121,7 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
         parameters=cost.elements,
+        saved=cost.saved,
+        offload=cost.offload,
         sources=dict(cost.sources),
     )

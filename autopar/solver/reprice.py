@@ -18,12 +18,14 @@ from autopar.plan import Candidate, Plan, Predicted
 from autopar.sharding.check import check_decision, chosen, operand_layouts
 from autopar.sharding.conversions import path
 from autopar.sharding.execute import local_shape
+from autopar.solver.candidates import again_seconds, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes
 from autopar.solver.groups import root_blocks
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.op_costs import LocalTensor, OpCosts
 from autopar.solver.prices import AxisPrices, element_bytes
+from autopar.solver.recompute import exposed_copy, operator_key, step_key
 from autopar.solver.simulate import StageTimes, simulate
 from autopar.solver.space import model_flops
 
@@ -154,7 +156,8 @@ def _block_seconds(
     kind = model.kinds[decision.kind]
     graph, axes = kind.graph, decision.axes
     produced = check_decision(kind, decision, batch, job.seq_len)
-    forward = backward = 0.0
+    pieces: dict[str, float] = {}  # forward seconds of operators and conversion steps
+    backward = 0.0
 
     def whole(shape: tuple[int | Size, ...]) -> tuple[int, ...]:
         return tuple(size.at(batch, job.seq_len) if isinstance(size, Size) else size for size in shape)
@@ -169,18 +172,24 @@ def _block_seconds(
         shape = local_shape(whole(node.meta.shape), produced[node.name], axes)
         output = LocalTensor(shape, element_bytes(node.meta.dtype, job))
         time = ops.seconds(node, inputs, output, [meta.requires_grad for meta in operands])
-        forward += time.forward
+        pieces[operator_key(node)] = time.forward
         backward += time.backward
         for axis, strategy in chosen(node, graph, decision).items():
             for inner in strategy.inner:
                 nbytes = prod(whole(inner.shape)) * element_bytes(inner.dtype, job)
                 seconds = collectives.seconds(inner.collective, nbytes, axes[axis], 1)
-                forward += 0.0 if inner.backward else seconds
+                pieces[operator_key(node)] += 0.0 if inner.backward else seconds
                 backward += seconds if inner.backward else 0.0
     for conversion in decision.conversions:
         meta = graph.nodes[conversion.tensor].meta
-        for axis, step in path(conversion.source, conversion.target, meta.requires_grad):
+        steps = path(conversion.source, conversion.target, meta.requires_grad)
+        for place, (axis, step) in enumerate(steps):
             price = AxisPrices(ops, collectives, axes[axis], batch).conversion(meta, step)
-            forward += price.forward_s
+            pieces[step_key(conversion.tensor, conversion.source, conversion.target, place)] = price.forward_s
             backward += price.backward_s
-    return forward, backward + (forward if candidate.recompute == "full" else 0.0)
+    forward = sum(pieces.values())
+    backward += again_seconds(kind, candidate, pieces, batch, job)
+    if not candidate.offload:
+        return forward, backward
+    moved, bandwidth = moved_bytes(kind, candidate, batch, job), ops.device.host_bandwidth
+    return forward + exposed_copy(moved, bandwidth, forward), backward + exposed_copy(moved, bandwidth, backward)

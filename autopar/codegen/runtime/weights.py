@@ -21,24 +21,53 @@ class Weights(nn.Module):
 
 
 class New:
-    """Makes uninitialised parameters; with a model axis they are DTensors on it, of the (global) shape given."""
+    """Makes uninitialised parameters: with axes that split them DTensors on these, of the (global) shape given.
 
-    def __init__(self, axis: DeviceMesh | None, device: torch.device, dtype: torch.dtype) -> None:
-        self.axis, self.device, self.dtype = axis, device, dtype
+    ``mesh``: the whole device mesh; ``splits``: its axes that split parameters, outermost first.
+    """
+
+    def __init__(
+        self, mesh: DeviceMesh | None, splits: tuple[str, ...], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.mesh, self.splits, self.device, self.dtype = mesh, splits, device, dtype
+
+    def axis(self, name: str) -> DeviceMesh:
+        """One axis of the mesh."""
+        assert self.mesh is not None, f"a mesh with the axis {name} is needed"
+        return self.mesh[name]
 
     def whole(self, *shape: int) -> nn.Parameter:
-        """Every rank of the axis holds the whole parameter."""
-        local = torch.empty(shape, device=self.device, dtype=self.dtype)
-        if self.axis is None:
-            return nn.Parameter(local)
-        return nn.Parameter(DTensor.from_local(local, self.axis, [Replicate()], run_check=False))
+        """Every rank holds the whole parameter."""
+        return self.split(*shape)
 
-    def split(self, dim: int, *shape: int) -> nn.Parameter:
-        """Each rank of the axis holds its slice of ``dim``."""
-        assert self.axis is not None
-        parts = self.axis.size()
-        if shape[dim] % parts:
-            raise ValueError(f"dim {dim} of shape {shape} does not split evenly over {parts} ranks")
-        own = [size // parts if place == dim else size for place, size in enumerate(shape)]
-        local = torch.empty(own, device=self.device, dtype=self.dtype)
-        return nn.Parameter(DTensor.from_local(local, self.axis, [Shard(dim)], run_check=False))
+    def split(self, *shape: int, **dims: int) -> nn.Parameter:
+        """Axis ``a`` splits dim ``dims[a]``, an outer axis before an inner one; the other axes hold it whole.
+
+        The parts are those of `torch.chunk`: where a dim does not divide, the last ranks hold less of it.
+        """
+        local = list(shape)
+        for name in self.splits:
+            if name in dims:
+                ranks, rank = self.axis(name).size(), self.axis(name).get_local_rank()
+                size = local[dims[name]]
+                part = (size + ranks - 1) // ranks
+                local[dims[name]] = part if size % ranks == 0 else _within(size - rank * part, part)
+        parameter = torch.empty(local, device=self.device, dtype=self.dtype)
+        if self.mesh is None or not self.splits:
+            return nn.Parameter(parameter)
+        placements = [Shard(dims[name]) if name in dims else Replicate() for name in self.splits]
+        whole = torch.empty(shape, device="meta")
+        return nn.Parameter(
+            DTensor.from_local(
+                parameter,
+                self.mesh[self.splits],
+                placements,
+                run_check=False,
+                shape=whole.shape,
+                stride=whole.stride(),
+            )
+        )
+
+
+def _within(size: int, most: int) -> int:
+    return torch.sym_max(0, torch.sym_min(size, most))

@@ -1,0 +1,45 @@
+"""Sequences split over the context-parallel axis: whether in balanced order, and which dims are such sequences."""
+
+from __future__ import annotations
+
+from autopar.graph.ir import ModelGraph
+from autopar.graph.size import SEQ, Size, divide
+from autopar.plan import Plan
+from autopar.sharding.check import chosen
+from autopar.sharding.layout import Layout, SpmdType
+
+AXIS = "cp"
+"""The axis that may hold sequences in balanced order."""
+
+
+def is_balanced(plan: Plan, model: ModelGraph) -> bool:
+    """Whether cp holds sequences in balanced order: some causal attention has its queries split by position on cp, and
+    there is an even number of equal chunks for each rank."""
+    cp = plan.mesh.cp
+    return (
+        cp > 1
+        and plan.job.seq_len % (2 * cp) == 0
+        and any(
+            strategy.variant == "context"
+            for candidate in plan.candidates.values()
+            for node in model.kinds[candidate.decision.kind].graph.of("op")
+            if node.op == "aten.scaled_dot_product_attention"
+            for axis, strategy in chosen(node, model.kinds[candidate.decision.kind].graph, candidate.decision).items()
+            if axis == AXIS
+        )
+    )
+
+
+def is_sequence(size: int | Size, kind: SpmdType) -> bool:
+    """Whether a dim of this (global) size, split as ``kind``, is split by position in the sequence."""
+    return divide(size, kind.blocks) == SEQ
+
+
+def in_order(layout: Layout, shape: tuple[int | Size, ...]) -> Layout:
+    """``layout`` with cp outermost where it splits a sequence, else innermost."""
+    kind = layout[AXIS]
+    if kind.kind != "S":
+        return layout
+    others = tuple(pair for pair in layout.types if pair[0] != AXIS)
+    first = is_sequence(shape[kind.dim], kind)
+    return Layout(((AXIS, kind), *others) if first else (*others, (AXIS, kind)))

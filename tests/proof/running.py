@@ -1,0 +1,149 @@
+"""Runs cases: each is searched with its fix, emitted, and proved by real ranks against one device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autopar.cluster import Cluster
+from autopar.codegen import prove
+from autopar.job import Job
+from autopar.plan import Plan
+from autopar.solver.capabilities import Choice
+from autopar.solver.search import search
+from proof.cases import Case
+from proof.models import Variant, batches, build, graph_of, loss_of
+
+WIDTHS = {"fp64": torch.float64, "fp32": torch.float32}
+"""What one device computes in: 16-bit jobs are compared with float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one case: what was measured, or at which step ("search", "emit", "run") it failed and why."""
+
+    case: str
+    ranks: int
+    measured: prove.Measured | None
+    failed: str = ""
+    reason: str = ""
+
+    @property
+    def failures(self) -> list[str]:
+        if self.measured is None:
+            return [f"{self.case}: {self.failed} failed: {self.reason}"]
+        return self.measured.failures()
+
+
+def plan_of(case: Case) -> Plan:
+    """The plan that the search makes of the case's fix, on one node of catalog GPUs.
+
+    A float64 job is planned as a float32 one: no catalog device has figures for float64.
+    """
+    job, planned = case.job, "fp32" if case["dtype"] == "fp64" else case["dtype"]
+    job = Job(job.global_batch, job.seq_len, planned, job.optimizer)
+    plan = search(graph_of(case.variant), job, Cluster.parse(f"1x{case.ranks}:h100"), case.fix())
+    for what, asked, got in differences(case, plan):
+        raise AssertionError(f"the fix asked for {what} {asked}, the plan has {got}")
+    return prove.with_dtype(plan, case["dtype"])
+
+
+def differences(case: Case, plan: Plan) -> Iterator[tuple[str, Any, Any]]:
+    """Where the plan is not what the case asks for: a search that ignored a part of a fix would prove nothing."""
+    choice, found = case.choice(), Choice.of(plan)
+    for name in Choice.__dataclass_fields__:
+        asked, got = getattr(choice, name), getattr(found, name)
+        if name == "recompute" and case["recompute"] != "mixed":
+            got = frozenset(plan.candidate_of(block).recompute for block in range(1, case.variant.blocks - 1))
+        if name == "dtype" or (name in ("zero", "fsdp") and case.mesh.data == 1):
+            continue
+        if asked != got:
+            yield name, asked, got
+    counts = tuple(sum(run.stop - run.start for run in stage.runs) for stage in plan.stages)
+    if case.counts and counts != case.counts:
+        yield "blocks in stages", case.counts, counts
+    if len(counts) != case.mesh.pp * case.vpp:
+        yield "stages", case.mesh.pp * case.vpp, len(counts)
+
+
+@cache
+def _weights(variant: Variant, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    model = build(variant).to(WIDTHS.get(dtype, torch.float32))
+    return model, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@cache
+def _reference(variant: Variant, dtype: str, samples: int, optimizer: str) -> dict[str, Any]:
+    model, weights = _weights(variant, dtype)
+    model.load_state_dict(weights)
+    return prove.one_device(model, batches(variant, samples), loss_of, steps=dtype == "fp64")
+
+
+def prepare(case: Case, folder: Path) -> Outcome | None:
+    """Add the case to ``folder``, or say why it cannot be."""
+    step = "search"
+    try:
+        plan = plan_of(case)
+        step = "emit"
+        reference = _reference(case.variant, case["dtype"], case.global_batch, case["optimizer"])
+        weights = _weights(case.variant, case["dtype"])[1]
+        prove.prepare(folder, {str(case): plan}, graph_of(case.variant), weights, reference)
+    except Exception as error:  # whatever it is, it is what this case shows; the others go on
+        told = "".join(traceback.format_exception(error)[-3:])
+        return Outcome(str(case), case.ranks, None, step, told)
+    return None
+
+
+def run(cases: Iterable[Case], folder: Path) -> list[Outcome]:
+    """Run all cases, those of one number of ranks in one launch; in the order given."""
+    shutil.rmtree(folder, ignore_errors=True)
+    outcomes: dict[str, Outcome] = {}
+    cases = list(cases)
+    for ranks in sorted({case.ranks for case in cases}):
+        own = [case for case in cases if case.ranks == ranks]
+        place = folder / f"{ranks}_ranks"
+        place.mkdir(parents=True)
+        begin = time.perf_counter()
+        for case in own:
+            refused = prepare(case, place)
+            if refused:
+                outcomes[str(case)] = refused
+        print(f"{len(own)} plans on {ranks} ranks made in {time.perf_counter() - begin:.0f} s", flush=True)
+        begin = time.perf_counter()
+        rows, failures = prove.prove_each(place, ranks)
+        print(f"run in {time.perf_counter() - begin:.0f} s", flush=True)
+        outcomes |= {row.name: Outcome(row.name, ranks, row) for row in rows}
+        outcomes |= {name: Outcome(name, ranks, None, "run", reason) for name, reason in failures.items()}
+    return [outcomes[str(case)] for case in cases]
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """One line per case."""
+    outcomes = list(outcomes)
+    width = max(len(outcome.case) for outcome in outcomes)
+    lines = [f"{'':7}{'case':<{width}}  {'loss':>8}{'gradient':>10}{'norm':>9}{'3 steps':>9}  worst gradient"]
+    for outcome in outcomes:
+        row = outcome.measured
+        head = f"{'FAILED' if outcome.failures else 'ok':7}{outcome.case:<{width}}  "
+        if row is None:
+            lines.append(head + f"{outcome.failed} failed")
+            continue
+        norm, steps = ("-" if value is None else f"{value:.1e}" for value in (row.norm, row.parameter))
+        lines.append(head + f"{row.loss:>8.1e}{row.gradient:>10.1e}{norm:>9}{steps:>9}  {row.worst_gradient}")
+    return "\n".join(lines)
+
+
+def write(outcomes: list[Outcome], folder: Path) -> None:
+    """Write ``table.txt`` and ``table.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.txt").write_text(table(outcomes) + "\n")
+    (folder / "table.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
