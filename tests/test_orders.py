@@ -84,7 +84,7 @@ def test_sends_and_receives_are_posted_where_torch_posts_them(schedule, ranks, v
     for rank, program in enumerate(_programs(schedule, ranks, vpp, micro)):
         expected = []
         for action in lowered[rank]:
-            expected += [told(one)[:2] + (one.microbatch_index or 0,) for one in action.sub_actions or (action,)]
+            expected += [(*told(one)[:2], one.microbatch_index or 0) for one in action.sub_actions or (action,)]
         found = []
         for what, action, transfers in program:
             if what == "run":

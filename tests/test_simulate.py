@@ -140,8 +140,10 @@ def test_a_halved_backward_hands_on_before_its_weights():
     stages = [StageTimes(1.0, 2.0, 1.25)] * 4
     events = simulate(stages, 3, schedule="zbv", vpp=2, record=True).events
     lengths = {(e.kind, e.stage): round(e.end - e.start, 9) for e in events}
-    assert lengths["I", 0] == 0 and lengths["W", 0] == 2
-    assert lengths["I", 2] == 0.75 and lengths["W", 2] == 1.25
+    assert lengths["I", 0] == 0
+    assert lengths["W", 0] == 2
+    assert lengths["I", 2] == 0.75
+    assert lengths["W", 2] == 1.25
     handed = {(e.stage, e.micro_batch): e.end for e in events if e.kind == "I"}
     begun = {(e.stage, e.micro_batch): e.start for e in events if e.kind == "I"}
     assert all(begun[s, i] >= handed[s + 1, i] - 1e-12 for s in range(3) for i in range(3))

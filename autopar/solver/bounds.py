@@ -29,13 +29,14 @@ from q+1. GPipe takes at least (m-1)(max f + max b) + sum(f + b), what it takes 
 both).
 
 `spread_bound`: when only the sum W of all f + b is known. One stage a rank: the least possible maximum over ranks of
-sum_{j<q} w_j + m w_q makes all equal: w_q = (V/m)(1 - 1/m)^q, hence V = W / (1 - (1 - 1/m)^p). Several: some rank has at
-least its even share, V = m W / p. Transfers are left out, which only lowers the bound.
+sum_{j<q} w_j + m w_q makes all equal: w_q = (V/m)(1 - 1/m)^q, hence V = W / (1 - (1 - 1/m)^p). Several: some rank has
+at least its even share, V = m W / p. Transfers are left out, which only lowers the bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.simulate import StageTimes, gpipe_seconds
@@ -80,7 +81,7 @@ def waits_of(rank: int, ranks: int, micro_batches: int, vpp: int) -> int:
 def crossings_of(schedule: str, ranks: int, vpp: int) -> int:
     """Boundaries between stages on different ranks."""
     place = [SCHEDULES[schedule].rank_of(stage, ranks) for stage in range(ranks * vpp)]
-    return sum(one != other for one, other in zip(place, place[1:], strict=False))
+    return sum(one != other for one, other in pairwise(place))
 
 
 def spread_bound(total: float, ranks: int, micro_batches: int, vpp: int = 1) -> float:

@@ -14,9 +14,9 @@ ranks, ``stride`` (the size of tp) ranks apart; groups are replicas of each othe
           backward; the root group for each forward only
 
 Reductions run block by block under the backward. Only where stock pipelining defers them, under zero 0 and 1 with
-stages, they follow a stage's last backward, exposed. Gathers of a step with several stages on a rank start together when
-the step begins, in the order of the stages, and a stage starts when all of its own have arrived (``gather_s``; zero 0
-and 1; the schedule does not see the groups of 2 and 3).
+stages, they follow a stage's last backward, exposed. With several stages on a rank, gathers start together when the
+step begins, in the order of the stages, and a stage starts when all of its own have arrived (``gather_s``; zero 0 and
+1; the schedule does not see the groups of 2 and 3).
 
 The root group's gather begins the forward and nothing hides it; its reduction follows the last block's backward.
 
@@ -37,9 +37,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import OpCosts
+from autopar.solver.simulate import StageTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +219,18 @@ class DataAxis:
         if self.offload != "state" or self.defers or self.micro_batches == 1:
             return 0.0
         return 3 * elements / self.shards * self.ops.job.master_bytes / self.ops.device.host_memory_bandwidth
+
+
+def stage_events(times: Sequence[DataTimes], owned: Sequence[Sequence[int]]) -> list[StageTimes]:
+    """What the simulator replays; ``owned``: the stages of each rank, whose gathers begin the step in turn."""
+    ready = [0.0] * len(times)
+    for own in owned:
+        for stage, arrived in zip(own, accumulate(times[stage].gather_s for stage in own), strict=True):
+            ready[stage] = arrived
+    return [
+        StageTimes(t.forward_s, t.backward_s, t.weight_s, t.first_s, t.last_s, t.reduce_s, at)
+        for t, at in zip(times, ready, strict=True)
+    ]
 
 
 def stream_seconds(ops: OpCosts, nbytes: float, kernels: int = 0) -> float:

@@ -11,11 +11,12 @@ optimizer (`Job.moments`), m: micro-batches of a step.
                 C r         C r         C r         C r         of the root group, as autograd leaves them: it takes
                                                                 them up only when the backward has ended
     optimizer   k M N       k M N / Z   k M N / Z   k M N / Z
-    * M N / Z with a single micro-batch and no stages: then nothing waits for a reduction. Schedules that halve backwards
-      (zbv, dualpipev) leave the gradients of a whole stage in compute dtype until the next forward half: C N, if C < M
+    * M N / Z with a single micro-batch and no stages: then nothing waits for a reduction. Schedules that halve
+      backwards (zbv, dualpipev) also leave the last weight gradients of a stage in compute dtype: C N, if C < M
 
 With state offload, what the optimizer keeps and gradients that are reduced wait on the host, 1 + 1 + k times M N / Z:
-parameters keep the second line, gradients M N under zero 0 and 1 (nothing under 2 and 3) and C r, the optimizer nothing.
+parameters keep the second line, gradients M N under zero 0 and 1 (nothing under 2 and 3) and C r, the optimizer
+nothing.
 
 * activations  saved for backward, for the micro-batches in flight on each stage of a rank at the time when they are
                most together (`orders.peaks`); schedules that halve backwards also keep, from "I" to "W", the gradients

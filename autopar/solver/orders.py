@@ -8,12 +8,12 @@ gpipe        all F, then all B
 interleaved  rounds of m // max(1, m // p) micro-batches; a round goes through all stages of a rank before the next one.
              First F: (v - 1) rounds and 2 (p - 1 - r) more; then F and B in turns, then the rest of the B
 zbv          stage a = r on the way there, b = 2p - 1 - r on the way back. 2(p - r) - 1 times Fa; r times Fb Fa; p - r
-             times Fb Ib Wb; until all Fb are done Fa Ia Wa Fb Ib Wb; r times Ia Ib; p - r times Ia Wa; then what is left
-             of Wb and of Wa. Written for at least 2p - 1 micro-batches; of fewer, the others are left out
-dualpipev    2(p - r - 1) times Fa; r + 1 times Fa Fb; p - r - 1 times Ib W Fb; m - 2p + r + 1 times Fa Bb Fb Ba; p - r - 1
-             times Bb Fb Ba; r + 1 times Bb Ba, halved from the middle on; p - r - 1 times W and B (or I) of a; the rest of
-             the W. W takes the oldest half that waits. Each F B of the
-             third round on is an overlapped pair, which torch runs one after the other
+             times Fb Ib Wb; until all Fb are done Fa Ia Wa Fb Ib Wb; r times Ia Ib; p - r times Ia Wa; then what is
+             left of Wb and of Wa. Written for at least 2p - 1 micro-batches; of fewer, the others are left out
+dualpipev    2(p - r - 1) times Fa; r + 1 times Fa Fb; p - r - 1 times Ib W Fb; m - 2p + r + 1 times Fa Bb Fb Ba;
+             p - r - 1 times Bb Fb Ba; r + 1 times Bb Ba, halved from the middle on; p - r - 1 times W and B (or I) of
+             a; the rest of the W. W takes the oldest half that waits. Each F with the B after it is an overlapped pair
+             (but the first of the last rank), which torch runs one after the other
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def peaks(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tupl
     found = []
     for rank, order in enumerate(orders(schedule, ranks, vpp, micro_batches)):
         stages = [stage for stage in range(ranks * vpp) if place(stage, ranks) == rank]
-        held = {stage: (0, 0) for stage in stages}
+        held = dict.fromkeys(stages, (0, 0))
         seen = set()
         for kind, stage, *_ in order:
             alive, waiting = held[stage]

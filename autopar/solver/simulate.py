@@ -37,8 +37,8 @@ _NOTHING = Action("", 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Seconds of one stage: per micro-batch (``weight_s``: of the backward, the part that gives weight gradients alone),
-    extra in its first forward and last backward, and once after all. ``ready_s``: when it can start."""
+    """Seconds of one stage: per micro-batch (``weight_s``: of the backward, the part that gives weight gradients
+    alone), extra in its first forward and last backward, and once after all. ``ready_s``: when it can start."""
 
     forward_s: float
     backward_s: float
@@ -208,11 +208,11 @@ def _programs(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[
                     sends[rank].append(transfer)
         if sum(map(len, left)) == before:
             raise AutoparError(f"{schedule} deadlocks with {micro_batches} micro-batches: a defect of autopar")
-    return tuple(tuple([*program, *_wait(tuple(sent))]) for program, sent in zip(programs, sends, strict=True))
+    return tuple((*program, *_wait(tuple(sent))) for program, sent in zip(programs, sends, strict=True))
 
 
 def _turns(order: Sequence[Action], micro_batches: int) -> list[list[Action]]:
-    """What a rank does at one go, the last first: an action, a pair of them, or what follows a stage's last backward."""
+    """What a rank does at one go, the last first: an action, a pair, or what follows a stage's last backward."""
     turns: list[list[Action]] = []
     backwards: dict[int, int] = {}
     joined = False
