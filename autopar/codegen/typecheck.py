@@ -226,15 +226,15 @@ def _embedding_types(ids: Tensor, weight: Tensor, vocabulary_axis: Any = None) -
     return result
 
 
-def _embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    return _stated(F.embedding, _embedding_types(ids, weight), ids, weight)
+def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    return _stated(F.embedding, _embedding_types(ids, weight), ids, weight, padding_idx)
 
 
-def _vocab_embedding(ids: Tensor, weight: Tensor, axis: DeviceMesh) -> Tensor:
+def _vocab_embedding(ids: Tensor, weight: Tensor, axis: DeviceMesh, padding_idx: int | None = None) -> Tensor:
     from autopar.codegen.runtime.operators import vocab_embedding
 
     types = _embedding_types(ids, weight, _axis(axis))
-    return _stated(vocab_embedding, types, ids, weight, axis)
+    return _stated(vocab_embedding, types, ids, weight, axis, padding_idx)
 
 
 def _axis(axis: DeviceMesh) -> Any:
