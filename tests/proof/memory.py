@@ -296,7 +296,8 @@ class Static:
         self._after_backward, outer = FSDPParamGroup.post_backward, self
 
         def post_backward(group: FSDPParamGroup, *arguments: Any) -> None:
-            outer._count_gradients()
+            if outer.stage in group.modules:  # it has waited for the whole backward, in the compute dtype
+                outer._count_gradients()
             outer._after_backward(group, *arguments)
             outer._count_gradients()
 
