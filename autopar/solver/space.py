@@ -174,7 +174,9 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
             f"fix: fsdp={fix.fsdp} does not divide the number of data ranks ({[dp * cp for dp in dps]})"
         )
     fixed = ", ".join(f"{key}={value}" for key, value in fix.given().items())
-    refused = Counter(limit for config in wished(model, job, cluster, fix) for limit in refusals(judged(config, job, fix)))
+    refused = Counter(
+        limit for config in wished(model, job, cluster, fix) for limit in refusals(judged(config, job, fix))
+    )
     if refused and fixed:
         limit = refused.most_common(1)[0][0]
         kind = UnsupportedError if limit.avoids else BadInputError
