@@ -1,4 +1,4 @@
-"""Writes ``examples/emitted/``: three training folders as autopar emits them, to read and to start. ``make examples``."""
+"""Writes ``examples/emitted/``: three training folders as autopar emits them, to read and start. ``make examples``."""
 
 from __future__ import annotations
 
