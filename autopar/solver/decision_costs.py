@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 from autopar.graph.ir import BlockKind, Node
 from autopar.job import Job
+from autopar.sharding.check import chosen
 from autopar.sharding.conversions import path
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.execute import local_shape
 from autopar.sharding.layout import Layout
-from autopar.sharding.rules import Strategy, strategy_of
+from autopar.sharding.local import local_shape, produced_layouts
 from autopar.solver.prices import FREE, AxisPrices, Price, element_bytes
 from autopar.solver.work import VIEWS
 
@@ -22,20 +22,20 @@ _VIEWS = frozenset(f"aten.{name}" for name in VIEWS)
 
 
 def decision_price(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> tuple[Price, dict[str, float]]:
-    """Seconds of a decision on at most one model axis, and of these how many are measured or from the catalog."""
+    """Seconds of a decision, and of these how many are measured or from the catalog."""
     graph = kind.graph
     total = FREE
     sources: dict[str, float] = {}
-    axis = next(iter(decision.axes), None)
     for node in graph.of("op"):
-        strategy = strategy_of(node, graph, decision.strategies[node.name][axis]) if axis else None
-        price, source = prices.operator(node, graph, strategy)
+        price, source = prices.operator(node, graph, chosen(node, graph, decision))
         sources[source] = sources.get(source, 0.0) + price.seconds
         total += price
     for conversion in decision.conversions:
         meta = graph.nodes[conversion.tensor].meta
-        for _, step in path(conversion.source, conversion.target, meta.requires_grad):
-            price = prices.conversion(meta, step)
+        layout = conversion.source
+        for axis, step in path(layout, conversion.target, meta.requires_grad):
+            price = prices.conversion(meta, layout, axis, step)
+            layout = layout.with_type(axis, step.target)
             source = prices.collectives.cluster.device.origin
             sources[source] = sources.get(source, 0.0) + price.seconds
             total += price
@@ -71,19 +71,15 @@ def live_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -
     """The most bytes alive at once beside what is saved: operands and output of an operator in the forward, gradients
     in the backward. Views share their operand's bytes."""
     graph, axes = kind.graph, decision.axes
-    axis = next(iter(axes), None)
     sizes: dict[str, int] = {}
     read: dict[str, int] = {}
     for node in graph.of("op"):
-        strategy: Strategy | None = strategy_of(node, graph, decision.strategies[node.name][axis]) if axis else None
-        layout = Layout(((axis, strategy.output),)) if axis and strategy else Layout()
+        wanted, layout = produced_layouts(node, chosen(node, graph, decision))
         sizes[node.name] = 0 if node.op in _VIEWS else local_bytes(node, layout, axes, batch, job)
-        wanted = strategy.inputs if strategy else ()
         inputs = 0
-        for index, name in enumerate(node.operands()):
+        for held, name in zip(wanted, node.operands(), strict=True):
             operand = graph.nodes[name]
             if operand.kind == "op" or operand.meta.requires_grad:
-                held = Layout(((axis, wanted[index]),)) if axis else Layout()
                 inputs += local_bytes(operand, held, axes, batch, job)
         read[node.name] = inputs
     forward = max((read[name] + sizes[name] for name in sizes), default=0)

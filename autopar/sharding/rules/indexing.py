@@ -56,7 +56,7 @@ def _gather(call: Call) -> str:
 
 
 ENTRIES = [
-    Entry("aten.embedding", compute=_embedding, variants=_split_table),
+    Entry("aten.embedding", compute=_embedding, variants=_split_table, uneven="v"),
     Entry("aten.index_select", compute=_index_select),
     Entry("aten.index", compute=_index),
     Entry("aten.gather", compute=_gather),
