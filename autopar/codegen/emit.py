@@ -123,6 +123,7 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "global_batch": plan.job.global_batch,
         "seq_len": plan.job.seq_len,
         "dtype": plan.job.dtype,
+        "optimizer": plan.job.optimizer,
         "micro_batch": plan.micro_batch,
         "micro_batches": plan.micro_batches,
         "schedule": plan.schedule,
@@ -136,7 +137,6 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         if 1 < plan.fsdp < plan.mesh.data
         else "",
         "offload": plan.offload == "state",
-        "optimizer": plan.job.optimizer,
         "compute_dtype": compute,
         "master_dtype": master,
         "vocabulary": vocabulary_of(graph),

@@ -13,17 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 
 from .launch import InputError
+from .optimizer import moments, set_steps
 from .parameters import Tied, first_names
 from .step import Step
-
-MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
-    torch.optim.SGD: ("momentum_buffer",),
-}
-"""What each optimizer keeps for a parameter, besides the number of steps."""
 
 
 def save(folder: Path, steps: int, step: Step, optimizer: torch.optim.Optimizer, tied: Tied, keep: int) -> None:
@@ -31,7 +26,7 @@ def save(folder: Path, steps: int, step: Step, optimizer: torch.optim.Optimizer,
     target, temporary = folder / f"step_{steps}", folder / f"step_{steps}.tmp"
     state = _state(step.stage, optimizer, tied, step.copies)
     state["step"] = torch.tensor(steps)
-    if step.scale.is_dynamic:
+    if step.scale is not None:
         state["loss_scale"] = step.scale.state()
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,19 +56,15 @@ def resume(path: Path, step: Step, optimizer: torch.optim.Optimizer, tied: Tied)
         if not pointer.exists():
             raise InputError(f"--resume: no complete checkpoint in {path}")
         path = path / pointer.read_text().strip()
+    known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     for stage in step.stages:  # one by one: two may have a copy of the same weight
         state = _state(stage, optimizer, tied, set())
         state["step"] = torch.tensor(0)
-        known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        if step.scale.is_dynamic and "loss_scale" in known:
+        if step.scale is not None and any(name.startswith("loss_scale") for name in known):
             state["loss_scale"] = step.scale.state()
         dcp.load(state, checkpoint_id=path)
-        if "loss_scale" in state:
-            step.scale.load(state["loss_scale"])
     steps = int(state["step"].item())
-    for kept in optimizer.state.values():
-        if "step" in kept:
-            kept["step"].fill_(steps)
+    set_steps(optimizer, steps)
     return steps
 
 
@@ -87,22 +78,9 @@ def _state(stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, skip:
         name = first.get(name, name)
         state["model"][name] = weight.detach()
         if weight.requires_grad:
-            kept = _kept(optimizer, weight)
-            for moment in MOMENTS[type(optimizer)]:
-                state["optimizer"][f"{name}.{moment}"] = kept[moment]
+            for moment, value in moments(optimizer, weight).items():
+                state["optimizer"][f"{name}.{moment}"] = value
     return state
-
-
-def _kept(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer keeps for a parameter, made here if it has not taken a step yet."""
-    kept = optimizer.state[weight]
-    if not kept:
-        if isinstance(optimizer, torch.optim.AdamW):
-            on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-            kept["step"] = torch.zeros((), dtype=torch.float32, device=weight.device if on_device else "cpu")
-        for moment in MOMENTS[type(optimizer)]:
-            kept[moment] = torch.zeros_like(weight, requires_grad=False)
-    return kept
 
 
 def _complete(folder: Path) -> list[Path]:

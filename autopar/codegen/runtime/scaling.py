@@ -1,58 +1,45 @@
-"""The loss scale of float16, whose small gradients would vanish and whose large ones overflow."""
+"""Loss scaling for float16, whose smallest gradients would vanish.
+
+The loss is multiplied by the scale, so all gradients are; after the backward they are divided by it again. The global
+gradient norm is the same number on every rank and not finite if any gradient anywhere overflowed, so all ranks agree,
+without asking each other, whether a step is taken. The scale halves after an overflow and doubles after ``interval``
+steps without (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2).
+"""
 
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-
-GROWTH_INTERVAL = 2000
-"""Steps without overflow after which the scale is doubled."""
 
 
 class LossScale:
-    """What the loss is multiplied by before backward, and the gradients are divided by after it.
+    """``value``: what the loss is multiplied by; ``good``: steps since it last changed. Checkpoints hold both."""
 
-    Gradients that overflow are found by their norm, which is that of the whole model: every rank and every stage
-    skips the step, or none. The scale is then halved; after `GROWTH_INTERVAL` good steps it is doubled.
-    """
+    def __init__(self, initial: float = 2.0**16, interval: int = 2000, largest: float = 2.0**24) -> None:
+        self.value = torch.tensor(initial, dtype=torch.float32)
+        self.good = torch.tensor(0)
+        self.interval, self.largest = interval, largest
 
-    def __init__(self, value: float = 1.0, is_dynamic: bool = False) -> None:
-        self.value, self.is_dynamic, self.good_steps = value, is_dynamic, 0
-
-    def multiply(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Before backward adds to gradients that are already there."""
-        self._times(self.value, parameters)
-
-    def divide(self, parameters: Iterable[nn.Parameter]) -> None:
-        """After backward: the gradients are those of the loss itself."""
-        self._times(1 / self.value, parameters)
-
-    def accept(self, norm: Tensor) -> bool:
-        """Whether to take the step, given the norm of all gradients; the same on every rank. Adapts the scale."""
-        if not self.is_dynamic:
-            return True
-        overflows = (~norm.isfinite()).to(torch.int32)
-        dist.all_reduce(overflows, op=dist.ReduceOp.MAX)
-        if overflows.item():
-            self.value, self.good_steps = self.value / 2, 0
+    def accepts(self, norm: Tensor) -> bool:
+        """Whether the step with this gradient norm may be taken; adapts the scale either way."""
+        if not torch.isfinite(norm):
+            self.value.mul_(0.5).clamp_(min=1.0)
+            self.good.zero_()
             return False
-        self.good_steps += 1
-        if self.good_steps == GROWTH_INTERVAL:
-            self.value, self.good_steps = self.value * 2, 0
+        self.good += 1
+        if self.good >= self.interval:
+            self.value.mul_(2.0).clamp_(max=self.largest)
+            self.good.zero_()
         return True
 
-    def state(self) -> Tensor:
-        """What a checkpoint keeps: float64 [2]."""
-        return torch.tensor([self.value, self.good_steps], dtype=torch.float64)
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, the very tensors in use."""
+        return {"value": self.value, "good": self.good}
 
-    def load(self, state: Tensor) -> None:
-        """The inverse of `state`."""
-        self.value, self.good_steps = float(state[0]), int(state[1])
 
-    @torch.no_grad()
-    def _times(self, factor: float, parameters: Iterable[nn.Parameter]) -> None:
-        if factor != 1.0:
-            gradients = [weight.grad for weight in parameters if weight.grad is not None]
-            if gradients:
-                torch._foreach_mul_([gradient.to_local() for gradient in gradients], factor)
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply the gradients that are there."""
+    gradients = [weight.grad.to_local() for weight in parameters if weight.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)

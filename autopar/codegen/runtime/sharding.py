@@ -57,12 +57,12 @@ def shard_stage(
         # the second line the factor becomes a pre-multiplied sum, which gloo does not have in float32.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        module.set_reshard_after_backward(zero == 3, recurse=False)
 
 
 def before_backward(stage: FSDPModule, zero: int, is_last: bool) -> None:
     """Say what the next backward of a stage does with the gradients. ``is_last``: it is the last of the step."""
     reduce = zero >= 2 or is_last
+    stage.set_reshard_after_backward(zero == 3)
     stage.set_requires_gradient_sync(reduce)
     stage.set_requires_all_reduce(is_last)
     # Every backward that reduces ends its reductions, as the last of a step does. Otherwise FSDP2 holds the whole

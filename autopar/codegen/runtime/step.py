@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .clipping import clip_gradients
 from .parameters import Tied
 from .pipeline import build_schedule
-from .scaling import LossScale
+from .scaling import LossScale, scale_gradients
 from .sharding import after_step, before_backward
 from .tied import TiedWeights
 
@@ -38,7 +38,7 @@ class Step:
 
     A stage returns the loss *summed* over a micro-batch (the last one does); it is divided by the number of targets
     in the whole step, over all micro-batches and data ranks, so that gradients are those of the mean over tokens.
-    ``stage``: what holds all parameters of this rank. ``scale``: what the loss is multiplied by before backward.
+    ``stage``: what holds all parameters of this rank. ``scale``: the loss scale of float16.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Step:
         self.stage = self.stages[0] if len(stages) == 1 else Stages(stages)
         self.count_targets, self.zero = count_targets, zero
         self.tied = TiedWeights(stages, tied, mesh)
-        self.scale = scale or LossScale()
+        self.scale, self.factor = scale, 1.0
         self.targets: Tensor | int = 1
         self.has_last = mesh["pp"].size() * len(stages) - 1 in stages
         self.schedule = None
@@ -76,7 +76,9 @@ class Step:
         targets = torch.as_tensor(self.count_targets(batch), device=first.device).clone()
         dist.all_reduce(targets, group=self.mesh["dp"].get_group())
         self.targets = targets.clamp(min=1)
-        self.scale.multiply(self.stage.parameters())
+        if self.scale is not None:
+            self.factor = self.scale.value.item()
+            scale_gradients(self.stage.parameters(), self.factor)  # of an earlier call, to be added to
         loss = self._accumulate(batch) if self.schedule is None else self._pipeline(batch)
         for stage in self.stages:
             after_step(stage)
@@ -84,8 +86,9 @@ class Step:
             if self.mesh[axis].size() > 1:
                 dist.all_reduce(loss, group=self.mesh[axis].get_group())
         self.tied.add_gradients()
-        self.scale.divide(self.stage.parameters())
-        return loss / self.scale.value
+        if self.scale is not None:
+            scale_gradients(self.stage.parameters(), 1 / self.factor)
+        return loss / self.factor
 
     @property
     def copies(self) -> set[int]:
@@ -118,4 +121,4 @@ class Step:
         return torch.zeros((), device=first.device, dtype=torch.float64)
 
     def _mean_loss(self, loss_sum: Tensor, target: Tensor | None = None) -> Tensor:
-        return loss_sum / self.targets * self.scale.value
+        return loss_sum / self.targets * self.factor
