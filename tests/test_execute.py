@@ -16,7 +16,7 @@ from autopar.sharding.conversions import same
 from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.execute import run_sharded
 from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
-from autopar.sharding.local import produced_layouts, shard, unshard
+from autopar.sharding.local import produced_layouts, settled, shard, unshard
 from autopar.sharding.rules import strategies_of
 
 BATCH, SEQ = 4, 8
@@ -67,18 +67,18 @@ def ends() -> OpGraph:
 GRAPHS = {"llama": attention_block, "gpt2": fused_block, "ends": ends}
 
 
-def draw_type(node: Node, rng: random.Random) -> SpmdType:
+def draw_type(node: Node, axis: str, rng: random.Random) -> SpmdType:
     """A type in which an input may arrive, or a parameter be stored."""
     splits = [S(d) for d, size in enumerate(node.meta.at(BATCH, SEQ)) if size % 8 == 0]
     if node.kind == "parameter":
-        return rng.choice([I, *splits])
+        return R if axis == "cp" else rng.choice([I, *splits])
     return rng.choice([R, I, *splits, *([P] if node.meta.requires_grad else [])])
 
 
 def draw_decision(graph: OpGraph, axes: dict[str, int], rng: random.Random) -> BlockDecision:
     """Random strategies everywhere, and the conversions they need."""
     produced = {
-        node.name: Layout(tuple((axis, draw_type(node, rng)) for axis in axes))
+        node.name: Layout(tuple((axis, draw_type(node, axis, rng)) for axis in axes))
         for node in graph.nodes.values()
         if node.kind != "op"
     }
@@ -89,7 +89,7 @@ def draw_decision(graph: OpGraph, axes: dict[str, int], rng: random.Random) -> B
         while refusal(node, graph, choice, axes, BATCH, SEQ):
             choice = {axis: rng.choice(options) for axis in axes}
         strategies[node.name] = {axis: strategy.name for axis, strategy in choice.items()}
-        needs, produced[node.name] = produced_layouts(node, choice)
+        needs, produced[node.name] = produced_layouts(node, settled(choice, axes))
         for operand, need in zip(node.operands(), needs, strict=True):
             wanted = Conversion(operand, produced[operand], need)
             if not same(produced[operand], need, graph.nodes[operand].meta.requires_grad) and wanted not in conversions:
@@ -172,10 +172,3 @@ def test_running_names_what_was_not_made_available() -> None:
     values = {n: shard(x, short.inputs[n], short.axes, BATCH, SEQ) for n, x in values_of(graph).items()}
     with pytest.raises(VerificationError, match=r"needs \w+ as tp:.*, which is held as tp:.* only"):
         run_sharded(BlockKind("Drawn", graph), short, values, BATCH, SEQ)
-
-
-def test_a_vocabulary_is_not_split_twice() -> None:
-    graph = ends()
-    node = graph.nodes["look_up"]
-    twice = dict.fromkeys(("cp", "tp"), next(s for s in strategies_of(node, graph) if s.variant))
-    assert "splits its vocabulary on several axes" in refusal(node, graph, twice, {"cp": 2, "tp": 2})

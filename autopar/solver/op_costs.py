@@ -91,9 +91,9 @@ class OpCosts:
         return self._moved(nbytes) + kernels * self.device.launch_s if nbytes else 0.0
 
     def optimizer_seconds(self, elements: int) -> float:
-        """One fused AdamW step over ``elements`` master parameters of this rank: reads the parameter, its gradient and
-        two moments, writes all but the gradient."""
-        return self.stream_seconds(7 * elements * self.job.master_bytes)
+        """One fused optimizer step over ``elements`` master parameters of this rank: reads the parameter, its gradient
+        and moments (AdamW: two), writes all but the gradient."""
+        return self.stream_seconds((3 + 2 * self.job.moments) * elements * self.job.master_bytes)
 
     def clip_seconds(self, elements: int) -> float:
         """Gradient clipping on this rank: reads gradients for the norm, scales them. Its all-reduce is not here."""
@@ -148,7 +148,7 @@ def _attention_fill(attention: Attention, processors: int) -> float:
     """Fraction of the speed of a large attention problem with head dim 128, in (0, 1]."""
     if processors == 1:
         return 1.0
-    keys = attention.keys * (0.5 if attention.causal else 1.0)
+    keys = attention.keys * attention.share
     length = keys / (keys + FILL_KEYS)
     # Short heads do fewer FLOP per softmax element; FlashAttention-2's figures for 64 are 0.8 to 0.9 of those for 128.
     head = min(1.0, sqrt(sqrt(attention.head_dim / 128)))
