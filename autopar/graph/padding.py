@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph, Ref, substitute
 from autopar.graph.size import Size
+
+if TYPE_CHECKING:
+    from autopar.plan import Plan
 
 ATTENTION = "aten.scaled_dot_product_attention"
 PAD = "aten.pad"
@@ -60,6 +63,12 @@ def padded(model: ModelGraph, ranks: int) -> ModelGraph:
     if all(kinds[name] is kind for name, kind in model.kinds.items()):
         return model
     return replace(model, kinds=kinds)
+
+
+def as_planned(plan: Plan, model: ModelGraph) -> ModelGraph:
+    """The model that the decisions of ``plan`` are about: ``model``, which the plan was made for, with its heads padded
+    as the plan says. Whatever reads decisions reads them against this."""
+    return padded(model, plan.pad_heads)
 
 
 def can_pad(model: ModelGraph, ranks: int) -> bool:
@@ -104,9 +113,11 @@ def _growth(node: Node, graph: OpGraph, ranks: int) -> tuple[bool, int] | None:
     if len(query) != 4 or not isinstance(query[1], int) or not isinstance(key[1], int) or key[1] != value[1]:
         return None
     heads, kv = query[1], key[1]
-    if heads % kv or heads == 1:
-        return None
-    group = heads // kv
+    return None if heads % kv else growth(kv, heads // kv, ranks)
+
+
+def growth(kv: int, group: int, ranks: int) -> tuple[bool, int] | None:
+    """How ``kv`` key/value heads with ``group`` queries each grow for ``ranks``; see `_growth`."""
     if kv % ranks == 0 or group % ranks == 0:
         return None
     more_kv, more_group = -(-kv // ranks) * ranks, -(-group // ranks) * ranks
