@@ -157,7 +157,8 @@ class Body:
         dim %= len(shape)
         axes, size = first.splits(dim), shape[dim]
         assert isinstance(plain, Call)
-        arguments: tuple[Argument, ...] = (*plain.arguments[:3],) if dim == len(shape) - 2 else plain.arguments[:2]
+        count = 3 if node.op == "aten.scaled_dot_product_attention" else 2
+        arguments: tuple[Argument, ...] = plain.arguments[:count]
         rest = [a for a in plain.arguments[len(arguments) :] if a != ("is_causal", literal(True))]
         added: list[Argument] = []
         if node.op == "aten.scaled_dot_product_attention":
