@@ -125,7 +125,7 @@ def model_problem(
     ``resident_price``: seconds per micro-batch that each parameter element held costs. ``again``: kinds whose forward
     runs twice (recomputed in backward). Raises UnsupportedError where sequences cannot be split over cp.
     """
-    check_axes(model, prices.axes, prices.job.seq_len)
+    check_axes(model, prices.axes, prices.job.seq_len, demands.sequence)
     sources: list[Source] = []
     ops: list[Op] = []
     outputs: list[Output] = []
