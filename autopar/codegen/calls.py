@@ -37,9 +37,7 @@ def call(function: str, arguments: tuple[str, ...], candidate: Candidate) -> Exp
             )
         way, options = "selective", [("keep", literal(candidate.saved))]
     elif candidate.recompute != "none":
-        raise UnsupportedError(
-            f"recompute {candidate.recompute!r} cannot be emitted; use none, full or selective(...)"
-        )
+        raise UnsupportedError(f"recompute {candidate.recompute!r} cannot be emitted; use none, full or selective(...)")
     parts = [*filter(None, ("offload" if candidate.offload else "", way)), function]
     return Call(parts[0], (*map(Text, (*parts[1:], *arguments)), *options))
 
