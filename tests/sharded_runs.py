@@ -41,8 +41,9 @@ def whole_run(
     return out.detach(), grad, dict(zip(wanted, grads, strict=True))
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.detach() - wanted).norm() / wanted.norm())
+def error(found: torch.Tensor, wanted: torch.Tensor, least: float = 0.0) -> float:
+    """DESIGN's measure; ``least``: what a true zero (the gradient of a key's bias) is compared with."""
+    return float((found.detach() - wanted).norm()) / max(float(wanted.norm()), least)
 
 
 def gradient(layout: Layout) -> Layout:
@@ -66,7 +67,8 @@ def prove(graph: OpGraph, decision: BlockDecision, batch: int = 4, seq: int = 8,
     layout = decision.outputs[graph.outputs[0]]
     assert error(unshard(found, layout, decision.axes, batch, seq), wanted) <= 1e-12
     torch.autograd.backward(found, shard(grad, gradient(layout), decision.axes, batch, seq, generator))
+    least = 1e-3 * float(torch.stack([g.norm() for g in grads.values()]).norm()) / len(grads) ** 0.5
     for name, expected in grads.items():
         parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in local[name]]
         back = unshard(parts, gradient(decision.inputs[name]), decision.axes, batch, seq)
-        assert error(back, expected) <= 1e-12, f"gradient of {name}"
+        assert error(back, expected, least) <= 1e-12, f"gradient of {name}"

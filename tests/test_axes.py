@@ -6,27 +6,35 @@ import random
 import re
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 from dense_decoder import decoder
 from plain_plans import small_gpt2, small_llama
+from rule_examples import Build
 from sharded_runs import prove
 from test_execute import GRAPHS, draw_decision
 
 from autopar.cluster import Cluster
 from autopar.errors import UnsupportedError, VerificationError
-from autopar.graph.ir import BlockKind, ModelGraph
+from autopar.graph.ir import Block, BlockKind, ModelGraph, Source
 from autopar.graph.trace import trace
 from autopar.job import Job
-from autopar.sharding.check import check_decision
+from autopar.sharding.check import check_decision, fits
+from autopar.sharding.conversions import convertible, direct, types_of
 from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.layout import I, Layout, P, R, S
+from autopar.sharding.local import produced_layouts
+from autopar.solver.axis_choices import boundary_layouts, choices_of, stored_layouts
+from autopar.solver.block_problem import decisions_of, model_problem, ties_of
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.decision_costs import boundary_bytes, decision_price
 from autopar.solver.fix import parse_fix
+from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices, strides
+from autopar.solver.problem import price
 from autopar.solver.reprice import _block_seconds
 from autopar.solver.shardings import Context, Shardings
 
@@ -199,3 +207,116 @@ def test_bounds_hold(axes: dict[str, int]) -> None:
         assert found.kind_bounds()[name].none_s <= seconds[name] * (1 + 1e-9)
         assert found.kind_bytes()[name].saved <= cost.inflight
         assert found.kind_bytes()[name].inputs <= boundary_bytes(kind, cost.decision, 2, job)
+
+
+def mlp() -> ModelGraph:
+    """Two blocks in a chain: norm, two products, residual."""
+    g = Build()
+    x, norm = g.leaf("x", "b s 8"), g.leaf("norm", "8", "parameter")
+    up, down = g.leaf("up_weight", "16 8", "parameter"), g.leaf("down_weight", "8 16", "parameter")
+    y = g.op("aten.rms_norm", x, (8,), norm, 1e-5, out="b s 8", name="normed")
+    y = g.op("aten.silu", g.op("aten.linear", y, up, out="b s 16", name="up"), out="b s 16", name="silu")
+    y = g.op("aten.linear", y, down, out="b s 8", name="down")
+    graph = g.graph(g.op("aten.add", x, y, out="b s 8", name="sum"))
+    whole = decoder(layers=2)
+    names = {node.target: node.target for node in graph.of("parameter")}
+    inputs = ({"x": Source("batch", key="x")}, {"x": Source("block", 0)})
+    blocks = tuple(Block("Mlp", f"{index}", each, names) for index, each in enumerate(inputs))
+    return replace(whole, kinds={"Mlp": BlockKind("Mlp", graph)}, blocks=blocks, tied=())
+
+
+def held_as(layout: Layout) -> object:
+    """Equal for layouts that hold a tensor alike."""
+    types = dict(layout.types)
+    dims = {kind.dim for kind in types.values() if kind.kind == "S"}
+    return tuple(sorted((axis, str(kind)) for axis, kind in types.items())), tuple(map(layout.splits, sorted(dims)))
+
+
+class Enumeration:
+    """The cheapest decision by trying everything: all strategies, and conversions through every type on every axis."""
+
+    def __init__(self, kind: BlockKind, prices: AxisPrices) -> None:
+        self.graph, self.prices, self.axes = kind.graph, prices, prices.axes
+        self.away: dict[object, dict[object, float]] = {}
+        self.trees: dict[object, float] = {}
+        self.known: dict[object, Layout] = {}
+
+    def distances(self, name: str, start: Layout) -> dict[object, float]:
+        key = (name, held_as(start))
+        if key not in self.away:
+            meta = self.graph.nodes[name].meta
+            best, layouts = {held_as(start): 0.0}, {held_as(start): start}
+            todo = [held_as(start)]
+            while todo:
+                here = min(todo, key=best.__getitem__)
+                todo.remove(here)
+                layout = layouts[here]
+                for axis, kind in product(self.axes, types_of(len(meta.shape))):
+                    step = direct(layout[axis], kind, meta.requires_grad) if convertible(layout, axis) else None
+                    after = layout.with_type(axis, kind)
+                    if step is None or not fits(
+                        meta.shape, after, self.axes, self.prices.batch, self.prices.job.seq_len
+                    ):
+                        continue
+                    there = held_as(after)
+                    seconds = best[here] + self.prices.conversion(meta, layout, axis, step).seconds
+                    if seconds < best.get(there, float("inf")):
+                        best[there], layouts[there] = seconds, after
+                        todo += [there] if there not in todo else []
+            self.away[key] = best
+            self.known |= {(name, other): found for other, found in layouts.items()}
+        return self.away[key]
+
+    def tree(self, name: str, start: Layout, wanted: set[Layout]) -> float:
+        """The cheapest conversions to at most two layouts: they part somewhere."""
+        ends = sorted({held_as(layout) for layout in wanted}, key=str)
+        key = (name, held_as(start), tuple(ends))
+        if key not in self.trees:
+            first = self.distances(name, start)
+            self.trees[key] = min(
+                seconds + sum(self.distances(name, self.known[name, via]).get(end, float("inf")) for end in ends)
+                for via, seconds in first.items()
+            )
+        return self.trees[key]
+
+    def best(self, stored: dict[str, tuple[Layout, ...]], boundary: tuple[Layout, ...]) -> float:
+        nodes = list(self.graph.of("op"))
+        options = []
+        for node in nodes:
+            found = choices_of(node, self.graph, self.axes, self.prices.batch, self.prices.job.seq_len)
+            options.append(
+                [(*produced_layouts(node, c), self.prices.operator(node, self.graph, c)[0].seconds) for c in found]
+            )
+        least = float("inf")
+        for around, *combination in product(boundary, *options):
+            total = sum(seconds for _, _, seconds in combination)
+            made = {"x": around} | {node.name: output for node, (_, output, _) in zip(nodes, combination, strict=True)}
+            wanted: dict[str, set[Layout]] = {"sum": {around}}
+            for node, (inputs, _, _) in zip(nodes, combination, strict=True):
+                for operand, layout in zip(node.operands(), inputs, strict=True):
+                    wanted.setdefault(operand, set()).add(layout)
+            for name, layouts in wanted.items():
+                if total < least:
+                    starts = stored[name] if name in stored else (made[name],)
+                    total += min(self.tree(name, start, layouts) for start in starts)
+            least = min(least, total)
+        return least
+
+
+@pytest.mark.parametrize("seq", [64, 4096])
+@pytest.mark.parametrize("axes", [{"cp": 2, "tp": 2}, {"tp0": 2, "tp1": 2}], ids=str)
+def test_the_ilp_on_two_axes_agrees_with_enumeration(axes: dict[str, int], seq: int) -> None:
+    model, job = mlp(), Job(global_batch=8, seq_len=seq)
+    prices = AxisPrices(OpCosts(CLUSTER.device, job), CollectiveCosts(CLUSTER), axes, 2)
+    built = model_problem(model, prices, ties_of(model))
+    answer = solve(built.problem)
+    assert answer.status == "optimal"
+    assert price(built.problem, answer)[0] == answer.seconds
+    graph = model.kinds["Mlp"].graph
+    stored = {node.name: stored_layouts(node.meta, axes, ()) for node in graph.of("parameter")}
+    boundary = boundary_layouts(graph.nodes["x"].meta, axes, 2, seq)
+    best = Enumeration(model.kinds["Mlp"], prices).best(stored, boundary)
+    assert answer.seconds == pytest.approx(2 * best, rel=1e-9)
+    assert answer.bound <= answer.seconds
+    (decision,) = decisions_of(model, built, answer).values()
+    prove(graph, decision, 2, 8)
