@@ -48,8 +48,8 @@ ClusterOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option("--global-batch", help="Sequences per optimizer step.")]
 SeqOption = Annotated[int, typer.Option("--seq-len", help="Tokens per sequence.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Compute dtype: bf16, fp32 or fp64.")]
-OptimizerOption = Annotated[str, typer.Option("--optimizer", help="Optimizer: adamw.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Compute dtype: bf16, fp16, fp32 or fp64.")]
+OptimizerOption = Annotated[str, typer.Option("--optimizer", help="Optimizer: adamw or sgd.")]
 FixOption = Annotated[
     list[str] | None,
     typer.Option("--fix", metavar="KEY=VALUE", help="Fix a part of the plan, such as tp=8; may be repeated."),

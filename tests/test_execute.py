@@ -172,5 +172,3 @@ def test_running_names_what_was_not_made_available() -> None:
     values = {n: shard(x, short.inputs[n], short.axes, BATCH, SEQ) for n, x in values_of(graph).items()}
     with pytest.raises(VerificationError, match=r"needs \w+ as tp:.*, which is held as tp:.* only"):
         run_sharded(BlockKind("Drawn", graph), short, values, BATCH, SEQ)
-
-

@@ -106,6 +106,7 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "global_batch": plan.job.global_batch,
         "seq_len": plan.job.seq_len,
         "dtype": plan.job.dtype,
+        "optimizer": plan.job.optimizer,
         "micro_batch": plan.micro_batch,
         "micro_batches": plan.micro_batches,
         "schedule": plan.schedule,

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from autopar.graph.ops import attention_of_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,8 @@ class _FusedKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is attention_of_last:  # the kernel needs no mask in memory
+            return _attention(*args[:3])
         if func is F.rms_norm or func is torch.rms_norm:
             return _rms_norm(*args, **kwargs)
         if func is F.dropout:
@@ -140,8 +143,7 @@ def _attention(
     *_: Any,
     **__: Any,
 ) -> torch.Tensor:
-    computed = attn_mask is None or isinstance(attn_mask, CausalBias)  # the kernel needs no mask in memory
-    kept = (query, key, value) if computed else (query, key, value, attn_mask)
+    kept = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     # The kernels write [batch, positions, heads, width] and return a transposed view: merging heads after it is free.
     output = query.new_empty(*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1]).transpose(-3, -2)
     statistics = torch.empty(query.shape[:-1], dtype=torch.float32)

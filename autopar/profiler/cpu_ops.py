@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from autopar.profiler.timing import timed
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 MATMUL = 512
 """Rows, columns and inner length of the matmul measured: past the ramp of small ones, and milliseconds long."""
 

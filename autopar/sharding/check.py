@@ -116,7 +116,7 @@ def refusal(
     needs, output = produced_layouts(node, choice)
     loose = frozenset(axis for axis, strategy in choice.items() if strategy.uneven)
     for name, layout in (*zip(node.operands(), needs, strict=True), (node.name, output)):
-        if not fits(graph.nodes[name], layout, axes, batch, seq, loose):
+        if not fits(graph.nodes[name].meta.shape, layout, axes, batch, seq, loose):
             return f"cannot hold {_described(graph.nodes[name])} as {layout} on {dict(axes)}"
     return ""
 
@@ -176,26 +176,26 @@ def _check_splits(
     foreign = [axis for axis, _ in layout.types if axis not in decision.axes]
     if foreign:
         raise VerificationError(f"{where}: {node.name} has a layout on axis {foreign[0]}, which is not in the decision")
-    if not fits(node, layout, decision.axes, batch, seq, loose):
+    if not fits(node.meta.shape, layout, decision.axes, batch, seq, loose):
         raise VerificationError(f"{where}: {_described(node)} cannot be held as {layout} on {decision.axes}")
 
 
 def fits(
-    node: Node,
+    shape: tuple[int | Size, ...],
     layout: Layout,
     axes: Mapping[str, int],
     batch: int | None,
     seq: int | None,
     loose: frozenset[str] = frozenset(),
 ) -> bool:
-    """Whether a tensor divides evenly as ``layout`` says, block splits nested.
+    """Whether a tensor of ``shape`` divides evenly as ``layout`` says, block splits nested.
 
     A dim of a fixed size that ``loose`` axes alone split may divide unevenly, if every rank gets a part.
     """
     for axis, kind in layout.types:
         if kind.kind != "S":
             continue
-        size = node.meta.shape[kind.dim] if kind.dim < len(node.meta.shape) else 0
+        size = shape[kind.dim] if kind.dim < len(shape) else 0
         inner = divide(size, kind.blocks) if size else None
         splits = layout.splits(kind.dim)
         if inner is None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from autopar.graph.size import Size
 
-
 CONTEXT = "cp"
 """The mesh axis that splits activations by sequence and holds every parameter whole (context parallelism)."""
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
-from autopar.graph.ops import WIDE
+from autopar.graph.ops import WIDE, attention_of_last
 
 Collective = tuple[str, torch.Tensor]
 Local = Generator[Collective, torch.Tensor, torch.Tensor]
@@ -66,8 +65,7 @@ def context(
     for part in torch.split(query, runs, -2):
         stop = start + part.shape[-2]
         keys, values = key.narrow(-2, 0, stop), value.narrow(-2, 0, stop)
-        bias = causal_lower_right(part.shape[-2], stop)
-        heads.append(F.scaled_dot_product_attention(part, keys, values, bias, dropout_p, **options))
+        heads.append(attention_of_last(part, keys, values, dropout_p=dropout_p, **options))
         start = stop
     return torch.cat(heads, -2) if len(heads) > 1 else heads[0]
 

@@ -1,4 +1,4 @@
-"""Sharding answers for one model axis and micro-batch size: the fastest, leaner ones, and proved lower bounds.
+"""Sharding answers for model axes and a micro-batch size: the fastest, leaner ones, and proved lower bounds.
 
 One answer shards every block kind, with one layout between blocks and one storage of each tied parameter. Answers are
 found on demand and kept; `Shardings.cheap_bound` needs no ILP, `bound` the fastest answer's, `kind_bounds` one
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from math import prod
 
 from autopar.cluster import Cluster
-from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.sharding.decision import BlockDecision
@@ -139,15 +138,13 @@ class KindBytes:
 
 
 class Shardings:
-    """All answers for model axes of these sizes and ``batch`` samples a micro-batch."""
+    """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch."""
 
     def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int) -> None:
         self.axes = dict(axes)
-        if set(self.axes) - {"tp"}:
-            raise UnsupportedError(f"several model axes ({', '.join(self.axes)}) cannot be searched yet; use tp alone")
-        size = self.axes.get("tp", 1)
-        self.context, self.size, self.batch = context, size, batch
-        self.prices = AxisPrices(context.ops, context.collectives, size, batch)
+        self.context, self.batch = context, batch
+        self.prices = AxisPrices(context.ops, context.collectives, self.axes, batch)
+        self.size = self.prices.ranks
         self._built: dict[frozenset[str], ModelProblem] = {}
         self._decisions: dict[str, BlockDecision] = {}
         self._fastest: Answered | None = None
@@ -300,10 +297,10 @@ class Shardings:
         graph = self.context.model.kinds[name].graph
         nodes = [node for node in graph.of("op") if of is None or node.name in of]
         if self.size == 1:
-            return sum(self.prices.operator(node, graph, None)[0].forward_s for node in nodes)
-        strategies = self.built(frozenset()).strategies
+            return sum(self.prices.operator(node, graph, {})[0].forward_s for node in nodes)
+        ways = self.built(frozenset()).choices
         return sum(
-            min(self.prices.operator(node, graph, way)[0].forward_s for way in strategies[f"{name}/{node.name}"])
+            min(self.prices.operator(node, graph, way)[0].forward_s for way in ways[f"{name}/{node.name}"])
             for node in nodes
         )
 
@@ -319,6 +316,7 @@ class Shardings:
             tuple(op for op in whole.ops if op.name.startswith(prefix)),
             {tensor: table for tensor, table in whole.conversions.items() if tensor.startswith(prefix)},
             tuple(output for output in whole.outputs if output.tensor.startswith(prefix)),
+            hubs=whole.hubs,
         )
         bound = self._least_of[name, again] = solve(part).bound
         self.context.clock.add("bounds", begin)

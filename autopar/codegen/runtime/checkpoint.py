@@ -13,23 +13,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 
 from .launch import InputError
+from .optimizer import moments, set_steps
 from .parameters import Tied, first_names
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from .scaling import LossScale
 
 
 def save(
-    folder: Path, step: int, stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, copies: set[int], keep: int
+    folder: Path,
+    step: int,
+    stage: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tied: Tied,
+    copies: set[int],
+    keep: int,
+    scale: LossScale | None = None,
 ) -> None:
     """Write ``folder/step_N``, N = ``step`` optimizer steps done, and remove all but the ``keep`` newest.
 
     ``copies``: ids of parameters that another stage writes (tied weights).
     """
     target, temporary = folder / f"step_{step}", folder / f"step_{step}.tmp"
-    state = _state(stage, optimizer, tied, copies)
+    state = _state(stage, optimizer, tied, copies, scale)
     state["step"] = torch.tensor(step)
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -49,7 +56,9 @@ def save(
     dist.barrier()
 
 
-def resume(path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied) -> int:
+def resume(
+    path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, scale: LossScale | None = None
+) -> int:
     """Read parameters and optimizer state from ``path`` (a ``step_N`` folder, or the folder that holds them).
 
     Returns the number of optimizer steps done. Raises InputError if there is no complete checkpoint.
@@ -59,38 +68,30 @@ def resume(path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, tied:
         if not pointer.exists():
             raise InputError(f"--resume: no complete checkpoint in {path}")
         path = path / pointer.read_text().strip()
-    state = _state(stage, optimizer, tied, set())
+    state = _state(stage, optimizer, tied, set(), scale)
     state["step"] = torch.tensor(0)
     dcp.load(state, checkpoint_id=path)
     step = int(state["step"].item())
-    for weight in stage.parameters():
-        optimizer.state[weight]["step"].fill_(step)
+    set_steps(optimizer, step)
     return step
 
 
-def _state(stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, skip: set[int]) -> dict[str, Any]:
+def _state(
+    stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, skip: set[int], scale: LossScale | None
+) -> dict[str, Any]:
     """The tensors of a checkpoint by name, the very ones in use: loading fills them in place."""
     first = first_names(tied)
     state: dict[str, Any] = {"model": {}, "optimizer": {}}
+    if scale is not None:
+        state["loss_scale"] = {"value": scale.value, "good": scale.good}
     for name, weight in stage.named_parameters():
         if id(weight) in skip:
             continue
         name = first.get(name, name)
         state["model"][name] = weight.detach()
-        for moment in MOMENTS:
-            state["optimizer"][f"{name}.{moment}"] = _adamw_state(optimizer, weight)[moment]
+        for moment, value in moments(optimizer, weight).items():
+            state["optimizer"][f"{name}.{moment}"] = value
     return state
-
-
-def _adamw_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
-    """What AdamW keeps for a parameter, made here if it has not taken a step yet."""
-    kept = optimizer.state[weight]
-    if not kept:
-        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        kept["step"] = torch.zeros((), dtype=torch.float32, device=weight.device if on_device else "cpu")
-        for moment in MOMENTS:
-            kept[moment] = torch.zeros_like(weight, requires_grad=False)
-    return kept
 
 
 def _complete(folder: Path) -> list[Path]:

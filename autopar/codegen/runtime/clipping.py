@@ -13,11 +13,16 @@ from torch.nn.utils import get_total_norm
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Iterable[nn.Parameter], max_norm: float | None, mesh: DeviceMesh, not_counted: set[int]
+    parameters: Iterable[nn.Parameter],
+    max_norm: float | None,
+    mesh: DeviceMesh,
+    not_counted: set[int],
+    scale: float = 1.0,
 ) -> Tensor:
     """Scale the gradients so that their global 2-norm is at most ``max_norm`` (None: leave them); returns the norm.
 
-    ``not_counted``: ids of parameters that are copies of one on another stage.
+    ``not_counted``: ids of parameters that are copies of one on another stage. ``scale``: what the loss was multiplied
+    by; the gradients and the norm are divided by it.
     """
     # By the axes they are sharded over: a gradient that is whole on an axis must not be counted once per rank.
     # On local tensors: PyTorch would work out the layout of every DTensor first, which takes seconds.
@@ -38,9 +43,10 @@ def clip_gradients(
         square += part
     if mesh["pp"].size() > 1:
         dist.all_reduce(square, group=mesh["pp"].get_group())
-    norm = square.sqrt()
-    if max_norm is not None:
-        torch._foreach_mul_(list(local.values()), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    norm = square.sqrt() / scale
+    factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if max_norm is not None or scale != 1.0:
+        torch._foreach_mul_(list(local.values()), factor / scale)
     return norm
 
 

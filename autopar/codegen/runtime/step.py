@@ -37,6 +37,8 @@ class Step:
         self.reduce_each = reduce_each
         self.tied = TiedWeights(stage, tied, mesh)
         self.targets: Tensor | int = 1
+        # What the loss is multiplied by before the backward (float16), and clipping divides gradients by.
+        self.scale = 1.0
         self.schedule: Schedule1F1B | None = None
         stages, index = mesh["pp"].size(), mesh["pp"].get_local_rank()
         if stages > 1:
@@ -66,7 +68,7 @@ class Step:
         if self.schedule is not None:
             dist.all_reduce(loss, group=pp)
         self.tied.add_gradients()
-        return loss
+        return loss / self.scale
 
     @property
     def copies(self) -> set[int]:
@@ -75,7 +77,7 @@ class Step:
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Clip to the global norm ``max_norm`` (None: do not); returns the norm before."""
-        return clip_gradients(self.stage.parameters(), max_norm, self.mesh, self.copies)
+        return clip_gradients(self.stage.parameters(), max_norm, self.mesh, self.copies, self.scale)
 
     def _accumulate(self, batch: Batch) -> Tensor:
         losses = []
@@ -104,4 +106,4 @@ class Step:
         return value.chunk(self.micro_batches)[index]
 
     def _mean_loss(self, loss_sum: Tensor, target: Tensor | None = None) -> Tensor:
-        return loss_sum / self.targets
+        return loss_sum / self.targets * self.scale
