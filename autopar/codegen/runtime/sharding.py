@@ -1,6 +1,7 @@
 """Data parallelism by FSDP2: one group per block, the rest of the stage in a root group."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,6 +42,9 @@ def shard_stage(stage: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, zer
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compile each block's forward, without graph breaks; FSDP2's hooks and recomputation stay outside."""
+    """Compile each block's forward, without graph breaks; FSDP2's hooks stay outside, and so does recomputation, but
+    for the selective one, which the compiler carries out (`recompute.selective`)."""
+    block: Any
     for block in blocks:
+        block.eager_forward = block.forward
         block.forward = torch.compile(block.forward, fullgraph=True)
