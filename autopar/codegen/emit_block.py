@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from autopar.codegen import positions
 from autopar.codegen.expressions import Site, Sizes, render
 from autopar.codegen.hints import attention_names, logits_names, module_name
-from autopar.codegen.positions import in_order, is_sequence
+from autopar.codegen.positions import is_sequence
 from autopar.codegen.remarks import inner_remarks, step_remarks
 from autopar.codegen.setting import Setting
 from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal, values_in
@@ -23,7 +22,7 @@ from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step as Conversion
 from autopar.sharding.conversions import path, same
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.layout import Layout, SpmdType
+from autopar.sharding.layout import CONTEXT, Layout, SpmdType
 from autopar.sharding.local import produced_layouts
 
 FUNCTIONS = {
@@ -129,9 +128,7 @@ class Body:
             strategies = chosen(node, self.graph, self.decision)
             choice = {axis: strategy for axis, strategy in strategies.items() if axis in self.setting.axes}
             read_as, output = produced_layouts(node, choice)
-            metas = [self.graph.nodes[name].meta for name in operands]
-            needs = [in_order(layout, meta.shape) for layout, meta in zip(read_as, metas, strict=True)]
-            output = in_order(output, node.meta.shape)
+            needs = list(read_as)
             variants = {strategy.variant for strategy in choice.values() if strategy.variant}
         read = iter([Value(self._materialise(name, need)) for name, need in zip(operands, needs, strict=True)])
         args, kwargs = substitute((node.args, node.kwargs), lambda _: next(read))
@@ -141,7 +138,7 @@ class Body:
         comments: tuple[str, ...] = ()
         if variants:
             expr = self._special(node, expr, shapes[0], needs[0])
-            comments = inner_remarks(self.setting, choice, needs[0])
+            comments = inner_remarks(self.setting, choice, needs)
         split = [axis for axis, kind in output.types if kind.kind == "S" and axis in self.setting.axes]
         if split and draws_random(node):
             expr = _with_own_numbers(expr, self._axes_expr(split))
@@ -160,11 +157,12 @@ class Body:
         dim %= len(shape)
         axes, size = first.splits(dim), shape[dim]
         assert isinstance(plain, Call)
-        arguments: tuple[Argument, ...] = (*plain.arguments[:3],) if dim == len(shape) - 2 else plain.arguments[:2]
+        count = 3 if node.op == "aten.scaled_dot_product_attention" else 2
+        arguments: tuple[Argument, ...] = plain.arguments[:count]
         rest = [a for a in plain.arguments[len(arguments) :] if a != ("is_causal", literal(True))]
         added: list[Argument] = []
         if node.op == "aten.scaled_dot_product_attention":
-            if self.setting.balanced and axes[0] == positions.AXIS:
+            if self.setting.balanced and axes[0] == CONTEXT:
                 added.append(("balanced", literal(True)))
         elif isinstance(size, int) and size % prod(self.setting.axes[axis] for axis in axes):
             added.append(("vocabulary", literal(size)))
@@ -242,7 +240,7 @@ class Body:
         split = [kind for kind in (step.source, step.target) if kind.kind == "S"]
         dims = [literal(blocked.place(kind.dim)) for kind in split]
         options: list[Argument] = []
-        if self.setting.balanced and axis == positions.AXIS:
+        if self.setting.balanced and axis == CONTEXT:
             whole = node.meta.shape
             ordered = [dim for kind, dim in zip(split, dims, strict=True) if is_sequence(whole[kind.dim], kind)]
             if len(ordered) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from autopar.codegen.setting import Setting
@@ -33,12 +33,12 @@ def step_remarks(setting: Setting, node: Node, axis: str, step: Step, layout: La
     return (f"{axis} {_action(step.forward)}, {_amount(nbytes)} {what}{time}; backward: {back}",)
 
 
-def inner_remarks(setting: Setting, choice: Mapping[str, Strategy], layout: Layout) -> tuple[str, ...]:
-    """What an operator moves by itself; ``choice``: its strategies, ``layout``: of its first operand."""
+def inner_remarks(setting: Setting, choice: Mapping[str, Strategy], operands: Sequence[Layout]) -> tuple[str, ...]:
+    """What an operator moves by itself; ``choice``: its strategies; ``operands``: how it reads them."""
     lines = []
     for axis, strategy in choice.items():
         for inner in dict.fromkeys(strategy.inner):
-            nbytes = _bytes(setting, inner.shape, inner.dtype, axis, layout)
+            nbytes = _bytes(setting, inner.shape, inner.dtype, axis, operands[inner.like])
             seconds = setting.seconds(inner.collective, nbytes, axis)
             time = f", {_time(seconds)} each" if seconds is not None else ""
             count = strategy.inner.count(inner)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from autopar.codegen.positions import AXIS, is_balanced
+from autopar.codegen.positions import is_balanced
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
+from autopar.sharding.layout import CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Setting:
     @property
     def splits(self) -> tuple[str, ...]:
         """The axes that may split parameters: all but cp."""
-        return tuple(axis for axis in self.axes if axis != AXIS)
+        return tuple(axis for axis in self.axes if axis != CONTEXT)
 
 
 def setting_of(plan: Plan, model: ModelGraph) -> Setting:

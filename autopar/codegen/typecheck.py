@@ -248,13 +248,15 @@ def _embedding_types(ids: Tensor, weight: Tensor, vocabulary_axes: tuple[Any, ..
     return result
 
 
-def _embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    return _stated(F.embedding, _embedding_types(ids, weight), ids, weight)
+def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    return _stated(F.embedding, _embedding_types(ids, weight), ids, weight, padding_idx)
 
 
-def _vocab_embedding(ids: Tensor, weight: Tensor, axis: Axes, vocabulary: int | None = None) -> Tensor:
+def _vocab_embedding(
+    ids: Tensor, weight: Tensor, axis: Axes, padding_idx: int | None = None, vocabulary: int | None = None
+) -> Tensor:
     types = _embedding_types(ids, weight, _axes(axis))
-    return _stated(vocab_embedding, types, ids, weight, axis, vocabulary)
+    return _stated(vocab_embedding, types, ids, weight, axis, padding_idx, vocabulary)
 
 
 def _axes(axis: Axes) -> tuple[Any, ...]:

@@ -8,10 +8,11 @@ from itertools import groupby
 from autopar.plan import Candidate, Plan, Predicted, Run, Stage
 from autopar.sharding.rules import has_rule
 from autopar.solver.candidates import BlockCost
-from autopar.solver.evaluate import Assessment, Placed, block_runs, placed
+from autopar.solver.evaluate import Assessment, Placed, placed
 from autopar.solver.interval import interval_of
 from autopar.solver.shardings import Context
 from autopar.solver.space import model_flops
+from autopar.solver.spread import block_runs
 
 
 def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts: dict[str, int]) -> Plan:
@@ -106,9 +107,8 @@ def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
 
 
 def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candidate:
-    share = int(cost.elements / place.memory.shards)
-    once = place.data.ops.optimizer_seconds(share) + place.data.ops.clip_seconds(share)
-    if place.data.pipelined or not place.data.sharded:
+    once = place.data.optimizer_s(cost.elements)
+    if place.data.defers:
         once += place.data.reduce_s(cost.elements)
     return Candidate(
         name=name,

@@ -31,6 +31,7 @@ from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import stream_seconds
 from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
 from autopar.solver.fix import Fix
+from autopar.solver.halves import HalvedBackward
 from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
@@ -70,13 +71,24 @@ class Context:
     costs: BlockCosts
     clock: Clock
     counts: dict[str, int]
+    halved: HalvedBackward
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
         counts = Counter(block.kind for block in model.blocks)
         ops = OpCosts(cluster.device, job)
         return Context(
-            model, job, cluster, fix, ops, CollectiveCosts(cluster), ties_of(model), BlockCosts(job), Clock(), counts
+            model,
+            job,
+            cluster,
+            fix,
+            ops,
+            CollectiveCosts(cluster),
+            ties_of(model),
+            BlockCosts(job),
+            Clock(),
+            counts,
+            HalvedBackward(ops),
         )
 
     def demands(self) -> Demands:

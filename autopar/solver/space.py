@@ -67,10 +67,15 @@ class Config:
 
 def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
     """All that the capability table lets be executed, in a fixed order."""
-    recompute = frozenset(choice.partition("(")[0] for _, choice in fix.recompute)
     for config in wished(model, job, cluster, fix):
-        if executes(replace(config.choice, recompute=recompute, dtype=job.dtype)):
+        if executes(judged(config, job, fix)):
             yield config
+
+
+def judged(config: Config, job: Job, fix: Fix) -> Choice:
+    """A configuration with what the job and the fix say about its blocks, for the capability table."""
+    recompute = frozenset(choice.partition("(")[0] for _, choice in fix.recompute)
+    return replace(config.choice, recompute=recompute, dtype=job.dtype)
 
 
 def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
@@ -169,7 +174,9 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
             f"fix: fsdp={fix.fsdp} does not divide the number of data ranks ({[dp * cp for dp in dps]})"
         )
     fixed = ", ".join(f"{key}={value}" for key, value in fix.given().items())
-    refused = Counter(limit for config in wished(model, job, cluster, fix) for limit in refusals(config.choice))
+    refused = Counter(
+        limit for config in wished(model, job, cluster, fix) for limit in refusals(judged(config, job, fix))
+    )
     if refused and fixed:
         limit = refused.most_common(1)[0][0]
         kind = UnsupportedError if limit.avoids else BadInputError
