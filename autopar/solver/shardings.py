@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from autopar.cluster import Cluster
 from autopar.errors import UnsupportedError
@@ -73,6 +74,7 @@ class Context:
     clock: Clock
     counts: dict[str, int]
     halved: HalvedBackward
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
