@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
@@ -74,6 +75,7 @@ class Context:
     counts: dict[str, int]
     halved: HalvedBackward
     paddings: dict[int, Context] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
