@@ -29,6 +29,9 @@ class Axis:
     rank: int
     device_type: str = "cpu"
 
+    def size(self) -> int:
+        return 4
+
     def get_local_rank(self) -> int:
         return self.rank
 

@@ -9,7 +9,7 @@ from autopar.cluster import Cluster
 from autopar.errors import AutoparError, BadInputError
 from autopar.job import Job
 from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward
+from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward, stage_events
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.reprice import check_price, price_plan, reprice
 from autopar.solver.search import search
@@ -17,18 +17,30 @@ from autopar.solver.search import search
 JOB = Job(global_batch=16, seq_len=64)
 FIXES = [
     {},
-    {"dp": 8, "zero": 0},
-    {"dp": 8, "zero": 3},
+    *({"dp": 8, "zero": level} for level in range(4)),
+    {"dp": 8, "zero": 3, "fsdp": 2},
+    {"dp": 8, "zero": 2, "fsdp": 4, "micro_batch": 1},
+    {"dp": 4, "tp": 2, "zero": 1, "fsdp": 2, "micro_batch": 1},
+    {"dp": 8, "zero": 0, "offload": "state"},
+    {"dp": 8, "zero": 3, "offload": "state", "micro_batch": 1},
     {"tp": 8},
-    {"pp": 4, "dp": 2, "zero": 3},
     {"pp": 2, "tp": 2, "recompute": "full"},
+    *({"pp": 4, "dp": 2, "zero": level, "micro_batch": 1} for level in range(4)),
+    {"pp": 4, "dp": 2, "zero": 1, "offload": "state"},
+    {"pp": 2, "dp": 4, "schedule": "gpipe"},
+    {"pp": 2, "dp": 2, "tp": 2, "schedule": "gpipe", "zero": 2, "fsdp": 2, "stages": "1,5"},
+    *({"pp": 2, "dp": 4, "vpp": 2, "zero": level, "micro_batch": 1} for level in range(4)),
+    {"pp": 2, "tp": 4, "vpp": 3, "zero": 0},
+    {"pp": 2, "dp": 4, "schedule": "zbv", "zero": 1, "recompute": "none"},
+    {"pp": 4, "tp": 2, "schedule": "dualpipev", "micro_batch": 1, "vpp": 2, "stages": "1,1,1,1,1,1,1,1"},
+    {"pp": 2, "dp": 4, "schedule": "dualpipev", "zero": 0, "fsdp": 1, "stages": "1,1,3,1"},
 ]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fix", FIXES)
 def test_agrees_with_the_search(fix, tied):
-    model = decoder(4, tied=tied)
+    model = decoder(6 if fix.get("stages", "").count(",") == 7 else 4, tied=tied)
     plan = search(model, JOB, Cluster.parse("1x8:h100"), fix)
     priced = reprice(plan, model)
     assert priced.step_time == pytest.approx(plan.predicted.step_time, rel=1e-9)
@@ -78,23 +90,74 @@ def test_hidden_communication_stays_within_its_budget():
     assert hidden_backward([2.0], [0.0], [0.0], 0.5, 0.0) == 2.5
 
 
-def data_axis(zero, pipelined):
-    job, cluster = Job(global_batch=16, seq_len=64), Cluster.parse("1x8:h100")
-    return DataAxis(OpCosts(cluster.device, job), CollectiveCosts(cluster), 8, 1, zero, pipelined, 4)
+def data_axis(zero, pp=1, size=8, fsdp=None, micro=4, vpp=1, cluster="1x8:h100", offload="none"):
+    job, cluster = Job(global_batch=16, seq_len=64), Cluster.parse(cluster)
+    group = (fsdp or size) if zero else 1
+    ops, collectives = OpCosts(cluster.device, job), CollectiveCosts(cluster)
+    return DataAxis(ops, collectives, size, 1, zero, group, pp, micro, vpp, offload)
 
 
-def test_stages_gather_once_a_step():
-    axis, blocks = data_axis(3, True), [BlockTime(1e-6, 2e-6, 10**8), BlockTime(1e-6, 2e-6, 10**8)]
-    times = axis.stage(blocks)
+N = 10**8
+BLOCKS = [BlockTime(1e-6, 2e-6, N), BlockTime(1e-6, 2e-6, N)]
+
+
+def test_stock_pipelining_gathers_and_reduces_once_a_step():
+    axis = data_axis(1, pp=2)
+    times = axis.stage(BLOCKS)
     # Gathers far longer than the compute beside them: both are seen in the first forward, none in any backward.
-    assert times.first_s > 2 * axis.gather_s(10**8)
+    assert times.first_s > 2 * axis.gather_s(N)
     assert times.forward_s == pytest.approx(2e-6)
-    assert times.backward_s == pytest.approx(4e-6 + 2 * axis.reduce_copy_s(10**8))
-    assert times.reduce_s == pytest.approx(2 * axis.reduce_s(10**8))
+    assert times.backward_s == pytest.approx(4e-6 + 2 * axis.reduce_copy_s(N))
+    assert times.reduce_s == pytest.approx(2 * axis.reduce_s(N))
+    # With several stages on a rank the gathers start with the step; only their copies are in the first forward.
+    several = data_axis(1, pp=2, vpp=2).stage(BLOCKS)
+    assert several.gather_s == pytest.approx(2 * axis.gather_s(N))
+    assert several.first_s == pytest.approx(2 * axis.gather_copy_s(N))
+    assert stage_events([several, several], [[0, 1]])[1].ready_s == pytest.approx(4 * axis.gather_s(N))
+
+
+def test_levels_two_and_three_reduce_in_every_micro_batch_with_stages_and_without():
+    for pp in (1, 2):
+        one, two, three = (data_axis(level, pp=pp).stage(BLOCKS) for level in (1, 2, 3))
+        assert two.reduce_s == three.reduce_s == 0
+        assert two.backward_s > one.backward_s
+        assert two.first_s > 0 == three.first_s
+        assert three.forward_s > two.forward_s
+        assert three.backward_s > two.backward_s
+    # Level 1 without stages hides its reduction in the last backward; level 0 gathers locally each time.
+    assert data_axis(1).stage(BLOCKS).last_s > data_axis(1).reduce_s(N)
+    assert data_axis(0).stage(BLOCKS).forward_s > data_axis(1).stage(BLOCKS).forward_s
+
+
+def test_shard_groups_inside_a_node_spare_the_slow_links():
+    """Eight nodes of eight: gathering over a node's links is faster than over all; only shards cross the network."""
+    whole, node = (data_axis(3, size=64, fsdp=group, cluster="8x8:h100") for group in (64, 8))
+    assert node.gather_s(N) < 0.75 * whole.gather_s(N)
+    assert node.stage(BLOCKS).forward_s < whole.stage(BLOCKS).forward_s
+    inside = node.collectives.seconds("reduce_scatter", 4 * N, 8, 1)
+    across = node.collectives.seconds("all_reduce", 4 * N / 8, 8, 8)
+    assert node.reduce_s(N) == pytest.approx(inside + across)
+    assert data_axis(0, size=64, cluster="8x8:h100").reduce_s(N) == pytest.approx(
+        node.collectives.seconds("all_reduce", 4 * N, 64, 1)
+    )
+
+
+def test_offloaded_state_crosses_the_host_link_both_ways():
+    device, near = Cluster.parse("1x8:h100").device, data_axis(3)
+    far = data_axis(3, offload="state")
+    shard = N / 8 * 4
+    assert far.gather_s(N) - near.gather_s(N) == pytest.approx(shard / device.host_bandwidth)
+    added = 3 * shard / device.host_memory_bandwidth
+    assert far.reduce_s(N) - near.reduce_s(N) == pytest.approx(shard / device.host_bandwidth + added)
+    # Reduced once, nothing is added up on the host.
+    once = data_axis(1, offload="state")
+    assert once.reduce_s(N) - data_axis(1).reduce_s(N) == pytest.approx(shard / device.host_bandwidth)
+    assert far.optimizer_s(N) == pytest.approx(10 * shard / device.host_memory_bandwidth)
+    assert far.optimizer_s(N) > 10 * near.optimizer_s(N)
 
 
 def test_the_root_group_is_gathered_once_and_reduced_last():
-    axis, n = data_axis(3, False), 10**8
+    axis, n = data_axis(3), 10**8
     ends = [BlockTime(0.0, 0.0, n, root=True), BlockTime(0.0, 0.0, n, root=True)]
     layer = BlockTime(1.0, 2.0, n)
     whole, alone = axis.stage([ends[0], layer, ends[1]]), axis.stage([layer])

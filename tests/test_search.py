@@ -12,11 +12,12 @@ from autopar.models import model_graph
 from autopar.plan import Plan
 from autopar.sharding.check import check_decision
 from autopar.sharding.layout import I, S
-from autopar.solver.evaluate import best_stages, quick_bound, stage_bound
+from autopar.solver.config_bounds import quick_bound, stage_bound
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.search import search
 from autopar.solver.shardings import Context, Key, Shardings
 from autopar.solver.space import configs
+from autopar.solver.spread import best_stages
 
 JOB = Job(global_batch=16, seq_len=64, dtype="bf16")
 CLUSTER = Cluster.parse("2x4:h100")

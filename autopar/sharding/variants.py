@@ -20,12 +20,17 @@ Local = Generator[Collective, torch.Tensor, torch.Tensor]
 
 
 def embedding(start: int, weight: torch.Tensor, ids: torch.Tensor, *rest: Any) -> Local:
-    """Look up the ids this rank's rows hold, zeros for the others; the output is partial. No collective."""
+    """Look up the ids this rank's rows hold, zeros for the others; the output is partial. No collective.
+
+    ``rest``: the id whose row gets no gradient, if there is one.
+    """
     yield from ()
     rows = weight.shape[0]
     local = ids - start
     outside = (local < 0) | (local >= rows)
     found = F.embedding(local.masked_fill(outside, 0), weight)
+    if rest and rest[0] >= 0:
+        found = torch.where((ids == rest[0]).unsqueeze(-1), found.detach(), found)
     return found.masked_fill(outside.unsqueeze(-1), 0.0)
 
 

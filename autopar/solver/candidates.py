@@ -6,12 +6,16 @@
   samples), except where the batch itself is split.
 * Recompute "full" keeps the block's input alone; its backward runs the forward again, collectives included, and what
   the block saves is then transient.
+* "selective" keeps besides the results of some operators (`solver.recompute`): their bytes are counted, the rest of the
+  forward runs again up to the last operator that saves something.
+* "/offload": what is kept waits on the host. On the device remain tensors too small to be moved and, while the block
+  runs, the tensors of two blocks: its own, and those on their way to or from the host.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,13 +24,21 @@ import torch
 from autopar.graph.ir import BlockKind
 from autopar.graph.saved import saved_for_backward
 from autopar.job import Job
+from autopar.plan import Candidate
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.execute import local_shape, run_local
 from autopar.sharding.rules import strategy_of
-from autopar.solver.decision_costs import boundary_bytes, decision_price, live_bytes, local_elements
+from autopar.solver.decision_costs import (
+    boundary_bytes,
+    boundary_parts,
+    decision_price,
+    live_bytes,
+    local_elements,
+    priced_pieces,
+)
 from autopar.solver.prices import AxisPrices
+from autopar.solver.recompute import SMALL, Choice, exposed_copy, rerun
 
-RECOMPUTE = ("none", "full")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -34,7 +46,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
 class BlockCost:
     """A block kind under a decision and a recompute choice, per rank and micro-batch.
 
-    ``again_s``: of the seconds, those of recomputation; ``communication_s``: of the others, those in collectives.
+    ``saved``: families of operators whose results selective recomputation keeps; ``offload``: what is kept waits on the
+    host. ``again_s``: of the seconds, those of recomputation; ``communication_s``: of the others, those in collectives.
     ``elements``: parameters held on the model axes; ``inflight``: bytes kept for backward, ``boundary``: of these (or
     beside them) the input; ``transient``: bytes while it runs. ``sources``: seconds by where the figure is from.
     """
@@ -50,18 +63,38 @@ class BlockCost:
     inflight: int
     transient: int
     sources: dict[str, float] = field(default_factory=dict, hash=False)
+    saved: tuple[str, ...] = ()
+    offload: bool = False
 
-    def recomputed(self, boundary: int) -> BlockCost:
-        """The same decision with the whole block recomputed in backward; ``boundary``: bytes of its inputs."""
-        share = self.forward_s / max(self.forward_s + self.backward_s, 1e-30)
+    @property
+    def choice(self) -> str:
+        """The recompute choice by its name."""
+        return Choice(self.recompute, self.saved, self.offload).name
+
+    def recomputed(self, recompute: str, saved: tuple[str, ...], again_s: float, kept: int) -> BlockCost:
+        """The same decision with ``again_s`` seconds of forward run again in backward; ``kept``: bytes in flight."""
+        share = again_s / max(self.forward_s + self.backward_s, 1e-30)
         return replace(
             self,
-            recompute="full",
-            backward_s=self.backward_s + self.forward_s,
-            again_s=self.forward_s,
-            inflight=boundary,
-            transient=self.transient + max(0, self.inflight - boundary),
+            recompute=recompute,
+            saved=saved,
+            backward_s=self.backward_s + again_s,
+            again_s=again_s,
+            inflight=kept,
+            transient=self.transient + max(0, self.inflight - kept),
             sources={name: seconds * (1 + share) for name, seconds in self.sources.items()},
+        )
+
+    def offloaded(self, moved: int, bandwidth: float) -> BlockCost:
+        """The same with ``moved`` of the bytes in flight on the host, over a link of ``bandwidth`` bytes/s."""
+        out, back = (exposed_copy(moved, bandwidth, busy) for busy in (self.forward_s, self.backward_s))
+        return replace(
+            self,
+            offload=True,
+            forward_s=self.forward_s + out,
+            backward_s=self.backward_s + back,
+            inflight=self.inflight - moved,
+            transient=self.transient + 2 * moved,
         )
 
 
@@ -71,14 +104,17 @@ class BlockCosts:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._saved: dict[tuple[str, str], tuple[int, int]] = {}
+        self._small: dict[tuple[str, str, int], int] = {}
         self.measured = 0
 
-    def of(self, kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> dict[str, BlockCost]:
-        """The cost by recompute choice."""
+    def of(
+        self, kind: BlockKind, decision: BlockDecision, prices: AxisPrices, choices: Iterable[str] = ("none", "full")
+    ) -> dict[str, BlockCost]:
+        """The cost by recompute choice, for those asked for."""
+        pieces = list(priced_pieces(kind, decision, prices))
         price, sources = decision_price(kind, decision, prices)
-        elements = local_elements(kind, decision)
-        boundary = boundary_bytes(kind, decision, prices.batch, self.job)
-        inflight = self.saved(kind, decision, prices.batch)
+        batch, inflight = prices.batch, self.saved(kind, decision, prices.batch)
+        boundary = boundary_bytes(kind, decision, batch, self.job)
         plain = BlockCost(
             kind=kind.name,
             decision=decision,
@@ -87,12 +123,38 @@ class BlockCosts:
             backward_s=price.backward_s,
             communication_s=price.communication_s,
             again_s=0.0,
-            elements=elements,
+            elements=local_elements(kind, decision),
             inflight=inflight,
-            transient=live_bytes(kind, decision, prices.batch, self.job),
+            transient=live_bytes(kind, decision, batch, self.job),
             sources=sources,
         )
-        return {"none": plain, "full": plain.recomputed(boundary)}
+        forward = {key: one.forward_s for key, one, _ in pieces}
+        bandwidth = prices.ops.device.host_bandwidth
+        found = {}
+        for name in choices:
+            choice = Choice.of(name)
+            if choice.recompute == "none":
+                cost, small = plain, 0
+                if choice.offload:
+                    small = self._staying(kind, decision, batch)
+            elif choice.recompute == "full":
+                cost = plain.recomputed("full", (), price.forward_s, boundary)
+                small = _small(boundary_parts(kind, decision, batch, self.job))
+            else:
+                run = rerun(kind, decision, choice.saved, batch, self.job)
+                again_s, kept = sum(forward[key] for key in run.again), boundary + sum(run.kept.values())
+                cost = plain.recomputed("selective", run.families, again_s, kept)
+                small = _small([*boundary_parts(kind, decision, batch, self.job), *run.kept.values()])
+            found[name] = cost.offloaded(cost.inflight - small, bandwidth) if choice.offload else cost
+        return found
+
+    def _staying(self, kind: BlockKind, decision: BlockDecision, batch: int) -> int:
+        """Bytes saved without recomputation that are too small to be moved to the host."""
+        key = (kind.name, json.dumps(decision.to_json(), sort_keys=True), batch)
+        if key not in self._small:
+            self._small[key] = _small(saved_sizes(kind, decision, batch, self.job))
+            self.measured += 1
+        return self._small[key]
 
     def saved(self, kind: BlockKind, decision: BlockDecision, batch: int) -> int:
         """Bytes per rank that the sharded block keeps for backward, its input included."""
@@ -108,8 +170,34 @@ class BlockCosts:
         return law[0] + law[1] * batch
 
 
+def again_seconds(kind: BlockKind, candidate: Candidate, forward: Mapping[str, float], batch: int, job: Job) -> float:
+    """Seconds of a candidate's recomputation; ``forward``: of its pieces, by key."""
+    if candidate.recompute == "none":
+        return 0.0
+    if candidate.recompute == "full":
+        return sum(forward.values())
+    return sum(forward[key] for key in rerun(kind, candidate.decision, candidate.saved, batch, job).again)
+
+
+def moved_bytes(kind: BlockKind, candidate: Candidate, batch: int, job: Job) -> int:
+    """Bytes per micro-batch that a candidate with offload sends to the host."""
+    decision = candidate.decision
+    if candidate.recompute == "none":
+        sizes = saved_sizes(kind, decision, batch, job)
+    else:
+        sizes = boundary_parts(kind, decision, batch, job)
+    if candidate.recompute == "selective":
+        sizes += rerun(kind, decision, candidate.saved, batch, job).kept.values()
+    return sum(size for size in sizes if size >= SMALL)
+
+
 def measure_saved(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
-    """Run one rank of the block on fake tensors and add up what autograd keeps."""
+    """Bytes that one rank of the block keeps for backward, its input included."""
+    return sum(saved_sizes(kind, decision, batch, job))
+
+
+def saved_sizes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> list[int]:
+    """Run one rank of the block on fake tensors and list the bytes of the storages that autograd keeps."""
     compute = _DTYPES[job.dtype]
     values: dict[str, torch.Tensor] = {}
     counts: list[bool] = []
@@ -125,11 +213,15 @@ def measure_saved(kind: BlockKind, decision: BlockDecision, batch: int, job: Job
     def run(tensors: Mapping[str, torch.Tensor]) -> Any:
         return run_local(kind, decision, tensors, batch, job.seq_len, compute)
 
-    total = sum(value.nbytes for value, counted in zip(values.values(), counts, strict=True) if counted)
+    found = [value.nbytes for value, counted in zip(values.values(), counts, strict=True) if counted]
     for record in saved_for_backward(run, (values,)):
         if record.argument is None and record.output is None:
-            total += record.bytes
-    return total
+            found.append(record.bytes)
+    return found
+
+
+def _small(sizes: Iterable[int]) -> int:
+    return sum(size for size in sizes if size < SMALL)
 
 
 def _dtype(name: str, compute: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ saved; in the backward, gradients between their making and their use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from autopar.graph.ir import BlockKind, Node
 from autopar.job import Job
@@ -16,29 +16,33 @@ from autopar.sharding.decision import BlockDecision
 from autopar.sharding.layout import Layout
 from autopar.sharding.local import local_shape, produced_layouts
 from autopar.solver.prices import FREE, AxisPrices, Price, element_bytes
+from autopar.solver.recompute import operator_key, step_key
 from autopar.solver.work import VIEWS
 
 _VIEWS = frozenset(f"aten.{name}" for name in VIEWS)
 
 
-def decision_price(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> tuple[Price, dict[str, float]]:
-    """Seconds of a decision, and of these how many are measured or from the catalog."""
+def priced_pieces(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> Iterator[tuple[str, Price, str]]:
+    """(key as in `solver.recompute`, price, source of the figure) of a decision's operators and conversion steps."""
     graph = kind.graph
-    total = FREE
-    sources: dict[str, float] = {}
     for node in graph.of("op"):
-        price, source = prices.operator(node, graph, chosen(node, graph, decision))
-        sources[source] = sources.get(source, 0.0) + price.seconds
-        total += price
+        yield operator_key(node), *prices.operator(node, graph, chosen(node, graph, decision))
     for conversion in decision.conversions:
         meta = graph.nodes[conversion.tensor].meta
         layout = conversion.source
-        for axis, step in path(layout, conversion.target, meta.requires_grad):
-            price = prices.conversion(meta, layout, axis, step)
+        for place, (axis, step) in enumerate(path(layout, conversion.target, meta.requires_grad)):
+            key = step_key(conversion.tensor, conversion.source, conversion.target, place)
+            yield key, prices.conversion(meta, layout, axis, step), prices.collectives.cluster.device.origin
             layout = layout.with_type(axis, step.target)
-            source = prices.collectives.cluster.device.origin
-            sources[source] = sources.get(source, 0.0) + price.seconds
-            total += price
+
+
+def decision_price(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> tuple[Price, dict[str, float]]:
+    """Seconds of a decision, and of these how many are measured or from the catalog."""
+    total = FREE
+    sources: dict[str, float] = {}
+    for _, price, source in priced_pieces(kind, decision, prices):
+        sources[source] = sources.get(source, 0.0) + price.seconds
+        total += price
     return total, sources
 
 
@@ -63,8 +67,13 @@ def local_elements(kind: BlockKind, decision: BlockDecision) -> int:
 
 def boundary_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
     """Bytes per rank of the inputs that other blocks hand in."""
+    return sum(boundary_parts(kind, decision, batch, job))
+
+
+def boundary_parts(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> list[int]:
+    """`boundary_bytes`, input by input."""
     nodes = [node for node in kind.graph.of("input") if node.meta.requires_grad]
-    return sum(local_bytes(node, decision.inputs[node.name], decision.axes, batch, job) for node in nodes)
+    return [local_bytes(node, decision.inputs[node.name], decision.axes, batch, job) for node in nodes]
 
 
 def live_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:

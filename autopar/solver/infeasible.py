@@ -9,11 +9,12 @@ from math import sqrt
 from typing import Any
 
 from autopar.cluster import Cluster
-from autopar.solver.evaluate import Assessment, assess, best_stages, compatible, spread, stage_problem
+from autopar.solver.evaluate import Assessment, assess
 from autopar.solver.fix import Fix
 from autopar.solver.shardings import Answered, Context, Key, Shardings
 from autopar.solver.space import Config, configs
-from autopar.solver.stages import solve_stages, stage_bytes
+from autopar.solver.spread import best_stages, compatible, spread, stage_problem
+from autopar.solver.stages import rank_bytes, solve_stages
 
 GIB = 2**30
 UNLIMITED = 2.0**50
@@ -65,7 +66,7 @@ def _least_memory(context: Context, config: Config, known: dict[Key, Shardings])
         found = solve_stages(replace(problem, capacity=UNLIMITED), balance=False)
         if found is None:
             continue
-        high = max(stage_bytes(problem, found.counts))
+        high = max(rank_bytes(problem, found.counts))
         low = high / 64
         while high > 1.02 * low:
             room = sqrt(low * high)
@@ -73,8 +74,8 @@ def _least_memory(context: Context, config: Config, known: dict[Key, Shardings])
             if answer is None:
                 low = room
             else:
-                found, high = answer, min(room, max(stage_bytes(problem, answer.counts)))
-        yield assess(context, config, spread(found, costs_of, config.pp), boundary)
+                found, high = answer, min(room, max(rank_bytes(problem, answer.counts)))
+        yield assess(context, config, spread(found, costs_of, config.stages), boundary)
 
 
 def _way_out(context: Context) -> str:

@@ -91,9 +91,9 @@ class OpCosts:
         return self._moved(nbytes) + kernels * self.device.launch_s if nbytes else 0.0
 
     def optimizer_seconds(self, elements: int) -> float:
-        """One fused AdamW step over ``elements`` master parameters of this rank: reads the parameter, its gradient and
-        two moments, writes all but the gradient."""
-        return self.stream_seconds(7 * elements * self.job.master_bytes)
+        """One fused optimizer step over ``elements`` master parameters of this rank: reads the parameter, its gradient
+        and moments (AdamW: two), writes all but the gradient."""
+        return self.stream_seconds((3 + 2 * self.job.moments) * elements * self.job.master_bytes)
 
     def clip_seconds(self, elements: int) -> float:
         """Gradient clipping on this rank: reads gradients for the norm, scales them. Its all-reduce is not here."""

@@ -8,10 +8,11 @@ from itertools import groupby
 from autopar.plan import Candidate, Plan, Predicted, Run, Stage
 from autopar.sharding.rules import has_rule
 from autopar.solver.candidates import BlockCost
-from autopar.solver.evaluate import Assessment, Placed, block_runs, placed
+from autopar.solver.evaluate import Assessment, Placed, placed
 from autopar.solver.interval import interval_of
 from autopar.solver.shardings import Context
 from autopar.solver.space import model_flops
+from autopar.solver.spread import block_runs
 
 
 def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts: dict[str, int]) -> Plan:
@@ -89,12 +90,14 @@ def _unruled(context: Context) -> list[str]:
 
 
 def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
-    """A name for every different cost: the kind, then "full" where it is recomputed, then a number if several."""
+    """A name for every different cost: the kind, then how it is recomputed, if it is, and "offload" if what it keeps
+    waits on the host; then a number if several."""
     names: list[tuple[str, BlockCost]] = []
     for cost in costs:
         if any(cost is other or cost == other for _, other in names):
             continue
-        base = f"{cost.kind}/full" if cost.recompute == "full" else cost.kind
+        base = "/".join([cost.kind, *([cost.recompute] if cost.recompute != "none" else [])])
+        base += "/offload" if cost.offload else ""
         taken = {name for name, _ in names}
         name, number = base, 2
         while name in taken:
@@ -104,9 +107,8 @@ def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
 
 
 def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candidate:
-    share = int(cost.elements / place.memory.shards)
-    once = place.data.ops.optimizer_seconds(share) + place.data.ops.clip_seconds(share)
-    if place.data.pipelined or not place.data.sharded:
+    once = place.data.optimizer_s(cost.elements)
+    if place.data.defers:
         once += place.data.reduce_s(cost.elements)
     return Candidate(
         name=name,
@@ -119,5 +121,7 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
         parameters=cost.elements,
+        saved=cost.saved,
+        offload=cost.offload,
         sources=dict(cost.sources),
     )

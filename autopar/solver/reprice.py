@@ -15,17 +15,21 @@ from autopar.errors import AutoparError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.size import Size
 from autopar.plan import Candidate, Plan, Predicted
+from autopar.schedule import SCHEDULES
 from autopar.sharding.check import check_decision, chosen, operand_layouts
 from autopar.sharding.conversions import path
 from autopar.sharding.layout import Layout
 from autopar.sharding.local import local_shape
+from autopar.solver.candidates import again_seconds, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes
+from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events
 from autopar.solver.groups import root_blocks
+from autopar.solver.halves import HalvedBackward
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.op_costs import LocalTensor, OpCosts
 from autopar.solver.prices import AxisPrices, element_bytes
-from autopar.solver.simulate import StageTimes, simulate
+from autopar.solver.recompute import exposed_copy, operator_key, step_key
+from autopar.solver.simulate import simulate
 from autopar.solver.space import model_flops
 
 TOLERANCE = 1e-6
@@ -72,11 +76,10 @@ def check_price(plan: Plan, model: ModelGraph) -> None:
                 "autopar, please report it"
             )
     room = plan.cluster.device.memory_bytes
-    for index, memory in enumerate(priced.memory):
-        if sum(memory.values()) > room:
-            raise AutoparError(
-                f"stage {index} of the plan needs {sum(memory.values())} bytes of {room}: a defect of autopar"
-            )
+    for rank in range(plan.mesh.pp):
+        needed = sum(sum(priced.memory[stage].values()) for stage in plan.stages_of(rank))
+        if needed > room:
+            raise AutoparError(f"rank {rank} of the plan needs {needed} bytes of {room}: a defect of autopar")
 
 
 def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) -> Repriced:
@@ -86,11 +89,15 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     mesh, m = plan.mesh, plan.micro_batches
     seconds = {name: _block_seconds(plan, model, one, ops, collectives) for name, one in plan.candidates.items()}
     boundary = max((_boundary_bytes(plan, model, candidate) for candidate in plan.candidates.values()), default=0)
-    data = DataAxis(ops, collectives, mesh.dp, mesh.tp, plan.zero, mesh.pp > 1, m)
-    bytes_of = MemoryModel(plan.job, mesh.dp, plan.zero, mesh.pp, m, boundary, cluster.device.reserve_bytes)
-    times, memory = [], []
+    data = DataAxis(ops, collectives, mesh.data, mesh.tp, plan.zero, plan.fsdp, mesh.pp, m, plan.vpp, plan.offload)
+    reserve = cluster.device.reserve_bytes
+    bytes_of = MemoryModel(
+        plan.job, plan.fsdp, plan.zero, mesh.pp, m, boundary, reserve, plan.schedule, plan.vpp, plan.offload
+    )
+    halved = HalvedBackward(ops)
+    times, blocks = [], []
     copies: dict[str, list[tuple[int, int]]] = {}
-    for index in range(mesh.pp):
+    for index in range(len(plan.stages)):
         block_times, block_bytes = [], []
         here: dict[str, int] = {}
         placed = list(_blocks(plan, index))
@@ -100,22 +107,25 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
                 doubled += elements if name in here else 0
                 here.setdefault(name, elements)
             forward, backward = seconds[candidate.name]
-            block_times.append(BlockTime(forward, backward, candidate.parameters - doubled, root))
-            block_bytes.append(
-                BlockBytes(candidate.parameters, candidate.inflight_bytes, candidate.transient_bytes, doubled, root)
-            )
+            held, saved = candidate.parameters, candidate.inflight_bytes
+            weights, waiting = 0.0, 0
+            if SCHEDULES[plan.schedule].splits_backward:
+                kind = model.kinds[candidate.decision.kind]
+                weights, waiting = halved.of(kind, candidate.decision, plan.micro_batch)
+            block_times.append(BlockTime(forward, backward, held - doubled, root, weights))
+            block_bytes.append(BlockBytes(held, saved, candidate.transient_bytes, doubled, root, waiting))
         for name, elements in here.items():
             copies.setdefault(name, []).append((index, elements))
         times.append(data.stage(block_times))
-        memory.append(bytes_of.stage(index, block_bytes))
+        blocks.append(block_bytes)
     crossing = sum(sum(elements for _, elements in held[1:]) for held in copies.values())
-    distance = mesh.dp * mesh.tp
+    distance = mesh.data * mesh.tp
     tied_s = collectives.seconds("send_recv", crossing * plan.job.master_bytes / bytes_of.shards, mesh.pp, distance)
     transfer = collectives.seconds("send_recv", boundary, mesh.pp, distance)
-    stages = [StageTimes(t.forward_s, t.backward_s, t.first_s, t.last_s, t.reduce_s) for t in times]
-    timeline = simulate(stages, m, (transfer,) * (mesh.pp - 1))
-    step_time = timeline.total + tied_s + max(t.optimizer_s for t in times)
-    return Repriced(step_time, tuple(times), tuple(memory))
+    owned = [plan.stages_of(rank) for rank in range(mesh.pp)]
+    timeline = simulate(stage_events(times, owned), m, (transfer,) * (len(times) - 1), plan.schedule, plan.vpp)
+    step_time = timeline.total + tied_s + max(sum(times[stage].optimizer_s for stage in own) for own in owned)
+    return Repriced(step_time, tuple(times), bytes_of.ranks(blocks))
 
 
 def _blocks(plan: Plan, stage: int) -> Iterator[tuple[int, Candidate]]:
@@ -158,7 +168,8 @@ def _block_seconds(
     prices = AxisPrices(ops, collectives, axes, batch)
     names = tuple(axes)
     stride_of = {axis: prod(axes[other] for other in names[place + 1 :]) for place, axis in enumerate(names)}
-    forward = backward = 0.0
+    pieces: dict[str, float] = {}  # forward seconds of operators and conversion steps
+    backward = 0.0
 
     def whole(shape: tuple[int | Size, ...]) -> tuple[int, ...]:
         return tuple(size.at(batch, job.seq_len) if isinstance(size, Size) else size for size in shape)
@@ -173,25 +184,30 @@ def _block_seconds(
         shape = local_shape(whole(node.meta.shape), produced[node.name], axes)
         output = LocalTensor(shape, element_bytes(node.meta.dtype, job))
         time = ops.seconds(node, inputs, output, [meta.requires_grad for meta in operands])
-        forward += time.forward
+        pieces[operator_key(node)] = time.forward
         backward += time.backward
         for axis, strategy in chosen(node, graph, decision).items():
             for inner in strategy.inner:
                 shape = local_shape(whole(inner.shape), _without(layouts[inner.like], axis, len(inner.shape)), axes)
                 nbytes = prod(shape) * element_bytes(inner.dtype, job)
                 seconds = collectives.seconds(inner.collective, nbytes, axes[axis], stride_of[axis])
-                forward += 0.0 if inner.backward else seconds
+                pieces[operator_key(node)] += 0.0 if inner.backward else seconds
                 backward += seconds if inner.backward else 0.0
     for conversion in decision.conversions:
         meta = graph.nodes[conversion.tensor].meta
         layout = conversion.source
-        for axis, step in path(layout, conversion.target, meta.requires_grad):
+        for place, (axis, step) in enumerate(path(layout, conversion.target, meta.requires_grad)):
             shape = local_shape(whole(meta.shape), _without(layout, axis, len(meta.shape)), axes)
             price = prices.moved(LocalTensor(shape, element_bytes(meta.dtype, job)), axis, step)
             layout = layout.with_type(axis, step.target)
-            forward += price.forward_s
+            pieces[step_key(conversion.tensor, conversion.source, conversion.target, place)] = price.forward_s
             backward += price.backward_s
-    return forward, backward + (forward if candidate.recompute == "full" else 0.0)
+    forward = sum(pieces.values())
+    backward += again_seconds(kind, candidate, pieces, batch, job)
+    if not candidate.offload:
+        return forward, backward
+    moved, bandwidth = moved_bytes(kind, candidate, batch, job), ops.device.host_bandwidth
+    return forward + exposed_copy(moved, bandwidth, forward), backward + exposed_copy(moved, bandwidth, backward)
 
 
 def _without(layout: Layout, axis: str, dims: int) -> Layout:

@@ -24,13 +24,15 @@ from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
-from autopar.solver.evaluate import Assessment, best_stages, compatible, fits_at_best, quick_bound, stage_bound
+from autopar.solver.config_bounds import fits_at_best, quick_bound, stage_bound
+from autopar.solver.evaluate import Assessment
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.infeasible import explain
 from autopar.solver.plan_of import plan_of
 from autopar.solver.reprice import check_price
 from autopar.solver.shardings import Context, Key, Shardings
 from autopar.solver.space import Config, check_space, configs
+from autopar.solver.spread import best_stages, compatible
 
 GAP = 1e-3
 """A plan this close to the bound is called optimal, and configurations that promise less than this are left alone."""

@@ -26,15 +26,17 @@ from autopar.solver.block_problem import (
     ties_of,
     whole_decisions,
 )
-from autopar.solver.candidates import RECOMPUTE, BlockCost, BlockCosts
+from autopar.solver.candidates import BlockCost, BlockCosts
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import stream_seconds
 from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
 from autopar.solver.fix import Fix
+from autopar.solver.halves import HalvedBackward
 from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Problem
+from autopar.solver.recompute import Choice, Rerun, choices, rerun
 
 LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
@@ -69,13 +71,24 @@ class Context:
     costs: BlockCosts
     clock: Clock
     counts: dict[str, int]
+    halved: HalvedBackward
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
         counts = Counter(block.kind for block in model.blocks)
         ops = OpCosts(cluster.device, job)
         return Context(
-            model, job, cluster, fix, ops, CollectiveCosts(cluster), ties_of(model), BlockCosts(job), Clock(), counts
+            model,
+            job,
+            cluster,
+            fix,
+            ops,
+            CollectiveCosts(cluster),
+            ties_of(model),
+            BlockCosts(job),
+            Clock(),
+            counts,
+            HalvedBackward(ops),
         )
 
     def demands(self) -> Demands:
@@ -85,9 +98,14 @@ class Context:
         """For each block its kind and the recompute choices the fix leaves."""
         found: list[tuple[str, tuple[str, ...]]] = []
         for index, block in enumerate(self.model.blocks):
-            fixed = self.fix.recompute_of(index, block.kind, self.repeated(block.kind))
-            found.append((block.kind, RECOMPUTE if fixed is None else (fixed,)))
+            repeated = self.repeated(block.kind)
+            fixed = self.fix.recompute_of(index, block.kind, repeated)
+            found.append((block.kind, choices(fixed, repeated and self.fix.offload in ("activations", "all"))))
         return found
+
+    def choices_of(self, kind: str) -> tuple[str, ...]:
+        """The recompute choices that some block of the kind has."""
+        return tuple(dict.fromkeys(choice for name, some in self.freedom() if name == kind for choice in some))
 
     def repeated(self, kind: str) -> bool:
         """Whether blocks of the kind are the model's repeated ones (all are, if none repeats)."""
@@ -95,7 +113,7 @@ class Context:
 
     def always_again(self) -> frozenset[str]:
         """Kinds all of whose blocks are fixed to be recomputed."""
-        free = {kind for kind, choices in self.freedom() if choices != ("full",)}
+        free = {kind for kind, some in self.freedom() if any(Choice.of(name).recompute != "full" for name in some)}
         return frozenset(self.model.kinds) - free
 
     def gradient_price(self) -> float:
@@ -147,6 +165,7 @@ class Shardings:
         self._kind_bounds: dict[bool, dict[str, KindBound]] = {}
         self._least_of: dict[tuple[str, frozenset[str]], float] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
+        self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
 
     def built(self, again: frozenset[str]) -> ModelProblem:
         """The problem of all kinds; the forward of ``again`` runs twice."""
@@ -246,21 +265,53 @@ class Shardings:
             cost = self.fastest().costs[name]["none"]
             seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.elements)
             return KindBound(seconds * (1 - 1e-12), (seconds + cost.forward_s) * (1 - 1e-12))
-        choices = {choice for kind, some in context.freedom() if kind == name for choice in some}
-        if "none" not in choices:
+        ways = {Choice.of(choice).recompute for choice in context.choices_of(name)}
+        if ways == {"full"}:
             return KindBound(float("inf"), self._least(name, context.always_again()))
         none = self._least(name, frozenset())
-        if sharp and "full" in choices:
+        if sharp and "full" in ways:
             return KindBound(none, self._least(name, frozenset(context.model.kinds)))
         return KindBound(none, none + self._fastest_forward(name))
 
-    def _fastest_forward(self, name: str) -> float:
-        """Each operator's fastest forward, conversions free."""
+    def least_seconds(self, name: str, choice: str, sharp: bool = False) -> float:
+        """Seconds that no decision for the kind can undercut under a recompute choice."""
+        bound, way = self.kind_bounds(sharp)[name], Choice.of(choice)
+        if way.recompute == "full":
+            return bound.full_s
+        if way.recompute == "none":
+            return bound.none_s
+        run = self._rerun(name, way.saved)
+        return bound.none_s + self._fastest_forward(name, frozenset(run.again)) * (1 - 1e-12)
+
+    def least_kept(self, name: str, choice: str) -> float:
+        """Bytes on the device that no decision for the kind can undercut under a recompute choice."""
+        least, way = self.kind_bytes()[name], Choice.of(choice)
+        if way.offload:
+            return 0.0
+        if way.recompute == "none":
+            return least.saved
+        if way.recompute == "full":
+            return min(least.inputs, least.saved)
+        return least.inputs + sum(self._rerun(name, way.saved).kept.values()) / self.size
+
+    def _rerun(self, name: str, saved: tuple[str, ...]) -> Rerun:
+        """What runs again of a kind that is not split: of its operators the same run again however it is split, and
+        each result kept is kept at some place of its way, in one share at least."""
+        key = (name, saved)
+        if key not in self._reruns:
+            context = self.context
+            whole = whole_decisions(context.model)[name]
+            self._reruns[key] = rerun(context.model.kinds[name], whole, saved, self.batch, context.job)
+        return self._reruns[key]
+
+    def _fastest_forward(self, name: str, of: frozenset[str] | None = None) -> float:
+        """The fastest forward of each operator (those of these names), conversions free."""
         graph = self.context.model.kinds[name].graph
         choices = self.built(frozenset()).choices
+        nodes = [node for node in graph.of("op") if of is None or node.name in of]
         return sum(
             min(self.prices.operator(node, graph, choice)[0].forward_s for choice in choices[f"{name}/{node.name}"])
-            for node in graph.of("op")
+            for node in nodes
         )
 
     def _least(self, name: str, again: frozenset[str]) -> float:
@@ -299,7 +350,10 @@ class Shardings:
     def _answered(self, name: str, decisions: dict[str, BlockDecision]) -> Answered:
         begin = time.perf_counter()
         context = self.context
-        costs = {k: context.costs.of(context.model.kinds[k], d, self.prices) for k, d in decisions.items()}
+        costs = {
+            k: context.costs.of(context.model.kinds[k], d, self.prices, ("none", *context.choices_of(k)))
+            for k, d in decisions.items()
+        }
         context.clock.add("saved bytes", begin)
         return Answered(name, costs, self._boundary(decisions), self._signature(decisions))
 

@@ -1,12 +1,18 @@
 """Pipeline schedules, replayed event by event as `torch.distributed.pipelining` executes them.
 
-A stage runs a program of posts, waits and computations. A transfer starts when both ends have posted it (NCCL sends do
-not buffer) and takes ``transfer_s``. The programs are those of torch 2.13's `Schedule1F1B` and `ScheduleGPipe`:
+A rank runs a program of posts, waits and computations. A transfer starts when both ends have posted it (NCCL sends do
+not buffer) and takes ``transfer_s``; stages on one rank hand on for nothing. The programs are those of torch 2.13:
 
-* 1F1B: stage s runs min(m, p - s) forwards, then backward and forward in turns, then the remaining backwards. In the
-  steady state the send of one direction and the receive of the other are one batch that is waited for, so that
-  point-to-point time is exposed; sends of the first forwards and the last backwards overlap the next computation.
-* GPipe: all forwards, then all backwards, sends overlap.
+* `Schedule1F1B`: in the steady state the send of one direction and the receive of the other are one batch that is
+  waited for, so that point-to-point time is exposed; sends of the first forwards and the last backwards overlap the
+  next computation. `ScheduleGPipe`: all forwards, then all backwards, sends overlap; a receive is posted when needed.
+* Schedules of several stages a rank run a table of actions (`orders`). Sends are posted when their computation ends and
+  waited for at the end of the step. A receive is posted by the place in the table that its rank has come to when,
+  going round the ranks one action at a time, the sender's is written down: ahead of its use, so that it overlaps.
+
+Gradients that are reduced once a step are so after the last backward (``after_s``): of a schedule of one stage a rank
+when its last send is through, of several stages straight after the last backward of that stage, before what follows.
+A stage may start when its parameters have arrived (``ready_s``).
 
 Closed forms for transfers that cost nothing: GPipe (m-1)(max f + max b) + sum(f + b) for any stages; 1F1B
 (m+p-1)(f+b) for equal ones.
@@ -16,31 +22,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
 
 from autopar.errors import AutoparError
+from autopar.schedule import SCHEDULES
+from autopar.solver.orders import Action, orders
 
-Schedule = Literal["none", "1f1b", "gpipe"]
 _Transfer = tuple[str, int, int]
 """("F" or "B", sending stage, micro-batch)."""
-_Step = tuple[str, str, int, tuple[_Transfer, ...]]
-"""("run", "F"/"B", micro-batch, ()) | ("post", "", 0, transfers) | ("wait", "", 0, transfers)."""
+_Step = tuple[str, Action, tuple[_Transfer, ...]]
+"""("run", what, ()) | ("post", any, transfers) | ("wait", any, transfers)."""
+_NOTHING = Action("", 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Seconds of one stage: per micro-batch, extra in its first forward and last backward, and once after all."""
+    """Seconds of one stage: per micro-batch (``weight_s``: of the backward, the part that gives weight gradients
+    alone), extra in its first forward and last backward, and once after all. ``ready_s``: when it can start."""
 
     forward_s: float
     backward_s: float
+    weight_s: float = 0.0
     first_s: float = 0.0
     last_s: float = 0.0
     after_s: float = 0.0
+    ready_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Stage ``stage`` computes "F" or "B" of ``micro_batch`` from ``start`` to ``end`` (s)."""
+    """Stage ``stage`` computes "F", "B", "I" or "W" of ``micro_batch`` from ``start`` to ``end`` (s)."""
 
     stage: int
     kind: str
@@ -51,11 +62,12 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """``ends``: when each stage has finished its last computation and send; ``total``: the last of them with its
-    ``after_s``. ``events`` only when asked for."""
+    """``ends``: when each rank has finished all it does; ``total``: the last of them; ``gathering``: seconds each rank
+    waited for parameters alone. ``events`` only when asked for."""
 
     total: float
     ends: tuple[float, ...]
+    gathering: tuple[float, ...]
     events: tuple[Event, ...]
 
 
@@ -63,10 +75,12 @@ def simulate(
     stages: Sequence[StageTimes],
     micro_batches: int,
     transfer_s: Sequence[float] = (),
-    schedule: Schedule = "1f1b",
+    schedule: str = "1f1b",
+    vpp: int = 1,
     record: bool = False,
 ) -> Timeline:
-    """Replay one step. ``transfer_s[i]``: seconds of one transfer between stages i and i+1, either way.
+    """Replay one step of a schedule of `SCHEDULES` with ``vpp`` stages on each rank. ``transfer_s[i]``: seconds of one
+    transfer between stages i and i+1, either way, if they are on two ranks.
 
     Raises AutoparError where the schedule cannot run (1F1B with fewer micro-batches than stages).
     """
@@ -74,8 +88,11 @@ def simulate(
     if schedule == "1f1b" and micro_batches < count:
         raise AutoparError(f"1F1B needs at least as many micro-batches as stages: {micro_batches} < {count}")
     transfer_s = transfer_s or (0.0,) * (count - 1)
-    make = _gpipe if schedule == "gpipe" else _one_forward_one_backward
-    programs = [make(s, count, micro_batches) for s in range(count)]
+    if schedule in ("none", "gpipe", "1f1b"):
+        make = _one_forward_one_backward if schedule == "1f1b" else _gpipe
+        programs = [make(s, count, micro_batches) for s in range(count)]
+    else:
+        programs = [iter(program) for program in _programs(schedule, count // vpp, vpp, micro_batches)]
     return _replay(stages, programs, transfer_s, micro_batches, record)
 
 
@@ -93,10 +110,23 @@ def _ends(stage: int, count: int, kind: str, micro: int) -> tuple[tuple[_Transfe
     return received, sent
 
 
-def _batch(transfers: tuple[_Transfer, ...]) -> Iterator[_Step]:
+def _post(transfers: tuple[_Transfer, ...]) -> Iterator[_Step]:
     if transfers:
-        yield ("post", "", 0, transfers)
-        yield ("wait", "", 0, transfers)
+        yield ("post", _NOTHING, transfers)
+
+
+def _wait(transfers: tuple[_Transfer, ...]) -> Iterator[_Step]:
+    if transfers:
+        yield ("wait", _NOTHING, transfers)
+
+
+def _batch(transfers: tuple[_Transfer, ...]) -> Iterator[_Step]:
+    yield from _post(transfers)
+    yield from _wait(transfers)
+
+
+def _run(kind: str, stage: int, micro: int = 0) -> _Step:
+    return ("run", Action(kind, stage, micro), ())
 
 
 def _one_forward_one_backward(stage: int, count: int, micro_batches: int) -> Iterator[_Step]:
@@ -106,39 +136,35 @@ def _one_forward_one_backward(stage: int, count: int, micro_batches: int) -> Ite
     for micro in range(warmup):
         received, sent = _ends(stage, count, "F", micro)
         yield from _batch(received)
-        yield ("run", "F", micro, ())
-        if pending:
-            yield ("wait", "", 0, pending)
+        yield _run("F", stage, micro)
+        yield from _wait(pending)
         pending = ()
-        if micro != warmup - 1 and sent:
-            yield ("post", "", 0, sent)
+        if micro != warmup - 1:
+            yield from _post(sent)
             pending = sent
     forward, backward = warmup, 0
     while True:
         received, back = _ends(stage, count, "B", backward)
         yield from _batch((*sent, *received))
-        yield ("run", "B", backward, ())
+        yield _run("B", stage, backward)
         backward += 1
         if forward == micro_batches:
             break
         received, sent = _ends(stage, count, "F", forward)
         yield from _batch((*back, *received))
-        yield ("run", "F", forward, ())
+        yield _run("F", stage, forward)
         forward += 1
-    if back:
-        yield ("post", "", 0, back)
+    yield from _post(back)
     while backward < micro_batches:
         received, after = _ends(stage, count, "B", backward)
         yield from _batch(received)
-        yield ("run", "B", backward, ())
-        if back:
-            yield ("wait", "", 0, back)
+        yield _run("B", stage, backward)
+        yield from _wait(back)
         back = after
-        if back:
-            yield ("post", "", 0, back)
+        yield from _post(back)
         backward += 1
-    if back:
-        yield ("wait", "", 0, back)
+    yield from _wait(back)
+    yield _run("after", stage)
 
 
 def _gpipe(stage: int, count: int, micro_batches: int) -> Iterator[_Step]:
@@ -147,12 +173,67 @@ def _gpipe(stage: int, count: int, micro_batches: int) -> Iterator[_Step]:
         for micro in range(micro_batches):
             received, sent = _ends(stage, count, kind, micro)
             yield from _batch(received)
-            yield ("run", kind, micro, ())
-            if sent:
-                yield ("post", "", 0, sent)
-                pending += sent
-        if pending:
-            yield ("wait", "", 0, tuple(pending))
+            yield _run(kind, stage, micro)
+            yield from _post(sent)
+            pending += sent
+        yield from _wait(tuple(pending))
+    yield _run("after", stage)
+
+
+@lru_cache(maxsize=32)
+def _programs(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tuple[_Step, ...], ...]:
+    """The tables of a schedule of several stages a rank, with their sends and receives."""
+    count = ranks * vpp
+    place = [SCHEDULES[schedule].rank_of(stage, ranks) for stage in range(count)]
+    left = [_turns(order, micro_batches) for order in orders(schedule, ranks, vpp, micro_batches)]
+    programs: list[list[_Step]] = [[] for _ in range(ranks)]
+    sends: list[list[_Transfer]] = [[] for _ in range(ranks)]
+    arrived: set[_Transfer] = set()
+    while any(left):
+        before = sum(map(len, left))
+        for rank, turns in enumerate(left):
+            ends = [_exchanged(action, count) for action in turns[-1]] if turns else []
+            if not turns or not all(arrived.issuperset(received) for received, _ in ends):
+                continue
+            for action, (received, _) in zip(turns.pop(), ends, strict=True):
+                programs[rank] += _wait(tuple(one for one in received if place[one[1]] != rank))
+                programs[rank].append(("run", action, ()))
+            for transfer in (one for _, sent in ends for one in sent):
+                arrived.add(transfer)
+                kind, stage, _ = transfer
+                other = place[stage + 1 if kind == "F" else stage - 1]
+                if other != rank:
+                    programs[rank] += _post((transfer,))
+                    programs[other] += _post((transfer,))
+                    sends[rank].append(transfer)
+        if sum(map(len, left)) == before:
+            raise AutoparError(f"{schedule} deadlocks with {micro_batches} micro-batches: a defect of autopar")
+    return tuple((*program, *_wait(tuple(sent))) for program, sent in zip(programs, sends, strict=True))
+
+
+def _turns(order: Sequence[Action], micro_batches: int) -> list[list[Action]]:
+    """What a rank does at one go, the last first: an action, a pair, or what follows a stage's last backward."""
+    turns: list[list[Action]] = []
+    backwards: dict[int, int] = {}
+    joined = False
+    for action in order:
+        if joined:
+            turns[-1].append(action)
+        else:
+            turns.append([action])
+        joined = action.joined
+        if action.kind in "BW":
+            backwards[action.stage] = backwards.get(action.stage, 0) + 1
+            if backwards[action.stage] == micro_batches:
+                turns.append([Action("after", action.stage, 0)])
+    return turns[::-1]
+
+
+def _exchanged(action: Action, count: int) -> tuple[tuple[_Transfer, ...], tuple[_Transfer, ...]]:
+    """What an action of a table receives and sends."""
+    if action.kind not in "FBI":
+        return (), ()
+    return _ends(action.stage, count, "F" if action.kind == "F" else "B", action.micro)
 
 
 def _replay(
@@ -163,46 +244,52 @@ def _replay(
     record: bool,
 ) -> Timeline:
     """Run every program as far as it goes, until all are done; a wait stops where the other end has not posted."""
-    count = len(stages)
+    count = len(programs)
     clock = [0.0] * count
+    gathering = [0.0] * count
     posted: dict[_Transfer, float] = {}
     done: dict[_Transfer, float] = {}
     blocked: list[tuple[_Transfer, ...] | None] = [()] * count
+    left = [micro_batches] * len(stages)
     events: list[Event] = []
     progress = True
     while progress:
         progress = False
-        for stage in range(count):
-            waiting = blocked[stage]
+        for rank in range(count):
+            waiting = blocked[rank]
             while waiting is not None:
                 if waiting:
                     if any(transfer not in done for transfer in waiting):
                         break
-                    clock[stage] = max(clock[stage], *(done[transfer] for transfer in waiting))
+                    clock[rank] = max(clock[rank], *(done[transfer] for transfer in waiting))
                     waiting = ()
-                step = next(programs[stage], None)
+                step = next(programs[rank], None)
                 progress = True
                 if step is None:
                     waiting = None
                 elif step[0] == "run":
-                    end = clock[stage] + _seconds(stages[stage], step[1], step[2], micro_batches)
-                    if record:
-                        events.append(Event(stage, step[1], step[2], clock[stage], end))
-                    clock[stage] = end
+                    kind, stage, micro, _ = step[1]
+                    if kind == "F" and micro == 0:
+                        late = max(0.0, stages[stage].ready_s - clock[rank])
+                        gathering[rank] += late
+                        clock[rank] += late
+                    end = clock[rank] + _seconds(stages, kind, stage, micro, left)
+                    if record and kind != "after":
+                        events.append(Event(stage, kind, micro, clock[rank], end))
+                    clock[rank] = end
                 elif step[0] == "post":
-                    for transfer in step[3]:
+                    for transfer in step[2]:
                         if transfer in posted:
-                            done[transfer] = max(posted.pop(transfer), clock[stage]) + transfer_s[_link(transfer)]
+                            done[transfer] = max(posted.pop(transfer), clock[rank]) + transfer_s[_link(transfer)]
                         else:
-                            posted[transfer] = clock[stage]
+                            posted[transfer] = clock[rank]
                 else:
-                    waiting = step[3]
-            blocked[stage] = waiting
+                    waiting = step[2]
+            blocked[rank] = waiting
     if any(waiting is not None for waiting in blocked):
         raise AutoparError("the schedule deadlocks: a stage waits for a transfer that nothing sends")
     events.sort(key=lambda event: (event.start, event.stage))
-    total = max(end + stage.after_s for end, stage in zip(clock, stages, strict=True))
-    return Timeline(total, tuple(clock), tuple(events))
+    return Timeline(max(clock), tuple(clock), tuple(gathering), tuple(events))
 
 
 def _link(transfer: _Transfer) -> int:
@@ -210,7 +297,15 @@ def _link(transfer: _Transfer) -> int:
     return transfer[1] if transfer[0] == "F" else transfer[1] - 1
 
 
-def _seconds(stage: StageTimes, kind: str, micro: int, micro_batches: int) -> float:
+def _seconds(stages: Sequence[StageTimes], kind: str, stage: int, micro: int, left: list[int]) -> float:
+    """Seconds of an action. ``left``: backwards still to come, by stage."""
+    times = stages[stage]
+    if kind == "after":
+        return times.after_s
     if kind == "F":
-        return stage.forward_s + (stage.first_s if micro == 0 else 0.0)
-    return stage.backward_s + (stage.last_s if micro == micro_batches - 1 else 0.0)
+        return times.forward_s + (times.first_s if micro == 0 else 0.0)
+    weights = times.weight_s if stage else times.backward_s  # torch leaves all of it to "W" on stage 0
+    if kind == "I":
+        return times.backward_s - weights
+    left[stage] -= 1
+    return (times.backward_s if kind == "B" else weights) + (0.0 if left[stage] else times.last_s)

@@ -1,18 +1,25 @@
 """The stage ILP: how many blocks of each run, under which candidate, sit in which pipeline stage (CP-SAT).
 
 The model is a chain of runs of equal blocks. Integers ``n[s,r,c]``: blocks of run r in stage s under candidate c.
-Write x[s,r] = sum_c n[s,r,c], e[s,r] = sum_{j<=s} x[j,r], w_s = sum n·seconds, a_s = sum n·after_s.
+Write x[s,r] = sum_c n[s,r,c], e[s,r] = sum_{j<=s} x[j,r]; f_s, b_s, i_s, a_s: sums over a stage of n times forward,
+backward, what of a backward must run before the gradient goes on, and once after the last backward; o_q: over a rank,
+the optimizer; S_q: the stages of rank q. Terms and proofs of (5) are those of `bounds`.
 
     (1) every block sits somewhere:       sum_s x[s,r] = blocks of r                                      `_place`
     (2) stages are contiguous:            d[s,r] -> e[s,r] = blocks of r;  not d[s,r] -> e[s,r+1] = 0     `_place`
-    (3) no stage is empty:                sum_r x[s,r] >= 1                                               `_place`
-    (4) each stage fits, with its own number of micro-batches in flight, min(p - s, m):                   `_fit`
-            sum n·(resident + in_flight(s)·inflight) + t_s <= capacity - overhead,  t_s >= transient where n > 0
-    (5) the step takes at least:          V >= sum_{j<s} w_j + transfers + m(w_s + waits) + a_s           `_time`
-            which is `bounds.pipeline_bound` with the work after the last micro-batch of each stage
+    (3) no stage is empty:                sum_r x[s,r] >= 1, or the number that is fixed                  `_place`
+    (4) each rank fits, at each of the times when most is in flight on its stages (`orders.peaks`):       `_fit`
+            sum_{S_q} n·(resident + alive(s)·inflight + waiting(s)·waiting) + t_q <= capacity - overhead,
+            t_q >= transient where n > 0
+    (5) the step takes at least, for every rank q and with the largest o:                                 `_time`
+            V >= sum_{j<q} f_j + q c + m sum_{S_q} (f_s + b_s) + waits + sum_{S_q} a_s + o
+            V >= sum_{j<q} f_j + 2 q c + m sum_{S_q} (f_s + i_s) + waits + sum_{0<j<q} i_j + b_0 + a_0 + o
+        and V >= sum f + sum_{s>0} i_s + b_0 + a_0 + 2 c crossings + o; for GPipe also
+            V >= (m-1)(max f + max b) + sum (f + b) + o
 
-    minimise V; `run_balanced` then minimises (m-1) max_s w_s + sum_s w_s + max_s a_s at nearly the same V, because V
-    alone leaves the stages that do not decide it open, and the simulator minds.
+    minimise V; `run_balanced` then minimises (m-1) max_q w_q + sum_s w_s + max_q a_q at nearly the same V, w_q and a_q
+    being what a rank does each micro-batch and once, because V alone leaves the stages that do not decide it open, and
+    the simulator minds.
 
 Seconds become integers, rounded down, so that the optimum times the unit stays a valid bound.
 """
@@ -26,20 +33,30 @@ from typing import Any
 
 from ortools.sat.python import cp_model
 
+from autopar.schedule import SCHEDULES
+from autopar.solver.bounds import crossings_of, pipeline_bound, waits_of
+from autopar.solver.orders import Held, peaks
+from autopar.solver.simulate import StageTimes
+
 RESOLUTION = 2**34
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One candidate for the blocks of a run, per block: ``seconds`` of forward and backward per micro-batch,
-    ``after_s`` once per step when the stage has run its last micro-batch, and bytes as in `plan.Candidate`."""
+    """One candidate for the blocks of a run, per block: seconds per micro-batch (``weight_s``: of the backward, what
+    gives weight gradients alone), ``reduce_s`` once when the stage has run its last micro-batch, ``optimizer_s`` once
+    when all have; bytes as in `plan.Candidate`, and ``waiting`` per micro-batch between the halves of a backward."""
 
     name: str
-    seconds: float
-    after_s: float
+    forward_s: float
+    backward_s: float
     resident: float
     inflight: float
     transient: float
+    reduce_s: float = 0.0
+    optimizer_s: float = 0.0
+    weight_s: float = 0.0
+    waiting: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +70,40 @@ class BlockRun:
 
 @dataclass(frozen=True, slots=True)
 class StageProblem:
-    """Spread ``runs`` over ``stages`` stages of ``capacity`` bytes; ``overhead``: bytes per stage beside its blocks.
-
-    ``transfer_s``: one transfer across a stage boundary.
-    """
+    """Spread ``runs`` over ``vpp`` stages on each of ``pp`` ranks of ``capacity`` bytes; ``overhead``: bytes per stage
+    beside its blocks. ``transfer_s``: one transfer between ranks. ``fixed``: blocks in each stage, or nothing."""
 
     runs: tuple[BlockRun, ...]
-    stages: int
+    pp: int
     micro_batches: int
     capacity: float
     transfer_s: float = 0.0
     overhead: tuple[float, ...] = ()
+    schedule: str = "1f1b"
+    vpp: int = 1
+    fixed: tuple[int, ...] = ()
 
-    def in_flight(self, stage: int) -> int:
-        """Micro-batches whose saved tensors stage ``stage`` holds at once under 1F1B."""
-        return min(self.stages - stage, self.micro_batches)
+    @property
+    def stages(self) -> int:
+        return self.pp * self.vpp
 
-    def spare(self, stage: int) -> float:
-        """Bytes for the blocks of a stage."""
-        return self.capacity - (self.overhead[stage] if self.overhead else 0.0)
+    @property
+    def halves(self) -> bool:
+        """Whether the schedule halves backwards."""
+        return SCHEDULES[self.schedule].splits_backward
+
+    def own(self, rank: int) -> list[int]:
+        """The stages of a rank."""
+        place = SCHEDULES[self.schedule].rank_of
+        return [stage for stage in range(self.stages) if place(stage, self.pp) == rank]
+
+    def held(self, rank: int) -> tuple[Held, ...]:
+        """Micro-batches in flight on a rank's stages at the times when they are most."""
+        return peaks(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)[rank]
+
+    def spare(self, rank: int) -> float:
+        """Bytes for the blocks of a rank."""
+        return self.capacity - (sum(self.overhead[stage] for stage in self.own(rank)) if self.overhead else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +135,36 @@ def _used(problem: StageProblem, stage: tuple[tuple[int, ...], ...]) -> Iterator
 
 def stage_seconds(problem: StageProblem, counts: Counts) -> float:
     """V of constraint (5) for given counts, in exact arithmetic."""
-    last = problem.stages - 1
-    value = before = 0.0
-    for s, stage in enumerate(counts):
-        items = list(_used(problem, stage))
-        work = sum(n * o.seconds for n, o in items)
-        after = sum(n * o.after_s for n, o in items)
-        waits = problem.transfer_s * ((s > 0) + (s < last))
-        passing = before + max(0, 2 * s - 1) * problem.transfer_s
-        value = max(value, passing + problem.micro_batches * (work + waits) + after)
-        before += work
-    return value
+    stages = []
+    optimizer = [0.0] * problem.pp
+    place = SCHEDULES[problem.schedule].rank_of
+    for stage, here in enumerate(counts):
+        items = list(_used(problem, here))
+        forward, backward, weight, after = (
+            sum(n * getattr(o, name) for n, o in items) for name in ("forward_s", "backward_s", "weight_s", "reduce_s")
+        )
+        stages.append(StageTimes(forward, backward, weight, after_s=after))
+        optimizer[place(stage, problem.pp)] += sum(n * o.optimizer_s for n, o in items)
+    bound = pipeline_bound(stages, problem.micro_batches, problem.transfer_s, problem.schedule, problem.vpp)
+    return bound + max(optimizer)
 
 
-def stage_bytes(problem: StageProblem, counts: Counts) -> list[float]:
-    """Bytes of each stage as constraint (4) counts them, overhead included."""
+def rank_bytes(problem: StageProblem, counts: Counts) -> list[float]:
+    """Bytes of each rank as constraint (4) counts them, overhead included."""
     totals = []
-    for s, stage in enumerate(counts):
-        items = list(_used(problem, stage))
-        held = sum(n * (o.resident + problem.in_flight(s) * o.inflight) for n, o in items)
-        peak = max((o.transient for n, o in items if n), default=0.0)
-        totals.append(held + peak + problem.capacity - problem.spare(s))
+    for rank in range(problem.pp):
+        own = problem.own(rank)
+        items = {stage: list(_used(problem, counts[stage])) for stage in own}
+        held = max(
+            sum(
+                n * (o.resident + alive * o.inflight + waiting * o.waiting)
+                for stage, (alive, waiting) in zip(own, held, strict=True)
+                for n, o in items[stage]
+            )
+            for held in problem.held(rank)
+        )
+        peak = max((o.transient for pairs in items.values() for n, o in pairs if n), default=0.0)
+        totals.append(held + peak + problem.capacity - problem.spare(rank))
     return totals
 
 
@@ -160,7 +201,10 @@ class _Model:
         self.gap = gap
         self.cp = cp_model.CpModel()
         m = problem.micro_batches
-        most = sum(run.count * max((m + 1) * o.seconds + o.after_s for o in run.options) for run in problem.runs)
+        most = sum(
+            run.count * max((m + 1) * (o.forward_s + o.backward_s) + o.reduce_s + o.optimizer_s for o in run.options)
+            for run in problem.runs
+        )
         self.unit = max(most + 4 * problem.stages * m * problem.transfer_s, 1e-12) / RESOLUTION
         self.n = [
             [[self.cp.new_int_var(0, run.count, "") for _ in run.options] for run in problem.runs]
@@ -177,9 +221,10 @@ class _Model:
         """Constraints (1), (2), (3)."""
         runs = self.problem.runs
         ends: list[Any] = [0] * len(runs)
-        for stage in self.n:
+        for s, stage in enumerate(self.n):
             here = [sum(counts) for counts in stage]
-            self.cp.add(sum(here) >= 1)
+            fixed = self.problem.fixed
+            self.cp.add(sum(here) == fixed[s] if fixed else sum(here) >= 1)
             ends = [end + count for end, count in zip(ends, here, strict=True)]
             for r in range(len(runs) - 1):
                 done = self.cp.new_bool_var("")
@@ -191,41 +236,85 @@ class _Model:
     def _fit(self) -> None:
         """Constraint (4)."""
         problem = self.problem
-        for s, stage in enumerate(self.n):
-            flying = problem.in_flight(s)
-            peaks = sorted({o.transient for run in problem.runs for o in run.options})
+        peaks = sorted({o.transient for run in problem.runs for o in run.options})
+        for rank in range(problem.pp):
+            own = problem.own(rank)
             peak: Any = _up(peaks[-1])
             if len(peaks) > 1:
                 peak = self.cp.new_int_var(_up(peaks[0]), _up(peaks[-1]), "")
-            terms: list[Any] = []
-            for counts, run in zip(stage, problem.runs, strict=True):
-                for count, option in zip(counts, run.options, strict=True):
-                    terms.append(count * _up(option.resident + flying * option.inflight))
-                    if len(peaks) > 1 and option.transient > peaks[0]:
-                        used = self.cp.new_bool_var("")
-                        self.cp.add(count <= run.count * used)
-                        self.cp.add(peak >= _up(option.transient)).only_enforce_if(used)
-            self.cp.add(sum(terms) + peak <= int(problem.spare(s)))
+                for stage in own:
+                    for count, option, most in self._items(stage):
+                        if option.transient > peaks[0]:
+                            used = self.cp.new_bool_var("")
+                            self.cp.add(count <= most * used)
+                            self.cp.add(peak >= _up(option.transient)).only_enforce_if(used)
+            for held in problem.held(rank):
+                terms: list[Any] = [
+                    count * _up(option.resident + alive * option.inflight + waiting * option.waiting)
+                    for stage, (alive, waiting) in zip(own, held, strict=True)
+                    for count, option, _ in self._items(stage)
+                ]
+                self.cp.add(sum(terms) + peak <= int(problem.spare(rank)))
+
+    def _items(self, stage: int) -> Iterator[tuple[Any, Option, int]]:
+        """Variables of a stage with their options, and the most they can be."""
+        for counts, run in zip(self.n[stage], self.problem.runs, strict=True):
+            for count, option in zip(counts, run.options, strict=True):
+                yield count, option, run.count
+
+    def _sum(self, stage: int, name: str) -> Any:
+        """Units that a stage needs of one kind of seconds."""
+        return sum(count * int(getattr(option, name) / self.unit) for count, option, _ in self._items(stage))
 
     def _time(self) -> None:
         """Constraint (5)."""
-        problem, last = self.problem, self.problem.stages - 1
+        problem, m = self.problem, self.problem.micro_batches
         transfer = int(problem.transfer_s / self.unit)
-        before: Any = 0
-        for s, stage in enumerate(self.n):
-            pairs = [
-                (count, option)
-                for counts, run in zip(stage, problem.runs, strict=True)
-                for count, option in zip(counts, run.options, strict=True)
-            ]
-            work = sum(count * int(option.seconds / self.unit) for count, option in pairs)
-            after = sum(count * int(option.after_s / self.unit) for count, option in pairs)
-            waits = transfer * ((s > 0) + (s < last))
-            passing = before + max(0, 2 * s - 1) * transfer
-            self.cp.add(self.value >= passing + problem.micro_batches * (work + waits) + after)
+        forward, backward, once = (
+            [self._sum(stage, name) for stage in range(problem.stages)]
+            for name in ("forward_s", "backward_s", "reduce_s")
+        )
+        handing = backward
+        if problem.halves:
+            # Rounded down together, so that what is handed on is no more than the backward without its weights.
+            handing = [self._handing(stage) if stage else 0 for stage in range(problem.stages)]
+        shares = [sum(self._sum(stage, "optimizer_s") for stage in problem.own(q)) for q in range(problem.pp)]
+        optimizer = self._largest(shares) if problem.pp > 1 else shares[0]
+        there: Any = 0
+        back: Any = 0
+        for rank in range(problem.pp):
+            own = problem.own(rank)
+            ahead = sum(forward[stage] for stage in own)
+            work = ahead + sum(backward[stage] for stage in own)
+            after = sum(once[stage] for stage in own)
+            arrival = there + (rank + waits_of(rank, problem.pp, m, problem.vpp)) * transfer
+            self.cp.add(self.value >= arrival + m * work + after + optimizer)
+            if rank:
+                handed = m * (ahead + sum(handing[stage] for stage in own))
+                way_back = rank * transfer + back + backward[0] + once[0]
+                self.cp.add(self.value >= arrival + handed + way_back + optimizer)
+                back = back + handing[rank]
+            there = there + forward[rank]
             self.work.append(work)
-            self.after.append(after)
-            before = before + work
+            self.after.append(after + shares[rank])
+
+        way_back = sum(handing[1:]) + backward[0] + once[0]
+        crossings = crossings_of(problem.schedule, problem.pp, problem.vpp)
+        self.cp.add(self.value >= sum(forward) + way_back + 2 * crossings * transfer + optimizer)
+        if problem.schedule == "gpipe":
+            slowest = [self._largest(seconds) for seconds in (forward, backward)]
+            self.cp.add(self.value >= (m - 1) * sum(slowest) + sum(forward) + sum(backward) + optimizer)
+
+    def _largest(self, values: list[Any]) -> Any:
+        largest = self.cp.new_int_var(0, RESOLUTION, "")
+        for value in values:
+            self.cp.add(largest >= value)
+        return largest
+
+    def _handing(self, stage: int) -> Any:
+        return sum(
+            count * int((option.backward_s - option.weight_s) / self.unit) for count, option, _ in self._items(stage)
+        )
 
     def run(self, objective: Any, work_limit: float) -> tuple[Counts, float, str] | None:
         self.cp.minimize(objective)

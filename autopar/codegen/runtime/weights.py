@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 class Weights(nn.Module):
     """Parameters, and further `Weights`, under their names; their use is written in the block that holds them."""
 
-    def __init__(self, **members: "nn.Parameter | Weights") -> None:
+    def __init__(self, /, **members: "nn.Parameter | Weights") -> None:
         super().__init__()
         for name, member in members.items():
             setattr(self, name, member)

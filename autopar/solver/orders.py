@@ -1,0 +1,205 @@
+"""In which order each pipeline rank computes: the rules that torch 2.13's schedules follow, and what they keep alive.
+
+An action is a forward "F", a whole backward "B", or its two halves: "I" for the gradients of inputs, "W" for those of
+weights. p: ranks, m: micro-batches, v: stages on each rank, r: a rank.
+
+gpipe        all F, then all B
+1f1b         min(m, p - r) F, then B and F in turns, then the rest of the B
+interleaved  rounds of m // max(1, m // p) micro-batches; a round goes through all stages of a rank before the next one.
+             First F: (v - 1) rounds and 2 (p - 1 - r) more; then F and B in turns, then the rest of the B
+zbv          stage a = r on the way there, b = 2p - 1 - r on the way back. 2(p - r) - 1 times Fa; r times Fb Fa; p - r
+             times Fb Ib Wb; until all Fb are done Fa Ia Wa Fb Ib Wb; r times Ia Ib; p - r times Ia Wa; then what is
+             left of Wb and of Wa. Written for at least 2p - 1 micro-batches; of fewer, the others are left out
+dualpipev    2(p - r - 1) times Fa; r + 1 times Fa Fb; p - r - 1 times Ib W Fb; m - 2p + r + 1 times Fa Bb Fb Ba;
+             p - r - 1 times Bb Fb Ba; r + 1 times Bb Ba, halved from the middle on; p - r - 1 times W and B (or I) of
+             a; the rest of the W. W takes the oldest half that waits. Each F with the B after it is an overlapped pair
+             (but the first of the last rank), which torch runs one after the other
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+from autopar.schedule import SCHEDULES
+
+
+class Action(NamedTuple):
+    """Stage ``stage`` computes ``kind`` ("F", "B", "I" or "W") of micro-batch ``micro``. ``joined``: with the next one,
+    as an overlapped pair, which torch starts when both can and whose results it sends when both are done."""
+
+    kind: str
+    stage: int
+    micro: int
+    joined: bool = False
+
+
+Order = tuple[Action, ...]
+
+
+@lru_cache(maxsize=64)
+def orders(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[Order, ...]:
+    """What each of ``ranks`` pipeline ranks computes in a step, in order."""
+    return tuple(tuple(_order(schedule, rank, ranks, vpp, micro_batches)) for rank in range(ranks))
+
+
+def _order(schedule: str, rank: int, ranks: int, vpp: int, micro_batches: int) -> Iterator[Action]:
+    if schedule == "none":
+        return (Action(kind, 0, micro) for micro in range(micro_batches) for kind in "FB")
+    if schedule == "gpipe":
+        return (Action(kind, rank, micro) for kind in "FB" for micro in range(micro_batches))
+    if schedule == "1f1b":
+        return _in_turns(
+            _Queue(), min(micro_batches, ranks - rank), [rank] * micro_batches, [rank] * micro_batches, "B"
+        )
+    if schedule == "interleaved":
+        return _interleaved(rank, ranks, vpp, micro_batches)
+    if schedule == "zbv":
+        return (action for action in _zbv(rank, ranks, micro_batches) if action.micro < micro_batches)
+    return _dualpipev(rank, ranks, micro_batches)
+
+
+class _Queue:
+    """Hands out micro-batches: each stage takes them in order, and W takes the oldest half that waits."""
+
+    def __init__(self) -> None:
+        self.next: dict[tuple[str, int], int] = {}
+        self.halves: deque[tuple[int, int]] = deque()
+
+    def done(self, kind: str, stage: int) -> int:
+        return self.next.get((kind, stage), 0)
+
+    def take(self, kind: str, stage: int) -> Action:
+        name = "I" if kind == "B" else kind
+        micro = self.done(name, stage)
+        self.next[name, stage] = micro + 1
+        if kind == "I":
+            self.halves.append((stage, micro))
+        if kind == "B":
+            self.next["W", stage] = self.done("W", stage) + 1
+        return Action(kind, stage, micro)
+
+    def weights(self) -> Iterator[Action]:
+        if self.halves:
+            stage, micro = self.halves.popleft()
+            self.next["W", stage] = self.done("W", stage) + 1
+            yield Action("W", stage, micro)
+
+
+def _in_turns(queue: _Queue, first: int, forwards: list[int], backwards: list[int], lead: str) -> Iterator[Action]:
+    """``first`` forwards, then both in turns beginning with ``lead``, then the remaining backwards; by their stages."""
+    for stage in forwards[:first]:
+        yield queue.take("F", stage)
+    turns = zip(forwards[first:], backwards, strict=False)
+    for forward, backward in turns:
+        pair = (("B", backward), ("F", forward)) if lead == "B" else (("F", forward), ("B", backward))
+        for kind, stage in pair:
+            yield queue.take(kind, stage)
+    for stage in backwards[len(forwards) - first :]:
+        yield queue.take("B", stage)
+
+
+def _interleaved(rank: int, ranks: int, vpp: int, micro_batches: int) -> Iterator[Action]:
+    each = micro_batches // max(1, micro_batches // ranks)
+    total = vpp * micro_batches
+    laps = [(place // each) % vpp for place in range(total)]
+    forwards = [lap * ranks + rank for lap in laps]
+    backwards = [(vpp - 1 - lap) * ranks + rank for lap in laps]
+    first = min((vpp - 1) * each + 2 * (ranks - 1 - rank), total)
+    return _in_turns(_Queue(), first, forwards, backwards, "F")
+
+
+def _zbv(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
+    queue, there, back = _Queue(), rank, 2 * ranks - 1 - rank
+    count = max(2 * ranks - 1, micro_batches)
+
+    def run(*steps: tuple[str, int]) -> Iterator[Action]:
+        return (queue.take(kind, stage) for kind, stage in steps)
+
+    for _ in range(2 * (ranks - rank) - 1):
+        yield from run(("F", there))
+    for _ in range(rank):
+        yield from run(("F", back), ("F", there))
+    for _ in range(ranks - rank):
+        yield from run(("F", back), ("I", back), ("W", back))
+    while queue.done("F", back) < queue.done("F", there) or queue.done("F", there) < count:
+        if queue.done("F", there) < count:
+            yield from run(("F", there))
+        yield from run(("I", there), ("W", there), ("F", back), ("I", back), ("W", back))
+    for _ in range(rank):
+        yield from run(("I", there), ("I", back))
+    for _ in range(ranks - rank):
+        yield from run(("I", there), ("W", there))
+    for stage in (back, there):
+        while queue.done("W", stage) < queue.done("I", stage):
+            yield from run(("W", stage))
+
+
+def _dualpipev(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
+    queue, there, back = _Queue(), rank, 2 * ranks - 1 - rank
+    after = ranks - rank - 1
+    for _ in range(2 * after):
+        yield queue.take("F", there)
+    for _ in range(rank + 1):
+        yield queue.take("F", there)
+        yield queue.take("F", back)
+    for _ in range(after):
+        yield queue.take("I", back)
+        yield from queue.weights()
+        yield queue.take("F", back)
+    for turn in range(micro_batches - 2 * ranks + rank + 1):
+        for forward, backward in ((there, back), (back, there)):
+            alone = turn == 0 and rank == ranks - 1 and forward == there
+            yield queue.take("F", forward)._replace(joined=not alone)
+            yield queue.take("B", backward)
+    for _ in range(after):
+        yield queue.take("B", back)
+        yield queue.take("F", back)._replace(joined=True)
+        yield queue.take("B", there)
+    middle, halved = (rank + 1) // 2, False
+    for place in range(rank + 1):
+        halved = halved or (place == middle and rank % 2 == 1)
+        yield queue.take("I" if halved else "B", back)
+        halved = halved or (place == middle and rank % 2 == 0)
+        yield queue.take("I" if halved else "B", there)
+    for _ in range(after):
+        yield from queue.weights()
+        yield queue.take("I" if halved else "B", there)
+    while queue.halves:
+        yield from queue.weights()
+
+
+Held = tuple[tuple[int, int], ...]
+"""For each stage of a rank, in the model's order: micro-batches whose saved tensors are alive, and of these those whose
+weight gradients are still to come (after "I")."""
+
+
+@lru_cache(maxsize=256)
+def peaks(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tuple[Held, ...], ...]:
+    """For each rank, all that its stages hold at once at some time of the step and that is not exceeded, stage by
+    stage, at another time. "I" frees nothing: autograd keeps the graph of a stage until its "W"; on stage 0 torch
+    leaves all of the backward to "W", so that nothing waits there."""
+    place = SCHEDULES[schedule].rank_of
+    found = []
+    for rank, order in enumerate(orders(schedule, ranks, vpp, micro_batches)):
+        stages = [stage for stage in range(ranks * vpp) if place(stage, ranks) == rank]
+        held = dict.fromkeys(stages, (0, 0))
+        seen = set()
+        for kind, stage, *_ in order:
+            alive, waiting = held[stage]
+            if kind == "F":
+                held[stage] = (alive + 1, waiting)
+            elif kind == "I":
+                held[stage] = (alive, waiting + (stage > 0))
+            else:
+                seen.add(tuple(held.values()))
+                held[stage] = (alive - 1, waiting - (kind == "W" and stage > 0))
+        found.append(tuple(sorted(one for one in seen if not any(_exceeds(other, one) for other in seen))))
+    return tuple(found)
+
+
+def _exceeds(held: Held, other: Held) -> bool:
+    pairs = [(a, b) for one, two in zip(held, other, strict=True) for a, b in zip(one, two, strict=True)]
+    return held != other and all(a >= b for a, b in pairs)

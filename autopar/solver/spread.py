@@ -1,0 +1,193 @@
+"""Stages for a configuration: the chain of blocks, what each may run under, the stage ILP over compatible answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from autopar.solver.candidates import BlockCost
+from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements
+from autopar.solver.groups import root_blocks
+from autopar.solver.halves import Halves
+from autopar.solver.shardings import Answered, Context
+from autopar.solver.space import Config
+from autopar.solver.stages import BlockRun, Option, StageAnswer, StageProblem, solve_stages
+
+STAGE_GAP = 1e-4
+"""How close to its optimum the stage ILP is solved; the simulator tells spreads apart afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class KindRun:
+    """``count`` consecutive blocks from ``start`` of one kind and freedom. ``root``: their stage's root group holds
+    them, or may (``sure`` False: only if a block they share a weight with is in the same stage)."""
+
+    kind: str
+    choices: tuple[str, ...]
+    start: int
+    count: int
+    root: bool
+    sure: bool
+
+
+def block_runs(context: Context, config: Config) -> list[KindRun]:
+    """The chain of blocks as runs of alike ones."""
+    blocks = context.model.blocks
+    rooted = root_blocks(context.model, range(len(blocks)))
+    alike = [
+        (kind, choices, root, config.pp == 1 or not (root and block.path))
+        for (kind, choices), root, block in zip(context.freedom(), rooted, blocks, strict=True)
+    ]
+    runs, start = [], 0
+    for (kind, choices, root, sure), group in groupby(alike):
+        count = len(list(group))
+        runs.append(KindRun(kind, choices, start, count, root, sure))
+        start += count
+    return runs
+
+
+def compatible(answers: Sequence[Answered]) -> list[list[Answered]]:
+    """Answers grouped by signature; blocks of one group can be mixed. Order kept."""
+    groups: dict[tuple[str, ...], list[Answered]] = {}
+    for answer in answers:
+        groups.setdefault(answer.signature, []).append(answer)
+    return list(groups.values())
+
+
+def stage_problem(
+    context: Context, config: Config, answers: Sequence[Answered], capacity: float | None = None
+) -> tuple[StageProblem, list[list[BlockCost]]]:
+    """The stage ILP of a configuration over compatible answers, and the cost each option stands for."""
+    boundary = max(answer.boundary for answer in answers)
+    place = placed(context, config, boundary)
+    kinds = block_runs(context, config)
+    costs_of = [
+        _undominated([answer.costs[run.kind][choice] for answer in answers for choice in run.choices]) for run in kinds
+    ]
+    most = [max(cost.elements for cost in costs) for costs in costs_of]
+    pending = place.memory.pending(max((n for n, run in zip(most, kinds, strict=True) if not run.root), default=0))
+    ending = place.memory.root_staging(_most_rooted(kinds, most, config.stages))
+    runs = []
+    for run, costs in zip(kinds, costs_of, strict=True):
+        options = []
+        for cost in costs:
+            needed = cost.transient + (pending if run.root else 0.0)
+            needed = max(needed, ending) if run.root else needed
+            if not (run.root and run.sure):
+                needed = max(needed, cost.transient + place.memory.staging(cost.elements))
+            options.append(_option(place, cost, run.root, needed, halves(context, config, cost)))
+        runs.append(BlockRun(run.kind, run.count, tuple(options)))
+    overhead = overheads(place, config)
+    if config.pp == 1:
+        stage = [(costs[0], run.root) for costs, run in zip(costs_of, kinds, strict=True) for _ in range(run.count)]
+        doubles = tied_elements(context, [[cost for cost, _ in stage]])[0][0]
+        for double, (_, root) in zip(doubles, stage, strict=True):
+            overhead[0] -= place.memory.resident(double, root)
+    room = context.cluster.device.memory_bytes if capacity is None else capacity
+    return staged(context, config, place, runs, overhead, room), costs_of
+
+
+def overheads(place: Placed, config: Config) -> list[float]:
+    """Bytes of each stage beside its blocks; the reserve of a rank stands with its first stage."""
+    reserve = place.memory.reserve
+    return [float(place.memory.buffers(s) + (reserve if s < config.pp else 0)) for s in range(config.stages)]
+
+
+def staged(
+    context: Context, config: Config, place: Placed, runs: Sequence[BlockRun], overhead: Sequence[float], room: float
+) -> StageProblem:
+    """The stage ILP of a configuration over these runs."""
+    return StageProblem(
+        tuple(runs),
+        config.pp,
+        config.micro_batches,
+        room,
+        place.transfer_s,
+        tuple(overhead),
+        config.schedule,
+        config.vpp,
+        context.fix.stages,
+    )
+
+
+def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) -> int:
+    """The most elements that one stage's root group can hold; ``elements``: of each run's largest block."""
+    held = [run.count * n if run.root else 0 for run, n in zip(runs, elements, strict=True)]
+    # The first block and the last are never in one stage of several.
+    apart = min(elements[0], elements[-1]) if stages > 1 and runs[0].root and runs[-1].root else 0
+    return sum(held) - apart
+
+
+def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved: Halves) -> Option:
+    """A block as the stage ILP counts it: alone, so that what hides its communication is its own computation."""
+    data, elements = place.data, cost.elements
+    copies, gather, reduce = data.gather_copy_s(elements), data.gather_s(elements), data.reduce_s(elements)
+    forward, backward, once = cost.forward_s, cost.backward_s + data.reduce_copy_s(elements), 0.0
+    if data.gathers_each:
+        forward = forward + copies + gather if root else max(forward + copies, gather)
+    else:
+        seen = root or (data.exposes and data.vpp > 1)
+        once += copies + (gather if seen else max(0.0, gather - forward - copies))
+    if data.exposes:
+        once += reduce
+    elif data.defers:
+        once += reduce if root else 0.0
+    elif root:
+        backward += reduce
+    elif data.zero == 3:
+        backward = max(backward + copies, gather + reduce)
+    else:
+        backward = max(backward, reduce)
+    # What communication hides costs a little all the same, so that nothing is recomputed for nothing.
+    own = 1e-6 * (cost.forward_s + cost.backward_s)
+    return Option(
+        name=f"{cost.kind}/{cost.choice}",
+        forward_s=forward,
+        backward_s=backward + own,
+        resident=place.memory.resident(elements, root),
+        inflight=cost.inflight,
+        transient=transient,
+        reduce_s=once,
+        optimizer_s=data.optimizer_s(elements),
+        weight_s=halved[0] + data.reduce_copy_s(elements),
+        waiting=halved[1],
+    )
+
+
+def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
+    """Without those that another is no worse than in every entry (layouts are equal within a set)."""
+
+    def entries(cost: BlockCost) -> tuple[float, ...]:
+        return (cost.forward_s, cost.backward_s, cost.elements, cost.inflight, cost.transient)
+
+    kept: list[BlockCost] = []
+    for cost in costs:
+        if not any(all(a <= b for a, b in zip(entries(other), entries(cost), strict=True)) for other in kept):
+            kept.append(cost)
+    return kept
+
+
+def best_stages(
+    context: Context, config: Config, answers: Sequence[Answered], cutoff: float = float("inf")
+) -> Assessment | None:
+    """The fastest stages that fit, over compatible answers; None if none fit. ``cutoff``: a step time that is of no use
+    any more; stages that cannot be faster are found less carefully."""
+    begin = time.perf_counter()
+    problem, costs_of = stage_problem(context, config, answers)
+    # The ILP's V counts what blocks hide of each other's communication a little too high.
+    answer = solve_stages(problem, gap=STAGE_GAP, cutoff=cutoff * 1.02)
+    context.clock.add("stage ILP", begin)
+    context.clock.counts["stage ILPs"] += 1
+    if answer is None:
+        return None
+    return assess(context, config, spread(answer, costs_of, config.stages), max(a.boundary for a in answers))
+
+
+def spread(answer: StageAnswer, costs_of: list[list[BlockCost]], stages: int) -> list[list[BlockCost]]:
+    """Block costs per stage, in chain order."""
+    found: list[list[BlockCost]] = [[] for _ in range(stages)]
+    for stage, run, option, count in answer.runs():
+        found[stage] += [costs_of[run][option]] * count
+    return found
