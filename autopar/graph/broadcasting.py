@@ -82,7 +82,8 @@ def index(node: Node, new: Draft) -> Ref | None:
     x, indices = node.args
     if not all(isinstance(entry, Ref) for entry in indices) or len(indices) != len(new.shape(x)):
         return None
-    rank, places = len(node.meta.shape), []
+    rank = len(node.meta.shape)
+    places: list[int] = []
     for dim, entry in enumerate(indices):
         place = _counts(entry, new.shape(x)[dim], rank, new)
         if place is None or (places and place <= places[-1]):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import padded
 from autopar.job import Job
 from autopar.sharding.decision import BlockDecision
 from autopar.solver.block_problem import (
@@ -42,8 +43,8 @@ LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
 
 
-Key = tuple[tuple[tuple[str, int], ...], int]
-"""Model axes with their sizes, and samples per micro-batch."""
+Key = tuple[tuple[tuple[str, int], ...], int, int]
+"""Model axes with their sizes, samples per micro-batch, and padding of heads."""
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class Clock:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of one search shares."""
+    """What every part of one search shares. ``paddings``: its like for the model with padded heads."""
 
     model: ModelGraph
     job: Job
@@ -72,6 +73,7 @@ class Context:
     clock: Clock
     counts: dict[str, int]
     halved: HalvedBackward
+    paddings: dict[int, Context] = field(default_factory=dict)
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
@@ -90,6 +92,17 @@ class Context:
             counts,
             HalvedBackward(ops),
         )
+
+    def padded(self, ranks: int) -> Context:
+        """The context of the model whose heads are padded to a multiple of ``ranks``."""
+        model = padded(self.model, ranks)
+        if model is self.model:
+            return self
+        if ranks not in self.paddings:
+            self.paddings[ranks] = replace(
+                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}
+            )
+        return self.paddings[ranks]
 
     def demands(self) -> Demands:
         return Demands(split_matmuls=self.fix.tp is not None, sequence=self.fix.sp)
@@ -150,11 +163,12 @@ class KindBytes:
 
 
 class Shardings:
-    """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch."""
+    """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch, heads padded
+    to a multiple of ``pad_heads``."""
 
-    def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int) -> None:
+    def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int, pad_heads: int = 1) -> None:
         self.axes = dict(axes)
-        self.context, self.batch = context, batch
+        self.context, self.batch = (context := context.padded(pad_heads)), batch
         self.prices = AxisPrices(context.ops, context.collectives, self.axes, batch)
         self.size = self.prices.ranks
         self._built: dict[frozenset[str], ModelProblem] = {}
