@@ -102,7 +102,7 @@ class Context:
             return self
         if ranks not in self.paddings:
             self.paddings[ranks] = replace(
-                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}
+                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}, memo={}
             )
         return self.paddings[ranks]
 
