@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hand_plans import graph_of, megatron, plan_of
+from hand_plans import graph_of, megatron, on_axes, plan_of
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -27,10 +27,11 @@ class Axis:
     """What the operators ask of a one-dimensional mesh."""
 
     rank: int
+    ranks: int = 2
     device_type: str = "cpu"
 
     def size(self) -> int:
-        return 4
+        return self.ranks
 
     def get_local_rank(self) -> int:
         return self.rank
@@ -53,6 +54,24 @@ def test_shards_draw_masks_of_their_own_and_stay_in_step() -> None:
     assert (kept[0] * kept[1]).mean() == pytest.approx(0.75**2, abs=0.01)
     assert torch.equal(drawn(0)[0], first)
     assert first.max() == pytest.approx(1 / 0.75)
+
+
+def test_masks_of_several_axes_are_independent_along_each_and_stay_in_step() -> None:
+    def mask(*axes: Axis) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        dropped = dropout(torch.ones(400, 100), 0.25, True, axes if len(axes) > 1 else axes[0])
+        return (dropped != 0).double(), torch.rand(())
+
+    found = {(cp, tp): mask(Axis(cp, 2), Axis(tp, 3)) for cp in range(2) for tp in range(3)}
+    assert len({float(after) for _, after in found.values()}) == 1
+    for one in found:
+        assert found[one][0].mean() == pytest.approx(0.75, abs=0.01)
+        for other in found:
+            if one < other:  # an element survives on both ranks with probability 0.75²
+                both = (found[one][0] * found[other][0]).mean()
+                assert both == pytest.approx(0.75**2, abs=0.01), (one, other)
+    # Ranks that differ on an axis that does not split the tensor draw the same mask.
+    assert torch.equal(mask(Axis(1, 2))[0], mask(Axis(1, 2))[0])
 
 
 def test_recomputation_draws_the_same_mask() -> None:
@@ -98,4 +117,19 @@ def test_gpt2_with_its_dropout_is_emitted_and_proved_without(sp: bool) -> None:
     assert report.worst[1] <= 1e-10
     assert "dropout off" in str(report)
     assert model.training
+    typecheck(plan, graph, 8)
+
+
+def test_gpt2_with_its_dropout_on_several_axes() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=64, n_positions=64, bos_token_id=0, eos_token_id=0, use_cache=False
+    )
+    model = GPT2LMHeadModel(config)
+    graph = graph_of(model)
+    plan = plan_of(graph, on_axes(graph, Mesh(cp=2, tp=2), True), Mesh(cp=2, tp=2))
+    text = module_source(plan, graph)
+    assert re.search(r"dropout\([^)]*axis=\(self.cp, self.tp\)\)", text)
+    assert re.search(r"context_attention\([^)]*split=\(self.(cp|tp), self.(cp|tp)\)", text)
+    assert verify(plan, model).worst[1] <= 1e-10
     typecheck(plan, graph, 8)

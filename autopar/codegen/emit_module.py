@@ -27,6 +27,7 @@ from autopar.codegen.source import literal
 from autopar.codegen.statements import wrap_comment
 from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import as_planned
 from autopar.plan import Plan
 
 _OPERATORS = (
@@ -42,6 +43,7 @@ _OPERATORS = (
 
 def module_source(plan: Plan, model: ModelGraph) -> str:
     """The text of ``module.py`` for ``plan``. Raises UnsupportedError for what cannot be emitted, naming it."""
+    model = as_planned(plan, model)
     setting = setting_of(plan, model)
     placed = place_blocks(plan, model)
     classes = {block.callee: block for block in reversed(placed) if block.path}
