@@ -217,9 +217,9 @@ def depends_on_sequence(size: int | Size) -> bool:
 def produced_layouts(node: Node, choice: Mapping[str, Strategy]) -> tuple[tuple[Layout, ...], Layout]:
     """Layouts of the operands and of the output of ``node`` when axis a runs strategy ``choice[a]``."""
     order = [(axis, choice[axis]) for axis in split_order(choice)]
+    count = len(order[0][1].inputs) if order else len(node.operands())
     inputs = tuple(
-        Layout(tuple((axis, strategy.inputs[index]) for axis, strategy in order))
-        for index in range(len(node.operands()))
+        Layout(tuple([(axis, strategy.inputs[index]) for axis, strategy in order])) for index in range(count)
     )
     return inputs, Layout(tuple((axis, strategy.output) for axis, strategy in order))
 

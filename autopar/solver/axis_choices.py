@@ -44,9 +44,15 @@ def tensor_axes(axes: Mapping[str, int]) -> dict[str, int]:
     return {axis: size for axis, size in axes.items() if axis != CONTEXT}
 
 
-def check_axes(model: ModelGraph, axes: Mapping[str, int], seq: int) -> None:
-    """Raise UnsupportedError if the model's sequences cannot be split on the context axis."""
+def check_axes(model: ModelGraph, axes: Mapping[str, int], seq: int, sequence: bool | None = None) -> None:
+    """Raise UnsupportedError if the model's sequences cannot be split on the context axis, or on it and the tensor axes
+    where the layout between blocks must be (``sequence``)."""
     ranks = axes.get(CONTEXT, 1)
+    if ranks > 1 and sequence and seq % prod(axes.values()):
+        raise UnsupportedError(
+            f"sp=true splits what cp={ranks} leaves of a sequence again, but seq_len {seq} does not divide by "
+            f"{prod(axes.values())}; use sp=false, another mesh or another seq_len"
+        )
     if ranks > 1 and seq % ranks:
         raise UnsupportedError(
             f"cp={ranks} splits sequences, but seq_len {seq} does not divide by it; use another cp or seq_len"

@@ -125,7 +125,7 @@ def model_problem(
     ``resident_price``: seconds per micro-batch that each parameter element held costs. ``again``: kinds whose forward
     runs twice (recomputed in backward). Raises UnsupportedError where sequences cannot be split over cp.
     """
-    check_axes(model, prices.axes, prices.job.seq_len)
+    check_axes(model, prices.axes, prices.job.seq_len, demands.sequence)
     sources: list[Source] = []
     ops: list[Op] = []
     outputs: list[Output] = []
@@ -157,7 +157,12 @@ class _KindProblem:
         self.choices: dict[str, tuple[AxesChoice, ...]] = {}
         self.held: dict[str, dict[Layout, None]] = {name: {} for name in self.graph.nodes}
         self.hubs: dict[str, frozenset[Layout]] = {}
+        self._operands = {node.name: node.operands() for node in self.graph.of("op")}
         self._possible = {node.name: self._choices(node) for node in self.graph.of("op")}
+        self._layouts = {
+            name: [produced_layouts(self.graph.nodes[name], choice) for choice in possible]
+            for name, possible in self._possible.items()
+        }
         self._tables: dict[object, tuple[dict[tuple[Layout, Layout], float], frozenset[Layout]]] = {}
         self.sources = [self._source(node) for node in self.graph.nodes.values() if node.kind != "op"]
         self.ops = [self._op(node) for node in self.graph.of("op")]
@@ -204,12 +209,9 @@ class _KindProblem:
     def _read_as(self, name: str) -> list[Layout]:
         """The layouts in which some operator may read a tensor."""
         found: dict[Layout, None] = {}
-        for user, possible in self._possible.items():
-            operands = self.graph.nodes[user].operands()
-            if name in operands:
-                for choice in possible:
-                    inputs, _ = produced_layouts(self.graph.nodes[user], choice)
-                    found |= {layout: None for layout, n in zip(inputs, operands, strict=True) if n == name}
+        for user, operands in self._operands.items():
+            for place in (index for index, operand in enumerate(operands) if operand == name):
+                found |= {inputs[place]: None for inputs, _ in self._layouts[user]}
         return list(found)
 
     def _choices(self, node: Node) -> list[AxesChoice]:
@@ -218,16 +220,16 @@ class _KindProblem:
     def _op(self, node: Node) -> Op:
         possible = self._possible[node.name]
         choices = []
-        for choice in possible:
+        names = self._operands[node.name]
+        for choice, (layouts, made) in zip(possible, self._layouts[node.name], strict=True):
             price, _ = self.prices.operator(node, self.graph, choice)
-            layouts, made = produced_layouts(node, choice)
-            inputs = tuple(self._plain(n, t) for n, t in zip(node.operands(), layouts, strict=True))
+            inputs = tuple(self._plain(n, t) for n, t in zip(names, layouts, strict=True))
             output = self._plain(node.name, made)
-            name = ", ".join(dict.fromkeys(strategy.name for strategy in choice.values()))
-            choices.append(Choice(name, inputs, output, self._seconds(price), self._kept(node, layouts)))
+            label = ", ".join(dict.fromkeys(strategy.name for strategy in choice.values()))
+            choices.append(Choice(label, inputs, output, self._seconds(price), self._kept(node, layouts)))
         kept = _undominated(choices)
         self.choices[self._name(node.name)] = tuple(possible[index] for index in kept)
-        operands = tuple(self._name(name) for name in node.operands())
+        operands = tuple(self._name(name) for name in names)
         return Op(self._name(node.name), operands, tuple(choices[index] for index in kept))
 
     def _seconds(self, price: Price) -> float:
@@ -238,7 +240,7 @@ class _KindProblem:
         if node.op in _KEEP_NOTHING or not node.meta.requires_grad:
             return 0.0
         kept = 0.0
-        for name, layout in zip(node.operands(), layouts, strict=True):
+        for name, layout in zip(self._operands[node.name], layouts, strict=True):
             operand = self.graph.nodes[name]
             if operand.kind != "parameter":
                 kept += self.prices.local(operand.meta, layout).nbytes
@@ -288,14 +290,16 @@ class _KindProblem:
             for axis, ways in kinds.items():
                 if not convertible(a, axis):
                     continue
+                tensor = self.prices.across(meta, a, axis)
                 for kind in ways:
                     step = direct(a[axis], kind, grad)
                     if step is None:
                         continue
-                    after = a.with_type(axis, kind)
-                    b = standard({name: after[name] for name in self.axes}, meta.shape)
-                    if b in universe and same(b, after, grad):
-                        table[a, b] = self._seconds(self.prices.conversion(meta, a, axis, step))
+                    after = b = a.with_type(axis, kind)
+                    if len(self.axes) > 1:
+                        b = standard({name: after[name] for name in self.axes}, meta.shape)
+                    if b in universe and (b is after or same(b, after, grad)):
+                        table[a, b] = self._seconds(self.prices.moved(tensor, axis, step))
         return table, frozenset(hubs | set(held))
 
 

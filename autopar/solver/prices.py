@@ -139,8 +139,11 @@ class AxisPrices:
 
     def conversion(self, meta: TensorMeta, layout: Layout, axis: str, step: Step) -> Price:
         """One direct conversion on ``axis`` of a tensor held in ``layout``."""
-        others = [(other, kind) for other, kind in layout.types if other != axis]
-        return self.moved(self._split(self.whole(meta), others), axis, step)
+        return self.moved(self.across(meta, layout, axis), axis, step)
+
+    def across(self, meta: TensorMeta, layout: Layout, axis: str) -> LocalTensor:
+        """What the ranks of ``axis`` hold together of a tensor in this layout."""
+        return self._split(self.whole(meta), [(other, kind) for other, kind in layout.types if other != axis])
 
     def moved(self, tensor: LocalTensor, axis: str, step: Step) -> Price:
         """One direct conversion on ``axis`` of what is ``tensor`` when it is whole there."""
