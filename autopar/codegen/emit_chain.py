@@ -4,7 +4,7 @@ decoder), layers that take other arguments than their neighbours, more than one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from autopar.codegen.calls import call, manner, remark
 from autopar.codegen.emit_class import signature
@@ -32,7 +32,7 @@ def forward_signature(placed: Sequence[Placed], model: ModelGraph, index: str, m
     # What follows *flow is passed by name as it is.
     lines = signature("forward", ["*flow", *batch], [], 1, 1)
     lines[-1] = lines[-1].replace("-> Tensor:", "-> Tensor | tuple[Tensor, ...]:")
-    for before, block in zip(placed, placed[1:], strict=False):
+    for before, block in pairwise(placed):
         if before.stage != block.stage:
             names = ", ".join(crossing(model, before.index))
             lines += [f"        if self.{index} == {block.stage}:", f"            {names}, = flow"]
@@ -51,7 +51,8 @@ def forward_parts(
         if container:
             if any(block.container == container for block in placed[blocks[-1].index + 1 :]):
                 raise UnsupportedError(
-                    f"{model.name}: the layers of {container} are interrupted by others: cannot write one loop over them"
+                    f"{model.name}: the layers of {container} are interrupted by others: cannot write one loop over "
+                    "them"
                 )
             parts.append((blocks[0], _loop(container, blocks, model)))
         else:
