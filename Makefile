@@ -1,4 +1,5 @@
-# make demo | test | check | proof | readme: each makes .venv from the pinned constraints.txt first, once.
+# make demo | test | check | proof | memory | snapshots | examples | readme: each makes .venv first, once, from the
+# pinned constraints.txt.
 PYTHON := $(firstword $(foreach python,$(PYTHON) python3 python3.13 python3.12 python3.11,\
 	$(shell $(python) -c 'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
 BIN := .venv/bin
@@ -7,7 +8,7 @@ CODE := autopar tests examples benchmarks
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check proof readme clean
+.PHONY: demo test check proof memory snapshots examples readme clean
 
 demo: $(READY)
 	$(BIN)/autopar search llama3-8b --cluster 8x8:h100 --global-batch 512 --seq-len 8192
@@ -26,6 +27,17 @@ check: $(READY)
 proof: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m proof --only "$(ONLY)"
 	$(if $(ONLY),,$(BIN)/python -m pytest -m slow)
+
+# Bytes of every rank, measured and predicted.
+memory: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m proof.memory
+
+# After a change of what is emitted: rewrite the texts that tests compare it with, then read the difference.
+snapshots: $(READY)
+	$(BIN)/python tests/snapshots.py
+
+examples: $(READY)
+	$(BIN)/python examples/emitted.py
 
 readme: $(READY)
 	$(BIN)/python examples/refresh_readme.py

@@ -1,4 +1,5 @@
-"""Runs the commands that README.md shows and puts what they print into it: ``make readme``."""
+"""Runs the commands that README.md shows and puts what they print into it: ``make readme``. The table of capabilities
+is written from the data that search and emitter obey."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import Any
+
+from autopar.solver.capabilities import CAPABILITIES, LIMITS
 
 README = Path(__file__).parent.parent / "README.md"
 JOB = ("llama3-8b", "--cluster", "8x8:h100", "--global-batch", "512", "--seq-len", "8192")
@@ -23,6 +27,41 @@ def autopar(*arguments: str) -> str:
 def between(text: str, start: str, stop: str) -> str:
     first = text.index(start)
     return text[first : text.index(stop, first)].rstrip()
+
+
+FORMS = {
+    "size": "any size",
+    "axis": "any size, or its parts as in 2x4",
+    "counts": "blocks in each stage",
+    "mesh": "sizes of all axes",
+}
+"""Values of the keys that take any of their form."""
+
+
+def capabilities() -> str:
+    """The table of what can be fixed, what of it runs and what the search looks at; then what cannot be combined."""
+    lines = ["| key | runs | searched |", "| --- | --- | --- |"]
+    for key, capability in CAPABILITIES.items():
+        values = capability.executable
+        runs = ", ".join(map(_word, values)) if values is not None else FORMS[capability.form]
+        lines.append(f"| `{key}` | {runs} | {capability.searched or 'as fixed'} |")
+    lines += ["", "| what is refused | because | in PyTorch |", "| --- | --- | --- |"]
+    for limit in LIMITS:
+        keys = ", ".join(f"`{key}`" for key in limit.keys)
+        lines.append(f"| {limit.name} ({keys}) | {limit.reason} | {limit.avoids} |")
+    return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    return f"{value}".lower() if isinstance(value, bool) else str(value)
+
+
+def with_capabilities(text: str) -> str:
+    """README.md's text with the tables of `capabilities` in their place."""
+    place = re.compile(r"(<!-- capabilities -->\n).*?(\n<!-- end of capabilities -->)", re.DOTALL)
+    text, found = place.subn(lambda match: match[1] + capabilities() + match[2], text)
+    assert found == 1, f"README.md has {found} places for the table of capabilities"
+    return text
 
 
 def shown() -> dict[str, str]:
@@ -44,7 +83,7 @@ def shown() -> dict[str, str]:
 
 
 def main() -> None:
-    text = README.read_text()
+    text = with_capabilities(README.read_text())
     for mark, shows in shown().items():
         place = re.compile(rf"(<!-- {mark} -->\n```\w*\n).*?(\n```)", re.DOTALL)
         text, found = place.subn(lambda match, shows=shows: match[1] + shows + match[2], text)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from autopar.cluster import Cluster
-from autopar.codegen.positions import in_order
 from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
 from autopar.graph.size import SEQ
 from autopar.graph.trace import trace
@@ -19,7 +18,7 @@ from autopar.plan import Candidate, Mesh, Plan, Predicted, Run, Stage
 from autopar.sharding.conversions import plain, same
 from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
-from autopar.sharding.local import produced_layouts
+from autopar.sharding.local import produced_layouts, settled, standard
 from autopar.sharding.rules import Strategy, strategies_of
 
 Wishes = Mapping[str, tuple[SpmdType | None, SpmdType]]
@@ -107,15 +106,15 @@ def decide(kind: BlockKind, sizes: Mapping[str, int], axes: Mapping[str, Axis]) 
     for node in graph.nodes.values():
         if node.kind != "op":
             types = {name: axis.arrives(node) for name, axis in axes.items()}
-            arrives[node.name] = in_order(Layout(tuple(types.items())), node.meta.shape)
+            arrives[node.name] = standard(types, node.meta.shape)
             held[node.name] = [arrives[node.name]]
             continue
-        inputs, output = produced_layouts(node, chosen[node.name])
+        inputs, output = produced_layouts(node, settled(chosen[node.name], sizes))
         for name, layout in zip(node.operands(), inputs, strict=True):
-            need(name, in_order(layout, graph.nodes[name].meta.shape))
-        held[node.name] = [in_order(output, node.meta.shape)]
-    leaves = Layout(tuple((name, axis.output) for name, axis in axes.items()))
-    promised = {name: in_order(leaves, graph.nodes[name].meta.shape) for name in graph.outputs}
+            need(name, layout)
+        held[node.name] = [output]
+    leaves = {name: axis.output for name, axis in axes.items()}
+    promised = {name: standard(leaves, graph.nodes[name].meta.shape) for name in graph.outputs}
     for name, layout in promised.items():
         need(name, layout)
     strategies = {node: {axis: strategy.name for axis, strategy in choice.items()} for node, choice in chosen.items()}

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
@@ -11,6 +22,8 @@ from autopar.job import Job
 from autopar.plan import Candidate, Mesh, Plan, Predicted, Run, Stage
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.layout import Layout
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def small_llama(tied: bool = False) -> LlamaForCausalLM:
@@ -44,12 +57,52 @@ def small_gpt2() -> GPT2LMHeadModel:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(config)
+    return _with_biases(GPT2LMHeadModel(config))
+
+
+def _with_biases(model: Model) -> Model:
+    """Biases start as zeros, which hides a bias added twice: draw them."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
                 weight.normal_(0.0, 0.02)
     return model
+
+
+def small_bert() -> BertForMaskedLM:
+    """Four encoder layers, masked-LM head tied to the embedding; seeded float32 weights, biases too."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=96,
+        vocab_size=256,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return _with_biases(BertForMaskedLM(config))
+
+
+def small_t5(gated: bool = False, tied: bool = True) -> T5ForConditionalGeneration:
+    """Three encoder and three decoder layers; seeded float32 weights. ``gated``: as in T5 v1.1."""
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=3,
+        num_heads=4,
+        vocab_size=256,
+        dropout_rate=0.0,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        tie_word_embeddings=tied,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
 
 
 def plain_plan(

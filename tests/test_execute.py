@@ -6,17 +6,17 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 from rule_examples import Build, attention_block
+from sharded_runs import prove, values_of
 
 from autopar.errors import VerificationError
 from autopar.graph.ir import BlockKind, Node, OpGraph
-from autopar.sharding.check import check_decision, refusal
+from autopar.sharding.check import refusal
 from autopar.sharding.conversions import same
 from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.execute import run_sharded
 from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
-from autopar.sharding.local import produced_layouts, shard, unshard
+from autopar.sharding.local import produced_layouts, settled, shard
 from autopar.sharding.rules import strategies_of
 
 BATCH, SEQ = 4, 8
@@ -67,18 +67,18 @@ def ends() -> OpGraph:
 GRAPHS = {"llama": attention_block, "gpt2": fused_block, "ends": ends}
 
 
-def draw_type(node: Node, rng: random.Random) -> SpmdType:
+def draw_type(node: Node, axis: str, rng: random.Random) -> SpmdType:
     """A type in which an input may arrive, or a parameter be stored."""
     splits = [S(d) for d, size in enumerate(node.meta.at(BATCH, SEQ)) if size % 8 == 0]
     if node.kind == "parameter":
-        return rng.choice([I, *splits])
+        return R if axis == "cp" else rng.choice([I, *splits])
     return rng.choice([R, I, *splits, *([P] if node.meta.requires_grad else [])])
 
 
 def draw_decision(graph: OpGraph, axes: dict[str, int], rng: random.Random) -> BlockDecision:
     """Random strategies everywhere, and the conversions they need."""
     produced = {
-        node.name: Layout(tuple((axis, draw_type(node, rng)) for axis in axes))
+        node.name: Layout(tuple((axis, draw_type(node, axis, rng)) for axis in axes))
         for node in graph.nodes.values()
         if node.kind != "op"
     }
@@ -89,68 +89,13 @@ def draw_decision(graph: OpGraph, axes: dict[str, int], rng: random.Random) -> B
         while refusal(node, graph, choice, axes, BATCH, SEQ):
             choice = {axis: rng.choice(options) for axis in axes}
         strategies[node.name] = {axis: strategy.name for axis, strategy in choice.items()}
-        needs, produced[node.name] = produced_layouts(node, choice)
+        needs, produced[node.name] = produced_layouts(node, settled(choice, axes))
         for operand, need in zip(node.operands(), needs, strict=True):
             wanted = Conversion(operand, produced[operand], need)
             if not same(produced[operand], need, graph.nodes[operand].meta.requires_grad) and wanted not in conversions:
                 conversions.append(wanted)
     outputs = {name: produced[name] for name in graph.outputs}
     return BlockDecision("Drawn", axes, inputs, strategies, tuple(conversions), outputs)
-
-
-def values_of(graph: OpGraph) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    values = {}
-    for node in graph.nodes.values():
-        shape = node.meta.at(BATCH, SEQ)
-        if node.kind != "op" and node.meta.dtype == "int64":
-            values[node.name] = torch.randint(0, 32, shape, generator=generator)
-        elif node.kind != "op":
-            values[node.name] = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return values
-
-
-def whole_run(graph: OpGraph) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The output on one device, a gradient for it, and the gradients of all inputs under it."""
-    leaves = {n: x.requires_grad_(graph.nodes[n].meta.requires_grad) for n, x in values_of(graph).items()}
-    plain = {node.name: {} for node in graph.of("op")}
-    alone = BlockDecision("One", {}, dict.fromkeys(leaves, Layout()), plain, (), dict.fromkeys(graph.outputs, Layout()))
-    ((out,),) = run_sharded(BlockKind("One", graph), alone, {n: [x] for n, x in leaves.items()}, BATCH, SEQ)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
-    wanted = {n: x for n, x in leaves.items() if x.requires_grad}
-    grads = torch.autograd.grad(out, list(wanted.values()), grad)
-    return out.detach(), grad, dict(zip(wanted, grads, strict=True))
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.detach() - wanted).norm() / wanted.norm())
-
-
-def gradient(layout: Layout) -> Layout:
-    return Layout(tuple((axis, kind.gradient) for axis, kind in layout.types))
-
-
-def prove(graph: OpGraph, decision: BlockDecision) -> None:
-    """The decision's outputs and gradients on simulated ranks are those of one device."""
-    kind = BlockKind("Drawn", graph)
-    wanted, grad, grads = whole_run(graph)
-    assert set(check_decision(kind, decision, BATCH, SEQ)) == set(graph.nodes)
-    generator = torch.Generator().manual_seed(1)
-    local = {
-        name: [
-            part.requires_grad_(graph.nodes[name].meta.requires_grad)
-            for part in shard(x, decision.inputs[name], decision.axes, BATCH, SEQ, generator)
-        ]
-        for name, x in values_of(graph).items()
-    }
-    (found,) = run_sharded(kind, decision, local, BATCH, SEQ)
-    layout = decision.outputs[graph.outputs[0]]
-    assert error(unshard(found, layout, decision.axes, BATCH, SEQ), wanted) <= 1e-12
-    torch.autograd.backward(found, shard(grad, gradient(layout), decision.axes, BATCH, SEQ, generator))
-    for name, expected in grads.items():
-        parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in local[name]]
-        back = unshard(parts, gradient(decision.inputs[name]), decision.axes, BATCH, SEQ)
-        assert error(back, expected) <= 1e-12, f"gradient of {name}"
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -169,13 +114,6 @@ def test_running_names_what_was_not_made_available() -> None:
     graph = ends()
     decision = draw_decision(graph, {"tp": 2}, random.Random(3))
     short = replace(decision, conversions=())
-    values = {n: shard(x, short.inputs[n], short.axes, BATCH, SEQ) for n, x in values_of(graph).items()}
+    values = {n: shard(x, short.inputs[n], short.axes, BATCH, SEQ) for n, x in values_of(graph, BATCH, SEQ).items()}
     with pytest.raises(VerificationError, match=r"needs \w+ as tp:.*, which is held as tp:.* only"):
         run_sharded(BlockKind("Drawn", graph), short, values, BATCH, SEQ)
-
-
-def test_a_vocabulary_is_not_split_twice() -> None:
-    graph = ends()
-    node = graph.nodes["look_up"]
-    twice = dict.fromkeys(("cp", "tp"), next(s for s in strategies_of(node, graph) if s.variant))
-    assert "splits its vocabulary on several axes" in refusal(node, graph, twice, {"cp": 2, "tp": 2})

@@ -52,8 +52,11 @@ def test_products() -> None:
 def test_attention() -> None:
     q, kv = {"q": "b 32 s 128", "out": "b 32 s 128"}, {"k": "b 8 s 128", "v": "b 8 s 128"}
     causal = ("aten.scaled_dot_product_attention", "q", "k", "v", None, 0.0, True)
-    assert text(*causal, **q, **kv) == "b (h g) q^ d^, b h k^ d^, b h k^ e^ -> b (h g) q^ e^"
-    assert text(*causal, **q, k=q["q"], v=q["q"]) == "b h q^ d^, b h k^ d^, b h k^ e^ -> b h q^ e^"
+    assert text(*causal, **q, **kv) == "b (h g) q d^, b h k^ d^, b h k^ e^ -> b (h g) q e^"
+    assert text(*causal, **q, k=q["q"], v=q["q"]) == "b h q d^, b h k^ d^, b h k^ e^ -> b h q e^"
+    graph = one(*causal, out=q["out"], shapes={"q": q["q"], **kv})
+    by_position = [s for s in strategies_of(graph.nodes["out"], graph) if s.by_sequence]
+    assert [str(s) for s in by_position] == ["q: S(2), R, R -> S(2) [context]"], "each rank reads all keys and values"
     free = text("aten.scaled_dot_product_attention", "q", "k", "v", "m", m="b 1 s s", **q, **kv)
     assert free == "b (h g) q d^, b h k^ d^, b h k^ e^, b 1 q k^ -> b (h g) q e^"
     assert (
@@ -107,7 +110,7 @@ def test_unusual_sizes_and_arguments_stay_whole() -> None:
     assert text("aten.slice", "x", 1, -4, None, x="b 16", out="b 4") == "b d^ -> b h^"
     padded = one("aten.embedding", "w", "i", 0, shapes={"w": "12 8", "i": "b s"}, dtypes={"i": "int64"}, out="b s 8")
     names = [strategy.name for strategy in strategies_of(padded.nodes["out"], padded)]
-    assert names == ["R", "I", "d", "b", "s"], "a padding row has no gradient: the vocabulary is not split"
+    assert names == ["R", "I", "v", "d", "b", "s"], "a padding row has no gradient, on the rank that holds it"
 
 
 def test_look_ups_and_loss() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from autopar.codegen import positions
 from autopar.codegen.expressions import Site, Sizes, render
-from autopar.codegen.positions import in_order, is_sequence
+from autopar.codegen.hints import attention_names, logits_names, module_name
+from autopar.codegen.positions import is_sequence
+from autopar.codegen.remarks import inner_remarks, step_remarks
+from autopar.codegen.setting import Setting
 from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal, values_in
 from autopar.codegen.statements import Program, Step
 from autopar.codegen.wiring import is_writable
@@ -21,7 +22,7 @@ from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step as Conversion
 from autopar.sharding.conversions import path, same
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.layout import Layout
+from autopar.sharding.layout import CONTEXT, Layout, SpmdType
 from autopar.sharding.local import produced_layouts
 
 FUNCTIONS = {
@@ -56,25 +57,14 @@ _GROUPS = dict.fromkeys(_ELEMENTWISE.split(), "elementwise") | dict.fromkeys(_SH
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What the emitted code is for: sizes of the model axes larger than one, the precision, and one micro-batch.
+class _Blocked:
+    """Dims that are seen as (blocks, rest) while a conversion splits the rest, and how many blocks each has."""
 
-    ``balanced``: cp holds sequences in balanced order (see `positions`). ``seconds(kind, bytes, axis)`` predicts a
-    collective, if it can.
-    """
+    dims: tuple[tuple[int, Expr], ...] = ()
 
-    axes: Mapping[str, int]
-    double: bool
-    micro_batch: int
-    seq_len: int
-    compute_bytes: int
-    balanced: bool = False
-    seconds: Callable[[str, int, str], float | None] = lambda kind, nbytes, axis: None
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The axes that may split parameters: all but cp."""
-        return tuple(axis for axis in self.axes if axis != positions.AXIS)
+    def place(self, dim: int) -> int:
+        """Where the part of ``dim`` that converts is: dims behind a dim seen as two have moved."""
+        return dim + sum(other <= dim for other, _ in self.dims)
 
 
 @dataclass(slots=True)
@@ -100,7 +90,7 @@ class Body:
 
     def program(self) -> Program:
         """The statements. Raises UnsupportedError for what cannot be written."""
-        self.names |= _attention_names(self.graph) | _logits_names(self.graph)
+        self.names |= attention_names(self.graph) | logits_names(self.graph)
         for node in self.graph.nodes.values():
             if node.kind == "input":
                 self._add_input(node)
@@ -138,23 +128,24 @@ class Body:
             strategies = chosen(node, self.graph, self.decision)
             choice = {axis: strategy for axis, strategy in strategies.items() if axis in self.setting.axes}
             read_as, output = produced_layouts(node, choice)
-            metas = [self.graph.nodes[name].meta for name in operands]
-            needs = [in_order(layout, meta.shape) for layout, meta in zip(read_as, metas, strict=True)]
-            output = in_order(output, node.meta.shape)
+            needs = list(read_as)
             variants = {strategy.variant for strategy in choice.values() if strategy.variant}
         read = iter([Value(self._materialise(name, need)) for name, need in zip(operands, needs, strict=True)])
         args, kwargs = substitute((node.args, node.kwargs), lambda _: next(read))
         shapes = tuple(self.graph.nodes[name].meta.shape for name in operands)
         site = Site(node, args, kwargs, shapes, output, self._sizes())
         expr = render(site)
+        comments: tuple[str, ...] = ()
         if variants:
             expr = self._special(node, expr, shapes[0], needs[0])
+            comments = inner_remarks(self.setting, choice, needs)
         split = [axis for axis, kind in output.types if kind.kind == "S" and axis in self.setting.axes]
         if split and draws_random(node):
             expr = _with_own_numbers(expr, self._axes_expr(split))
         key = f"op {node.name}"
         self._hints[key] = self._hint(node, site)
-        self._steps.append(Step(key, expr, self._hints[key], _GROUPS.get(node.op.partition(".")[2], "operator")))
+        group = _GROUPS.get(node.op.partition(".")[2], "operator")
+        self._steps.append(Step(key, expr, self._hints[key], group, comments))
         self._held[node.name] = [(output, key)]
 
     def _special(self, node: Node, plain: Expr, shape: tuple[int | Size, ...], first: Layout) -> Expr:
@@ -166,15 +157,16 @@ class Body:
         dim %= len(shape)
         axes, size = first.splits(dim), shape[dim]
         assert isinstance(plain, Call)
-        arguments: tuple[Argument, ...] = (*plain.arguments[:3],) if dim == len(shape) - 2 else plain.arguments[:2]
+        count = 3 if node.op == "aten.scaled_dot_product_attention" else 2
+        arguments: tuple[Argument, ...] = plain.arguments[:count]
         rest = [a for a in plain.arguments[len(arguments) :] if a != ("is_causal", literal(True))]
         added: list[Argument] = []
         if node.op == "aten.scaled_dot_product_attention":
-            if self.setting.balanced and axes[0] == positions.AXIS:
+            if self.setting.balanced and axes[0] == CONTEXT:
                 added.append(("balanced", literal(True)))
         elif isinstance(size, int) and size % prod(self.setting.axes[axis] for axis in axes):
             added.append(("vocabulary", literal(size)))
-        return Call(function, (*arguments, self._axes_expr(axes), *rest, *added))
+        return Call(function, (*arguments, self._axes_expr(axes), *added, *rest))
 
     def _axes_expr(self, axes: Sequence[str]) -> Expr:
         """One axis, or a tuple of several, outermost first."""
@@ -214,26 +206,41 @@ class Body:
 
     def _convert(self, node: Node, key: str, source: Layout, target: Layout) -> str:
         """The key of ``key``, held as ``source``, after the steps to ``target``."""
+        hint, blocked = self._hints[key], _Blocked()
         for axis, step in path(source, target, node.meta.requires_grad):
-            key = self._exchange(node, key, axis, step, source)
+            function = FUNCTIONS.get(step.source.kind + step.target.kind, "")
+            if function and (function != "replicate" or node.meta.requires_grad):
+                split = [kind for kind in (step.source, step.target) if kind.kind == "S"]
+                wanted = _Blocked(
+                    tuple(
+                        (kind.dim, self._sizes().expr(kind.blocks, self._ways(source, axis, kind)))
+                        for kind in sorted(split, key=lambda kind: kind.dim)
+                        if kind.blocks != 1
+                    )
+                )
+                key, blocked = self._view(key, hint, blocked, wanted), wanted
+                key = self._exchange(node, key, axis, step, source, blocked)
             source = source.with_type(axis, step.target)
+        return self._view(key, hint, blocked, _Blocked())
+
+    def _view(self, key: str, hint: str, old: _Blocked, new: _Blocked) -> str:
+        """The value of ``key``, whose dims ``old`` are seen as (blocks, rest), with ``new`` seen so instead."""
+        if old != new:
+            for dim, _ in old.dims:
+                key = self._step(
+                    f"{key} whole", Method(Value(key), "flatten", (literal(dim), literal(dim + 1))), hint, "shape"
+                )
+            for dim, blocks in reversed(new.dims):
+                sizes = Call("", (blocks, literal(-1)))
+                key = self._step(f"{key} blocks", Method(Value(key), "unflatten", (literal(dim), sizes)), hint, "shape")
         return key
 
-    def _exchange(self, node: Node, key: str, axis: str, step: Conversion, layout: Layout) -> str:
-        """One step on one axis of a tensor that is held as ``layout``."""
-        function = FUNCTIONS.get(step.source.kind + step.target.kind, "")
-        if not function or (function == "replicate" and not node.meta.requires_grad):
-            return key
-        hint, is_weight = self._hints[key], key.startswith("weight ")
+    def _exchange(self, node: Node, key: str, axis: str, step: Conversion, layout: Layout, blocked: _Blocked) -> str:
+        """One step on one axis of a tensor that is held as ``layout`` and seen as ``blocked``."""
         split = [kind for kind in (step.source, step.target) if kind.kind == "S"]
-        blocked = sorted((kind.dim, kind.blocks) for kind in split if kind.blocks != 1)
-        for dim, blocks in reversed(blocked):
-            sizes = Call("", (self._sizes().expr(blocks, self._ways(layout, axis, dim, blocks)), literal(-1)))
-            key = self._step(f"{key} blocks", Method(Value(key), "unflatten", (literal(dim), sizes)), hint, "shape")
-        # Dims behind a dim seen as (blocks, rest) have moved, and it is the rest that converts.
-        dims = [literal(kind.dim + sum(other <= kind.dim for other, _ in blocked)) for kind in split]
+        dims = [literal(blocked.place(kind.dim)) for kind in split]
         options: list[Argument] = []
-        if self.setting.balanced and axis == positions.AXIS:
+        if self.setting.balanced and axis == CONTEXT:
             whole = node.meta.shape
             ordered = [dim for kind, dim in zip(split, dims, strict=True) if is_sequence(whole[kind.dim], kind)]
             if len(ordered) > 1:
@@ -241,47 +248,25 @@ class Body:
                     f"{node.name}: an all-to-all on cp between two sequence dims, both in balanced order"
                 )
             options = [("balanced", literal(True) if len(split) == 1 else dim) for dim in ordered]
+        function = FUNCTIONS[step.source.kind + step.target.kind]
         call = Call(function, (Value(key), Text(self.axes[axis]), *dims, *options))
-        group = "weight" if is_weight and not blocked else "exchange"
-        key = self._step(f"{key} {axis}:{step.target}", call, hint, group, self._comments(node, axis, step, layout))
-        for dim, _ in blocked:
-            views = (literal(dim), literal(dim + 1))
-            key = self._step(f"{key} whole", Method(Value(key), "flatten", views), hint, "shape")
-        return key
+        group = "weight" if key.startswith("weight ") and not blocked.dims else "exchange"
+        comments = step_remarks(self.setting, node, axis, step, layout)
+        return self._step(f"{key} {axis}:{step.target}", call, self._hints[key], group, comments)
 
-    def _ways(self, layout: Layout, axis: str, dim: int, blocks: int | Size) -> int:
-        """In how many parts axes outside ``axis`` have cut the ``blocks`` of a dim: they split a more major factor."""
+    def _ways(self, layout: Layout, axis: str, kind: SpmdType) -> int:
+        """In how many parts axes outside ``axis`` have cut the blocks of ``kind``: they split a more major factor."""
 
         def count(blocks: int | Size) -> int:
             return size_at(blocks, self.setting.micro_batch, self.setting.seq_len)
 
-        outer = [name for name in layout.splits(dim) if name != axis and count(layout[name].blocks) < count(blocks)]
-        return prod(self.setting.axes[name] for name in outer)
+        outer = [name for name in layout.splits(kind.dim) if name != axis]
+        return prod(self.setting.axes[name] for name in outer if count(layout[name].blocks) < count(kind.blocks))
 
     def _step(self, key: str, expr: Expr, hint: str, group: str, comments: tuple[str, ...] = ()) -> str:
         self._hints[key] = hint
         self._steps.append(Step(key, expr, hint, group, comments))
         return key
-
-    def _comments(self, node: Node, axis: str, step: Conversion, layout: Layout) -> tuple[str, ...]:
-        """What moves: bytes of the tensor that is whole on the axis and this rank's part along the others, for one
-        micro-batch, forward and backward."""
-        forward = _action(step.forward) if step.forward_bytes else ""
-        back = _action(step.backward) if step.backward_bytes else "nothing to move"
-        nbytes = self.setting.compute_bytes if node.meta.dtype == COMPUTE else 4
-        for size in node.meta.at(self.setting.micro_batch, self.setting.seq_len):
-            nbytes *= size
-        others = (name for name, kind in layout.types if kind.kind == "S" and name != axis)
-        nbytes //= prod(self.setting.axes[name] for name in others)
-        amount = _amount(nbytes)
-        what = node.target if node.kind == "parameter" else "per micro-batch"
-        if not forward:
-            if step.source.kind == "I" and node.kind == "parameter":
-                return ()
-            return (f"{axis}: nothing to move; backward: {back}" + (f" of {amount}" if step.backward_bytes else ""),)
-        seconds = self.setting.seconds(step.forward, nbytes, axis)
-        time = f", {_time(seconds)}" if seconds is not None else ""
-        return (f"{axis} {forward}, {amount} {what}{time}; backward: {back}",)
 
     # Names and sizes
 
@@ -330,7 +315,7 @@ class Body:
         """The name a person would give: the module that computed it, or the operand it is a view or update of."""
         op = node.op.partition(".")[2]
         operands = [self._hints[value.key] for value in _values(site.args)]
-        part = _module_name(node.module)
+        part = module_name(node.module)
         if node.name in self.names:
             return self.names[node.name]
         if op == "scaled_dot_product_attention":
@@ -356,28 +341,6 @@ class Body:
         return len(shapes) == 2 and shapes[0] == shapes[1] == node.meta.shape
 
 
-def _attention_names(graph: OpGraph) -> dict[str, str]:
-    """q, k and v for the slices of one tensor that attention reads, back through views and rotations."""
-    names: dict[str, str] = {}
-    users = graph.users()
-    for node in graph.of("op"):
-        if node.op != "aten.scaled_dot_product_attention":
-            continue
-        for letter, name in zip("qkv", node.operands(), strict=False):
-            here = graph.nodes[name]
-            while here.kind == "op" and len(users[here.name]) == 1 and here.op not in ("aten.select", "aten.slice"):
-                here = graph.nodes[here.operands()[0]]
-            if here.kind == "op" and here.op in ("aten.select", "aten.slice"):
-                names[here.name] = letter
-    return names
-
-
-def _logits_names(graph: OpGraph) -> dict[str, str]:
-    """What cross-entropy reads first is called logits, whatever module made it."""
-    losses = (node for node in graph.of("op") if node.op == "autopar.cross_entropy")
-    return {node.operands()[0]: "logits" for node in losses if graph.nodes[node.operands()[0]].kind == "op"}
-
-
 def _values(args: object) -> list[Value]:
     if isinstance(args, Value):
         return [args]
@@ -393,26 +356,3 @@ def _with_own_numbers(plain: Expr, axes: Expr) -> Expr:
     if plain.function == "context_attention":
         return Call(plain.function, (*plain.arguments, ("split", axes)))
     return Call(_OWN_NUMBERS[plain.function], (*plain.arguments, ("axis", axes)))
-
-
-def _module_name(module: str) -> str:
-    parts = [part for part in module.split(".") if part and not part.isdigit()]
-    if not parts:
-        return ""
-    name = re.sub(r"(?<!^c)(_proj|_layernorm|_layer_norm)$", "", parts[-1])
-    return name if is_writable(name) else ""
-
-
-def _action(action: str) -> str:
-    return action.replace("_", "-")
-
-
-def _amount(nbytes: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes} B"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 
 from autopar.codegen.buffers import buffer_expr
-from autopar.codegen.emit_block import Body, Setting
+from autopar.codegen.emit_block import Body
 from autopar.codegen.members import assignment, attribute, tree
+from autopar.codegen.setting import Setting
 from autopar.codegen.source import Expr, Method, Text
 from autopar.codegen.wiring import Placed, argument_names, free_name
 from autopar.graph.ir import ModelGraph

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from autopar.codegen.buffers import buffer_expr
-from autopar.codegen.emit_block import Body, Setting
+from autopar.codegen.emit_block import Body
+from autopar.codegen.setting import Setting
 from autopar.codegen.source import Expr
 from autopar.codegen.wiring import argument_name
 from autopar.errors import UnsupportedError

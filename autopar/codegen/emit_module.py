@@ -18,15 +18,16 @@ import re
 from collections.abc import Iterable
 
 from autopar.codegen.calls import IMPORTS
-from autopar.codegen.emit_block import FUNCTIONS, Setting
+from autopar.codegen.emit_block import FUNCTIONS
 from autopar.codegen.emit_class import class_source
 from autopar.codegen.emit_constants import constants_source, count_source
 from autopar.codegen.emit_stage import StageWriter
-from autopar.codegen.positions import is_balanced
+from autopar.codegen.setting import Setting, setting_of
 from autopar.codegen.source import literal
 from autopar.codegen.statements import wrap_comment
 from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import as_planned
 from autopar.plan import Plan
 
 _OPERATORS = (
@@ -42,7 +43,8 @@ _OPERATORS = (
 
 def module_source(plan: Plan, model: ModelGraph) -> str:
     """The text of ``module.py`` for ``plan``. Raises UnsupportedError for what cannot be emitted, naming it."""
-    setting = _setting(plan, model)
+    model = as_planned(plan, model)
+    setting = setting_of(plan, model)
     placed = place_blocks(plan, model)
     classes = {block.callee: block for block in reversed(placed) if block.path}
     body: list[str] = []
@@ -59,23 +61,6 @@ def module_source(plan: Plan, model: ModelGraph) -> str:
     body += ["", "", *_INIT.splitlines()]
     text = "\n".join(body)
     return "\n".join([*_header(plan, model, setting, text), text]) + "\n"
-
-
-def _setting(plan: Plan, model: ModelGraph) -> Setting:
-    axes = plan.mesh.model_axes()
-    try:
-        from autopar.solver.collective_costs import CollectiveCosts
-
-        costs = CollectiveCosts(plan.cluster)
-    except (ImportError, AttributeError):  # a hand-made plan without a real cluster
-        costs = None
-
-    def seconds(kind: str, nbytes: int, axis: str) -> float | None:
-        return costs.seconds(kind, nbytes, axes[axis], 1) if costs is not None else None
-
-    job = plan.job
-    balanced = is_balanced(plan, model)
-    return Setting(axes, job.dtype == "fp64", plan.micro_batch, job.seq_len, job.compute_bytes, balanced, seconds)
 
 
 def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[str]:
@@ -99,6 +84,12 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
             "",
             f"The ranks of cp hold a sequence in balanced order: of its {2 * cp} chunks, rank r has chunks r and "
             f"{2 * cp - 1} - r, so that causal attention is the same work for each.",
+        ]
+    if plan.pad_heads > 1:
+        lines += [
+            "",
+            f"Attention has zeros for heads up to a multiple of {plan.pad_heads}, put into its weights where they are "
+            "used: the added heads change neither the loss nor a gradient. Parameters are without them.",
         ]
     lines += ['"""', ""]
     lines = [part for line in lines for part in ([line] if len(line) <= 88 else _wrapped(line))]

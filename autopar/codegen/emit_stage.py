@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.codegen.calls import MANNER, call, calls_by_manner, manner, remark
-from autopar.codegen.emit_block import Setting
 from autopar.codegen.emit_class import (
     axis_assignments,
     axis_names,
@@ -16,6 +15,7 @@ from autopar.codegen.emit_class import (
 )
 from autopar.codegen.emit_constants import constants_arguments
 from autopar.codegen.members import assignment, attribute, parameter_expr, weights
+from autopar.codegen.setting import Setting
 from autopar.codegen.source import Call, Expr, Text, statement
 from autopar.codegen.wiring import (
     Placed,

@@ -216,9 +216,10 @@ def _norm(name: str) -> Renderer:
 
 
 def _embedding(site: Site) -> Expr:
-    # padding_idx and sparse only shape the gradient of a row that is never looked up.
     weight, ids = (argument(value, site.sizes) for value in site.args[:2])
-    return Call("F.embedding", (ids, weight))
+    padding = site.arg(2, "padding_idx", -1)
+    row: list[Argument] = [("padding_idx", literal(padding))] if padding >= 0 else []  # gets no gradient
+    return Call("F.embedding", (ids, weight, *row))
 
 
 def _cross_entropy(site: Site) -> Expr:

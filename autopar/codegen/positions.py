@@ -6,10 +6,7 @@ from autopar.graph.ir import ModelGraph
 from autopar.graph.size import SEQ, Size, divide
 from autopar.plan import Plan
 from autopar.sharding.check import chosen
-from autopar.sharding.layout import Layout, SpmdType
-
-AXIS = "cp"
-"""The axis that may hold sequences in balanced order."""
+from autopar.sharding.layout import CONTEXT, SpmdType
 
 
 def is_balanced(plan: Plan, model: ModelGraph) -> bool:
@@ -25,7 +22,7 @@ def is_balanced(plan: Plan, model: ModelGraph) -> bool:
             for node in model.kinds[candidate.decision.kind].graph.of("op")
             if node.op == "aten.scaled_dot_product_attention"
             for axis, strategy in chosen(node, model.kinds[candidate.decision.kind].graph, candidate.decision).items()
-            if axis == AXIS
+            if axis == CONTEXT
         )
     )
 
@@ -33,13 +30,3 @@ def is_balanced(plan: Plan, model: ModelGraph) -> bool:
 def is_sequence(size: int | Size, kind: SpmdType) -> bool:
     """Whether a dim of this (global) size, split as ``kind``, is split by position in the sequence."""
     return divide(size, kind.blocks) == SEQ
-
-
-def in_order(layout: Layout, shape: tuple[int | Size, ...]) -> Layout:
-    """``layout`` with cp outermost where it splits a sequence, else innermost."""
-    kind = layout[AXIS]
-    if kind.kind != "S":
-        return layout
-    others = tuple(pair for pair in layout.types if pair[0] != AXIS)
-    first = is_sequence(shape[kind.dim], kind)
-    return Layout(((AXIS, kind), *others) if first else (*others, (AXIS, kind)))

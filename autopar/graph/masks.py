@@ -1,4 +1,4 @@
-"""Constant attention masks recognised by their values: causal ones become ``is_causal``, full ones go."""
+"""Constant attention masks recognised by their values: causal ones become ``is_causal``, those that allow all go."""
 
 from __future__ import annotations
 
@@ -25,17 +25,32 @@ def rules(values: dict[str, torch.Tensor], max_seq: int | None) -> dict[str, lis
             return None
         shape = new.shape(ref)
         queries, keys = new.shape(node.args[0])[-2], new.shape(node.args[1])[-2]
-        if shape[-2:] != (queries, keys) or queries != keys:
-            return None
         kind = _kind(constant_graph(new, ref.name), values, max_seq)
-        if kind is None:
+        if kind is None or (kind == "causal" and (shape[-2:] != (queries, keys) or queries != keys)):
             return None
         options = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
         if kind == "causal":
             options["is_causal"] = True
         return Ref(new.emit(node.op, *node.args, shape=node.meta.shape, options=options))
 
-    return {"aten.scaled_dot_product_attention": [mask]}
+    def always(node: Node, new: Draft) -> Ref | None:
+        """``where(True, x, y)`` and ``True & x`` are ``x``."""
+        operands = node.args[:2] if node.op == "aten.where" else node.args
+        for condition, kept in (operands,) if node.op == "aten.where" else (operands, operands[::-1]):
+            if not (isinstance(condition, Ref) and isinstance(kept, Ref) and condition.name in new.constant):
+                continue
+            if new.meta(condition).dtype != "bool" or new.meta(kept).dtype != node.meta.dtype:
+                continue
+            if _kind(constant_graph(new, condition.name), values, max_seq) == "full":
+                if new.shape(kept) == node.meta.shape:
+                    return kept
+                return Ref(new.emit("aten.expand", kept, node.meta.shape, shape=node.meta.shape))
+        return None
+
+    return {
+        "aten.scaled_dot_product_attention": [mask],
+        **{f"aten.{name}": [always] for name in ("where", "logical_and", "bitwise_and")},
+    }
 
 
 def constant_graph(draft: Draft, *outputs: str) -> OpGraph:
@@ -73,6 +88,8 @@ def _kind_at(graph: OpGraph, leaves: dict[str, torch.Tensor], batch: int, seq: i
         return None  # a bias, not a mask
     if bool(allowed.all()):
         return "full"
+    if mask.ndim < 2 or mask.shape[-2] != mask.shape[-1]:
+        return None
     return "causal" if bool((allowed == torch.ones(mask.shape[-2:], dtype=torch.bool).tril()).all()) else None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from autopar.graph.ir import Node
 
@@ -38,6 +39,18 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotary position embedding, half-split form (RoFormer, arXiv 2104.09864, as in the Llama code)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attention_of_last(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Causal attention of queries that are the last positions of the keys; ``options`` as for torch's attention.
+
+    A torch function mode sees it as one function, as it sees torch's own.
+    """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(attention_of_last, (query, key, value), query, key, value, **options)
+    rows, columns = query.shape[-2], key.shape[-2]
+    mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore: int = -100) -> torch.Tensor:

@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from autopar.graph.ops import attention_of_last
+
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
@@ -124,6 +126,8 @@ class _FusedKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is attention_of_last:  # the kernel needs no mask in memory
+            return _attention(*args[:3])
         if func is F.rms_norm or func is torch.rms_norm:
             return _rms_norm(*args, **kwargs)
         if func is F.dropout:

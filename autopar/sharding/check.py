@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
 from autopar.graph.size import BATCH, Size, divide, size_at
-from autopar.sharding.conversions import same
+from autopar.sharding.conversions import plain, same
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
-from autopar.sharding.local import blocks_at, produced_layouts
+from autopar.sharding.layout import CONTEXT, I, Layout, P, R, S, SpmdType
+from autopar.sharding.local import blocks_at, least_part, produced_layouts, settled
 from autopar.sharding.rules import Strategy, strategies_of
 
 
@@ -21,9 +21,10 @@ def check_decision(
     """The layout every node is produced in (inputs: arrives in), if the decision is whole.
 
     Checks that every op node has a known strategy on every axis, that each operand was produced in or converted to the
-    layout its strategy asks for, that conversions start at what is there, that parameters are stored I or S(d), that
-    outputs leave as promised, and that splits are even (those that depend on b or s when ``batch`` and ``seq`` are
-    given). Raises VerificationError naming the node.
+    layout its strategy asks for, that conversions start at what is there, that parameters are stored I or S(d) (on the
+    context axis R), that outputs leave as promised, and that splits are even (those that depend on b or s when
+    ``batch`` and ``seq`` are given) wherever more than the operators that take uneven parts see them. Raises
+    VerificationError naming the node.
     """
     graph = kind.graph
     where = f"block kind {kind.name}"
@@ -40,7 +41,7 @@ def check_decision(
             layout = _check_op(node, graph, decision, held, where, batch, seq)
         else:
             layout = _check_input(node, decision, where)
-        _check_splits(node, layout, decision, where, batch, seq)
+        _check_splits(node, layout, decision, where, batch, seq, frozenset(decision.axes))
         produced[node.name] = layout
         held[node.name] = [layout]
         grad = node.meta.requires_grad
@@ -51,7 +52,8 @@ def check_decision(
                         f"{where}: {node.name} is converted from {conversion.source} to {conversion.target}, but "
                         f"is held as {_texts(held[node.name])} only"
                     )
-                _check_splits(node, conversion.target, decision, where, batch, seq)
+                for layout in (conversion.source, conversion.target):
+                    _check_splits(node, layout, decision, where, batch, seq)
                 held[node.name].append(conversion.target)
     for name in graph.outputs:
         promised = decision.outputs.get(name)
@@ -68,7 +70,10 @@ def operand_layouts(node: Node, graph: OpGraph, decision: BlockDecision) -> tupl
 
 
 def chosen(node: Node, graph: OpGraph, decision: BlockDecision) -> dict[str, Strategy]:
-    """The strategy of an op node on each axis, in mesh order. Raises VerificationError for a missing or unknown one."""
+    """The strategy of an op node on each axis, in mesh order, its blocks `settled` for the sizes of the axes.
+
+    Raises VerificationError for a missing or unknown one.
+    """
     names = decision.strategies.get(node.name, {})
     known = {strategy.name: strategy for strategy in strategies_of(node, graph)}
     choice = {}
@@ -79,7 +84,7 @@ def chosen(node: Node, graph: OpGraph, decision: BlockDecision) -> dict[str, Str
                 f"known: {', '.join(known)}"
             )
         choice[axis] = known[names[axis]]
-    return choice
+    return settled(choice, decision.axes)
 
 
 def refusal(
@@ -98,14 +103,20 @@ def refusal(
     for axis, strategy in choice.items():
         by_factor.setdefault(strategy.name, []).append(axis)
     for factor, split in by_factor.items():
-        extent, ranks = choice[split[0]].extent, math.prod(axes[axis] for axis in split)
-        if extent is not None and _uneven(extent, ranks, batch, seq):
-            return f"splits factor {factor} of size {extent} over {ranks} ranks ({', '.join(split)}): does not divide"
-    if sum(bool(strategy.variant) for strategy in choice.values()) > 1:
-        return "splits its vocabulary on several axes, which is not implemented"
+        extent, sizes = choice[split[0]].extent, [axes[axis] for axis in split]
+        if extent is not None and _uneven(extent, math.prod(sizes), batch, seq):
+            over = f"over {math.prod(sizes)} ranks ({', '.join(split)})"
+            if not choice[split[0]].uneven:
+                return f"splits factor {factor} of size {extent} {over}: does not divide"
+            if least_part(size_at(extent, 1, 1), sizes) < 1:
+                return f"splits factor {factor} of size {extent} {over}: some would hold nothing"
+    variants = {strategy.variant for strategy in choice.values() if strategy.variant}
+    if len(variants) > 1:
+        return f"has one local implementation only, not {' and '.join(sorted(variants))} at once"
     needs, output = produced_layouts(node, choice)
+    loose = frozenset(axis for axis, strategy in choice.items() if strategy.uneven)
     for name, layout in (*zip(node.operands(), needs, strict=True), (node.name, output)):
-        if not _fits(graph.nodes[name], layout, axes, batch, seq):
+        if not fits(graph.nodes[name].meta.shape, layout, axes, batch, seq, loose):
             return f"cannot hold {_described(graph.nodes[name])} as {layout} on {dict(axes)}"
     return ""
 
@@ -138,8 +149,13 @@ def _check_input(node: Node, decision: BlockDecision, where: str) -> Layout:
         raise VerificationError(f"{where}: no layout is given for {node.kind} {node.name}")
     for axis in decision.axes:
         kind = layout[axis]
+        if node.kind == "parameter" and axis == CONTEXT and plain(kind, node.meta.requires_grad) != R:
+            raise VerificationError(
+                f"{where}: parameter {node.target} is stored as {kind} on {axis}; context-parallel ranks hold it "
+                "whole, each with its summand of the gradient: R"
+            )
         stored = kind == I or (kind.kind == "S" and kind.blocks == 1) or (kind == R and not node.meta.requires_grad)
-        if node.kind == "parameter" and not stored:
+        if node.kind == "parameter" and axis != CONTEXT and not stored:
             raise VerificationError(
                 f"{where}: parameter {node.target} is stored as {kind} on {axis}; only I and S(d) are"
             )
@@ -149,25 +165,48 @@ def _check_input(node: Node, decision: BlockDecision, where: str) -> Layout:
 
 
 def _check_splits(
-    node: Node, layout: Layout, decision: BlockDecision, where: str, batch: int | None, seq: int | None
+    node: Node,
+    layout: Layout,
+    decision: BlockDecision,
+    where: str,
+    batch: int | None,
+    seq: int | None,
+    loose: frozenset[str] = frozenset(),
 ) -> None:
     foreign = [axis for axis, _ in layout.types if axis not in decision.axes]
     if foreign:
         raise VerificationError(f"{where}: {node.name} has a layout on axis {foreign[0]}, which is not in the decision")
-    if not _fits(node, layout, decision.axes, batch, seq):
+    if not fits(node.meta.shape, layout, decision.axes, batch, seq, loose):
         raise VerificationError(f"{where}: {_described(node)} cannot be held as {layout} on {decision.axes}")
 
 
-def _fits(node: Node, layout: Layout, axes: Mapping[str, int], batch: int | None, seq: int | None) -> bool:
-    """Whether a tensor divides evenly as ``layout`` says, block splits nested."""
+def fits(
+    shape: tuple[int | Size, ...],
+    layout: Layout,
+    axes: Mapping[str, int],
+    batch: int | None,
+    seq: int | None,
+    loose: frozenset[str] = frozenset(),
+) -> bool:
+    """Whether a tensor of ``shape`` divides evenly as ``layout`` says, block splits nested.
+
+    A dim of a fixed size that ``loose`` axes alone split may divide unevenly, if every rank gets a part.
+    """
     for axis, kind in layout.types:
         if kind.kind != "S":
             continue
-        inner = divide(node.meta.shape[kind.dim], kind.blocks) if kind.dim < len(node.meta.shape) else None
-        ranks = math.prod(axes[other] for other in layout.splits(kind.dim))
-        if inner is None or _uneven(inner, axes[axis], batch, seq):
+        size = shape[kind.dim] if kind.dim < len(shape) else 0
+        inner = divide(size, kind.blocks) if size else None
+        splits = layout.splits(kind.dim)
+        if inner is None:
             return False
-        if _uneven(node.meta.shape[kind.dim], ranks, batch, seq):
+        if isinstance(size, int) and loose.issuperset(splits) and all(layout[other].blocks == 1 for other in splits):
+            if least_part(size, [axes[other] for other in splits]) < 1:
+                return False
+            continue
+        if _uneven(inner, axes[axis], batch, seq):
+            return False
+        if _uneven(size, math.prod(axes[other] for other in splits), batch, seq):
             return False
         if isinstance(kind.blocks, int) or (batch and seq):
             try:

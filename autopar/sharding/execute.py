@@ -14,11 +14,22 @@ import torch
 from autopar.errors import VerificationError
 from autopar.graph.ir import BlockKind, Node, OpGraph, substitute
 from autopar.graph.ops import callable_of
+from autopar.graph.size import size_at
+from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step, path, same
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.layout import Layout
-from autopar.sharding.local import blocks_at, local_shape, localize, produced_layouts, shard, unshard
-from autopar.sharding.rules import Strategy, strategy_of
+from autopar.sharding.local import (
+    blocks_at,
+    local_shape,
+    localize,
+    part_of,
+    produced_layouts,
+    shard,
+    split_order,
+    unshard,
+)
+from autopar.sharding.rules import Strategy
 from autopar.sharding.simulate import LocalWorld, SimulatedWorld, Values, World
 from autopar.sharding.variants import VARIANTS
 
@@ -36,14 +47,17 @@ def run_op(
     calls = []
     for rank in range(len(world.ranks)):
         calls.append(_called_with(args, kwargs, [values[rank] for values in operands]))
-    special = {axis: strategy.variant for axis, strategy in choice.items() if strategy.variant}
+    special = [axis for axis in split_order(choice) if choice[axis].variant]
     if not special:
         function = callable_of(node.op)
         return [function(*a, **k) for a, k in calls]
-    if len(special) > 1:
-        raise VerificationError(f"{node.name} ({node.op}) runs a variant on several axes: {', '.join(special)}")
-    ((axis, variant),) = special.items()
-    runs = [VARIANTS[node.op, variant](c[axis], *a, **k) for c, (a, k) in zip(world.ranks, calls, strict=True)]
+    variants = {choice[axis].variant for axis in special}
+    if len(variants) > 1:
+        raise VerificationError(f"{node.name} ({node.op}) runs several variants: {', '.join(sorted(variants))}")
+    variant = VARIANTS[node.op, variants.pop()]
+    whole = size_at(choice[special[0]].extent or 0, batch, seq)
+    starts = [part_of(whole, [(world.axes[axis], rank[axis]) for axis in special])[0] for rank in world.ranks]
+    runs = [variant(start, *a, **k) for start, (a, k) in zip(starts, calls, strict=True)]
     sent: list[Any] = [None] * len(runs)
     done: Values = []
     while not done:
@@ -54,7 +68,9 @@ def run_op(
             except StopIteration as stop:
                 done.append(stop.value)
         if asked:
-            sent = world.all_reduce([x for _, x in asked], axis, asked[0][0])
+            sent = [x for _, x in asked]
+            for axis in special:
+                sent = world.all_reduce(sent, axis, asked[0][0])
     return done
 
 
@@ -103,7 +119,7 @@ def run(
 
     for node in graph.nodes.values():
         if node.kind == "op":
-            choice = {axis: strategy_of(node, graph, decision.strategies[node.name][axis]) for axis in decision.axes}
+            choice = chosen(node, graph, decision)
             needs, layout = produced_layouts(node, choice)
             pairs = zip(node.operands(), needs, strict=True)
             operands = [find(name, need, f"{node.name} ({node.op})") for name, need in pairs]

@@ -28,12 +28,14 @@ _POOL = "dhefgijlmnopqrtuvwxyzack"
 @dataclass(frozen=True, slots=True)
 class Inner:
     """A collective inside a composite operator: ``collective`` on a tensor of ``shape`` and ``dtype``, forward or
-    backward. ``shape`` is whole on the split axis, symbolic in b and s."""
+    backward. ``shape`` is whole, symbolic in b and s; its dims are the first ones of operand ``like``, and other axes
+    split them as they split those."""
 
     collective: str
     shape: tuple[int | Size, ...]
     dtype: str
     backward: bool = False
+    like: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Rule:
     ``sums``: factors whose split leaves partial sums; ``whole``: those that stay whole. ``linear``: sets of operands
     in which the operator is jointly linear: if all of a set are partial (and the others replicated), so is the output.
     ``once``: operands added to the output, which under a sum must be added by one rank only (a bias).
+    ``uneven``: factors that may be cut into unequal parts, since what runs on a rank does not depend on their size.
     """
 
     operands: tuple[Dims, ...]
@@ -64,6 +67,7 @@ class Rule:
     linear: tuple[frozenset[int], ...] = ()
     once: frozenset[int] = frozenset()
     variants: dict[str, Variant] = field(default_factory=dict)
+    uneven: frozenset[str] = frozenset()
 
     def splittable(self) -> tuple[str, ...]:
         """The factors that may be split, in order of appearance."""

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 from autopar.graph.size import Size
 
+CONTEXT = "cp"
+"""The mesh axis that splits activations by sequence and holds every parameter whole (context parallelism)."""
+
 
 @dataclass(frozen=True, slots=True)
 class SpmdType:

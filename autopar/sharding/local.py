@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from autopar.errors import VerificationError
 from autopar.graph.ir import Node
 from autopar.graph.size import Size, size_at
-from autopar.sharding.layout import Layout, SpmdType
+from autopar.sharding.layout import CONTEXT, Layout, SpmdType
+
+if TYPE_CHECKING:
+    from autopar.sharding.rules import Strategy
 
 Coordinate = dict[str, int]
 """A rank's index on every axis."""
@@ -42,17 +46,33 @@ def blocks_at(layout: Layout, axis: str, axes: Mapping[str, int], batch: int, se
 
 
 def local_shape(shape: Sequence[int], layout: Layout, axes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of one rank's shard of a tensor of ``shape`` (integers) on mesh axes of these sizes.
+    """The shape of the first rank's shard, the largest, of a tensor of ``shape`` (integers) on axes of these sizes.
 
-    Raises VerificationError for a dim that does not divide.
+    Raises VerificationError for a dim that leaves a rank with nothing.
     """
     local = list(shape)
     for axis, kind in layout.types:
         if kind.kind == "S":
-            if kind.dim >= len(local) or local[kind.dim] % axes[axis]:
+            if kind.dim >= len(local) or least_part(local[kind.dim], (axes[axis],)) < 1:
                 raise VerificationError(f"shape {tuple(shape)} does not divide as {layout} on {dict(axes)}")
-            local[kind.dim] //= axes[axis]
+            local[kind.dim] = math.ceil(local[kind.dim] / axes[axis])
     return tuple(local)
+
+
+def part_of(size: int, ways: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(start, length) of a rank's part of ``size`` elements. ``ways``: per axis, outermost first, the number of ranks
+    and this rank's index. Chunks of the size rounded up, fewer elements for the last ranks, as `torch.chunk` cuts."""
+    start, length = 0, size
+    for ranks, index in ways:
+        chunk = -(-length // ranks)
+        first = min(index * chunk, length)
+        start, length = start + first, min(chunk, length - first)
+    return start, length
+
+
+def least_part(size: int, sizes: Iterable[int]) -> int:
+    """The fewest elements of ``size`` that any rank holds on axes of ``sizes``."""
+    return part_of(size, ((ranks, ranks - 1) for ranks in sizes))[1]
 
 
 _WHOLE_SHAPE = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.broadcast_to")
@@ -92,13 +112,13 @@ def _numbers(value: Any, batch: int, seq: int) -> Any:
     return value
 
 
-def _blocked(x: torch.Tensor, dim: int, blocks: int) -> torch.Tensor:
+def _in_blocks(x: torch.Tensor, dim: int, blocks: int) -> torch.Tensor:
     return x.reshape(*x.shape[:dim], blocks, x.shape[dim] // blocks, *x.shape[dim + 1 :])
 
 
 def cut(x: torch.Tensor, dim: int, blocks: int, ranks: int) -> list[torch.Tensor]:
     """``x`` cut into ``ranks`` equal shards on ``dim``, each a slice of every one of ``blocks`` blocks."""
-    parts = _blocked(x, dim, blocks).chunk(ranks, dim + 1)
+    parts = _in_blocks(x, dim, blocks).chunk(ranks, dim + 1)
     if len(parts) != ranks or parts[0].shape != parts[-1].shape:
         raise VerificationError(f"dim {dim} of {tuple(x.shape)} in {blocks} blocks does not divide by {ranks}")
     return [part.flatten(dim, dim + 1).contiguous() for part in parts]
@@ -106,7 +126,7 @@ def cut(x: torch.Tensor, dim: int, blocks: int, ranks: int) -> list[torch.Tensor
 
 def join(shards: Sequence[torch.Tensor], dim: int, blocks: int) -> torch.Tensor:
     """The inverse of `cut`."""
-    return torch.cat([_blocked(x, dim, blocks) for x in shards], dim + 1).flatten(dim, dim + 1)
+    return torch.cat([_in_blocks(x, dim, blocks) for x in shards], dim + 1).flatten(dim, dim + 1)
 
 
 def shard(
@@ -131,6 +151,11 @@ def shard(
 
 
 def _parts(x: torch.Tensor, kind: SpmdType, ranks: int, generator: torch.Generator | None) -> list[torch.Tensor]:
+    if kind.kind == "S" and kind.blocks == 1 and x.shape[kind.dim] % ranks:
+        parts = list(x.chunk(ranks, kind.dim))
+        if len(parts) != ranks:
+            raise VerificationError(f"dim {kind.dim} of {tuple(x.shape)} leaves some of {ranks} ranks with nothing")
+        return parts
     if kind.kind == "S":
         return cut(x, kind.dim, _count(kind), ranks)
     if kind.kind == "P":
@@ -165,15 +190,69 @@ def _count(kind: SpmdType) -> int:
     return size_at(kind.blocks, 1, 1)
 
 
-def required(types: Mapping[str, SpmdType]) -> Layout:
-    """The layout that strategies ask of a tensor: one type per axis, in mesh order (outer axes split outside)."""
-    return Layout(tuple(types.items()))
+def split_order(choice: Mapping[str, Strategy]) -> tuple[str, ...]:
+    """The axes in the order in which they split a dim, outermost first: the mesh's order, in which the context axis
+    is first, where that axis splits the sequence; elsewhere it comes last, and takes its part of what others leave."""
+    context = choice.get(CONTEXT)
+    if context is None or context.by_sequence:
+        return tuple(choice)
+    return (*(axis for axis in choice if axis != CONTEXT), CONTEXT)
 
 
-def produced_layouts(node: Node, choice: Mapping[str, Any]) -> tuple[tuple[Layout, ...], Layout]:
+def standard(types: Mapping[str, SpmdType], shape: Sequence[int | Size]) -> Layout:
+    """One type per axis of a tensor of ``shape``, listed in the order of splits that `split_order` gives a tensor."""
+    kind = types.get(CONTEXT)
+    order = list(types)
+    if kind is not None and kind.kind == "S" and not depends_on_sequence(shape[kind.dim]):
+        order.remove(CONTEXT)
+        order.append(CONTEXT)
+    return Layout(tuple((axis, types[axis]) for axis in order))
+
+
+def depends_on_sequence(size: int | Size) -> bool:
+    """Whether a dim of ``size`` holds positions."""
+    return isinstance(size, Size) and any(s > 0 for (_, s), _ in size.terms)
+
+
+def produced_layouts(node: Node, choice: Mapping[str, Strategy]) -> tuple[tuple[Layout, ...], Layout]:
     """Layouts of the operands and of the output of ``node`` when axis a runs strategy ``choice[a]``."""
+    order = [(axis, choice[axis]) for axis in split_order(choice)]
+    count = len(order[0][1].inputs) if order else len(node.operands())
     inputs = tuple(
-        required({axis: strategy.inputs[index] for axis, strategy in choice.items()})
-        for index in range(len(node.operands()))
+        Layout(tuple([(axis, strategy.inputs[index]) for axis, strategy in order])) for index in range(count)
     )
-    return inputs, required({axis: strategy.output for axis, strategy in choice.items()})
+    return inputs, Layout(tuple((axis, strategy.output) for axis, strategy in order))
+
+
+def settled(choice: Mapping[str, Strategy], axes: Mapping[str, int]) -> dict[str, Strategy]:
+    """The same strategies, their splits written with as few blocks as axes of these sizes allow.
+
+    Where outer axes have taken every block of a dim apart, an inner axis that splits within blocks splits what is left
+    as a whole: 8 heads in 2 groups, split by group on 2 ranks and by head within the group on 4, are split by head.
+    """
+    if len(choice) < 2 or not any(_blocked(strategy) for strategy in choice.values()):
+        return dict(choice)
+    order = split_order(choice)
+    found = dict(choice)
+    for place, axis in enumerate(order):
+        outer = [(choice[name], axes[name]) for name in order[:place]]
+        if outer and _blocked(choice[axis]):
+            inputs = tuple(
+                _whole_block(kind, [(strategy.inputs[index], ranks) for strategy, ranks in outer])
+                for index, kind in enumerate(choice[axis].inputs)
+            )
+            output = _whole_block(choice[axis].output, [(strategy.output, ranks) for strategy, ranks in outer])
+            found[axis] = replace(choice[axis], inputs=inputs, output=output)
+    return found
+
+
+def _blocked(strategy: Strategy) -> bool:
+    return any(kind.kind == "S" and kind.blocks != 1 for kind in (*strategy.inputs, strategy.output))
+
+
+def _whole_block(kind: SpmdType, outer: Iterable[tuple[SpmdType, int]]) -> SpmdType:
+    if kind.kind != "S" or not isinstance(kind.blocks, int):
+        return kind
+    around = [(other, ranks) for other, ranks in outer if other.kind == "S" and other.dim == kind.dim]
+    ways = math.prod(ranks for other, ranks in around if isinstance(other.blocks, int) and other.blocks < kind.blocks)
+    return SpmdType("S", kind.dim) if ways == kind.blocks else kind

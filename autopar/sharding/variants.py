@@ -2,6 +2,7 @@
 
 Each is a generator that runs on one rank: it yields ``(op, x)`` where ``x`` is to be all-reduced over the axis ("sum",
 with type P to I, or "max") and is sent the result, so that one text serves ranks run in lockstep and a rank on its own.
+``start``: where this rank's part of the split factor begins.
 """
 
 from __future__ import annotations
@@ -12,38 +13,71 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from autopar.graph.ops import WIDE
+from autopar.graph.ops import WIDE, attention_of_last
 
 Collective = tuple[str, torch.Tensor]
 Local = Generator[Collective, torch.Tensor, torch.Tensor]
 
 
-def embedding(rank: int, weight: torch.Tensor, ids: torch.Tensor, *rest: Any) -> Local:
-    """Look up the ids this rank's rows hold, zeros for the others; the output is partial. No collective."""
+def embedding(start: int, weight: torch.Tensor, ids: torch.Tensor, *rest: Any) -> Local:
+    """Look up the ids this rank's rows hold, zeros for the others; the output is partial. No collective.
+
+    ``rest``: the id whose row gets no gradient, if there is one.
+    """
     yield from ()
     rows = weight.shape[0]
-    local = ids - rank * rows
+    local = ids - start
     outside = (local < 0) | (local >= rows)
     found = F.embedding(local.masked_fill(outside, 0), weight)
+    if rest and rest[0] >= 0:
+        found = torch.where((ids == rest[0]).unsqueeze(-1), found.detach(), found)
     return found.masked_fill(outside.unsqueeze(-1), 0.0)
 
 
-def cross_entropy(rank: int, logits: torch.Tensor, labels: torch.Tensor, ignore: int = -100) -> Local:
-    """Summed cross-entropy from this rank's classes; ``logits`` [..., v / ranks], ``labels`` [...] of all classes."""
+def cross_entropy(start: int, logits: torch.Tensor, labels: torch.Tensor, ignore: int = -100) -> Local:
+    """Summed cross-entropy from this rank's classes; ``logits`` [..., classes], ``labels`` [...] of all classes."""
     wide = logits.to(WIDE.get(logits.dtype, torch.float32))
     classes = wide.shape[-1]
     top = yield "max", wide.detach().amax(-1)
     shifted = wide - top.unsqueeze(-1)
     total = yield "sum", shifted.exp().sum(-1)
-    local = labels - rank * classes
+    local = labels - start
     outside = (local < 0) | (local >= classes)
     picked = shifted.gather(-1, local.masked_fill(outside, 0).unsqueeze(-1)).squeeze(-1)
     target = yield "sum", picked.masked_fill(outside, 0.0)
     return (total.log() - target).masked_fill(labels == ignore, 0.0).sum()
 
 
+def context(
+    start: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = True,
+    **options: Any,
+) -> Local:
+    """Causal attention of the queries at ``start`` and after it to the whole sequence's keys. No collective.
+
+    In two runs if their number is even, each with the keys up to its last query: so the emitted code does it, whose
+    ranks hold two separate chunks of the sequence; what is saved for backward is then the same.
+    """
+    yield from ()
+    rows = query.shape[-2]
+    runs = [rows // 2] * 2 if rows % 2 == 0 else [rows]
+    heads = []
+    for part in torch.split(query, runs, -2):
+        stop = start + part.shape[-2]
+        keys, values = key.narrow(-2, 0, stop), value.narrow(-2, 0, stop)
+        heads.append(attention_of_last(part, keys, values, dropout_p=dropout_p, **options))
+        start = stop
+    return torch.cat(heads, -2) if len(heads) > 1 else heads[0]
+
+
 VARIANTS: dict[tuple[str, str], Callable[..., Local]] = {
     ("aten.embedding", "vocab"): embedding,
     ("autopar.cross_entropy", "vocab"): cross_entropy,
+    ("aten.scaled_dot_product_attention", "context"): context,
 }
 """By operator and variant name (`Strategy.variant`)."""

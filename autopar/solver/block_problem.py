@@ -1,31 +1,47 @@
-"""From block kinds to one abstract problem and back: strategies and conversions priced on one model axis.
+"""From block kinds to one abstract problem and back: strategies and conversions priced on all model axes at once.
 
-Every kind's nodes are named "kind/node". The layout of what passes between blocks is one tie per tensor that is handed
-on (found by following the blocks' inputs), so that one layout holds along the whole chain; parameters of different
-kinds that are one tensor are tied as well.
+A layout of the abstract problem is a `Layout`; a choice is one strategy on each axis (`axis_choices`). Every kind's
+nodes are named "kind/node". The layout of what passes between blocks is one tie per tensor that is handed on (found by
+following the blocks' inputs), so that one layout holds along the whole chain; parameters of different kinds that are
+one tensor are tied as well.
 
 What the tables of `fix` mean here: with ``tp`` fixed, every matmul with a feature factor that divides splits one
-(`feature_splits`); ``sp`` fixes the layout between blocks, split by sequence or invariant (`boundary_types`).
+(`feature_splits`); ``sp`` fixes the layout between blocks, split by sequence or invariant (`boundary_layouts`).
+
+A conversion changes one axis, and leads to a layout in the standard order of splits (`sharding.local.standard`): on a
+dim that several axes split, the innermost changes first. Layouts through which a tensor may pass are products of the
+types it is made, stored or read in on each axis, of R, and of I and P where it has a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 from autopar.graph.ir import BlockKind, ModelGraph, Node
-from autopar.graph.size import SEQ, Size, size_at
-from autopar.sharding.conversions import direct, plain
+from autopar.sharding.check import fits
+from autopar.sharding.conversions import convertible, direct, plain, same
 from autopar.sharding.decision import BlockDecision, Conversion
-from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
-from autopar.sharding.rules import Strategy, divides, strategies_of
+from autopar.sharding.layout import CONTEXT, I, Layout, P, R, SpmdType
+from autopar.sharding.local import local_shape, produced_layouts, standard
+from autopar.solver.axis_choices import (
+    NO_DEMANDS,
+    Demands,
+    boundary_layouts,
+    check_axes,
+    choices_of,
+    feature_splits,
+    sequence_split,
+    stored_layouts,
+    tensor_axes,
+)
+from autopar.solver.axis_choices import Choice as AxesChoice
 from autopar.solver.prices import AxisPrices, Price
 from autopar.solver.problem import Answer, Choice, Op, Output, Problem, Source
-from autopar.solver.work import MATMULS
 
-AXIS = "tp"
-_MATMULS = frozenset(f"aten.{name}" for name in MATMULS)
+__all__ = ["Demands", "ModelProblem", "Ties", "decisions_of", "feature_splits", "model_problem", "ties_of"]
+
 _KEEP_NOTHING = frozenset(
     f"aten.{name}"
     for name in (
@@ -50,14 +66,6 @@ _KEEP_NOTHING = frozenset(
     )
 ) | {"autopar.cast", "aten.embedding"}
 """Operators that keep none of their operands for backward (used to lean answers towards memory; never for totals)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Demands:
-    """What is asked of the sharding beside being fast: `fix` keys ``tp`` (split matmuls) and ``sp``."""
-
-    split_matmuls: bool = False
-    sequence: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,178 +105,202 @@ def ties_of(model: ModelGraph) -> Ties:
 
 @dataclass(frozen=True, slots=True)
 class ModelProblem:
-    """The abstract problem of all block kinds on one axis, and the strategies its choices stand for."""
+    """The abstract problem of all block kinds on these axes, and the strategies its choices stand for."""
 
     problem: Problem
-    strategies: dict[str, tuple[Strategy, ...]]
-    size: int
+    choices: dict[str, tuple[AxesChoice, ...]]
+    axes: dict[str, int]
 
 
 def model_problem(
     model: ModelGraph,
     prices: AxisPrices,
     ties: Ties,
-    demands: Demands = Demands(),
+    demands: Demands = NO_DEMANDS,
     resident_price: float = 0.0,
     again: frozenset[str] = frozenset(),
 ) -> ModelProblem:
     """All kinds of ``model``, each weighted with how many blocks it has.
 
     ``resident_price``: seconds per micro-batch that each parameter element held costs. ``again``: kinds whose forward
-    runs twice (recomputed in backward).
+    runs twice (recomputed in backward). Raises UnsupportedError where sequences cannot be split over cp.
     """
+    check_axes(model, prices.axes, prices.job.seq_len, demands.sequence)
     sources: list[Source] = []
     ops: list[Op] = []
     outputs: list[Output] = []
-    conversions: dict[str, dict[tuple[SpmdType, SpmdType], float]] = {}
-    strategies: dict[str, tuple[Strategy, ...]] = {}
+    conversions: dict[str, dict[tuple[Layout, Layout], float]] = {}
+    hubs: dict[str, frozenset[Layout]] = {}
+    choices: dict[str, tuple[AxesChoice, ...]] = {}
     weights = {kind: float(sum(block.kind == kind for block in model.blocks)) for kind in model.kinds}
     for kind in model.kinds.values():
-        build = _KindProblem(kind, model, prices, ties, demands, resident_price, kind.name in again)
+        build = _KindProblem(kind, prices, ties, demands, resident_price, kind.name in again)
         sources += build.sources
         ops += build.ops
         outputs += build.outputs
-        strategies |= build.strategies
+        choices |= build.choices
         conversions |= build.conversions()
-    problem = Problem(tuple(sources), tuple(ops), conversions, tuple(outputs), weights)  # type: ignore[arg-type]
-    return ModelProblem(problem, strategies, prices.size)
-
-
-def boundary_types(
-    shape: tuple[int | Size, ...], size: int, batch: int, seq: int, demands: Demands
-) -> tuple[SpmdType, ...]:
-    """The layouts a tensor may have between blocks, sequence first; ``sp`` leaves one."""
-    splits = [S(dim) for dim, extent in enumerate(shape) if size_at(extent, batch, seq) % size == 0]
-    sequence = [kind for kind in splits if shape[kind.dim] == SEQ]
-    if demands.sequence is False:
-        return (I,)
-    if demands.sequence:
-        return tuple(sequence[:1]) or (I,)
-    return (*sequence, I, *(kind for kind in splits if kind not in sequence), R, P)
+        hubs |= build.hubs
+    problem = Problem(tuple(sources), tuple(ops), conversions, tuple(outputs), weights, hubs)  # type: ignore[arg-type]
+    return ModelProblem(problem, choices, dict(prices.axes))
 
 
 class _KindProblem:
     """One kind's part of the problem."""
 
     def __init__(
-        self,
-        kind: BlockKind,
-        model: ModelGraph,
-        prices: AxisPrices,
-        ties: Ties,
-        demands: Demands,
-        resident: float,
-        again: bool,
+        self, kind: BlockKind, prices: AxisPrices, ties: Ties, demands: Demands, resident: float, again: bool
     ) -> None:
         self.kind, self.graph, self.prices, self.ties = kind, kind.graph, prices, ties
+        self.axes, self.batch, self.seq = prices.axes, prices.batch, prices.job.seq_len
         self.demands, self.resident, self.again = demands, resident, again
-        self.strategies: dict[str, tuple[Strategy, ...]] = {}
-        self.types: dict[str, dict[SpmdType, None]] = {name: {} for name in self.graph.nodes}
-        self.sources = [self._source(node, model) for node in self.graph.nodes.values() if node.kind != "op"]
+        self.choices: dict[str, tuple[AxesChoice, ...]] = {}
+        self.held: dict[str, dict[Layout, None]] = {name: {} for name in self.graph.nodes}
+        self.hubs: dict[str, frozenset[Layout]] = {}
+        self._operands = {node.name: node.operands() for node in self.graph.of("op")}
+        self._possible = {node.name: self._choices(node) for node in self.graph.of("op")}
+        self._layouts = {
+            name: [produced_layouts(self.graph.nodes[name], choice) for choice in possible]
+            for name, possible in self._possible.items()
+        }
+        self._tables: dict[object, tuple[dict[tuple[Layout, Layout], float], frozenset[Layout]]] = {}
+        self.sources = [self._source(node) for node in self.graph.nodes.values() if node.kind != "op"]
         self.ops = [self._op(node) for node in self.graph.of("op")]
-        self.outputs = [self._output(index, name, model) for index, name in enumerate(self.graph.outputs)]
+        self.outputs = [self._output(index, name) for index, name in enumerate(self.graph.outputs)]
 
     def _name(self, node: str) -> str:
         return f"{self.kind.name}/{node}"
 
-    def _plain(self, node: str, kind: SpmdType) -> SpmdType:
-        kind = plain(kind, self.graph.nodes[node].meta.requires_grad)
-        self.types[node].setdefault(kind)
-        return kind
+    def _plain(self, node: str, layout: Layout) -> Layout:
+        """``layout`` as the problem's layout of ``node``: equal for what holds it alike, and noted as held."""
+        meta = self.graph.nodes[node].meta
+        if len(self.axes) > 1:
+            types = {axis: plain(layout[axis], meta.requires_grad) for axis in self.axes}
+            found = standard(types, meta.shape)
+            assert same(found, layout, meta.requires_grad), (node, found, layout)
+            layout = found
+        elif not meta.requires_grad:
+            layout = Layout(tuple((axis, plain(kind, False)) for axis, kind in layout.types))
+        self.held[node].setdefault(layout)
+        return layout
 
-    def _source(self, node: Node, model: ModelGraph) -> Source:
-        size, batch, seq = self.prices.size, self.prices.batch, self.prices.job.seq_len
+    def _whole(self) -> Layout:
+        return Layout(tuple((axis, I) for axis in self.axes))
+
+    def _source(self, node: Node) -> Source:
         tie = self.ties.boundary.get((self.kind.name, node.name), "")
-        options: dict[SpmdType, tuple[float, float]]
+        options: dict[Layout, tuple[float, float]]
         if tie:
-            kinds = boundary_types(node.meta.shape, size, batch, seq, self.demands)
-            options = {self._plain(node.name, kind): (0.0, 0.0) for kind in kinds}
+            options = {self._plain(node.name, layout): (0.0, 0.0) for layout in self._boundary(node)}
         elif node.kind == "parameter":
             tie = self.ties.parameters.get((self.kind.name, node.name), "")
-            shape = node.meta.at(batch, seq)
-            elements = prod(shape)
             share = 1.0 if not tie else 0.5
             options = {}
-            for kind in (I, *(S(dim) for dim, extent in enumerate(shape) if extent % size == 0)):
-                held = elements / size if kind.kind == "S" else elements
-                options[self._plain(node.name, kind)] = (self.resident * held * share, 0.0)
+            for layout in stored_layouts(node.meta, self.axes, self._read_as(node.name)):
+                held = prod(local_shape(node.meta.at(1, 1), layout, self.axes))
+                options[self._plain(node.name, layout)] = (self.resident * held * share, 0.0)
         else:
-            options = {self._plain(node.name, I): (0.0, 0.0)}
+            options = {self._plain(node.name, self._whole()): (0.0, 0.0)}
         return Source(self._name(node.name), options, tie)  # type: ignore[arg-type]
 
+    def _boundary(self, node: Node) -> tuple[Layout, ...]:
+        return boundary_layouts(node.meta, self.axes, self.batch, self.seq, self.demands.sequence)
+
+    def _read_as(self, name: str) -> list[Layout]:
+        """The layouts in which some operator may read a tensor."""
+        found: dict[Layout, None] = {}
+        for user, operands in self._operands.items():
+            for place in (index for index, operand in enumerate(operands) if operand == name):
+                found |= {inputs[place]: None for inputs, _ in self._layouts[user]}
+        return list(found)
+
+    def _choices(self, node: Node) -> list[AxesChoice]:
+        return choices_of(node, self.graph, self.axes, self.batch, self.seq, self.demands.split_matmuls)
+
     def _op(self, node: Node) -> Op:
-        graph, size = self.graph, self.prices.size
-        seq = self.prices.job.seq_len
-        possible = [s for s in strategies_of(node, graph) if divides(node, graph, s, size, self.prices.batch, seq)]
-        possible = [s for s in possible if self._even(node, s)]
-        if self.demands.split_matmuls:
-            possible = feature_splits(node, possible) or possible
+        possible = self._possible[node.name]
         choices = []
-        for strategy in possible:
-            price, _ = self.prices.operator(node, graph, strategy)
-            inputs = tuple(self._plain(n, t) for n, t in zip(node.operands(), strategy.inputs, strict=True))
-            output = self._plain(node.name, strategy.output)
-            choices.append(Choice(strategy.name, inputs, output, self._seconds(price), self._kept(node, strategy)))
+        names = self._operands[node.name]
+        for choice, (layouts, made) in zip(possible, self._layouts[node.name], strict=True):
+            price, _ = self.prices.operator(node, self.graph, choice)
+            inputs = tuple(self._plain(n, t) for n, t in zip(names, layouts, strict=True))
+            output = self._plain(node.name, made)
+            label = ", ".join(dict.fromkeys(strategy.name for strategy in choice.values()))
+            choices.append(Choice(label, inputs, output, self._seconds(price), self._kept(node, layouts)))
         kept = _undominated(choices)
-        self.strategies[self._name(node.name)] = tuple(possible[index] for index in kept)
-        operands = tuple(self._name(name) for name in node.operands())
+        self.choices[self._name(node.name)] = tuple(possible[index] for index in kept)
+        operands = tuple(self._name(name) for name in names)
         return Op(self._name(node.name), operands, tuple(choices[index] for index in kept))
 
     def _seconds(self, price: Price) -> float:
         return price.seconds + (price.forward_s if self.again else 0.0)
 
-    def _even(self, node: Node, strategy: Strategy) -> bool:
-        """Whether every split dim of the operands and the output divides, blocks included."""
-        pairs = [(self.graph.nodes[n].meta, t) for n, t in zip(node.operands(), strategy.inputs, strict=True)]
-        for meta, kind in (*pairs, (node.meta, strategy.output)):
-            if kind.kind == "S":
-                seq = self.prices.job.seq_len
-                blocks = size_at(kind.blocks, self.prices.batch, seq)
-                if meta.at(self.prices.batch, seq)[kind.dim] % (blocks * self.prices.size):
-                    return False
-        return True
-
-    def _kept(self, node: Node, strategy: Strategy) -> float:
+    def _kept(self, node: Node, layouts: tuple[Layout, ...]) -> float:
         """About how many bytes the operator keeps for backward; a tensor that several read counts once for each."""
         if node.op in _KEEP_NOTHING or not node.meta.requires_grad:
             return 0.0
         kept = 0.0
-        for name, kind in zip(node.operands(), strategy.inputs, strict=True):
+        for name, layout in zip(self._operands[node.name], layouts, strict=True):
             operand = self.graph.nodes[name]
             if operand.kind != "parameter":
-                kept += self.prices.local(operand.meta, kind).nbytes
+                kept += self.prices.local(operand.meta, layout).nbytes
         return kept
 
-    def _output(self, index: int, name: str, model: ModelGraph) -> Output:
+    def _output(self, index: int, name: str) -> Output:
         tie = self.ties.boundary.get((self.kind.name, "out", str(index)), "")
-        if not tie:
-            return Output(self._name(name), (self._plain(name, I),))
-        meta = self.graph.nodes[name].meta
-        kinds = boundary_types(meta.shape, self.prices.size, self.prices.batch, self.prices.job.seq_len, self.demands)
-        return Output(self._name(name), tuple(dict.fromkeys(self._plain(name, kind) for kind in kinds)), tie)
+        node = self.graph.nodes[name]
+        if tie:
+            layouts = self._boundary(node)
+            return Output(self._name(name), tuple(dict.fromkeys(self._plain(name, each) for each in layouts)), tie)
+        layout = self._whole()
+        if CONTEXT in self.axes and node.meta.requires_grad:  # the loss of this rank's positions
+            layout = layout.with_type(CONTEXT, sequence_split(node.meta.shape) or P)
+        return Output(self._name(name), (self._plain(name, layout),))
 
-    def conversions(self) -> dict[str, dict[tuple[SpmdType, SpmdType], float]]:
-        """Per tensor, the direct conversions between the types it may be made, held or read in (and R, I, P)."""
+    def conversions(self) -> dict[str, dict[tuple[Layout, Layout], float]]:
+        """Per tensor, the direct conversions between the layouts it may be made, held or read in or pass through."""
         found = {}
-        for name, kinds in self.types.items():
+        for name, held in self.held.items():
             meta = self.graph.nodes[name].meta
-            grad = meta.requires_grad
-            universe = tuple(dict.fromkeys((*kinds, R, *((I, P) if grad else ()))))
-            table = {}
-            for a in universe:
-                for b in universe:
-                    step = direct(a, b, grad)
-                    if step is not None:
-                        table[a, b] = self._seconds(self.prices.conversion(meta, step))
-            found[self._name(name)] = table
+            key = (meta, tuple(held))
+            if key not in self._tables:
+                self._tables[key] = self._table(self.graph.nodes[name], list(held))
+            found[self._name(name)], hubs = self._tables[key]
+            if len(tensor_axes(self.axes)) > 1:
+                self.hubs[self._name(name)] = hubs
         return found
 
-
-def feature_splits(node: Node, strategies: Iterable[Strategy]) -> list[Strategy]:
-    """Of a matmul's strategies, those that split a feature factor: one whose size depends on neither b nor s."""
-    if node.op not in _MATMULS:
-        return []
-    return [s for s in strategies if isinstance(s.extent, int)]
+    def _table(self, node: Node, held: list[Layout]) -> tuple[dict[tuple[Layout, Layout], float], frozenset[Layout]]:
+        """Direct conversions, and of the layouts those at which the way to several readers may part."""
+        meta, grad = node.meta, node.meta.requires_grad
+        between = (R, I, P) if grad else (R,)
+        kinds: dict[str, dict[SpmdType, None]] = {}
+        for axis in self.axes:
+            kinds[axis] = dict.fromkeys(layout[axis] for layout in held)
+            if axis != CONTEXT:
+                kinds[axis] |= dict.fromkeys(between)
+        universe = dict.fromkeys(held) | dict.fromkeys(
+            standard(dict(zip(kinds, types, strict=True)), meta.shape) for types in product(*kinds.values())
+        )
+        universe = {x: None for x in universe if fits(meta.shape, x, self.axes, self.batch, self.seq)}
+        inner = tensor_axes(self.axes)
+        hubs = {x for x in universe if len({x[axis] for axis in inner}) == 1 and x[next(iter(inner))] in between}
+        table = {}
+        for a in universe:
+            for axis, ways in kinds.items():
+                if not convertible(a, axis):
+                    continue
+                tensor = self.prices.across(meta, a, axis)
+                for kind in ways:
+                    step = direct(a[axis], kind, grad)
+                    if step is None:
+                        continue
+                    after = b = a.with_type(axis, kind)
+                    if len(self.axes) > 1:
+                        b = standard({name: after[name] for name in self.axes}, meta.shape)
+                    if b in universe and (b is after or same(b, after, grad)):
+                        table[a, b] = self._seconds(self.prices.moved(tensor, axis, step))
+        return table, frozenset(hubs | set(held))
 
 
 def _undominated(choices: list[Choice]) -> list[int]:
@@ -288,10 +320,6 @@ def _undominated(choices: list[Choice]) -> list[int]:
 def decisions_of(model: ModelGraph, built: ModelProblem, answer: Answer) -> dict[str, BlockDecision]:
     """The block decisions an answer stands for, by kind."""
 
-    def layout(kind: object) -> Layout:
-        assert isinstance(kind, SpmdType)
-        return Layout(((AXIS, kind),))
-
     decisions = {}
     for name, kind in model.kinds.items():
         prefix = f"{name}/"
@@ -299,21 +327,22 @@ def decisions_of(model: ModelGraph, built: ModelProblem, answer: Answer) -> dict
         moves = [(t.removeprefix(prefix), a, b) for t, a, b in answer.conversions if t.startswith(prefix)]
         moves.sort(key=lambda move: order[move[0]])
         pairs = zip(built.problem.outputs, answer.outputs, strict=True)
-        leaving = [kind_ for output, kind_ in pairs if output.tensor.startswith(prefix)]
+        leaving = [layout for output, layout in pairs if output.tensor.startswith(prefix)]
         decisions[name] = BlockDecision(
             kind=name,
-            axes={AXIS: built.size},
+            axes=dict(built.axes),
             inputs={
-                node.name: layout(answer.sources[prefix + node.name])
+                node.name: answer.sources[prefix + node.name]  # type: ignore[misc]
                 for node in kind.graph.nodes.values()
                 if node.kind != "op"
             },
             strategies={
-                node.name: {AXIS: built.strategies[prefix + node.name][answer.strategies[prefix + node.name]].name}
+                node.name: {axis: s.name for axis, s in built.choices[chosen][answer.strategies[chosen]].items()}
                 for node in kind.graph.of("op")
+                for chosen in [prefix + node.name]
             },
-            conversions=tuple(Conversion(tensor, layout(a), layout(b)) for tensor, a, b in moves),
-            outputs={tensor: layout(kind_) for tensor, kind_ in zip(kind.graph.outputs, leaving, strict=True)},
+            conversions=tuple(Conversion(tensor, a, b) for tensor, a, b in moves),  # type: ignore[arg-type]
+            outputs=dict(zip(kind.graph.outputs, leaving, strict=True)),  # type: ignore[arg-type]
         )
     return decisions
 

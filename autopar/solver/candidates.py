@@ -23,6 +23,7 @@ import torch
 
 from autopar.graph.ir import BlockKind
 from autopar.graph.saved import saved_for_backward
+from autopar.graph.size import Size
 from autopar.job import Job
 from autopar.plan import Candidate
 from autopar.sharding.decision import BlockDecision
@@ -242,6 +243,7 @@ def _splits_batch(kind: BlockKind, decision: BlockDecision, seq: int) -> bool:
             metas = [kind.graph.nodes[operand].meta for operand in node.operands()]
             pairs = [*zip(metas, strategy.inputs, strict=True), (node.meta, strategy.output)]
             for meta, held in pairs:
-                if held.kind == "S" and meta.at(1, seq)[held.dim] % decision.axes[axis]:
+                size = meta.shape[held.dim] if held.kind == "S" else 0
+                if isinstance(size, Size) and size.at(1, seq) % decision.axes[axis]:
                     return True
     return False

@@ -110,6 +110,7 @@ LIMITS: tuple[Limit, ...] = (
         ("vpp", "schedule"),
         lambda c: c.vpp < 2 if SCHEDULES[c.schedule].stages is None else c.vpp != SCHEDULES[c.schedule].stages,
         "interleaved runs two or more stages a rank (vpp), zbv and dualpipev exactly two, the others one",
+        'torch: "requires exactly 2 stages per rank"',
     ),
     Limit(
         "1f1b fills the pipeline",
@@ -117,18 +118,21 @@ LIMITS: tuple[Limit, ...] = (
         lambda c: c.schedule == "1f1b" and c.micro_batches < c.mesh.pp,
         "1F1B needs at least pp micro-batches on each data rank; use fewer stages, a smaller micro_batch, a larger "
         "global_batch, or gpipe",
+        'torch: "Number of microbatches ... must be greater than or equal to the number of stages"',
     ),
     Limit(
         "interleaved goes in rounds",
         ("schedule", "pp", "micro_batch"),
         lambda c: c.schedule == "interleaved" and c.micro_batches % max(1, c.micro_batches // c.mesh.pp) != 0,
         "interleaved 1F1B runs micro-batches in micro_batches // pp equal rounds; choose a number that divides",
+        'torch: "requires the number of microbatches to be a multiple of the number of rounds"',
     ),
     Limit(
         "dualpipev fills the pipeline",
         ("schedule", "pp", "micro_batch"),
         lambda c: c.schedule == "dualpipev" and c.micro_batches < 2 * c.mesh.pp,
         "DualPipeV needs at least 2 pp micro-batches on each data rank; use fewer stages or smaller micro-batches",
+        'torch: "DualPipeV requires at least as many microbatches as stages"',
     ),
     Limit(
         "split backward keeps gradients whole",

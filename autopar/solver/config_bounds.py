@@ -167,7 +167,7 @@ def _least_problem(
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
     place = placed(context, config, handed)
     runs = []
-    for run in block_runs(context, config):
+    for run in block_runs(context, config, extended=True):
         kind = run.kind
         least = bytes_of[kind]
         elements = float(_least_elements(context, config, run.start))
@@ -181,9 +181,13 @@ def _least_problem(
         options = []
         staging = 0.0 if run.root else place.memory.staging(elements)
         for choice in run.choices:
-            kept = shardings.least_kept(kind, choice)
-            # Recomputing all needs what is not kept while the block runs.
-            needed = (least.saved - kept if choice == "full" else 0.0) + staging
+            if shardings.size == 1:  # there is one decision, and these are its bytes
+                cost = shardings.fastest().costs[kind][choice]
+                kept, needed = float(cost.inflight), cost.transient + staging
+            else:
+                kept = shardings.least_kept(kind, choice)
+                # Recomputing all needs what is not kept while the block runs.
+                needed = (least.saved - kept if choice == "full" else 0.0) + staging
             resident = place.memory.resident(elements, run.root and run.sure)
             ahead = min(forward, seconds[choice])
             back = seconds[choice] - ahead

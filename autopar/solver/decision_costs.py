@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 
 from autopar.graph.ir import BlockKind, Node
 from autopar.job import Job
+from autopar.sharding.check import chosen
 from autopar.sharding.conversions import path
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.execute import local_shape
 from autopar.sharding.layout import Layout
-from autopar.sharding.rules import Strategy, strategy_of
+from autopar.sharding.local import local_shape, produced_layouts
 from autopar.solver.prices import FREE, AxisPrices, Price, element_bytes
 from autopar.solver.recompute import operator_key, step_key
 from autopar.solver.work import VIEWS
@@ -23,23 +23,21 @@ _VIEWS = frozenset(f"aten.{name}" for name in VIEWS)
 
 
 def priced_pieces(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> Iterator[tuple[str, Price, str]]:
-    """(key as in `solver.recompute`, price, source of the figure) of a decision's operators and conversion steps, on at
-    most one model axis."""
+    """(key as in `solver.recompute`, price, source of the figure) of a decision's operators and conversion steps."""
     graph = kind.graph
-    axis = next(iter(decision.axes), None)
     for node in graph.of("op"):
-        strategy = strategy_of(node, graph, decision.strategies[node.name][axis]) if axis else None
-        yield operator_key(node), *prices.operator(node, graph, strategy)
+        yield operator_key(node), *prices.operator(node, graph, chosen(node, graph, decision))
     for conversion in decision.conversions:
         meta = graph.nodes[conversion.tensor].meta
-        steps = path(conversion.source, conversion.target, meta.requires_grad)
-        for place, (_, step) in enumerate(steps):
+        layout = conversion.source
+        for place, (axis, step) in enumerate(path(layout, conversion.target, meta.requires_grad)):
             key = step_key(conversion.tensor, conversion.source, conversion.target, place)
-            yield key, prices.conversion(meta, step), prices.collectives.cluster.device.origin
+            yield key, prices.conversion(meta, layout, axis, step), prices.collectives.cluster.device.origin
+            layout = layout.with_type(axis, step.target)
 
 
 def decision_price(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> tuple[Price, dict[str, float]]:
-    """Seconds of a decision on at most one model axis, and of these how many are measured or from the catalog."""
+    """Seconds of a decision, and of these how many are measured or from the catalog."""
     total = FREE
     sources: dict[str, float] = {}
     for _, price, source in priced_pieces(kind, decision, prices):
@@ -82,19 +80,15 @@ def live_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -
     """The most bytes alive at once beside what is saved: operands and output of an operator in the forward, gradients
     in the backward. Views share their operand's bytes."""
     graph, axes = kind.graph, decision.axes
-    axis = next(iter(axes), None)
     sizes: dict[str, int] = {}
     read: dict[str, int] = {}
     for node in graph.of("op"):
-        strategy: Strategy | None = strategy_of(node, graph, decision.strategies[node.name][axis]) if axis else None
-        layout = Layout(((axis, strategy.output),)) if axis and strategy else Layout()
+        wanted, layout = produced_layouts(node, chosen(node, graph, decision))
         sizes[node.name] = 0 if node.op in _VIEWS else local_bytes(node, layout, axes, batch, job)
-        wanted = strategy.inputs if strategy else ()
         inputs = 0
-        for index, name in enumerate(node.operands()):
+        for held, name in zip(wanted, node.operands(), strict=True):
             operand = graph.nodes[name]
             if operand.kind == "op" or operand.meta.requires_grad:
-                held = Layout(((axis, wanted[index]),)) if axis else Layout()
                 inputs += local_bytes(operand, held, axes, batch, job)
         read[node.name] = inputs
     forward = max((read[name] + sizes[name] for name in sizes), default=0)

@@ -13,6 +13,7 @@ from math import prod
 
 from autopar.errors import UnsupportedError
 from autopar.schedule import SCHEDULES
+from autopar.sharding.local import local_shape
 from autopar.solver.candidates import BlockCost
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events
 from autopar.solver.groups import root_blocks
@@ -86,6 +87,7 @@ def halves(context: Context, config: Config, cost: BlockCost) -> Halves:
     """Seconds of a block's weight gradients and bytes that wait for them, if the schedule halves backwards."""
     if not SCHEDULES[config.schedule].splits_backward:
         return 0.0, 0
+    context = context.padded(config.pad_heads)
     return context.halved.of(context.model.kinds[cost.kind], cost.decision, config.micro_batch)
 
 
@@ -106,8 +108,7 @@ def tied_elements(context: Context, stages: Sequence[Sequence[BlockCost]]) -> tu
                 if tie is None:
                     continue
                 layout = cost.decision.inputs[node.name]
-                ways = prod(cost.decision.axes[axis] for axis, kind in layout.types if kind.kind == "S")
-                elements = prod(node.meta.at(1, 1)) // ways
+                elements = prod(local_shape(node.meta.at(1, 1), layout, cost.decision.axes))
                 if tie in seen:
                     duplicate += elements
                 elif tie in holders:

@@ -91,7 +91,8 @@ class _Model:
         self.variables = 0
         self.terms: list[tuple[Any, float, int]] = []
         self.made = produced(problem)
-        self.best = {tensor: shortest(direct) for tensor, direct in problem.conversions.items()}
+        ways = {id(direct): shortest(direct) for direct in problem.conversions.values()}
+        self.best = {tensor: ways[id(direct)] for tensor, direct in problem.conversions.items()}
         self.x: dict[str, list[Any]] = {}
         self.y: dict[str, dict[Layout, Any]] = {}
         self.z: list[dict[Layout, Any]] = []
@@ -198,7 +199,8 @@ class _Model:
         """Constraints (3) and (4)."""
         best = self.best.get(tensor, {})
         targets = tuple(dict.fromkeys([b for reader in readers for b in reader]))
-        via = tuple(dict.fromkeys([*targets, *(b for _, b in best)]))
+        hubs = self.problem.hubs.get(tensor)
+        via = tuple(dict.fromkeys([*targets, *(b for _, b in best if hubs is None or b in hubs)]))
         copies = _Copies()
         reached: dict[Layout, list[Any]] = {}
         for depth in range(1, len(readers) + 1):

@@ -1,4 +1,7 @@
-"""Seconds of what a block does on one model axis: an operator under a strategy, one step of a conversion.
+"""Seconds of what a block does on its model axes: an operator under strategies, one step of a conversion.
+
+A collective on one axis moves the tensor that is whole on that axis and local on the others; the ranks of an axis are
+as far apart as the axes inside it have ranks.
 
 A conversion costs its collectives, and the copies that `codegen/runtime/collectives.py` makes around them:
 
@@ -11,13 +14,15 @@ A conversion costs its collectives, and the copies that `codegen/runtime/collect
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from autopar.graph.ir import Node, OpGraph, TensorMeta
 from autopar.job import Job
 from autopar.sharding.conversions import COMMUNICATES, Step
-from autopar.sharding.layout import SpmdType
+from autopar.sharding.layout import Layout, SpmdType
+from autopar.sharding.local import produced_layouts
 from autopar.sharding.rules import Strategy
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import LocalTensor, OpCosts
@@ -67,18 +72,32 @@ class Price:
 FREE = Price(0.0, 0.0)
 
 
-class AxisPrices:
-    """Prices on a model axis of ``size`` ranks, ``stride`` apart, for ``batch`` samples a micro-batch."""
+def strides(axes: Mapping[str, int]) -> dict[str, int]:
+    """How many ranks apart neighbours on each axis are; the last axis is the innermost."""
+    found, stride = {}, 1
+    for axis, size in reversed(list(axes.items())):
+        found[axis] = stride
+        stride *= size
+    return found
 
-    def __init__(self, ops: OpCosts, collectives: CollectiveCosts, size: int, batch: int, stride: int = 1) -> None:
+
+class AxisPrices:
+    """Prices on model axes (name to size, outermost first), for ``batch`` samples a micro-batch."""
+
+    def __init__(self, ops: OpCosts, collectives: CollectiveCosts, axes: Mapping[str, int], batch: int) -> None:
         self.ops = ops
         self.collectives = collectives
-        self.size = size
-        self.stride = stride
+        self.axes = dict(axes)
+        self.strides = strides(axes)
         self.batch = batch
         self.job = ops.job
-        self._conversions: dict[object, Price] = {}
+        self._moves: dict[object, Price] = {}
         self._wholes: dict[TensorMeta, LocalTensor] = {}
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that hold a block together."""
+        return prod(self.axes.values())
 
     def whole(self, meta: TensorMeta) -> LocalTensor:
         """The tensor in full."""
@@ -88,49 +107,63 @@ class AxisPrices:
             found = self._wholes[meta] = LocalTensor(shape, element_bytes(meta.dtype, self.job))
         return found
 
-    def local(self, meta: TensorMeta, kind: SpmdType) -> LocalTensor:
-        """What one rank holds of a tensor of this type."""
-        whole = self.whole(meta)
-        if kind.kind != "S":
-            return whole
+    def local(self, meta: TensorMeta, layout: Layout) -> LocalTensor:
+        """What the first rank, whose part is the largest, holds of a tensor in this layout."""
+        return self._split(self.whole(meta), layout.types)
+
+    def _split(self, whole: LocalTensor, types: Iterable[tuple[str, SpmdType]]) -> LocalTensor:
         shape = list(whole.shape)
-        shape[kind.dim] //= self.size
+        for axis, kind in types:
+            if kind.kind == "S" and kind.dim < len(shape):
+                shape[kind.dim] = ceil(shape[kind.dim] / self.axes[axis])
         return LocalTensor(tuple(shape), whole.bytes_per_element)
 
-    def operator(self, node: Node, graph: OpGraph, strategy: Strategy | None) -> tuple[Price, str]:
-        """An op node under a strategy (None: whole, on a single rank), and where the figure is from."""
+    def operator(self, node: Node, graph: OpGraph, choice: Mapping[str, Strategy]) -> tuple[Price, str]:
+        """An op node under a strategy on each axis (none: whole, on a single rank), and where the figure is from."""
         operands = [graph.nodes[name].meta for name in node.operands()]
-        if strategy is None:
-            inputs = [self.whole(meta) for meta in operands]
-            output = self.whole(node.meta)
-        else:
-            inputs = [self.local(meta, kind) for meta, kind in zip(operands, strategy.inputs, strict=True)]
-            output = self.local(node.meta, strategy.output)
-        time = self.ops.seconds(node, inputs, output, [meta.requires_grad for meta in operands])
+        layouts, made = produced_layouts(node, choice)
+        inputs = [self.local(meta, layout) for meta, layout in zip(operands, layouts, strict=True)]
+        time = self.ops.seconds(node, inputs, self.local(node.meta, made), [meta.requires_grad for meta in operands])
         price = Price(time.forward, time.backward)
-        for inner in strategy.inner if strategy else ():
-            whole = self.whole(TensorMeta(inner.shape, inner.dtype))
-            seconds = self.collectives.seconds(inner.collective, whole.nbytes, self.size, self.stride)
-            price += Price(0.0, seconds, seconds) if inner.backward else Price(seconds, 0.0, seconds)
+        for axis, strategy in choice.items():
+            for inner in strategy.inner:
+                others = [(other, kind) for other, kind in layouts[inner.like].types if other != axis]
+                moved = self._split(self.whole(TensorMeta(inner.shape, inner.dtype)), others)
+                seconds = self.collective(inner.collective, moved.nbytes, axis)
+                price += Price(0.0, seconds, seconds) if inner.backward else Price(seconds, 0.0, seconds)
         return price, time.source
 
-    def conversion(self, meta: TensorMeta, step: Step) -> Price:
-        """One direct conversion of a tensor."""
-        whole = self.whole(meta)
-        key = (whole, step)
-        found = self._conversions.get(key)
+    def collective(self, kind: str, nbytes: float, axis: str) -> float:
+        """Seconds of a collective on one axis; ``nbytes``: of the tensor that is whole there."""
+        return self.collectives.seconds(kind, nbytes, self.axes[axis], self.strides[axis])
+
+    def conversion(self, meta: TensorMeta, layout: Layout, axis: str, step: Step) -> Price:
+        """One direct conversion on ``axis`` of a tensor held in ``layout``."""
+        return self.moved(self.across(meta, layout, axis), axis, step)
+
+    def across(self, meta: TensorMeta, layout: Layout, axis: str) -> LocalTensor:
+        """What the ranks of ``axis`` hold together of a tensor in this layout."""
+        return self._split(self.whole(meta), [(other, kind) for other, kind in layout.types if other != axis])
+
+    def moved(self, tensor: LocalTensor, axis: str, step: Step) -> Price:
+        """One direct conversion on ``axis`` of what is ``tensor`` when it is whole there."""
+        key = (tensor, axis, step)
+        found = self._moves.get(key)
         if found is None:
-            forward, sent = self._action(step.forward, whole, step.source, step.target)
-            backward, returned = self._action(step.backward, whole, step.target.gradient, step.source.gradient)
-            found = self._conversions[key] = Price(forward, backward, sent + returned)
+            forward, sent = self._action(step.forward, tensor, axis, step.source, step.target)
+            back = (step.target.gradient, step.source.gradient)
+            backward, returned = self._action(step.backward, tensor, axis, *back)
+            found = self._moves[key] = Price(forward, backward, sent + returned)
         return found
 
-    def _action(self, action: str, tensor: LocalTensor, source: SpmdType, target: SpmdType) -> tuple[float, float]:
+    def _action(
+        self, action: str, tensor: LocalTensor, axis: str, source: SpmdType, target: SpmdType
+    ) -> tuple[float, float]:
         """(seconds, those in the collective) of an action on a value or gradient that is ``tensor`` in full."""
         if action == "none":
             return 0.0, 0.0
         whole = tensor.nbytes
-        part = whole / self.size
+        part = whole / self.axes[axis]
         copied = {
             "all_gather": 0 if _in_order(tensor, source) else 2 * whole,
             "reduce_scatter": 0 if _in_order(tensor, target) else 2 * whole,
@@ -143,7 +176,7 @@ class AxisPrices:
         local = self.ops.stream_seconds(copied, 2 if action == "all_to_all" else 1)
         if action not in COMMUNICATES:
             return local, 0.0
-        sent = self.collectives.seconds(action, whole, self.size, self.stride)
+        sent = self.collective(action, whole, axis)
         return local + sent, sent
 
 

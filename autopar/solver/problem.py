@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 Layout = Hashable
 
@@ -63,7 +64,8 @@ class Problem:
 
     ``conversions`` holds what is possible; anything else is not. Several outputs or operands may name one tensor.
     ``weights``: how often each operator and source counts in the objective (a block that occurs 32 times: 32), by the
-    part of its name before the first "/"; 1 where nothing is said.
+    part of its name before the first "/"; 1 where nothing is said. ``hubs``: per tensor the layouts whose copies may be
+    converted further for several readers; all, for a tensor that is not named.
     """
 
     sources: tuple[Source, ...]
@@ -71,6 +73,7 @@ class Problem:
     conversions: dict[str, dict[tuple[Layout, Layout], float]]
     outputs: tuple[Output, ...]
     weights: dict[str, float] = field(default_factory=dict)
+    hubs: dict[str, frozenset[Layout]] = field(default_factory=dict)
 
     def weight(self, name: str) -> float:
         """How often the part of the problem that ``name`` belongs to occurs."""
@@ -106,22 +109,29 @@ def produced(problem: Problem) -> dict[str, tuple[Layout, ...]]:
 def shortest(direct: Mapping[tuple[Layout, Layout], float]) -> dict[tuple[Layout, Layout], tuple[float, Layout]]:
     """All cheapest conversion paths (Floyd-Warshall): (from, to) to (seconds, the layout before ``to``)."""
     nodes = tuple(dict.fromkeys(layout for pair in direct for layout in pair))
-    best: dict[tuple[Layout, Layout], tuple[float, Layout]] = {
-        pair: (seconds, pair[0]) for pair, seconds in direct.items() if pair[0] != pair[1]
-    }
-    for via in nodes:
-        for a in nodes:
-            head = best.get((a, via))
-            if head is None:
+    place = {layout: index for index, layout in enumerate(nodes)}
+    seconds = [[inf] * len(nodes) for _ in nodes]
+    before = [[index] * len(nodes) for index in range(len(nodes))]
+    for (a, b), each in direct.items():
+        if a != b:
+            seconds[place[a]][place[b]] = each
+    for via, (tails, last) in enumerate(zip(seconds, before, strict=True)):
+        reached = [index for index, tail in enumerate(tails) if tail < inf]
+        for start, row in enumerate(seconds):
+            head = row[via]
+            if head == inf:
                 continue
-            for b in nodes:
-                tail = best.get((via, b))
-                if tail is None or a == b:
-                    continue
-                old = best.get((a, b))
-                if old is None or head[0] + tail[0] < old[0]:
-                    best[a, b] = (head[0] + tail[0], tail[1])
-    return best
+            ends = before[start]
+            for end in reached:
+                if head + tails[end] < row[end] and end != start:
+                    row[end] = head + tails[end]
+                    ends[end] = last[end]
+    return {
+        (a, b): (seconds[i][j], nodes[before[i][j]])
+        for i, a in enumerate(nodes)
+        for j, b in enumerate(nodes)
+        if seconds[i][j] < inf
+    }
 
 
 def path(best: Mapping[tuple[Layout, Layout], tuple[float, Layout]], a: Layout, b: Layout) -> list[Layout]:

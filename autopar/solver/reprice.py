@@ -13,12 +13,14 @@ from math import isclose, prod
 from autopar.cluster import Cluster
 from autopar.errors import AutoparError
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import as_planned
 from autopar.graph.size import Size
 from autopar.plan import Candidate, Plan, Predicted
 from autopar.schedule import SCHEDULES
 from autopar.sharding.check import check_decision, chosen, operand_layouts
 from autopar.sharding.conversions import path
-from autopar.sharding.execute import local_shape
+from autopar.sharding.layout import Layout
+from autopar.sharding.local import local_shape
 from autopar.solver.candidates import again_seconds, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events
@@ -83,7 +85,7 @@ def check_price(plan: Plan, model: ModelGraph) -> None:
 
 def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) -> Repriced:
     """Seconds and bytes of the plan; on ``cluster`` in place of its own, if given (same shape, other figures)."""
-    cluster = cluster or plan.cluster
+    cluster, model = cluster or plan.cluster, as_planned(plan, model)
     ops, collectives = OpCosts(cluster.device, plan.job), CollectiveCosts(cluster)
     mesh, m = plan.mesh, plan.micro_batches
     seconds = {name: _block_seconds(plan, model, one, ops, collectives) for name, one in plan.candidates.items()}
@@ -175,6 +177,9 @@ def _block_seconds(
     kind = model.kinds[decision.kind]
     graph, axes = kind.graph, decision.axes
     produced = check_decision(kind, decision, batch, job.seq_len)
+    prices = AxisPrices(ops, collectives, axes, batch)
+    names = tuple(axes)
+    stride_of = {axis: prod(axes[other] for other in names[place + 1 :]) for place, axis in enumerate(names)}
     pieces: dict[str, float] = {}  # forward seconds of operators and conversion steps
     backward = 0.0
 
@@ -195,15 +200,18 @@ def _block_seconds(
         backward += time.backward
         for axis, strategy in chosen(node, graph, decision).items():
             for inner in strategy.inner:
-                nbytes = prod(whole(inner.shape)) * element_bytes(inner.dtype, job)
-                seconds = collectives.seconds(inner.collective, nbytes, axes[axis], 1)
+                shape = local_shape(whole(inner.shape), _without(layouts[inner.like], axis, len(inner.shape)), axes)
+                nbytes = prod(shape) * element_bytes(inner.dtype, job)
+                seconds = collectives.seconds(inner.collective, nbytes, axes[axis], stride_of[axis])
                 pieces[operator_key(node)] += 0.0 if inner.backward else seconds
                 backward += seconds if inner.backward else 0.0
     for conversion in decision.conversions:
         meta = graph.nodes[conversion.tensor].meta
-        steps = path(conversion.source, conversion.target, meta.requires_grad)
-        for place, (axis, step) in enumerate(steps):
-            price = AxisPrices(ops, collectives, axes[axis], batch).conversion(meta, step)
+        layout = conversion.source
+        for place, (axis, step) in enumerate(path(layout, conversion.target, meta.requires_grad)):
+            shape = local_shape(whole(meta.shape), _without(layout, axis, len(meta.shape)), axes)
+            price = prices.moved(LocalTensor(shape, element_bytes(meta.dtype, job)), axis, step)
+            layout = layout.with_type(axis, step.target)
             pieces[step_key(conversion.tensor, conversion.source, conversion.target, place)] = price.forward_s
             backward += price.backward_s
     forward = sum(pieces.values())
@@ -212,3 +220,9 @@ def _block_seconds(
         return forward, backward
     moved, bandwidth = moved_bytes(kind, candidate, batch, job), ops.device.host_bandwidth
     return forward + exposed_copy(moved, bandwidth, forward), backward + exposed_copy(moved, bandwidth, backward)
+
+
+def _without(layout: Layout, axis: str, dims: int) -> Layout:
+    """How the axes other than ``axis`` split the first ``dims`` dims of a tensor."""
+    kept = [(other, kind) for other, kind in layout.types if other != axis and kind.kind == "S" and kind.dim < dims]
+    return Layout(tuple(kept))

@@ -1,4 +1,4 @@
-"""Sharding answers for one model axis and micro-batch size: the fastest, leaner ones, and proved lower bounds.
+"""Sharding answers for model axes and a micro-batch size: the fastest, leaner ones, and proved lower bounds.
 
 One answer shards every block kind, with one layout between blocks and one storage of each tied parameter. Answers are
 found on demand and kept; `Shardings.cheap_bound` needs no ILP, `bound` the fastest answer's, `kind_bounds` one
@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from autopar.cluster import Cluster
-from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import padded
 from autopar.job import Job
 from autopar.sharding.decision import BlockDecision
 from autopar.solver.block_problem import (
@@ -44,8 +44,8 @@ LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
 
 
-Key = tuple[tuple[tuple[str, int], ...], int]
-"""Model axes with their sizes, and samples per micro-batch."""
+Key = tuple[tuple[tuple[str, int], ...], int, int]
+"""Model axes with their sizes, samples per micro-batch, and padding of heads."""
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Clock:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of one search shares."""
+    """What every part of one search shares. ``paddings``: its like for the model with padded heads."""
 
     model: ModelGraph
     job: Job
@@ -74,6 +74,7 @@ class Context:
     clock: Clock
     counts: dict[str, int]
     halved: HalvedBackward
+    paddings: dict[int, Context] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -94,21 +95,34 @@ class Context:
             HalvedBackward(ops),
         )
 
+    def padded(self, ranks: int) -> Context:
+        """The context of the model whose heads are padded to a multiple of ``ranks``."""
+        model = padded(self.model, ranks)
+        if model is self.model:
+            return self
+        if ranks not in self.paddings:
+            self.paddings[ranks] = replace(
+                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}, memo={}
+            )
+        return self.paddings[ranks]
+
     def demands(self) -> Demands:
         return Demands(split_matmuls=self.fix.tp is not None, sequence=self.fix.sp)
 
-    def freedom(self) -> list[tuple[str, tuple[str, ...]]]:
-        """For each block its kind and the recompute choices the fix leaves."""
+    def freedom(self, extended: bool = False) -> list[tuple[str, tuple[str, ...]]]:
+        """For each block its kind and the recompute choices the fix leaves. ``extended``: with those that only pay
+        where memory is short (`recompute.choices`)."""
         found: list[tuple[str, tuple[str, ...]]] = []
         for index, block in enumerate(self.model.blocks):
             repeated = self.repeated(block.kind)
             fixed = self.fix.recompute_of(index, block.kind, repeated)
-            found.append((block.kind, choices(fixed, repeated and self.fix.offload in ("activations", "all"))))
+            moves = repeated and self.fix.offload in ("activations", "all")
+            found.append((block.kind, choices(fixed, moves, extended and repeated)))
         return found
 
     def choices_of(self, kind: str) -> tuple[str, ...]:
-        """The recompute choices that some block of the kind has."""
-        return tuple(dict.fromkeys(choice for name, some in self.freedom() if name == kind for choice in some))
+        """All recompute choices that some block of the kind has."""
+        return tuple(dict.fromkeys(choice for name, some in self.freedom(True) if name == kind for choice in some))
 
     def repeated(self, kind: str) -> bool:
         """Whether blocks of the kind are the model's repeated ones (all are, if none repeats)."""
@@ -153,15 +167,14 @@ class KindBytes:
 
 
 class Shardings:
-    """All answers for model axes of these sizes and ``batch`` samples a micro-batch."""
+    """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch, heads padded
+    to a multiple of ``pad_heads``."""
 
-    def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int) -> None:
+    def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int, pad_heads: int = 1) -> None:
         self.axes = dict(axes)
-        if set(self.axes) - {"tp"}:
-            raise UnsupportedError(f"several model axes ({', '.join(self.axes)}) cannot be searched yet; use tp alone")
-        size = self.axes.get("tp", 1)
-        self.context, self.size, self.batch = context, size, batch
-        self.prices = AxisPrices(context.ops, context.collectives, size, batch)
+        self.context, self.batch = (context := context.padded(pad_heads)), batch
+        self.prices = AxisPrices(context.ops, context.collectives, self.axes, batch)
+        self.size = self.prices.ranks
         self._built: dict[frozenset[str], ModelProblem] = {}
         self._decisions: dict[str, BlockDecision] = {}
         self._fastest: Answered | None = None
@@ -314,10 +327,10 @@ class Shardings:
         graph = self.context.model.kinds[name].graph
         nodes = [node for node in graph.of("op") if of is None or node.name in of]
         if self.size == 1:
-            return sum(self.prices.operator(node, graph, None)[0].forward_s for node in nodes)
-        strategies = self.built(frozenset()).strategies
+            return sum(self.prices.operator(node, graph, {})[0].forward_s for node in nodes)
+        ways = self.built(frozenset()).choices
         return sum(
-            min(self.prices.operator(node, graph, way)[0].forward_s for way in strategies[f"{name}/{node.name}"])
+            min(self.prices.operator(node, graph, way)[0].forward_s for way in ways[f"{name}/{node.name}"])
             for node in nodes
         )
 
@@ -333,6 +346,7 @@ class Shardings:
             tuple(op for op in whole.ops if op.name.startswith(prefix)),
             {tensor: table for tensor, table in whole.conversions.items() if tensor.startswith(prefix)},
             tuple(output for output in whole.outputs if output.tensor.startswith(prefix)),
+            hubs=whole.hubs,
         )
         bound = self._least_of[name, again] = solve(part).bound
         self.context.clock.add("bounds", begin)

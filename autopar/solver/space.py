@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from autopar.cluster import Cluster
 from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import can_pad
 from autopar.graph.size import size_at
 from autopar.job import Job
 from autopar.plan import Mesh
@@ -25,7 +27,7 @@ class Config:
     """One point of the outer search; what is inside the blocks and stages is decided by the ILPs.
 
     ``fsdp``: shard-group size over the dp x cp data ranks; ``vpp``: stages on each pipeline rank; ``offload``: "none"
-    or "state"."""
+    or "state"; ``pad_heads``: see `Plan`."""
 
     pp: int
     dp: int
@@ -39,6 +41,7 @@ class Config:
     vpp: int = 1
     offload: str = "none"
     tp_parts: tuple[int, ...] = ()
+    pad_heads: int = 1
 
     @property
     def mesh(self) -> Mesh:
@@ -49,9 +52,9 @@ class Config:
         return self.pp * self.vpp
 
     @property
-    def sharding(self) -> tuple[tuple[tuple[str, int], ...], int]:
-        """What shardings of blocks depend on: the model axes, and samples per micro-batch."""
-        return tuple(self.mesh.model_axes().items()), self.micro_batch
+    def sharding(self) -> tuple[tuple[tuple[str, int], ...], int, int]:
+        """What shardings of blocks depend on: the model axes, samples per micro-batch, and padding of heads."""
+        return tuple(self.mesh.model_axes().items()), self.micro_batch, self.pad_heads
 
     @property
     def choice(self) -> Choice:
@@ -62,15 +65,21 @@ class Config:
         text = f"{self.mesh}, micro_batch={self.micro_batch}, zero={self.zero}"
         text += f", fsdp={self.fsdp}" if self.zero and self.fsdp != self.mesh.data else ""
         text += f", {self.schedule}" if self.schedule not in ("none", "1f1b") else ""
+        text += f", heads padded to a multiple of {self.pad_heads}" if self.pad_heads > 1 else ""
         return text + (f", offload={self.offload}" if self.offload != "none" else "")
 
 
 def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
     """All that the capability table lets be executed, in a fixed order."""
-    recompute = frozenset(choice.partition("(")[0] for _, choice in fix.recompute)
     for config in wished(model, job, cluster, fix):
-        if executes(replace(config.choice, recompute=recompute, dtype=job.dtype)):
+        if executes(judged(config, job, fix)):
             yield config
+
+
+def judged(config: Config, job: Job, fix: Fix) -> Choice:
+    """A configuration with what the job and the fix say about its blocks, for the capability table."""
+    recompute = frozenset(choice.partition("(")[0] for _, choice in fix.recompute)
+    return replace(config.choice, recompute=recompute, dtype=job.dtype)
 
 
 def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
@@ -84,6 +93,7 @@ def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
             if fix.tp not in (None, tp) or not (inside or fix.tp == tp):
                 continue
             cp = fix.cp or 1
+            paddings = (1, tp) if can_pad(model, tp) else (1,)
             if devices // pp // tp % cp:
                 continue
             dp = devices // pp // tp // cp
@@ -94,7 +104,7 @@ def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
                 if fix.micro_batch not in (None, micro_batch):
                     continue
                 for schedule, vpp in _schedules(pp, fix):
-                    for zero, fsdp in _levels(dp * cp, node // tp, fix):
+                    for (zero, fsdp), pad_heads in product(_levels(dp * cp, node // tp, fix), paddings):
                         yield Config(
                             pp=pp,
                             dp=dp,
@@ -108,6 +118,7 @@ def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
                             vpp=vpp,
                             offload="state" if fix.offload in ("state", "all") else "none",
                             tp_parts=fix.tp_parts,
+                            pad_heads=pad_heads,
                         )
 
 
@@ -169,7 +180,9 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
             f"fix: fsdp={fix.fsdp} does not divide the number of data ranks ({[dp * cp for dp in dps]})"
         )
     fixed = ", ".join(f"{key}={value}" for key, value in fix.given().items())
-    refused = Counter(limit for config in wished(model, job, cluster, fix) for limit in refusals(config.choice))
+    refused = Counter(
+        limit for config in wished(model, job, cluster, fix) for limit in refusals(judged(config, job, fix))
+    )
     if refused and fixed:
         limit = refused.most_common(1)[0][0]
         kind = UnsupportedError if limit.avoids else BadInputError

@@ -15,7 +15,7 @@ Conventions
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -64,9 +64,20 @@ class Attention:
     matmuls: int
 
     @property
+    def share(self) -> float:
+        """The part of all keys that a query reads on average; blocks above the diagonal are skipped.
+
+        Fewer queries than keys are one rank's, split by position: half of all keys where each rank takes a chunk from
+        both ends of the sequence, which an even number of queries allows; else what the last rank reads.
+        """
+        if not self.causal:
+            return 1.0
+        return 0.5 if self.queries % 2 == 0 or self.queries >= self.keys else 1 - self.queries / self.keys / 2
+
+    @property
     def flops(self) -> float:
-        """FLOP done: blocks above the diagonal are skipped."""
-        return 2 * self.matmuls * self.batch * self.queries * self.keys * self.head_dim * (0.5 if self.causal else 1.0)
+        """FLOP done."""
+        return 2 * self.matmuls * self.batch * self.queries * self.keys * self.head_dim * self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +213,12 @@ def _attention(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, g
         nbytes=2 * output.nbytes + statistics,
         kernels=3,
     )
+    if causal and query.shape[-2] < key.shape[-2] and query.shape[-2] % 2 == 0:
+        # Two runs, of a chunk of queries each. Their results are concatenated; the gradients of the keys that each of
+        # them read are written into zeros (2 writes, 2 reads and writes of about half) and added (3).
+        forward = replace(forward, nbytes=2 * output.nbytes, kernels=3)
+        moved = backward.nbytes + 7 * (key.nbytes + value.nbytes)
+        backward = replace(backward, nbytes=moved, kernels=2 * backward.kernels + 10)
     return forward, backward
 
 

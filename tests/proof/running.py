@@ -7,7 +7,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from autopar.cluster import Cluster
 from autopar.codegen import prove
+from autopar.codegen.typecheck import typecheck
 from autopar.job import Job
 from autopar.plan import Plan
 from autopar.solver.capabilities import Choice
@@ -23,25 +24,29 @@ from autopar.solver.search import search
 from proof.cases import Case
 from proof.models import Variant, batches, build, graph_of, loss_of
 
+TYPED = (8, 64, 512)
+"""Numbers of ranks on which the types of emitted code are checked: model axes as planned, data ranks for the rest."""
+
 WIDTHS = {"fp64": torch.float64, "fp32": torch.float32}
 """What one device computes in: 16-bit jobs are compared with float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one case: what was measured, or at which step ("search", "emit", "run") it failed and why."""
+    """What came of one case: what was measured, or at which step ("search", "emit", "types", "run") it failed and why;
+    ``typed``: the numbers of ranks its types were checked on."""
 
     case: str
     ranks: int
     measured: prove.Measured | None
     failed: str = ""
     reason: str = ""
+    typed: tuple[int, ...] = ()
 
     @property
     def failures(self) -> list[str]:
-        if self.measured is None:
-            return [f"{self.case}: {self.failed} failed: {self.reason}"]
-        return self.measured.failures()
+        found = [f"{self.case}: {self.failed} failed: {self.reason}"] if self.failed else []
+        return found + (self.measured.failures() if self.measured else [])
 
 
 def plan_of(case: Case) -> Plan:
@@ -88,22 +93,31 @@ def _reference(variant: Variant, dtype: str, samples: int, optimizer: str) -> di
     return prove.one_device(model, batches(variant, samples), loss_of, steps=dtype == "fp64")
 
 
-def prepare(case: Case, folder: Path) -> Outcome | None:
-    """Add the case to ``folder``, or say why it cannot be."""
-    step = "search"
+def prepare(case: Case, folder: Path, types: Iterable[int] = ()) -> Outcome:
+    """Add the case to ``folder`` and check its emitted types on so many ranks; says at which step it failed, if it did.
+    A case whose types are wrong is run all the same."""
+    graph, step, typed = graph_of(case.variant), "search", []
     try:
         plan = plan_of(case)
         step = "emit"
         reference = _reference(case.variant, case["dtype"], case.global_batch, case["optimizer"])
         weights = _weights(case.variant, case["dtype"])[1]
-        prove.prepare(folder, {str(case): plan}, graph_of(case.variant), weights, reference)
+        prove.prepare(folder, {str(case): plan}, graph, weights, reference)
+        step = "types"
+        for world in types:
+            typecheck(plan, graph, world)
+            typed.append(world)
+        step = ""
     except Exception as error:  # whatever it is, it is what this case shows; the others go on
-        told = "".join(traceback.format_exception(error)[-3:])
-        return Outcome(str(case), case.ranks, None, step, told)
-    return None
+        return Outcome(str(case), case.ranks, None, step, _told(error), tuple(typed))
+    return Outcome(str(case), case.ranks, None, typed=tuple(typed))
 
 
-def run(cases: Iterable[Case], folder: Path) -> list[Outcome]:
+def _told(error: Exception) -> str:
+    return "".join([*traceback.format_tb(error.__traceback__)[-2:], f"{type(error).__name__}: {error}"])
+
+
+def run(cases: Iterable[Case], folder: Path, types: Iterable[int] = ()) -> list[Outcome]:
     """Run all cases, those of one number of ranks in one launch; in the order given."""
     shutil.rmtree(folder, ignore_errors=True)
     outcomes: dict[str, Outcome] = {}
@@ -113,16 +127,15 @@ def run(cases: Iterable[Case], folder: Path) -> list[Outcome]:
         place = folder / f"{ranks}_ranks"
         place.mkdir(parents=True)
         begin = time.perf_counter()
-        for case in own:
-            refused = prepare(case, place)
-            if refused:
-                outcomes[str(case)] = refused
+        outcomes |= {str(case): prepare(case, place, types) for case in own}
         print(f"{len(own)} plans on {ranks} ranks made in {time.perf_counter() - begin:.0f} s", flush=True)
         begin = time.perf_counter()
         rows, failures = prove.prove_each(place, ranks)
         print(f"run in {time.perf_counter() - begin:.0f} s", flush=True)
-        outcomes |= {row.name: Outcome(row.name, ranks, row) for row in rows}
-        outcomes |= {name: Outcome(name, ranks, None, "run", reason) for name, reason in failures.items()}
+        for row in rows:
+            outcomes[row.name] = replace(outcomes[row.name], measured=row)
+        for name, reason in failures.items():
+            outcomes[name] = replace(outcomes[name], failed="run", reason=reason)
     return [outcomes[str(case)] for case in cases]
 
 
@@ -130,15 +143,20 @@ def table(outcomes: Iterable[Outcome]) -> str:
     """One line per case."""
     outcomes = list(outcomes)
     width = max(len(outcome.case) for outcome in outcomes)
-    lines = [f"{'':7}{'case':<{width}}  {'loss':>8}{'gradient':>10}{'norm':>9}{'3 steps':>9}  worst gradient"]
+    lines = [
+        f"{'':7}{'case':<{width}}  {'loss':>8}{'gradient':>10}{'norm':>9}{'3 steps':>9}  {'types':<11}worst gradient"
+    ]
     for outcome in outcomes:
         row = outcome.measured
         head = f"{'FAILED' if outcome.failures else 'ok':7}{outcome.case:<{width}}  "
         if row is None:
-            lines.append(head + f"{outcome.failed} failed")
+            lines.append(head + f"{outcome.failed} failed: {outcome.reason.strip().splitlines()[-1][:120]}")
             continue
         norm, steps = ("-" if value is None else f"{value:.1e}" for value in (row.norm, row.parameter))
-        lines.append(head + f"{row.loss:>8.1e}{row.gradient:>10.1e}{norm:>9}{steps:>9}  {row.worst_gradient}")
+        types = " ".join(map(str, outcome.typed)) or "-"
+        lines.append(
+            head + f"{row.loss:>8.1e}{row.gradient:>10.1e}{norm:>9}{steps:>9}  {types:<11}{row.worst_gradient}"
+        )
     return "\n".join(lines)
 
 

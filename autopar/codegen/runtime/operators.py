@@ -29,13 +29,19 @@ Axes = DeviceMesh | tuple[DeviceMesh, ...]
 """A mesh axis, or several that split the same dim, outermost first."""
 
 
-def vocab_embedding(ids: Tensor, weight: Tensor, axis: Axes, vocabulary: int | None = None) -> Tensor:
+def vocab_embedding(
+    ids: Tensor, weight: Tensor, axis: Axes, padding_idx: int | None = None, vocabulary: int | None = None
+) -> Tensor:
     """Embedding by a vocabulary split over ``axis``: zeros for the ids of other ranks, so the result is partial.
 
-    ``vocabulary``: its size, where it does not divide evenly (the last ranks then hold fewer rows).
+    ``padding_idx``: the id whose row gets no gradient. ``vocabulary``: its size, where it does not divide evenly (the
+    last ranks then hold fewer rows).
     """
     local, is_own = _own_ids(ids, weight.size(0), axis, vocabulary)
-    return F.embedding(local, weight).masked_fill(~is_own.unsqueeze(-1), 0)
+    rows = F.embedding(local, weight)
+    if padding_idx is not None:
+        rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
+    return rows.masked_fill(~is_own.unsqueeze(-1), 0)
 
 
 def vocab_cross_entropy(

@@ -2,8 +2,8 @@
 
 Of the operators named to be kept (`KEEPABLE`), those results are kept that the second run reads: what only enters a
 kept collective, or leaves the block unread, is left out (the partial sums before a kept reduce-scatter, the last
-projection). PyTorch's own contexts keep every result, which can take more memory than no recomputation at all; inside
-torch.compile they are used all the same, because there the compiler leaves out what nothing reads.
+projection). PyTorch's own contexts keep every result, which can take more memory than no recomputation at all; for
+compiled blocks they are used all the same, because the compiler leaves out what nothing reads.
 """
 
 from collections import defaultdict, deque
@@ -48,10 +48,9 @@ def _packets(library: str, names: str) -> Iterable[Any]:
 KEEPABLE: dict[str, frozenset[Any]] = {name: frozenset(_packets(*where)) for name, where in _NAMES.items()}
 """What may be kept, and the operators that each name stands for."""
 
-_COLLECTIVES = frozenset().union(*(KEEPABLE[name] for name in KEEPABLE if name not in ("matmul", "attention")))
-
 _PASSING = frozenset(
     (
+        *(packet for name in KEEPABLE if name not in ("matmul", "attention") for packet in KEEPABLE[name]),
         *_packets("_c10d_functional", "wait_tensor"),
         *_packets(
             "aten",
@@ -67,11 +66,26 @@ _PASSING = frozenset(
 def selective(block: Callable[..., Any], *args: Any, keep: Sequence[str]) -> Any:
     """``block(*args)``; backward runs it again, except for the operators named in ``keep`` (of `KEEPABLE`)."""
     names = tuple(keep)
-    if torch.compiler.is_compiling():
-        contexts: Any = partial(create_selective_checkpoint_contexts, policy(names))
-    else:
-        contexts = partial(_contexts, names)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+    if hasattr(block, "eager_forward"):
+        _compile_with_policy(block, names)
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=partial(_contexts, names))
+
+
+def _compile_with_policy(block: Any, names: tuple[str, ...]) -> None:
+    """Compile a block (once) together with its recomputation: what is kept inside a compiled block, only the compiler
+    can decide."""
+    if getattr(block, "compiled_to_keep", None) == names:
+        return
+    # Looked up by name in the compiled function, which the compiler would otherwise take for that of other names.
+    contexts = {names: partial(create_selective_checkpoint_contexts, policy(names))}
+    eager = block.eager_forward
+
+    def forward(*args: Tensor) -> Any:
+        return checkpoint(eager, *args, use_reentrant=False, context_fn=contexts[names])
+
+    block.forward = torch.compile(forward, fullgraph=True)
+    block.compiled_to_keep = names
 
 
 def policy(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:
@@ -86,10 +100,12 @@ def policy(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:
 
 
 class _Result:
-    """What one kept operator returned. ``is_read``: the second run needs its value."""
+    """What one kept operator returned. ``is_read``: the second run needs its value. ``drawn``: how many random numbers
+    it took on ``device``, which the second run has to skip for the operators after it to draw the same ones again."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, device: torch.device | None = None, drawn: int = 0) -> None:
         self.value, self.is_read = tree_map(_detached, value), False
+        self.device, self.drawn = device, drawn
         self.shapes: Any = None
 
     def settle(self) -> None:
@@ -103,6 +119,9 @@ class _Result:
             self.value = tree_map(lambda x: pack(x) if isinstance(x, Tensor) else x, self.value)
 
     def recall(self) -> Any:
+        if self.drawn:
+            generator = _generator(self.device)
+            generator.set_offset(generator.get_offset() + self.drawn)
         if not self.is_read:
             return tree_map(lambda x: x.unread() if isinstance(x, _Like) else x, self.shapes)
         return tree_map(lambda x: offload.unpack(x) if isinstance(x, offload.Moved) else x, self.value)
@@ -166,21 +185,24 @@ class _First(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         op = getattr(func, "overloadpacket", None)
         is_kept = self.kept.includes(op)
+        # Attention may drop elements; on the CPU, attention that does is made of plain operators.
+        device = args[0].device if is_kept and op in KEEPABLE["attention"] and args[0].is_cuda else None
+        before = _generator(device).get_offset() if device else 0
+        out = func(*args, **kwargs)
         if not is_kept and not self.made_of:
             return out
         held = [self.made_of[key] for key in map(_key, _tensors((args, kwargs))) if key in self.made_of]
         sources = frozenset().union(*held)
         after: frozenset[_Result] = frozenset()
         if is_kept:
-            result = _Result(out)
+            result = _Result(out, device, _generator(device).get_offset() - before if device else 0)
             self.kept.results[op].append(result)
             after = frozenset((result,))
         elif op in _PASSING:
             after = sources
-        if op not in _PASSING and not (is_kept and op in _COLLECTIVES):
+        if op not in _PASSING:
             for source in sources:
                 source.is_read = True
         for made in _tensors(out):
@@ -238,6 +260,12 @@ class _Both:
 def _contexts(names: Sequence[str]) -> tuple[_Both, _Both]:
     kept = _Kept(names)
     return _Both(_First(kept), kept), _Both(_Again(kept), kept)
+
+
+def _generator(device: torch.device | None) -> torch.Generator:
+    assert device is not None
+    assert device.index is not None
+    return torch.cuda.default_generators[device.index]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

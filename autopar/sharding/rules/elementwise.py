@@ -40,7 +40,10 @@ def _div(call: Call) -> str:
 
 
 def _elementwise(names: str, linear: object = "") -> list[Entry]:
-    return [Entry(f"aten.{name}", compute=broadcast, linear=linear) for name in names.split()]  # type: ignore[arg-type]
+    return [
+        Entry(f"aten.{name}", compute=broadcast, linear=linear, uneven="*")  # type: ignore[arg-type]
+        for name in names.split()
+    ]
 
 
 ENTRIES = [
@@ -51,5 +54,5 @@ ENTRIES = [
     *_elementwise("mul", _mul),
     *_elementwise("div", _div),
     *_elementwise("where masked_fill addcmul addcdiv lerp rsub dropout"),
-    Entry("autopar.cast", compute=broadcast),
+    Entry("autopar.cast", compute=broadcast, uneven="*"),
 ]

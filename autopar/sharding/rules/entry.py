@@ -49,7 +49,7 @@ class Entry:
     ``texts``: annotations, the first that fits the call holds; or ``compute``: makes the rule or its annotation from
     the call. ``linear``: sets of operand positions that may be partial together, as digits ("02 12"), or a function of
     the call. ``once``: positions of biases. ``variants``: local implementations other than the operator itself, by
-    factor.
+    factor. ``uneven``: the factors that may be cut into unequal parts, by name; "*" for all.
     """
 
     op: str
@@ -58,6 +58,7 @@ class Entry:
     linear: Linear = ""
     once: str = ""
     variants: Callable[[Call], dict[str, Variant]] | None = None
+    uneven: str = ""
 
     def rule(self, call: Call) -> Rule:
         """The rule for one call. Raises Mismatch if the call is of a form the entry does not cover."""
@@ -70,6 +71,7 @@ class Entry:
             linear=rule.linear or tuple(dict.fromkeys(group for group in sets if group)),
             once=frozenset(int(digit) for digit in self.once if int(digit) < count),
             variants=self.variants(call) if self.variants else {},
+            uneven=frozenset(rule.sizes if self.uneven == "*" else self.uneven.split()),
         )
 
     def _table(self, call: Call) -> Rule:

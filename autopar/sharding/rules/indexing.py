@@ -7,9 +7,7 @@ from autopar.sharding.rules.entry import Call, Entry
 
 
 def _embedding(call: Call) -> str:
-    """A row that is padding gets no gradient, which only the whole table sees to: its vocabulary stays whole."""
-    padding = call.arg(2, "padding_idx")
-    return "v+ d, ... -> ... d" if padding is None or padding == -1 else "v^ d, ... -> ... d"
+    return "v+ d, ... -> ... d"
 
 
 def _split_table(call: Call) -> dict[str, Variant]:
@@ -56,7 +54,7 @@ def _gather(call: Call) -> str:
 
 
 ENTRIES = [
-    Entry("aten.embedding", compute=_embedding, variants=_split_table),
+    Entry("aten.embedding", compute=_embedding, variants=_split_table, uneven="v"),
     Entry("aten.index_select", compute=_index_select),
     Entry("aten.index", compute=_index),
     Entry("aten.gather", compute=_gather),

@@ -18,4 +18,4 @@ def _split_vocabulary(call: Call) -> dict[str, Variant]:
     return {"v": Variant("vocab", I, (inner, inner, inner))}
 
 
-ENTRIES = [Entry("autopar.cross_entropy", ("...+ v, ...+ -> ()",), variants=_split_vocabulary)]
+ENTRIES = [Entry("autopar.cross_entropy", ("...+ v, ...+ -> ()",), variants=_split_vocabulary, uneven="v")]

@@ -36,7 +36,7 @@ def _each_operand(call: Call) -> str:
 
 
 ENTRIES = [
-    *table("aten.linear: ... k+, n k+, n -> ... n", once="2"),
+    *table("aten.linear: ... k+, n k+, n -> ... n", once="2", uneven="n"),
     *table("aten.addmm: n, i k+, k+ n -> i n | i n, i k+, k+ n -> i n", linear="01 02", once="0"),
     *table("aten.baddbmm: b i n, b i k+, b k+ n -> b i n", linear="01 02", once="0"),
     *table(

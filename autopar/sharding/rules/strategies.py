@@ -29,8 +29,9 @@ class Strategy:
     """One choice on one axis: the types of the operands (in the order of `Node.operands`) and of the output.
 
     ``variant`` names the local implementation when it is not the operator itself on local shards: "vocab" for a split
-    vocabulary. ``inner``: the collectives inside it, over this axis. ``extent``: the axis size must divide it
-    (None: always does).
+    vocabulary, "context" for causal attention with queries split by position. ``inner``: the collectives inside it,
+    over this axis. ``extent``: the size of the factor that is split (None: none is), which the axis size must divide
+    unless the parts may be ``uneven`` (chunks of the size rounded up, fewer for the last rank, none for no rank).
     """
 
     name: str
@@ -39,6 +40,12 @@ class Strategy:
     variant: str = ""
     inner: tuple[Inner, ...] = ()
     extent: int | Size | None = field(default=None)
+    uneven: bool = False
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether the factor that is split is (a multiple of) the sequence."""
+        return isinstance(self.extent, Size) and all(b == 0 and s > 0 for (b, s), _ in self.extent.terms)
 
     def __str__(self) -> str:
         types = ", ".join(map(str, self.inputs))
@@ -100,7 +107,9 @@ def _splits(node: Node, rule: Rule, blocks: GraphBlocks) -> list[Strategy]:
             name = factor if count == 1 else f"{factor}/{count}"
             extent = divide(rule.sizes[factor], count)
             inner = variant.inner if variant else ()
-            found.append(Strategy(name, tuple(inputs), output, variant.name if variant else "", inner, extent))
+            uneven = factor in rule.uneven and count == 1 and isinstance(extent, int)
+            label = variant.name if variant else ""
+            found.append(Strategy(name, tuple(inputs), output, label, inner, extent, uneven))
     return found
 
 

@@ -1,0 +1,118 @@
+"""Expanded tensors move down to where their full size is needed, and go where the reader broadcasts by itself.
+
+Models expand masks, positions and token types to the batch size early. Left there, a constant would carry a batch dim
+(and could not be shared by ranks that hold parts of the batch), and masks would be stored once per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from autopar.graph.draft import Draft, Rule
+from autopar.graph.ir import Node, Ref
+from autopar.graph.size import Size
+
+UNARY = "neg abs relu gelu silu sigmoid tanh exp log sqrt rsqrt logical_not bitwise_not clamp clamp_min clamp_max"
+BROADCASTING = """
+add sub mul div pow maximum minimum eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or
+bitwise_xor where masked_fill
+"""
+
+Shape = tuple[int | Size, ...]
+
+
+def broadcast(shapes: Sequence[Shape]) -> Shape:
+    """The shape that tensors of ``shapes`` broadcast to."""
+    result: list[int | Size] = []
+    for shape in shapes:
+        result = [*([1] * (len(shape) - len(result))), *result]
+        for back in range(1, len(shape) + 1):
+            result[-back] = shape[-back] if result[-back] == 1 else result[-back]
+    return tuple(result)
+
+
+def _thin(value: Any, new: Draft) -> Any:
+    """What ``value`` expands, or ``value``."""
+    wide = new.producer(value, "aten.expand")
+    return wide.args[0] if wide else value
+
+
+def elementwise(node: Node, new: Draft) -> Ref | None:
+    """Operands are taken before their expansion; the result is expanded if nothing else makes it that size."""
+    thin = tuple(_thin(value, new) for value in node.args)
+    if thin == node.args or node.kwargs.get("out") is not None:
+        return None
+    shape = broadcast([new.shape(value) for value in thin if isinstance(value, Ref)])
+    result = Ref(new.emit(node.op, *thin, shape=shape, dtype=node.meta.dtype, options=node.kwargs))
+    return _expanded(result, node, new)
+
+
+def embedding(node: Node, new: Draft) -> Ref | None:
+    """Rows are looked up before the ids are expanded."""
+    weight, ids, *rest = node.args
+    thin = _thin(ids, new)
+    if thin == ids:
+        return None
+    result = new.emit(node.op, weight, thin, *rest, shape=(*new.shape(thin), node.meta.shape[-1]), options=node.kwargs)
+    return _expanded(Ref(result), node, new)
+
+
+def _expanded(result: Ref, node: Node, new: Draft) -> Ref:
+    if new.shape(result) == node.meta.shape:
+        return result
+    return Ref(new.emit("aten.expand", result, node.meta.shape, shape=node.meta.shape))
+
+
+def mask(node: Node, new: Draft) -> Ref | None:
+    """Attention broadcasts its mask by itself."""
+    wide = node.kwargs.get("attn_mask")
+    thin = _thin(wide, new)
+    if thin == wide or len(new.shape(thin)) < 2:
+        return None
+    options = {**node.kwargs, "attn_mask": thin}
+    return Ref(new.emit(node.op, *node.args, shape=node.meta.shape, options=options))
+
+
+def index(node: Node, new: Draft) -> Ref | None:
+    """``x[i, j]`` with positions ``i`` and ``j`` that count whole dims, broadcast together, only adds dims of size one.
+
+    Masks are written so, to be evaluated at any (sample, head, query, key): ``mask[sample, key]``.
+    """
+    x, indices = node.args
+    if not all(isinstance(entry, Ref) for entry in indices) or len(indices) != len(new.shape(x)):
+        return None
+    rank = len(node.meta.shape)
+    places: list[int] = []
+    for dim, entry in enumerate(indices):
+        place = _counts(entry, new.shape(x)[dim], rank, new)
+        if place is None or (places and place <= places[-1]):
+            return None
+        places.append(place)
+    result = x
+    for place in range(rank):
+        if place not in places:
+            shape = new.shape(result)
+            result = Ref(new.emit("aten.unsqueeze", result, place, shape=(*shape[:place], 1, *shape[place:])))
+    return result if new.shape(result) == node.meta.shape else None
+
+
+def _counts(value: Ref, size: int | Size, rank: int, new: Draft) -> int | None:
+    """The dim, of ``rank``, along which ``value`` counts 0, 1, 2, ... ``size`` - 1, all its other dims being one."""
+    shape = new.shape(value)
+    long = [dim for dim, length in enumerate(shape) if length != 1]
+    while (inner := new.producer(value, "aten.unsqueeze")) is not None:
+        value = inner.args[0]
+    counting = new.producer(value, "aten.arange")
+    if len(long) != 1 or not counting or counting.args[-1] != size or counting.args[:-1] not in ((), (0,)):
+        return None
+    return long[0] + rank - len(shape)
+
+
+RULES: dict[str, list[Rule]] = {
+    **{f"aten.{name}": [elementwise] for name in (*UNARY.split(), *BROADCASTING.split())},
+    "autopar.cast": [elementwise],
+    "aten.embedding": [embedding],
+    "aten.scaled_dot_product_attention": [mask],
+    "aten.index": [index],
+}

@@ -1,0 +1,88 @@
+"""Bytes of tensors alive in this process, operator by operator: what an allocator would have handed out.
+
+Kernels' own workspaces, and what a communication library copies for itself, are not tensors of the program and are not
+counted: they differ between devices and libraries, and a plan keeps a reserve for them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Tracker(TorchDispatchMode):
+    """While it is on, ``live`` is the bytes of all storages made under it, ``peak`` the most since `reset_peak`.
+
+    ``at_peak``: how many bytes each operator's results held then, for explaining a peak.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        self.at_peak: dict[str, int] = {}
+        self._resize: Callable[..., Any] = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> Tracker:
+        tracker, resize = self, self._resize
+
+        def tracked(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            tracker._count(storage, "resize_")
+            return result
+
+        torch.UntypedStorage.resize_ = tracked  # type: ignore[method-assign]  # FSDP2 frees what it gathered so
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it runs on its local tensors, which come by here
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                self._count(value.untyped_storage(), str(func))
+        return result
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.live
+        self.at_peak = {}
+
+    def _count(self, storage: torch.UntypedStorage, source: str) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self.storages.get(key)
+        if known is not None and known[0]() is not None:
+            self.live -= known[1]
+            reference, source = known[0], known[2]
+        else:
+            reference = weakref.ref(storage, lambda _, key=key: self._free(key))
+        self.storages[key] = (reference, size, source)
+        self.live += size
+        if self.live > self.peak:
+            self.peak = self.live
+            if size:
+                self._explain()
+
+    def _free(self, key: int) -> None:
+        _, size, _ = self.storages.pop(key)
+        self.live -= size
+
+    def _explain(self) -> None:
+        held: dict[str, int] = {}
+        for _, size, source in self.storages.values():
+            held[source] = held.get(source, 0) + size
+        self.at_peak = held
