@@ -44,6 +44,7 @@ def search(
 
     Raises BadInputError, UnsupportedError, or InfeasibleError when nothing fits.
     """
+    from autopar.graph.padding import as_planned
     from autopar.report.words import describe
     from autopar.solver.fix import parse_fix
     from autopar.solver.search import search as solve
@@ -61,7 +62,7 @@ def search(
         plan,
         model=_name_of(model, graph),
         seconds={"trace": traced, **plan.seconds},
-        described=describe(graph, decisions),
+        described=describe(as_planned(plan, graph), decisions),
     )
 
 

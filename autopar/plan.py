@@ -159,7 +159,8 @@ class Plan:
     ``zero``: 0 to 3, over groups of ``fsdp`` data ranks (`Mesh.data`, the innermost; 1 under zero 0), replicated across
     groups. ``schedule``: a name of `SCHEDULES`, with ``vpp`` stages on each pipeline rank; ``stages`` are listed in the
     model's order, `rank_of` tells where each sits. ``offload``: "none", or "state": parameters, gradients and optimizer
-    state wait on the host. ``bound``: a valid lower bound in seconds on the
+    state wait on the host. ``pad_heads``: attention heads are padded to a multiple of it (1: they are not; see
+    `autopar.graph.padding.as_planned`). ``bound``: a valid lower bound in seconds on the
     step time of every plan in the searched space; ``gap`` = (found - bound) / bound. ``described``: for each candidate
     its sharding in words, a line per operator with parameters, written when the plan was made.
     """
@@ -187,6 +188,7 @@ class Plan:
     fsdp: int = 1
     vpp: int = 1
     offload: str = "none"
+    pad_heads: int = 1
 
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that stage ``stage`` sits on."""
@@ -292,6 +294,10 @@ class Plan:
             raise BadInputError(f"{len(self.stages)} stages for pp={self.mesh.pp} with {self.vpp} on each rank")
         if self.mesh.data % self.fsdp:
             raise BadInputError(f"shard groups of {self.fsdp} do not divide the {self.mesh.data} data ranks")
+        if self.pad_heads < 1 or self.mesh.tp % self.pad_heads:
+            raise BadInputError(
+                f"heads padded to a multiple of {self.pad_heads}, which does not divide tp={self.mesh.tp}"
+            )
         expected = 0
         for run in (run for stage in self.stages for run in stage.runs):
             if run.start != expected or run.stop <= run.start:

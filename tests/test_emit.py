@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from hand_plans import gpt2, graph_of, llama, megatron, plan_of, whole
+from hand_plans import gpt2, graph_of, llama, megatron, on_axes, plan_of, whole
 
 from autopar.codegen.buffers import buffer_expr
 from autopar.codegen.emit_module import module_source
@@ -25,7 +25,7 @@ from autopar.sharding.local import local_shape
 
 MODELS = {"llama": llama(3), "gpt2": gpt2(3)}
 GRAPHS = {name: graph_of(model) for name, model in MODELS.items()}
-PLANS = ("dp4", "tp4", "tp4 sp", "pp2 tp2 sp full")
+PLANS = ("dp4", "tp4", "tp4 sp", "pp2 tp2 sp full", "cp2 tp2 sp", "cp2 tp2x2")
 
 
 def plan(graph: ModelGraph, name: str, **changes: object) -> Plan:
@@ -33,6 +33,9 @@ def plan(graph: ModelGraph, name: str, **changes: object) -> Plan:
         return plan_of(graph, whole(graph), Mesh(dp=4), **changes)
     if name.startswith("tp4"):
         return plan_of(graph, megatron(graph, 4, "sp" in name), Mesh(tp=4), **changes)
+    if name.startswith("cp2"):
+        mesh = Mesh(cp=2, tp=4, tp_parts=(2, 2)) if "2x2" in name else Mesh(cp=2, tp=2)
+        return plan_of(graph, on_axes(graph, mesh, "sp" in name), mesh, **changes)
     return plan_of(graph, megatron(graph, 2, True), Mesh(pp=2, tp=2), bounds=(2,), recompute="full", **changes)
 
 
@@ -70,7 +73,7 @@ def test_the_text_is_formatted(name: str, tmp_path) -> None:
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_parameters_keep_their_names_and_shapes(model: str, name: str) -> None:
     chosen = plan(GRAPHS[model], name)
-    with fake_mesh({"dp": chosen.mesh.dp, "tp": chosen.mesh.tp}) as mesh:
+    with fake_mesh(chosen.mesh.axes() | {"pp": 1}) as mesh:
         module = load_module(module_source(chosen, GRAPHS[model]))
         found = {}
         for index in range(len(chosen.stages)):
@@ -171,11 +174,13 @@ def test_a_model_whose_blocks_are_no_chain_is_refused() -> None:
 # Both are raised inside torch._dynamo.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(("model", "name"), [("llama", "tp4 sp"), ("gpt2", "tp4"), ("llama", "dp4")])
+@pytest.mark.parametrize(
+    ("model", "name"), [("llama", "tp4 sp"), ("gpt2", "tp4"), ("llama", "dp4"), ("llama", "cp2 tp2 sp")]
+)
 def test_blocks_compile_without_graph_breaks(model: str, name: str) -> None:
     graph = GRAPHS[model]
     chosen = plan(graph, name)
-    with fake_mesh({"dp": chosen.mesh.dp, "tp": chosen.mesh.tp}) as mesh:
+    with fake_mesh(chosen.mesh.axes() | {"pp": 1}) as mesh:
         module = load_module(module_source(chosen, graph))
         stage = module.build_stage(0, mesh, torch.device("cpu"))
         torch._dynamo.reset()
@@ -205,7 +210,7 @@ def test_an_emitted_block_saves_for_backward_what_the_search_counts(model: str, 
     expected = saved_for_backward(
         lambda tensors: run_local(kind, decision, tensors, batch, seq, torch.bfloat16), (values,)
     )
-    with fake_mesh({"dp": chosen.mesh.dp, "tp": chosen.mesh.tp}) as mesh:
+    with fake_mesh(chosen.mesh.axes() | {"pp": 1}) as mesh:
         module = load_module(module_source(chosen, graph))
         stage = module.build_stage(0, mesh, torch.device("cpu"), torch.bfloat16)
         block = stage.blocks()[0]

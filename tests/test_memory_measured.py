@@ -29,8 +29,8 @@ import train
 from runtime import launch, parameters
 
 dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-mesh, device = launch.start(train.MESH, "cpu")
-step = train.parallelize(mesh, device)
+mesh, fsdp_mesh, device = launch.start(train.MESH, train.FSDP, "cpu")
+step = train.parallelize(mesh, fsdp_mesh, device)
 parameters.initialise(step.stage, module.init_parameter, 0, module.TIED)
 optimizer = torch.optim.AdamW(step.stage.parameters(), lr=1e-3)
 ids = torch.zeros(train.MICRO_BATCH * train.MICRO_BATCHES, train.SEQ_LEN, dtype=torch.int64)

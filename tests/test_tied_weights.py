@@ -17,7 +17,7 @@ from autopar.codegen.runtime.parameters import fill
 from autopar.codegen.runtime.tied import TiedWeights
 
 torch.set_num_threads(1)
-mesh, device = start({"pp": 2, "dp": 1, "tp": 2}, "cpu")
+mesh, _, device = start({"pp": 2, "dp": 1, "cp": 1, "tp": 2}, 1, "cpu")
 pp, tp = mesh["pp"].get_local_rank(), mesh["tp"]
 TIED = (("embed", "head"),)
 for first, second in ((Shard(0), Shard(0)), (Shard(0), Shard(1)), (Replicate(), Shard(1))):
@@ -36,7 +36,7 @@ for first, second in ((Shard(0), Shard(0)), (Shard(0), Shard(1)), (Replicate(), 
     copy = stage.get_parameter(name)
     copy.grad = distribute_tensor(gradients[pp], tp, copy.placements)
     stage.own.grad = distribute_tensor(torch.full((3,), 1.0 + pp, dtype=torch.float64), tp, [Replicate()])
-    tied = TiedWeights(stage, TIED, mesh)
+    tied = TiedWeights({pp: stage}, TIED, mesh)
     tied.add_gradients()
     assert torch.equal(copy.grad.full_tensor(), total)
     assert tied.not_counted == ({id(copy)} if pp == 1 else set())
@@ -46,11 +46,30 @@ for first, second in ((Shard(0), Shard(0)), (Shard(0), Shard(1)), (Replicate(), 
     torch.testing.assert_close(norm, right, rtol=1e-14, atol=0.0)
     torch.testing.assert_close(copy.grad.full_tensor(), total / (right + 1e-6), rtol=1e-14, atol=0.0)
     torch.testing.assert_close(clip_gradients(stage.parameters(), None, mesh, tied.not_counted).item(), 1.0)
+
+# A V: the ends of the model are both on rank 0, each with a copy; rank 1 has none.
+stages = {}
+for index in (0, 3) if pp == 0 else (1, 2):
+    stages[index] = nn.Module()
+    weight = distribute_tensor(torch.zeros(6, 4, dtype=torch.float64), tp, [Shard(int(index == 3))])
+    name = {0: "embed", 3: "head"}.get(index, f"own{index}")
+    stages[index].register_parameter(name, nn.Parameter(weight))
+    weight.grad = None
+    copy = stages[index].get_parameter(name)
+    copy.grad = distribute_tensor(value if index in (0, 3) else torch.zeros_like(value), tp, copy.placements)
+tied = TiedWeights(stages, TIED, mesh)
+tied.add_gradients()
+weights = [stage.get_parameter(name) for stage in stages.values() for name, _ in stage.named_parameters()]
+if pp == 0:
+    assert all(torch.equal(weight.grad.full_tensor(), 2 * value) for weight in weights)
+    assert tied.not_counted == {id(weights[1])}
+norm = clip_gradients(weights, None, mesh, tied.not_counted)
+torch.testing.assert_close(norm, (2 * value).norm(), rtol=1e-14, atol=0.0)
 print("agreed")
 stop()
 """
 
 
-def test_copies_on_two_stages_add_up_and_count_once(tmp_path: Path) -> None:
+def test_copies_add_up_and_count_once(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     assert run_ranks(["script.py"], 4, 90, folder=tmp_path).count("agreed") == 4

@@ -1,9 +1,9 @@
-"""The emitted module under the type checker of `spmd_types`, global mode, 8 and 64 ranks."""
+"""The emitted module under the type checker of `spmd_types`, global mode, 8, 64 and 512 ranks."""
 
 from __future__ import annotations
 
 import pytest
-from hand_plans import gpt2, graph_of, llama, megatron, plan_of, whole
+from hand_plans import gpt2, graph_of, llama, megatron, on_axes, plan_of, whole
 
 from autopar.cluster import Cluster
 from autopar.codegen.emit_block import FUNCTIONS
@@ -68,6 +68,61 @@ def test_a_wrong_collective_is_caught(old: str, new: str) -> None:
     with pytest.raises(VerificationError, match="does not type-check"):
         typecheck(chosen, GRAPHS["llama"], 8, wrong)
     typecheck(chosen, GRAPHS["llama"], 8, source)
+
+
+MESHES = {
+    "cp2 tp2 sp": Mesh(cp=2, tp=2),
+    "cp4 heads": Mesh(cp=4),
+    "tp2x2 sp": Mesh(tp=4, tp_parts=(2, 2)),
+    "cp2 tp2x2": Mesh(cp=2, tp=4, tp_parts=(2, 2)),
+}
+
+
+def several(model: str, name: str) -> Plan:
+    graph, mesh = GRAPHS[model], MESHES[name]
+    return plan_of(graph, on_axes(graph, mesh, "sp" in name, "heads" in name), mesh)
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 512])
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("model", GRAPHS)
+def test_modules_on_several_axes_type_check(model: str, name: str, ranks: int) -> None:
+    typecheck(several(model, name), GRAPHS[model], ranks)
+
+
+def test_an_uneven_vocabulary_type_checks() -> None:
+    graph = graph_of(llama(2, vocab_size=250))
+    mesh = Mesh(cp=2, tp=4)
+    typecheck(plan_of(graph, on_axes(graph, mesh, True), mesh), graph, 64)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("k = all_gather(k, self.cp, 2, balanced=True)", "k = all_gather(k, self.tp, 2, balanced=True)"),
+        ("v = all_gather(v, self.cp, 2, balanced=True)", "v = all_gather_invariant(v, self.cp, 2, balanced=True)"),
+        ("v = all_gather(v, self.cp, 2, balanced=True)", "v = v"),
+        (
+            "context_attention(q, k, v, self.cp, balanced=True,",
+            "F.scaled_dot_product_attention(q, k, v, is_causal=True,",
+        ),
+        ("cos = shard(cos, self.cp, 2, balanced=True)", "cos = shard(cos, self.tp, 2)"),
+        ("cos = shard(cos, self.cp, 2, balanced=True)", "cos = cos"),
+        ("reduce_scatter(o, self.tp, 1)", "reduce_scatter(o, self.cp, 1)"),
+        ("reduce_scatter(o, self.tp, 1)", "all_reduce(o, self.tp)"),
+        ("labels[:, 1:], self.cp, 1, balanced=True", "labels[:, 1:], self.tp, 1"),
+        ("vocab_cross_entropy(logits, labels, self.tp)", "vocab_cross_entropy(logits, labels, self.cp)"),
+        ("k_proj=Weights(weight=new.split(32, 64, tp=0)", "k_proj=Weights(weight=new.whole(32, 64)"),
+    ],
+)
+def test_a_wrong_axis_or_collective_is_caught_on_several_axes(old: str, new: str) -> None:
+    chosen = several("llama", "cp2 tp2 sp")
+    source = module_source(chosen, GRAPHS["llama"])
+    assert old in source
+    names = "from runtime.collectives import all_gather_invariant, all_reduce\nfrom runtime.collectives"
+    wrong = source.replace(old, new, 1).replace("from runtime.collectives", names, 1)
+    with pytest.raises(VerificationError, match="does not type-check"):
+        typecheck(chosen, GRAPHS["llama"], 8, wrong)
 
 
 def test_ranks_that_the_axes_do_not_divide_are_refused() -> None:

@@ -31,6 +31,23 @@ TORCH_DTYPES = {
 }
 """Compute and master dtype of a job's dtype, by torch's names."""
 
+ZERO_TEXTS = (
+    "every data rank holds whole parameters, gradients and optimizer state",
+    "optimizer state is sharded; gradients are reduced once a step, parameters gathered once",
+    "optimizer state and gradients are sharded, gradients reduced at each micro-batch; parameters gathered once a step",
+    "parameters, gradients and optimizer state are sharded; a block's parameters are gathered as it runs",
+)
+"""What each ZeRO level does, in words."""
+
+SCHEDULE_TEXTS = {
+    "none": "one stage",
+    "gpipe": "all forwards, then all backwards",
+    "1f1b": "forward and backward in turns",
+    "interleaved": "forward and backward in turns, over several stages a rank",
+    "zbv": "two stages a rank, there and back; weight gradients fill the gaps",
+    "dualpipev": "two stages a rank, there and back; forward and backward at once",
+}
+
 
 def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the folder ``out``: all of it, or nothing if anything fails.
@@ -110,7 +127,16 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "micro_batch": plan.micro_batch,
         "micro_batches": plan.micro_batches,
         "schedule": plan.schedule,
+        "schedule_text": SCHEDULE_TEXTS[plan.schedule],
+        "vpp": plan.vpp,
         "zero": plan.zero,
+        "zero_text": ZERO_TEXTS[plan.zero],
+        "fsdp": plan.fsdp,
+        "replicas": plan.mesh.data // plan.fsdp,
+        "groups_text": f"; {plan.mesh.data // plan.fsdp} groups, replicas of each other"
+        if 1 < plan.fsdp < plan.mesh.data
+        else "",
+        "offload": plan.offload == "state",
         "compute_dtype": compute,
         "master_dtype": master,
         "vocabulary": vocabulary_of(graph),

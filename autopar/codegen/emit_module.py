@@ -27,6 +27,7 @@ from autopar.codegen.source import literal
 from autopar.codegen.statements import wrap_comment
 from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import as_planned
 from autopar.plan import Plan
 
 _OPERATORS = (
@@ -42,6 +43,7 @@ _OPERATORS = (
 
 def module_source(plan: Plan, model: ModelGraph) -> str:
     """The text of ``module.py`` for ``plan``. Raises UnsupportedError for what cannot be emitted, naming it."""
+    model = as_planned(plan, model)
     setting = setting_of(plan, model)
     placed = place_blocks(plan, model)
     classes = {block.callee: block for block in reversed(placed) if block.path}
@@ -82,6 +84,12 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
             "",
             f"The ranks of cp hold a sequence in balanced order: of its {2 * cp} chunks, rank r has chunks r and "
             f"{2 * cp - 1} - r, so that causal attention is the same work for each.",
+        ]
+    if plan.pad_heads > 1:
+        lines += [
+            "",
+            f"Attention has zeros for heads up to a multiple of {plan.pad_heads}, put into its weights where they are "
+            "used: the added heads change neither the loss nor a gradient. Parameters are without them.",
         ]
     lines += ['"""', ""]
     lines = [part for line in lines for part in ([line] if len(line) <= 88 else _wrapped(line))]

@@ -27,7 +27,7 @@ def parallelize(
     graph: ModelGraph | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """This rank's stage of ``model``, wrapped and with values, on every rank that torchrun started.
+    """This rank's stage (or stages) of ``model``, wrapped and with values, on every rank that torchrun started.
 
     Called with the batch's tensors by keyword, a model of one stage returns the loss summed over the batch. Its
     attribute ``training_step`` runs a whole step, pipelined or not: ``module.training_step.forward_backward(batch)``
@@ -51,8 +51,7 @@ def parallelize(
     with tempfile.TemporaryDirectory(prefix="autopar-") as folder:
         write_folder(plan, graph, Path(folder))
         train = load_train(Path(folder))
-    mesh, device = train.launch.start(train.MESH, train.DEVICE_TYPE)
-    step = train.parallelize(mesh, device)
+    step = train.parallelize(*train.launch.start(train.MESH, train.FSDP, train.DEVICE_TYPE))
     set_values(train, step, model, seed)
     step.stage.training_step = step
     return step.stage  # type: ignore[no-any-return]

@@ -14,8 +14,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,10 @@ STEPS = 3
 CASE_TIMEOUT_S = 120.0
 """A case that takes longer hangs: its ranks say where, and end."""
 
-OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "foreach": True}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True),
+    "sgd": partial(torch.optim.SGD, lr=1e-1, momentum=0.9, weight_decay=0.1, foreach=True),
+}
 MAX_NORM = 1.0
 
 
@@ -100,13 +106,18 @@ def one_device(
     batches: Sequence[Mapping[str, Tensor]],
     loss_of: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
     steps: bool,
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
-    """What a single device computes: loss, gradients and norm of the first batch, parameters after all batches."""
+    """What a single device computes: loss, gradients and norm of the first batch, parameters after all batches.
+
+    ``steps``: whether to take optimizer steps, with the optimizer that the plans' job names. Frozen parameters have no
+    gradient here, and must have none anywhere.
+    """
     names = {id(weight): name for name, weight in model.named_parameters()}
     found: dict[str, Any] = {"batches": [dict(batch) for batch in batches], "steps": steps}
-    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+    taking = OPTIMIZERS[optimizer](model.parameters())
     for index, batch in enumerate(batches if steps else batches[:1]):
-        optimizer.zero_grad()
+        taking.zero_grad()
         loss = loss_of(model, batch)
         torch.autograd.backward(loss)
         if index == 0:
@@ -117,7 +128,7 @@ def one_device(
         if index == 0:
             found["loss"], found["norm"] = loss.detach().clone(), norm.detach().clone()
         if steps:
-            optimizer.step()
+            taking.step()
     found["parameters"] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     return found
 
@@ -136,7 +147,9 @@ def prepare(
     for name, plan in plans.items():
         case = f"case_{len(cases)}"
         emit(plan, graph, folder / case, weights)
-        cases.append({"name": name, "folder": case, "reference": key, "dtype": plan.job.dtype})
+        cases.append(
+            {"name": name, "folder": case, "reference": key, "dtype": plan.job.dtype, "optimizer": plan.job.optimizer}
+        )
     (folder / "cases.json").write_text(json.dumps(cases))
 
 
@@ -150,8 +163,12 @@ def prove(folder: Path, ranks: int, timeout_s: float = 300.0) -> list[Measured]:
 
     Raises VerificationError with the end of the ranks' output if they fail or take longer than ``timeout_s``.
     """
-    (folder / "measured.jsonl").unlink(missing_ok=True)
+    for name in ("measured.jsonl", "failed.jsonl"):
+        (folder / name).unlink(missing_ok=True)
     run_ranks(["-m", "autopar.codegen.prove", str(folder)], ranks, timeout_s)
+    failed = _failed(folder)
+    if failed:
+        raise VerificationError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     return _measured(folder)
 
 
@@ -163,6 +180,7 @@ def prove_each(folder: Path, ranks: int, timeout_s: float = 3600.0) -> tuple[lis
     failures: dict[str, str] = {}
     while True:
         cases = _cases(folder)
+        failures |= _failed(folder)
         done = {row.name for row in _measured(folder)}
         left = [case for case in cases if case["name"] not in done | set(failures)]
         if not left:
@@ -172,7 +190,7 @@ def prove_each(folder: Path, ranks: int, timeout_s: float = 3600.0) -> tuple[lis
         try:
             run_ranks(["-m", "autopar.codegen.prove", str(folder), "left.json"], ranks, timeout_s)
         except VerificationError as error:
-            done = {row.name for row in _measured(folder)}
+            done = {row.name for row in _measured(folder)} | set(_failed(folder))
             guilty = next((case["name"] for case in left if case["name"] not in done), None)
             if guilty is None:  # all was measured: they only ended badly
                 continue
@@ -247,40 +265,100 @@ def _measured(folder: Path) -> list[Measured]:
     return [Measured(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def _failed(folder: Path) -> dict[str, str]:
+    path = folder / "failed.jsonl"
+    return dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
+
+
 def _worker(folder: Path, cases: str = "cases.json") -> None:
     """One rank: run every case; rank 0 writes what was measured, case by case."""
     torch.set_num_threads(1)
-    for case in _cases(folder, cases):
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for place, case in enumerate(_cases(folder, cases)):
         faulthandler.dump_traceback_later(CASE_TIMEOUT_S, exit=True)
-        row = _measure(case, folder)
-        if dist.get_rank() == 0:
-            with (folder / "measured.jsonl").open("a") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
-            print(table([row]).splitlines()[1], flush=True)
+        begin = time.perf_counter()
+        try:
+            row = _measure(case, folder)
+        except Exception as error:
+            if not _all_failed(folder / f"failures_{os.getppid()}_{place}", rank, ranks, repr(error)):
+                raise
+            reason = "".join(traceback.format_exception(error)[-4:])
+            _append(folder / "failed.jsonl", [case["name"], reason], rank)
+            continue
+        _append(folder / "measured.jsonl", asdict(row), rank)
+        if rank == 0:
+            print(f"{table([row]).splitlines()[1]}  {time.perf_counter() - begin:.1f} s", flush=True)
     faulthandler.cancel_dump_traceback_later()
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _append(path: Path, value: Any, rank: int) -> None:
+    if rank == 0:
+        with path.open("a") as file:
+            file.write(json.dumps(value) + "\n")
+
+
+def _all_failed(folder: Path, rank: int, ranks: int, error: str, patience_s: float = 10.0) -> bool:
+    """Whether every rank failed at this case, in the same way: then none waits for another, and they can go on."""
+    folder.mkdir(exist_ok=True)
+    kind = error.partition("(")[0]
+    (folder / f"{rank}.new").write_text(kind)
+    (folder / f"{rank}.new").rename(folder / str(rank))
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        told = [folder / str(other) for other in range(ranks)]
+        if all(path.exists() for path in told):
+            return all(path.read_text() == kind for path in told)
+        time.sleep(0.05)
+    return False
+
+
+_meshes: dict[tuple[Any, ...], Any] = {}
+
+
+def _mesh(train: Any) -> Any:
+    """What the folder's `launch.start` returns, made once for all cases of the same mesh."""
+    key = (*train.MESH.items(), train.FSDP)
+    if key not in _meshes:
+        _meshes[key] = train.launch.start(train.MESH, train.FSDP, train.DEVICE_TYPE)
+    return _meshes[key]
 
 
 def _measure(case: dict[str, str], folder: Path) -> Measured:
     train = load_train(folder / case["folder"])
     reference = torch.load(folder / case["reference"], weights_only=True)
-    mesh, device = train.launch.start(train.MESH, train.DEVICE_TYPE)
-    step = train.parallelize(mesh, device)
+    mesh, fsdp_mesh, device = _mesh(train)
+    step = train.parallelize(mesh, fsdp_mesh, device)
     train.parameters.load_weights(step.stage, folder / case["folder"] / "initial.pt", train.module.TIED)
     first = train.parameters.first_names(train.module.TIED)
-    optimizer = torch.optim.AdamW(step.stage.parameters(), **OPTIMIZER)
+    held = [(first.get(name, name), weight) for name, weight in step.stage.named_parameters()]
+    optimizer = OPTIMIZERS[case["optimizer"]](step.stage.parameters())
+    # The ranks of cp and tp have the same samples; they take their parts themselves.
     rank, ranks = mesh["dp"].get_local_rank(), mesh["dp"].size()
     rows = train.sample_indices(0, rank, ranks, train.MICRO_BATCH, train.MICRO_BATCHES)
 
     gradients: dict[str, float] = {}
     loss_error = norm_error = 0.0
     for index, batch in enumerate(reference["batches"] if reference["steps"] else reference["batches"][:1]):
+        part = {key: value[rows] for key, value in batch.items()}
         optimizer.zero_grad()
-        loss = step.forward_backward({key: value[rows] for key, value in batch.items()})
+        loss = step.forward_backward(part)
+        while step.scale is not None and not step.scale.accepts(step.clip_gradients(None)):
+            optimizer.zero_grad()
+            loss = step.forward_backward(part)
         if index == 0:
-            whole = {first.get(name, name): weight.grad.full_tensor() for name, weight in step.stage.named_parameters()}
-            gradients = gradient_errors(whole, reference["gradients"], FLOORS[case["dtype"]])
+            for name, weight in held:
+                if weight.grad is None:
+                    continue
+                if name not in reference["gradients"]:
+                    raise VerificationError(f"{case['name']}: {name} has a gradient, but is frozen on one device")
+                # Of two copies of a tied weight, the worse one.
+                error = gradient_errors(
+                    {name: weight.grad.full_tensor()}, reference["gradients"], FLOORS[case["dtype"]]
+                )[name]
+                gradients[name] = max(gradients.get(name, 0.0), math.inf if math.isnan(error) else error)
             loss_error = abs(float(loss) - float(reference["loss"])) / abs(float(reference["loss"]))
         norm = step.clip_gradients(MAX_NORM)
         if index == 0:
@@ -289,9 +367,10 @@ def _measure(case: dict[str, str], folder: Path) -> Measured:
             optimizer.step()
     parameters: dict[str, float] = {}
     if reference["steps"]:
-        for name, weight in step.stage.named_parameters():
-            whole_weight, right = weight.full_tensor().detach(), reference["parameters"][first.get(name, name)]
-            parameters[name] = float((whole_weight - right).norm()) / max(float(right.norm()), 1e-12)
+        for name, weight in held:
+            right = reference["parameters"][name]
+            error = float((weight.full_tensor().detach() - right).norm()) / max(float(right.norm()), 1e-12)
+            parameters[name] = max(parameters.get(name, 0.0), math.inf if math.isnan(error) else error)
 
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (loss_error, gradients, norm_error, parameters))

@@ -14,6 +14,7 @@ from torch import nn
 
 from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import as_planned, growth
 from autopar.plan import Candidate, Plan, Run, Stage
 from autopar.sharding.check import check_decision
 
@@ -84,6 +85,7 @@ def _short_batch(plan: Plan, graph: ModelGraph) -> Plan:
 
 
 def _check(plan: Plan, graph: ModelGraph) -> None:
+    graph = as_planned(plan, graph)
     for candidate in plan.candidates.values():
         decision = candidate.decision
         check_decision(graph.kinds[decision.kind], decision, plan.micro_batch, plan.job.seq_len)
@@ -97,7 +99,8 @@ def _few_ranks(plan: Plan) -> Plan:
     mesh = replace(old, dp=min(old.dp, 2), cp=min(old.cp, 2), tp=tp, tp_parts=parts)
     candidates = {name: _on_axes(candidate, mesh.axes()) for name, candidate in plan.candidates.items()}
     fsdp = plan.fsdp if mesh.data % plan.fsdp == 0 else mesh.data
-    return replace(plan, mesh=mesh, candidates=candidates, fsdp=fsdp)
+    pad_heads = tp if plan.pad_heads > 1 else 1
+    return replace(plan, mesh=mesh, candidates=candidates, fsdp=fsdp, pad_heads=pad_heads)
 
 
 def _on_axes(candidate: Candidate, sizes: dict[str, int]) -> Candidate:
@@ -178,6 +181,8 @@ def _narrow_model(plan: Plan, model: nn.Module) -> tuple[nn.Module, str]:
         few = 4 if kv is None else max(4 // math.gcd(4, group), 1) if group > 4 else 4 // math.gcd(4, group) * 2
         few_kv = max(2, few // group) if kv else None
         new_heads = few_kv * group if few_kv else few
+        if plan.pad_heads > 1:
+            few_kv, new_heads = _odd_heads(kv or heads, group, plan.pad_heads)
         _set(config, _HEADS, new_heads)
         if few_kv:
             _set(config, _KV_HEADS, few_kv)
@@ -193,6 +198,14 @@ def _narrow_model(plan: Plan, model: nn.Module) -> tuple[nn.Module, str]:
         if isinstance(getattr(config, token, None), int):
             setattr(config, token, 0)
     return type(model)(config), ", narrow layers"
+
+
+def _odd_heads(kv: int, group: int, ranks: int) -> tuple[int, int]:
+    """(Key/value heads, heads): few that two ranks do not divide, and that are padded as these are."""
+    grown = growth(kv, group, ranks)
+    if kv == 1 or group == 1 or grown is None:
+        return (1 if kv == 1 else 3), 3
+    return 3, 15 if grown[0] else 9
 
 
 def _first(config: Any, names: tuple[str, ...]) -> str | None:

@@ -30,6 +30,7 @@ class Draft:
     constant: set[str] = field(default_factory=set)
     module: str = ""
     _seen: dict[str, str] = field(default_factory=dict)
+    _taken: frozenset[str] = frozenset()
 
     def add(self, node: Node) -> str:
         """Append a node, or return the equal node that is there, from the same call of the same module."""
@@ -68,7 +69,7 @@ class Draft:
     def fresh(self, stem: str) -> str:
         """An unused node name that begins with ``stem``."""
         number = len(self.nodes)
-        while (name := f"{stem}__{number}") in self.nodes:
+        while (name := f"{stem}__{number}") in self.nodes or name in self._taken:
             number += 1
         return name
 
@@ -136,7 +137,8 @@ Rule = Callable[[Node, Draft], Ref | None]
 
 def rewrite(old: Draft, rules: Mapping[str, Sequence[Rule]]) -> tuple[Draft, bool]:
     """Rebuild ``old``, trying ``rules[op]`` on each operator; returns the live part and whether a rule fired."""
-    new, names, fired = Draft(), dict[str, str](), False
+    # A new name must not be that of an old node that is still to come.
+    new, names, fired = Draft(_taken=frozenset(old.nodes)), dict[str, str](), False
     for node in old.nodes.values():
         if node.kind != "op":
             names[node.name] = new.add(node)

@@ -87,6 +87,7 @@ def halves(context: Context, config: Config, cost: BlockCost) -> Halves:
     """Seconds of a block's weight gradients and bytes that wait for them, if the schedule halves backwards."""
     if not SCHEDULES[config.schedule].splits_backward:
         return 0.0, 0
+    context = context.padded(config.pad_heads)
     return context.halved.of(context.model.kinds[cost.kind], cost.decision, config.micro_batch)
 
 

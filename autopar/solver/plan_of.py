@@ -71,6 +71,7 @@ def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts
         fsdp=config.fsdp,
         vpp=config.vpp,
         offload=config.offload,
+        pad_heads=config.pad_heads,
         notes=(*context.model.notes, *_unruled(context)),
     )
     return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))

@@ -13,6 +13,7 @@ from math import isclose, prod
 from autopar.cluster import Cluster
 from autopar.errors import AutoparError
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import as_planned
 from autopar.graph.size import Size
 from autopar.plan import Candidate, Plan, Predicted
 from autopar.schedule import SCHEDULES
@@ -84,7 +85,7 @@ def check_price(plan: Plan, model: ModelGraph) -> None:
 
 def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) -> Repriced:
     """Seconds and bytes of the plan; on ``cluster`` in place of its own, if given (same shape, other figures)."""
-    cluster = cluster or plan.cluster
+    cluster, model = cluster or plan.cluster, as_planned(plan, model)
     ops, collectives = OpCosts(cluster.device, plan.job), CollectiveCosts(cluster)
     mesh, m = plan.mesh, plan.micro_batches
     seconds = {name: _block_seconds(plan, model, one, ops, collectives) for name, one in plan.candidates.items()}

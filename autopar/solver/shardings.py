@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import padded
 from autopar.job import Job
 from autopar.sharding.decision import BlockDecision
 from autopar.solver.block_problem import (
@@ -42,8 +44,8 @@ LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
 
 
-Key = tuple[tuple[tuple[str, int], ...], int]
-"""Model axes with their sizes, and samples per micro-batch."""
+Key = tuple[tuple[tuple[str, int], ...], int, int]
+"""Model axes with their sizes, samples per micro-batch, and padding of heads."""
 
 
 @dataclass(slots=True)
@@ -59,7 +61,7 @@ class Clock:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of one search shares."""
+    """What every part of one search shares. ``paddings``: its like for the model with padded heads."""
 
     model: ModelGraph
     job: Job
@@ -72,6 +74,8 @@ class Context:
     clock: Clock
     counts: dict[str, int]
     halved: HalvedBackward
+    paddings: dict[int, Context] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
@@ -91,21 +95,34 @@ class Context:
             HalvedBackward(ops),
         )
 
+    def padded(self, ranks: int) -> Context:
+        """The context of the model whose heads are padded to a multiple of ``ranks``."""
+        model = padded(self.model, ranks)
+        if model is self.model:
+            return self
+        if ranks not in self.paddings:
+            self.paddings[ranks] = replace(
+                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}, memo={}
+            )
+        return self.paddings[ranks]
+
     def demands(self) -> Demands:
         return Demands(split_matmuls=self.fix.tp is not None, sequence=self.fix.sp)
 
-    def freedom(self) -> list[tuple[str, tuple[str, ...]]]:
-        """For each block its kind and the recompute choices the fix leaves."""
+    def freedom(self, extended: bool = False) -> list[tuple[str, tuple[str, ...]]]:
+        """For each block its kind and the recompute choices the fix leaves. ``extended``: with those that only pay
+        where memory is short (`recompute.choices`)."""
         found: list[tuple[str, tuple[str, ...]]] = []
         for index, block in enumerate(self.model.blocks):
             repeated = self.repeated(block.kind)
             fixed = self.fix.recompute_of(index, block.kind, repeated)
-            found.append((block.kind, choices(fixed, repeated and self.fix.offload in ("activations", "all"))))
+            moves = repeated and self.fix.offload in ("activations", "all")
+            found.append((block.kind, choices(fixed, moves, extended and repeated)))
         return found
 
     def choices_of(self, kind: str) -> tuple[str, ...]:
-        """The recompute choices that some block of the kind has."""
-        return tuple(dict.fromkeys(choice for name, some in self.freedom() if name == kind for choice in some))
+        """All recompute choices that some block of the kind has."""
+        return tuple(dict.fromkeys(choice for name, some in self.freedom(True) if name == kind for choice in some))
 
     def repeated(self, kind: str) -> bool:
         """Whether blocks of the kind are the model's repeated ones (all are, if none repeats)."""
@@ -150,11 +167,12 @@ class KindBytes:
 
 
 class Shardings:
-    """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch."""
+    """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch, heads padded
+    to a multiple of ``pad_heads``."""
 
-    def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int) -> None:
+    def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int, pad_heads: int = 1) -> None:
         self.axes = dict(axes)
-        self.context, self.batch = context, batch
+        self.context, self.batch = (context := context.padded(pad_heads)), batch
         self.prices = AxisPrices(context.ops, context.collectives, self.axes, batch)
         self.size = self.prices.ranks
         self._built: dict[frozenset[str], ModelProblem] = {}
@@ -307,10 +325,12 @@ class Shardings:
     def _fastest_forward(self, name: str, of: frozenset[str] | None = None) -> float:
         """The fastest forward of each operator (those of these names), conversions free."""
         graph = self.context.model.kinds[name].graph
-        choices = self.built(frozenset()).choices
         nodes = [node for node in graph.of("op") if of is None or node.name in of]
+        if self.size == 1:
+            return sum(self.prices.operator(node, graph, {})[0].forward_s for node in nodes)
+        ways = self.built(frozenset()).choices
         return sum(
-            min(self.prices.operator(node, graph, choice)[0].forward_s for choice in choices[f"{name}/{node.name}"])
+            min(self.prices.operator(node, graph, way)[0].forward_s for way in ways[f"{name}/{node.name}"])
             for node in nodes
         )
 

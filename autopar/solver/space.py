@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from autopar.cluster import Cluster
 from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph.ir import ModelGraph
+from autopar.graph.padding import can_pad
 from autopar.graph.size import size_at
 from autopar.job import Job
 from autopar.plan import Mesh
@@ -25,7 +27,7 @@ class Config:
     """One point of the outer search; what is inside the blocks and stages is decided by the ILPs.
 
     ``fsdp``: shard-group size over the dp x cp data ranks; ``vpp``: stages on each pipeline rank; ``offload``: "none"
-    or "state"."""
+    or "state"; ``pad_heads``: see `Plan`."""
 
     pp: int
     dp: int
@@ -39,6 +41,7 @@ class Config:
     vpp: int = 1
     offload: str = "none"
     tp_parts: tuple[int, ...] = ()
+    pad_heads: int = 1
 
     @property
     def mesh(self) -> Mesh:
@@ -49,9 +52,9 @@ class Config:
         return self.pp * self.vpp
 
     @property
-    def sharding(self) -> tuple[tuple[tuple[str, int], ...], int]:
-        """What shardings of blocks depend on: the model axes, and samples per micro-batch."""
-        return tuple(self.mesh.model_axes().items()), self.micro_batch
+    def sharding(self) -> tuple[tuple[tuple[str, int], ...], int, int]:
+        """What shardings of blocks depend on: the model axes, samples per micro-batch, and padding of heads."""
+        return tuple(self.mesh.model_axes().items()), self.micro_batch, self.pad_heads
 
     @property
     def choice(self) -> Choice:
@@ -62,6 +65,7 @@ class Config:
         text = f"{self.mesh}, micro_batch={self.micro_batch}, zero={self.zero}"
         text += f", fsdp={self.fsdp}" if self.zero and self.fsdp != self.mesh.data else ""
         text += f", {self.schedule}" if self.schedule not in ("none", "1f1b") else ""
+        text += f", heads padded to a multiple of {self.pad_heads}" if self.pad_heads > 1 else ""
         return text + (f", offload={self.offload}" if self.offload != "none" else "")
 
 
@@ -89,6 +93,7 @@ def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
             if fix.tp not in (None, tp) or not (inside or fix.tp == tp):
                 continue
             cp = fix.cp or 1
+            paddings = (1, tp) if can_pad(model, tp) else (1,)
             if devices // pp // tp % cp:
                 continue
             dp = devices // pp // tp // cp
@@ -99,7 +104,7 @@ def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
                 if fix.micro_batch not in (None, micro_batch):
                     continue
                 for schedule, vpp in _schedules(pp, fix):
-                    for zero, fsdp in _levels(dp * cp, node // tp, fix):
+                    for (zero, fsdp), pad_heads in product(_levels(dp * cp, node // tp, fix), paddings):
                         yield Config(
                             pp=pp,
                             dp=dp,
@@ -113,6 +118,7 @@ def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
                             vpp=vpp,
                             offload="state" if fix.offload in ("state", "all") else "none",
                             tp_parts=fix.tp_parts,
+                            pad_heads=pad_heads,
                         )
 
 
@@ -134,10 +140,10 @@ def _levels(data: int, inside: int, fix: Fix) -> Iterator[tuple[int, int]]:
         if fix.fsdp in (None, 1):
             yield fix.zero or 0, 1
         return
-    for level in (0, 3) if fix.zero is None else (fix.zero,):
-        groups: tuple[int, ...] = (1,) if level == 0 else (data,)
+    for level in range(4) if fix.zero is None else (fix.zero,):
+        groups: tuple[int, ...] = (1,) if level == 0 else (data, inside) if 1 < inside < data else (data,)
         if fix.fsdp is not None:
-            groups = (fix.fsdp,) if (fix.fsdp == 1) == (level == 0) and data % fix.fsdp == 0 else ()
+            groups = (fix.fsdp,) if (fix.fsdp == 1) == (level == 0) else ()
         yield from ((level, group) for group in groups if data % group == 0)
 
 

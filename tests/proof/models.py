@@ -82,7 +82,7 @@ def _bert(variant: Variant) -> nn.Module:
             num_hidden_layers=variant.layers,
             num_attention_heads=HEADS,
             vocab_size=variant.vocab,
-            max_position_embeddings=SEQ,
+            max_position_embeddings=2 * SEQ,
             tie_word_embeddings=variant.tied,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,

@@ -18,26 +18,16 @@ from torch import nn
 from .launch import InputError
 from .optimizer import moments, set_steps
 from .parameters import Tied, first_names
-from .scaling import LossScale
+from .step import Step
 
 
-def save(
-    folder: Path,
-    step: int,
-    stage: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tied: Tied,
-    copies: set[int],
-    keep: int,
-    scale: LossScale | None = None,
-) -> None:
-    """Write ``folder/step_N``, N = ``step`` optimizer steps done, and remove all but the ``keep`` newest.
-
-    ``copies``: ids of parameters that another stage writes (tied weights).
-    """
-    target, temporary = folder / f"step_{step}", folder / f"step_{step}.tmp"
-    state = _state(stage, optimizer, tied, copies, scale)
-    state["step"] = torch.tensor(step)
+def save(folder: Path, steps: int, step: Step, optimizer: torch.optim.Optimizer, tied: Tied, keep: int) -> None:
+    """Write ``folder/step_N``, N = ``steps`` optimizer steps done, and remove all but the ``keep`` newest."""
+    target, temporary = folder / f"step_{steps}", folder / f"step_{steps}.tmp"
+    state = _state(step.stage, optimizer, tied, step.copies)
+    state["step"] = torch.tensor(steps)
+    if step.scale is not None:
+        state["loss_scale"] = step.scale.state()
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -56,9 +46,7 @@ def save(
     dist.barrier()
 
 
-def resume(
-    path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, scale: LossScale | None = None
-) -> int:
+def resume(path: Path, step: Step, optimizer: torch.optim.Optimizer, tied: Tied) -> int:
     """Read parameters and optimizer state from ``path`` (a ``step_N`` folder, or the folder that holds them).
 
     Returns the number of optimizer steps done. Raises InputError if there is no complete checkpoint.
@@ -68,29 +56,30 @@ def resume(
         if not pointer.exists():
             raise InputError(f"--resume: no complete checkpoint in {path}")
         path = path / pointer.read_text().strip()
-    state = _state(stage, optimizer, tied, set(), scale)
-    state["step"] = torch.tensor(0)
-    dcp.load(state, checkpoint_id=path)
-    step = int(state["step"].item())
-    set_steps(optimizer, step)
-    return step
+    known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    for stage in step.stages:  # one by one: two may have a copy of the same weight
+        state = _state(stage, optimizer, tied, set())
+        state["step"] = torch.tensor(0)
+        if step.scale is not None and any(name.startswith("loss_scale") for name in known):
+            state["loss_scale"] = step.scale.state()
+        dcp.load(state, checkpoint_id=path)
+    steps = int(state["step"].item())
+    set_steps(optimizer, steps)
+    return steps
 
 
-def _state(
-    stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, skip: set[int], scale: LossScale | None
-) -> dict[str, Any]:
+def _state(stage: nn.Module, optimizer: torch.optim.Optimizer, tied: Tied, skip: set[int]) -> dict[str, Any]:
     """The tensors of a checkpoint by name, the very ones in use: loading fills them in place."""
     first = first_names(tied)
     state: dict[str, Any] = {"model": {}, "optimizer": {}}
-    if scale is not None:
-        state["loss_scale"] = {"value": scale.value, "good": scale.good}
     for name, weight in stage.named_parameters():
         if id(weight) in skip:
             continue
         name = first.get(name, name)
         state["model"][name] = weight.detach()
-        for moment, value in moments(optimizer, weight).items():
-            state["optimizer"][f"{name}.{moment}"] = value
+        if weight.requires_grad:
+            for moment, value in moments(optimizer, weight).items():
+                state["optimizer"][f"{name}.{moment}"] = value
     return state
 
 

@@ -37,12 +37,15 @@ def check_launch(axes: dict[str, int], devices_per_node: int, any_topology: bool
         )
 
 
-def start(axes: dict[str, int], device_type: str, timeout_s: float | None = None) -> tuple[DeviceMesh, torch.device]:
-    """Join the process group; returns the device mesh and this rank's device.
+def start(
+    axes: dict[str, int], fsdp: int, device_type: str, timeout_s: float | None = None
+) -> tuple[DeviceMesh, DeviceMesh, torch.device]:
+    """Join the process group; returns the device mesh, the mesh that FSDP2 works on, and this rank's device.
 
-    The mesh has the axes of ``axes`` (outermost first; rank order is row-major) and "shard", of size 1, inside "dp":
-    FSDP2 replicates over "dp" and shards over "shard" when parameters are not sharded (ZeRO 0). ``device_type``: "cuda"
-    or "cpu"; a machine without GPUs runs a plan made for GPUs on its CPU.
+    The device mesh has the axes of ``axes`` (outermost first; rank order is row-major). FSDP2's is made of the ranks of
+    "dp" and "cp" together, which hold the same parameters: groups of ``fsdp`` of them, the innermost, shard, and the
+    groups are replicas of each other. ``device_type``: "cuda" or "cpu"; a machine without GPUs runs a plan made for
+    GPUs on its CPU.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
@@ -54,8 +57,13 @@ def start(axes: dict[str, int], device_type: str, timeout_s: float | None = None
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s) if timeout_s else None)
-    sizes = {"pp": axes["pp"], "dp": axes["dp"], "shard": 1, "tp": axes["tp"]}
-    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)), device
+    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    # PyTorch has no public name for joining axes. All meshes must come from one, or FSDP2 cannot combine them.
+    data_mesh = mesh["dp", "cp"]._flatten("data")
+    if fsdp == data_mesh.size():
+        return mesh, data_mesh, device
+    groups = (data_mesh.size() // fsdp, fsdp)
+    return mesh, data_mesh._unflatten(0, groups, ("replicate", "shard")), device
 
 
 def stop() -> None:

@@ -1,13 +1,15 @@
 """Loss scaling for float16, whose smallest gradients would vanish.
 
-The loss is multiplied by the scale, so all gradients are; clipping divides by it again. The global gradient norm is the
-same number on every rank and not finite if any gradient anywhere overflowed, so all ranks agree, without asking each
-other, whether a step is taken. The scale halves after an overflow and doubles after ``interval`` steps without
-(Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2).
+The loss is multiplied by the scale, so all gradients are; after the backward they are divided by it again. The global
+gradient norm is the same number on every rank and not finite if any gradient anywhere overflowed, so all ranks agree,
+without asking each other, whether a step is taken. The scale halves after an overflow and doubles after ``interval``
+steps without (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2).
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LossScale:
@@ -29,3 +31,15 @@ class LossScale:
             self.value.mul_(2.0).clamp_(max=self.largest)
             self.good.zero_()
         return True
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, the very tensors in use."""
+        return {"value": self.value, "good": self.good}
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply the gradients that are there."""
+    gradients = [weight.grad.to_local() for weight in parameters if weight.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)

@@ -12,56 +12,67 @@ from .parameters import Tied, own_slice
 class TiedWeights:
     """The copies this rank holds: adds up their gradients over the stages, and says which copies to count.
 
-    Every copy starts equal, gets the sum of all gradients and takes the same optimizer steps, so they stay equal.
+    Every copy starts equal, gets the sum of all gradients and takes the same optimizer steps, so they stay equal. Two
+    copies may be on one rank, on stages of its own.
     """
 
-    def __init__(self, stage: nn.Module, tied: Tied, mesh: DeviceMesh) -> None:
-        self.copies: list[tuple[nn.Parameter, list[int], bool]] = []
+    def __init__(self, stages: dict[int, nn.Module], tied: Tied, mesh: DeviceMesh) -> None:
+        # Copies held here, the pipeline ranks that hold some, and whether all have the same layout.
+        self.copies: list[tuple[list[nn.Parameter], list[int], bool]] = []
         self.not_counted: set[int] = set()
         if mesh["pp"].size() == 1 or not tied:
             return
         self.group = mesh["pp"].get_group()
-        weights = dict(stage.named_parameters(remove_duplicate=False))
-        held = [next((weights[name] for name in group if name in weights), None) for group in tied]
-        layouts: list[list[str | None]] = [[] for _ in range(mesh["pp"].size())]
-        dist.all_gather_object(layouts, [None if w is None else str(w.placements) for w in held], group=self.group)
-        own = mesh["pp"].get_local_rank()
-        for index, weight in enumerate(held):
-            stages = [s for s, layout in enumerate(layouts) if layout[index] is not None]
-            if weight is None or len(stages) == 1:
+        own: list[dict[int, nn.Parameter]] = [{} for _ in tied]
+        for index, stage in stages.items():
+            weights = dict(stage.named_parameters(remove_duplicate=False))
+            for place, names in enumerate(tied):
+                weight = next((weights[name] for name in names if name in weights), None)
+                if weight is not None and weight.requires_grad:
+                    own[place][index] = weight
+        # By rank and tied weight, the layout of each copy by its stage.
+        layouts: list[list[dict[int, str]]] = [[] for _ in range(mesh["pp"].size())]
+        told = [{index: str(weight.placements) for index, weight in held.items()} for held in own]
+        dist.all_gather_object(layouts, told, group=self.group)
+        for place, held in enumerate(own):
+            everywhere = {index: layout for rank in layouts for index, layout in rank[place].items()}
+            if not held or len(everywhere) == 1:
                 continue
-            same_layout = len({layouts[s][index] for s in stages}) == 1
-            self.copies.append((weight, stages, same_layout))
-            if own != stages[0]:
-                self.not_counted.add(id(weight))
+            ranks = [rank for rank, found in enumerate(layouts) if found[place]]
+            self.copies.append((list(held.values()), ranks, len(set(everywhere.values())) == 1))
+            self.not_counted |= {id(weight) for index, weight in held.items() if index != min(everywhere)}
 
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Replace the gradient of each copy by the sum over all its copies."""
-        for weight, stages, same_layout in self.copies:
-            gradient = weight.grad
-            assert isinstance(gradient, DTensor)
+        for weights, ranks, same_layout in self.copies:
+            gradients = [weight.grad for weight in weights]
             # Shards of the same layout can be added as they are; others are added as whole tensors.
-            if same_layout:
-                total = self._sum(gradient.to_local(), stages)
-            else:
-                total = own_slice(self._sum(gradient.full_tensor(), stages), gradient)
-            gradient.to_local().copy_(total)
+            parts = [_local(gradient) if same_layout else gradient.full_tensor() for gradient in gradients]
+            total = self._sum(sum(parts[1:], parts[0]), ranks)
+            for gradient in gradients:
+                _local(gradient).copy_(total if same_layout else own_slice(total, gradient))
 
-    def _sum(self, own: Tensor, stages: list[int]) -> Tensor:
-        parts = {stage: torch.empty_like(own) for stage in stages}
+    def _sum(self, own: Tensor, ranks: list[int]) -> Tensor:
+        parts = {rank: torch.empty_like(own) for rank in ranks}
         me = dist.get_rank(self.group)
         parts[me] = own.contiguous()
         operations = []
-        for stage in stages:
-            if stage != me:
-                peer = dist.get_global_rank(self.group, stage)
+        for rank in ranks:
+            if rank != me:
+                peer = dist.get_global_rank(self.group, rank)
                 operations.append(dist.P2POp(dist.isend, parts[me], peer, self.group))
-                operations.append(dist.P2POp(dist.irecv, parts[stage], peer, self.group))
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-        # In stage order on every rank, so that all copies get the same bits.
-        total = parts[stages[0]].clone()
-        for stage in stages[1:]:
-            total += parts[stage]
+                operations.append(dist.P2POp(dist.irecv, parts[rank], peer, self.group))
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        # In the same order on every rank, so that all copies get the same bits.
+        total = parts[ranks[0]].clone()
+        for rank in ranks[1:]:
+            total += parts[rank]
         return total
+
+
+def _local(gradient: Tensor) -> Tensor:
+    assert isinstance(gradient, DTensor)
+    return gradient.to_local()

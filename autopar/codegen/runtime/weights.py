@@ -51,7 +51,7 @@ class New:
                 ranks, rank = self.axis(name).size(), self.axis(name).get_local_rank()
                 size = local[dims[name]]
                 part = (size + ranks - 1) // ranks
-                local[dims[name]] = part if size % ranks == 0 else _within(size - rank * part, part)
+                local[dims[name]] = torch.sym_max(0, torch.sym_min(size - rank * part, part))
         parameter = torch.empty(local, device=self.device, dtype=self.dtype)
         if self.mesh is None or not self.splits:
             return nn.Parameter(parameter)
@@ -67,7 +67,3 @@ class New:
                 stride=whole.stride(),
             )
         )
-
-
-def _within(size: int, most: int) -> int:
-    return torch.sym_max(0, torch.sym_min(size, most))

@@ -1,0 +1,141 @@
+"""Single-process proof of plans on several model axes: context parallelism, tensor parallelism in parts, and both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hand_plans import gpt2, graph_of, llama, on_axes, plan_of
+
+from autopar.codegen import twin
+from autopar.codegen.emit_module import module_source
+from autopar.codegen.verify import verify, verify_source
+from autopar.errors import UnsupportedError, VerificationError
+from autopar.graph.ir import ModelGraph
+from autopar.graph.trace import trace
+from autopar.plan import Mesh, Plan
+
+MODELS = {"llama": llama(2), "gpt2": gpt2(2)}
+GRAPHS = {name: graph_of(model) for name, model in MODELS.items()}
+MESHES = {
+    "cp4": Mesh(cp=4),
+    "cp2 tp2 sp": Mesh(cp=2, tp=2),
+    "dp2 cp2 heads": Mesh(dp=2, cp=2),
+    "cp2 tp2 sp heads": Mesh(cp=2, tp=2),
+    "cp2 tp2x2": Mesh(cp=2, tp=4, tp_parts=(2, 2)),
+    "pp2 cp2 tp2 sp": Mesh(pp=2, cp=2, tp=2),
+}
+
+
+def plan(graph: ModelGraph, name: str, seq_len: int = 16) -> Plan:
+    mesh = MESHES[name]
+    decisions = on_axes(graph, mesh, "sp" in name, "heads" in name)
+    return plan_of(graph, decisions, mesh, (2,) if mesh.pp > 1 else (), micro_batch=1, seq_len=seq_len)
+
+
+CASES = [("llama", name) for name in MESHES] + [("gpt2", name) for name in ("cp2 tp2 sp", "cp2 tp2x2")]
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_loss_and_gradients_equal_the_single_device(model: str, name: str) -> None:
+    report = verify(plan(GRAPHS[model], name), MODELS[model])
+    assert report.loss_error <= 1e-12
+    assert report.worst[1] <= 1e-12
+    assert set(report.errors) == set(GRAPHS[model].parameters)
+    assert report.twin == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "vocabulary", "mesh"),
+    [
+        ("llama", 250, Mesh(tp=4)),
+        ("llama", 257, Mesh(cp=2, tp=4, tp_parts=(2, 2))),
+        ("gpt2", 257, Mesh(tp=4)),
+    ],
+    ids=str,
+)
+def test_vocabularies_that_do_not_divide(model: str, vocabulary: int, mesh: Mesh) -> None:
+    uneven = {"llama": llama, "gpt2": gpt2}[model](2, vocab_size=vocabulary)
+    graph = graph_of(uneven)
+    chosen = plan_of(graph, on_axes(graph, mesh, True), mesh, micro_batch=1)
+    assert f"vocabulary={vocabulary}" in module_source(chosen, graph)
+    assert verify(chosen, uneven).worst[1] <= 1e-12
+
+
+def test_sequences_are_in_balanced_order_where_that_helps() -> None:
+    graph = GRAPHS["llama"]
+    assert "balanced=True" in module_source(plan(graph, "cp4"), graph)
+    assert "balanced order" in module_source(plan(graph, "cp4"), graph)
+    assert "balanced" not in module_source(
+        plan(graph, "dp2 cp2 heads"), graph
+    )  # attention by heads is balanced as it is
+    odd = plan(graph, "cp4", seq_len=12)  # no even number of chunks for each rank
+    assert "balanced" not in module_source(odd, graph)
+    assert verify_source(module_source(odd, graph), odd, MODELS["llama"], graph).worst[1] <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("k = all_gather(k, self.cp, 2, balanced=True)", "k = all_gather(k, self.cp, 2)"),
+        ("cos = shard(cos, self.cp, 2, balanced=True)", "cos = shard(cos, self.cp, 2)"),
+        ("labels[:, 1:], self.cp, 1, balanced=True", "labels[:, 1:], self.cp, 1"),
+        ("context_attention(q, k, v, self.cp, balanced=True", "context_attention(q, k, v, self.cp"),
+    ],
+)
+def test_an_order_that_is_not_the_others_is_caught(old: str, new: str) -> None:
+    chosen, graph = plan(GRAPHS["llama"], "cp2 tp2 sp"), GRAPHS["llama"]
+    source = module_source(chosen, graph)
+    assert old in source
+    with pytest.raises(VerificationError, match="differs from the single device"):
+        verify_source(source.replace(old, new, 1), chosen, MODELS["llama"], graph)
+
+
+def test_a_plan_too_large_is_verified_with_two_ranks_on_each_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twin, "MOST_RANKS", 15)
+    model = llama(2, hidden_size=128, num_attention_heads=16, num_key_value_heads=8, vocab_size=250)
+    graph = graph_of(model)
+    mesh = Mesh(dp=2, cp=4, tp=8, tp_parts=(2, 4))
+    chosen = plan_of(graph, on_axes(graph, mesh, True), mesh, seq_len=4096)
+    small = twin.small_twin(chosen, model, graph, trace)
+    assert small.plan.mesh == Mesh(dp=2, cp=2, tp=4, tp_parts=(2, 2))
+    assert all(c.decision.axes == {"cp": 2, "tp0": 2, "tp1": 2} for c in small.plan.candidates.values())
+    assert "vocabulary=" in module_source(small.plan, small.graph)
+    report = verify(chosen, model)
+    assert report.worst[1] <= 1e-12
+    assert "dp=2 x cp=2 x tp=2x2" in report.twin
+
+
+def test_parameters_that_cannot_be_stored_so_are_refused() -> None:
+    from autopar.codegen.members import parameter_expr
+    from autopar.sharding.layout import Layout
+
+    axes = {"cp": 2, "tp0": 2, "tp1": 4}
+    for text, reason in (
+        ("cp:I tp0:S(0)", "on cp a parameter is R"),
+        ("cp:R tp0:S(0, 3)", "whole slices"),
+        ("cp:R tp1:S(0) tp0:S(0)", "mesh's order"),
+        ("cp:R tp0:S(1) tp1:S(1)", "leave ranks without any"),
+    ):
+        with pytest.raises(UnsupportedError, match=reason):
+            parameter_expr(Layout.parse(text), (96, 9), axes, "w")
+
+
+def test_a_stage_index_counts_all_stages_of_all_ranks() -> None:
+    """Four stages on two ranks: the module knows stages by their place in the model, whatever rank they sit on."""
+    import dataclasses
+
+    from autopar.codegen.load import load_module
+    from autopar.codegen.ranks import fake_mesh
+
+    model = llama(2)
+    graph = GRAPHS["llama"]
+    base = plan_of(graph, on_axes(graph, Mesh(tp=2)), Mesh(pp=4, tp=2), (1, 2, 3))
+    chosen = dataclasses.replace(base, mesh=Mesh(pp=2, dp=2, tp=2), vpp=2, schedule="interleaved")
+    chosen = dataclasses.replace(chosen, job=dataclasses.replace(chosen.job, global_batch=8))
+    with fake_mesh({"pp": 2, "dp": 2, "tp": 2}) as mesh:
+        module = load_module(module_source(chosen, graph))
+        stages = [module.build_stage(index, mesh, torch.device("cpu"), meta=True) for index in range(4)]
+    held = [{name for name, _ in stage.named_parameters()} for stage in stages]
+    assert set().union(*held) == set(GRAPHS["llama"].parameters)
+    assert sum(map(len, held)) == len(GRAPHS["llama"].parameters)
+    assert verify(chosen, model).worst[1] <= 1e-12
