@@ -24,6 +24,7 @@ from autopar.codegen.load import load_module
 from autopar.codegen.ranks import fake_mesh
 from autopar.codegen.runtime.collectives import all_gather, reduce_scatter
 from autopar.codegen.runtime.recompute import KEEPABLE, policy, selective
+from autopar.codegen.runtime.sharding import compile_blocks
 from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify
 from autopar.graph.ir import ModelGraph
@@ -120,6 +121,23 @@ def test_the_policy_works_with_pytorchs_own_contexts() -> None:
     found, counted = trained(partial(checkpoint, use_reentrant=False, context_fn=contexts))
     assert all(map(torch.equal, found, expected))
     assert counted["matmul"] == plain["matmul"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the compiler itself
+def test_compiled_blocks_keep_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler's own splitting of forward and backward, without the C++ it would make of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    expected, plain = trained(plainly)
+
+    def compiled(layer: nn.Module, x: Tensor, keep: tuple[str, ...]) -> Tensor:
+        compile_blocks([layer])
+        return selective(layer, x, keep=keep)
+
+    for keep, again in ((("matmul", "attention"), 0), (("attention",), 4)):
+        found, counted = trained(partial(compiled, keep=keep))
+        pairs = zip(found, expected, strict=True)
+        assert max(float((a - b).norm() / b.norm()) for a, b in pairs) < 1e-12
+        assert counted["matmul"] - plain["matmul"] == 3 * again
 
 
 def test_attention_made_of_matmuls_keeps_no_scores() -> None:

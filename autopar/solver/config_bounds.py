@@ -23,8 +23,7 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
     """No plan of this configuration takes less, given that a micro-batch's blocks take at least ``work`` seconds."""
     place = placed(context, config, 0)
     m = config.micro_batches
-    sizes = {name: prod(meta.at(1, 1)) for name, meta in context.model.parameters.items()}
-    total, rooted = sum(sizes.values()), sum(sizes[name] for name in _rooted_names(context))
+    total, rooted = _total_elements(context)
     work += place.data.least_copies_s((total - rooted) / config.tp)
     work += place.data.least_copies_s(rooted / config.tp, root=True)
     # Some stage holds at least its even share.
@@ -35,19 +34,35 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
     return spread_bound(work, config.pp, m, config.vpp) + optimizer
 
 
+def _total_elements(context: Context) -> tuple[int, int]:
+    """Parameter elements of the model, and of these those that may be in a root group."""
+    if "elements" not in context.memo:
+        sizes = {name: prod(meta.at(1, 1)) for name, meta in context.model.parameters.items()}
+        context.memo["elements"] = sum(sizes.values()), sum(sizes[name] for name in _rooted_names(context))
+    total, rooted = context.memo["elements"]
+    return total, rooted
+
+
 def _least_elements(context: Context, config: Config, index: int) -> int:
     """Parameter elements of block ``index`` per rank when all of them are split. Of a tied parameter the first block
     counts, and the last, if it surely sits in another stage."""
+    apart = config.pp > 1 and index == len(context.model.blocks) - 1
+    key = ("least elements", index, apart)
+    if key not in context.memo:
+        context.memo[key] = _whole_elements(context, index, apart)
+    return int(context.memo[key]) // config.tp
+
+
+def _whole_elements(context: Context, index: int, apart: bool) -> int:
     blocks = context.model.blocks
     block = blocks[index]
-    apart = config.pp > 1 and index == len(blocks) - 1
     total = 0
     for node in context.model.kinds[block.kind].graph.of("parameter"):
         tie = context.ties.parameters.get((block.kind, node.name))
         first = next((i for i, other in enumerate(blocks) if _holds(context, other.kind, tie)), index) if tie else index
         if first == index or (apart and first == 0):
             total += prod(node.meta.at(1, 1))
-    return total // config.tp
+    return total
 
 
 def _holds(context: Context, kind: str, tie: str | None) -> bool:
@@ -152,7 +167,7 @@ def _least_problem(
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
     place = placed(context, config, handed)
     runs = []
-    for run in block_runs(context, config):
+    for run in block_runs(context, config, extended=True):
         kind = run.kind
         least = bytes_of[kind]
         elements = float(_least_elements(context, config, run.start))
@@ -166,9 +181,13 @@ def _least_problem(
         options = []
         staging = 0.0 if run.root else place.memory.staging(elements)
         for choice in run.choices:
-            kept = shardings.least_kept(kind, choice)
-            # Recomputing all needs what is not kept while the block runs.
-            needed = (least.saved - kept if choice == "full" else 0.0) + staging
+            if shardings.size == 1:  # there is one decision, and these are its bytes
+                cost = shardings.fastest().costs[kind][choice]
+                kept, needed = float(cost.inflight), cost.transient + staging
+            else:
+                kept = shardings.least_kept(kind, choice)
+                # Recomputing all needs what is not kept while the block runs.
+                needed = (least.saved - kept if choice == "full" else 0.0) + staging
             resident = place.memory.resident(elements, run.root and run.sure)
             ahead = min(forward, seconds[choice])
             back = seconds[choice] - ahead

@@ -125,11 +125,13 @@ def price(context: Context, config: Config, shardings: Shardings, found: Found) 
         found.bounds[config] = bound
         short = found.promising(bound)
     if short:
+        # Memory is short: leaner shardings, and blocks that keep some results and not others.
+        more = context.freedom(True) != context.freedom()
         for answers in compatible([shardings.fastest(), *shardings.lean()]):
-            if len(answers) == 1 and answers[0] is shardings.fastest():
+            if len(answers) == 1 and answers[0] is shardings.fastest() and not more:
                 continue
             cutoff = found.best.step_time if found.best else float("inf")
-            _keep(best_stages(context, config, answers, cutoff), found)
+            _keep(best_stages(context, config, answers, cutoff, extended=True), found)
 
 
 def _keep(assessed: Assessment | None, found: Found) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
@@ -74,6 +75,7 @@ class Context:
     counts: dict[str, int]
     halved: HalvedBackward
     paddings: dict[int, Context] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
@@ -100,25 +102,27 @@ class Context:
             return self
         if ranks not in self.paddings:
             self.paddings[ranks] = replace(
-                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}
+                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}, memo={}
             )
         return self.paddings[ranks]
 
     def demands(self) -> Demands:
         return Demands(split_matmuls=self.fix.tp is not None, sequence=self.fix.sp)
 
-    def freedom(self) -> list[tuple[str, tuple[str, ...]]]:
-        """For each block its kind and the recompute choices the fix leaves."""
+    def freedom(self, extended: bool = False) -> list[tuple[str, tuple[str, ...]]]:
+        """For each block its kind and the recompute choices the fix leaves. ``extended``: with those that only pay
+        where memory is short (`recompute.choices`)."""
         found: list[tuple[str, tuple[str, ...]]] = []
         for index, block in enumerate(self.model.blocks):
             repeated = self.repeated(block.kind)
             fixed = self.fix.recompute_of(index, block.kind, repeated)
-            found.append((block.kind, choices(fixed, repeated and self.fix.offload in ("activations", "all"))))
+            moves = repeated and self.fix.offload in ("activations", "all")
+            found.append((block.kind, choices(fixed, moves, extended and repeated)))
         return found
 
     def choices_of(self, kind: str) -> tuple[str, ...]:
-        """The recompute choices that some block of the kind has."""
-        return tuple(dict.fromkeys(choice for name, some in self.freedom() if name == kind for choice in some))
+        """All recompute choices that some block of the kind has."""
+        return tuple(dict.fromkeys(choice for name, some in self.freedom(True) if name == kind for choice in some))
 
     def repeated(self, kind: str) -> bool:
         """Whether blocks of the kind are the model's repeated ones (all are, if none repeats)."""
@@ -321,10 +325,12 @@ class Shardings:
     def _fastest_forward(self, name: str, of: frozenset[str] | None = None) -> float:
         """The fastest forward of each operator (those of these names), conversions free."""
         graph = self.context.model.kinds[name].graph
-        choices = self.built(frozenset()).choices
         nodes = [node for node in graph.of("op") if of is None or node.name in of]
+        if self.size == 1:
+            return sum(self.prices.operator(node, graph, {})[0].forward_s for node in nodes)
+        ways = self.built(frozenset()).choices
         return sum(
-            min(self.prices.operator(node, graph, choice)[0].forward_s for choice in choices[f"{name}/{node.name}"])
+            min(self.prices.operator(node, graph, way)[0].forward_s for way in ways[f"{name}/{node.name}"])
             for node in nodes
         )
 

@@ -140,10 +140,10 @@ def _levels(data: int, inside: int, fix: Fix) -> Iterator[tuple[int, int]]:
         if fix.fsdp in (None, 1):
             yield fix.zero or 0, 1
         return
-    for level in (0, 3) if fix.zero is None else (fix.zero,):
-        groups: tuple[int, ...] = (1,) if level == 0 else (data,)
+    for level in range(4) if fix.zero is None else (fix.zero,):
+        groups: tuple[int, ...] = (1,) if level == 0 else (data, inside) if 1 < inside < data else (data,)
         if fix.fsdp is not None:
-            groups = (fix.fsdp,) if (fix.fsdp == 1) == (level == 0) and data % fix.fsdp == 0 else ()
+            groups = (fix.fsdp,) if (fix.fsdp == 1) == (level == 0) else ()
         yield from ((level, group) for group in groups if data % group == 0)
 
 

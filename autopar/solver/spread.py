@@ -32,13 +32,13 @@ class KindRun:
     sure: bool
 
 
-def block_runs(context: Context, config: Config) -> list[KindRun]:
-    """The chain of blocks as runs of alike ones."""
+def block_runs(context: Context, config: Config, extended: bool = False) -> list[KindRun]:
+    """The chain of blocks as runs of alike ones. ``extended``: see `Context.freedom`."""
     blocks = context.model.blocks
     rooted = root_blocks(context.model, range(len(blocks)))
     alike = [
         (kind, choices, root, config.pp == 1 or not (root and block.path))
-        for (kind, choices), root, block in zip(context.freedom(), rooted, blocks, strict=True)
+        for (kind, choices), root, block in zip(context.freedom(extended), rooted, blocks, strict=True)
     ]
     runs, start = [], 0
     for (kind, choices, root, sure), group in groupby(alike):
@@ -57,12 +57,17 @@ def compatible(answers: Sequence[Answered]) -> list[list[Answered]]:
 
 
 def stage_problem(
-    context: Context, config: Config, answers: Sequence[Answered], capacity: float | None = None
+    context: Context,
+    config: Config,
+    answers: Sequence[Answered],
+    capacity: float | None = None,
+    extended: bool = False,
 ) -> tuple[StageProblem, list[list[BlockCost]]]:
-    """The stage ILP of a configuration over compatible answers, and the cost each option stands for."""
+    """The stage ILP of a configuration over compatible answers, and the cost each option stands for. ``extended``: see
+    `Context.freedom`."""
     boundary = max(answer.boundary for answer in answers)
     place = placed(context, config, boundary)
-    kinds = block_runs(context, config)
+    kinds = block_runs(context, config, extended)
     costs_of = [
         _undominated([answer.costs[run.kind][choice] for answer in answers for choice in run.choices]) for run in kinds
     ]
@@ -170,12 +175,16 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
 
 
 def best_stages(
-    context: Context, config: Config, answers: Sequence[Answered], cutoff: float = float("inf")
+    context: Context,
+    config: Config,
+    answers: Sequence[Answered],
+    cutoff: float = float("inf"),
+    extended: bool = False,
 ) -> Assessment | None:
     """The fastest stages that fit, over compatible answers; None if none fit. ``cutoff``: a step time that is of no use
-    any more; stages that cannot be faster are found less carefully."""
+    any more; stages that cannot be faster are found less carefully. ``extended``: see `Context.freedom`."""
     begin = time.perf_counter()
-    problem, costs_of = stage_problem(context, config, answers)
+    problem, costs_of = stage_problem(context, config, answers, extended=extended)
     # The ILP's V counts what blocks hide of each other's communication a little too high.
     answer = solve_stages(problem, gap=STAGE_GAP, cutoff=cutoff * 1.02)
     context.clock.add("stage ILP", begin)

@@ -19,7 +19,7 @@ the optimizer; S_q: the stages of rank q. Terms and proofs of (5) are those of `
 
     minimise V; `run_balanced` then minimises (m-1) max_q w_q + sum_s w_s + max_q a_q at nearly the same V, w_q and a_q
     being what a rank does each micro-batch and once, because V alone leaves the stages that do not decide it open, and
-    the simulator minds.
+    the simulator minds. With several stages a rank it minimises m max_q w_q + m v max_s w_s + max_q a_q.
 
 Seconds become integers, rounded down, so that the optimum times the unit stays a valid bound.
 """
@@ -181,7 +181,11 @@ def solve_stages(
     use; it is not balanced then. ``work_limit``: CP-SAT's deterministic time.
     """
     model = _Model(problem, gap)
-    first = model.run(model.value, work_limit)
+    # With several stages a rank V only has to show what fits: the balance decides.
+    several = balance and problem.vpp > 1
+    first = model.run(model.value, work_limit / 8 if several else work_limit)
+    if first is None and several:
+        first = model.run(model.value, work_limit)
     if first is None:
         return None
     counts, bound, status = first
@@ -189,7 +193,7 @@ def solve_stages(
     if balance and problem.stages > 1 and bound < cutoff:
         # A tenth of a per mille of V buys the balance of every stage that V does not see.
         limit = int(max(stage_seconds(problem, counts) / model.unit, 1) * (1 + 1e-4)) + 1
-        second = model.run_balanced(limit, counts, work_limit)
+        second = model.run_balanced(limit, counts, work_limit / 4 if several else work_limit)
         counts = second or counts
     value = stage_seconds(problem, counts)
     return StageAnswer(counts, value, min(bound, value), status)
@@ -213,6 +217,7 @@ class _Model:
         self.value = self.cp.new_int_var(0, 2 * RESOLUTION, "")
         self.work: list[Any] = []
         self.after: list[Any] = []
+        self.each: list[Any] = []
         self._place()
         self._fit()
         self._time()
@@ -274,6 +279,7 @@ class _Model:
             [self._sum(stage, name) for stage in range(problem.stages)]
             for name in ("forward_s", "backward_s", "reduce_s")
         )
+        self.each = [ahead + back for ahead, back in zip(forward, backward, strict=True)]
         handing = backward
         if problem.halves:
             # Rounded down together, so that what is handed on is no more than the backward without its weights.
@@ -333,18 +339,20 @@ class _Model:
         return counts, solver.best_objective_bound, name
 
     def run_balanced(self, limit: int, counts: Any, work_limit: float) -> Any:
-        """The most even spread with V at most ``limit``."""
-        self.cp.add(self.value <= limit)
-        slowest = self.cp.new_int_var(0, RESOLUTION, "")
-        longest = self.cp.new_int_var(0, RESOLUTION, "")
-        for work, after in zip(self.work, self.after, strict=True):
-            self.cp.add(slowest >= work)
-            self.cp.add(longest >= after)
+        """The most even spread: with one stage a rank, of those with V at most ``limit``. With several, V sees what a
+        rank does but not that ranks wait for each other at every stage, so that the slowest stage counts as well."""
+        m, vpp = self.problem.micro_batches, self.problem.vpp
+        slowest, longest = self._largest(self.work), self._largest(self.after)
+        if vpp == 1:
+            self.cp.add(self.value <= limit)
+            objective = (m - 1) * slowest + sum(self.work) + longest
+        else:
+            objective = m * slowest + m * vpp * self._largest(self.each) + longest
         for stage, values in zip(self.n, counts, strict=True):
             for variables, numbers in zip(stage, values, strict=True):
                 for variable, number in zip(variables, numbers, strict=True):
                     self.cp.add_hint(variable, number)
-        found = self.run((self.problem.micro_batches - 1) * slowest + sum(self.work) + longest, work_limit)
+        found = self.run(objective, work_limit)
         return found[0] if found else None
 
 

@@ -2,8 +2,8 @@
 
 Of the operators named to be kept (`KEEPABLE`), those results are kept that the second run reads: what only enters a
 kept collective, or leaves the block unread, is left out (the partial sums before a kept reduce-scatter, the last
-projection). PyTorch's own contexts keep every result, which can take more memory than no recomputation at all; inside
-torch.compile they are used all the same, because there the compiler leaves out what nothing reads.
+projection). PyTorch's own contexts keep every result, which can take more memory than no recomputation at all; for
+compiled blocks they are used all the same, because the compiler leaves out what nothing reads.
 """
 
 from collections import defaultdict, deque
@@ -66,11 +66,26 @@ _PASSING = frozenset(
 def selective(block: Callable[..., Any], *args: Any, keep: Sequence[str]) -> Any:
     """``block(*args)``; backward runs it again, except for the operators named in ``keep`` (of `KEEPABLE`)."""
     names = tuple(keep)
-    if torch.compiler.is_compiling():
-        contexts: Any = partial(create_selective_checkpoint_contexts, policy(names))
-    else:
-        contexts = partial(_contexts, names)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+    if hasattr(block, "eager_forward"):
+        _compile_with_policy(block, names)
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=partial(_contexts, names))
+
+
+def _compile_with_policy(block: Any, names: tuple[str, ...]) -> None:
+    """Compile a block (once) together with its recomputation: what is kept inside a compiled block, only the compiler
+    can decide."""
+    if getattr(block, "compiled_to_keep", None) == names:
+        return
+    # Looked up by name in the compiled function, which the compiler would otherwise take for that of other names.
+    contexts = {names: partial(create_selective_checkpoint_contexts, policy(names))}
+    eager = block.eager_forward
+
+    def forward(*args: Tensor) -> Any:
+        return checkpoint(eager, *args, use_reentrant=False, context_fn=contexts[names])
+
+    block.forward = torch.compile(forward, fullgraph=True)
+    block.compiled_to_keep = names
 
 
 def policy(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:

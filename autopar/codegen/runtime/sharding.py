@@ -17,6 +17,7 @@ that split the backward (level 0 and 1 only) the reduction comes after the last 
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,6 +82,9 @@ def _sharded_modules(stage: nn.Module) -> Iterator[FSDPModule]:
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compile each block's forward, without graph breaks; FSDP2's hooks and recomputation stay outside."""
+    """Compile each block's forward, without graph breaks; FSDP2's hooks stay outside, and so does recomputation, but
+    for the selective one, which the compiler carries out (`recompute.selective`)."""
+    block: Any
     for block in blocks:
+        block.eager_forward = block.forward
         block.forward = torch.compile(block.forward, fullgraph=True)
