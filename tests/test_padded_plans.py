@@ -41,7 +41,6 @@ def wide() -> GPT2LMHeadModel:
         n_embd=1600,
         n_head=25,
         n_layer=2,
-        vocab_size=50304,
         n_positions=8192,
         resid_pdrop=0.0,
         embd_pdrop=0.0,

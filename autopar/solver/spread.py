@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from autopar.schedule import SCHEDULES
 from autopar.solver.candidates import BlockCost
 from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
+from autopar.solver.recompute import Choice
 from autopar.solver.shardings import Answered, Context
 from autopar.solver.space import Config
 from autopar.solver.stages import BlockRun, Option, StageAnswer, StageProblem, solve_stages
@@ -36,8 +38,10 @@ def block_runs(context: Context, config: Config, extended: bool = False) -> list
     """The chain of blocks as runs of alike ones. ``extended``: see `Context.freedom`."""
     blocks = context.model.blocks
     rooted = root_blocks(context.model, range(len(blocks)))
+    # Where input and weight gradients are computed apart, a block would be recomputed for each (`capabilities.LIMITS`).
+    whole = SCHEDULES[config.schedule].splits_backward
     alike = [
-        (kind, choices, root, config.pp == 1 or not (root and block.path))
+        (kind, _without_recomputation(choices) if whole else choices, root, config.pp == 1 or not (root and block.path))
         for (kind, choices), root, block in zip(context.freedom(extended), rooted, blocks, strict=True)
     ]
     runs, start = [], 0
@@ -46,6 +50,10 @@ def block_runs(context: Context, config: Config, extended: bool = False) -> list
         runs.append(KindRun(kind, choices, start, count, root, sure))
         start += count
     return runs
+
+
+def _without_recomputation(choices: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in choices if Choice.of(name).recompute == "none")
 
 
 def compatible(answers: Sequence[Answered]) -> list[list[Answered]]:
