@@ -65,7 +65,8 @@ class StageWriter:
             lines.append("    [")
             for run in runs:
                 first = run[0]
-                span = f"range({first.position}, {run[-1].position + 1})"
+                start = f"{first.position}, " if first.position else ""
+                span = f"range({start}{run[-1].position + 1})"
                 parts = (f'"{first.container}"', span, first.callee, manner(first.candidate))
                 text = f"        ({', '.join(parts)}),"
                 if len(text) > 88:
