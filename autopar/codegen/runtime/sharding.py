@@ -17,7 +17,6 @@ that split the backward (level 0 and 1 only) the reduction comes after the last 
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch._functorch.config
