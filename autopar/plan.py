@@ -294,6 +294,10 @@ class Plan:
             raise BadInputError(f"{len(self.stages)} stages for pp={self.mesh.pp} with {self.vpp} on each rank")
         if self.mesh.data % self.fsdp:
             raise BadInputError(f"shard groups of {self.fsdp} do not divide the {self.mesh.data} data ranks")
+        if self.pad_heads < 1 or self.mesh.tp % self.pad_heads:
+            raise BadInputError(
+                f"heads padded to a multiple of {self.pad_heads}, which does not divide tp={self.mesh.tp}"
+            )
         expected = 0
         for run in (run for stage in self.stages for run in stage.runs):
             if run.start != expected or run.stop <= run.start:

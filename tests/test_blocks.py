@@ -121,20 +121,45 @@ def traced(layers: list[nn.Module], cls: type[nn.Module] = Net) -> ModelGraph:
 
 
 def test_layers_of_two_widths_are_two_kinds():
-    graph = traced([Layer(4), Layer(4), Layer(8), Layer(4)])
-    assert [block.kind for block in graph.blocks][1:-2] == ["Layer", "Layer", "Layer2"]
+    graph = traced([Layer(4), Layer(4), Layer(4), Layer(8), Layer(4)])
+    # All hand on what enters the first, which the end reads; to the first itself that is one tensor, not two.
+    assert [block.kind for block in graph.blocks][1:-2] == ["Layer", "Layer2", "Layer2", "Layer3"]
 
 
 def test_what_runs_between_layers_belongs_to_the_layer_before():
-    graph = traced([Layer(), Layer(), Layer()])
-    assert [block.kind for block in graph.blocks] == ["Prologue", "Layer", "Layer", "Layer2", "Epilogue"]
+    graph = traced([Layer() for _ in range(4)])
+    assert [block.kind for block in graph.blocks] == ["Prologue", "Layer", "Layer2", "Layer2", "Layer3", "Epilogue"]
     kinds = {name: [node.op for node in kind.graph.of("op")] for name, kind in graph.kinds.items()}
-    assert kinds["Layer"] == [*kinds["Layer2"], "aten.add"]
+    assert kinds["Layer2"] == [*kinds["Layer3"], "aten.add"]
 
 
-def test_edges_over_blocks_are_sources():
-    graph = traced([Layer(), Layer()])
-    assert Source("block", block=0, index=0) in graph.blocks[-1].inputs.values()
+def test_what_is_needed_further_down_is_handed_on():
+    graph = traced([Layer() for _ in range(3)])
+    for place, block in enumerate(graph.blocks):
+        assert all(source.block == place - 1 for source in block.inputs.values() if source.origin == "block")
+    # What enters the first layer reaches the end as every layer's second output.
+    assert Source("block", block=3, index=1) in graph.blocks[-1].inputs.values()
+    kind = graph.kinds[graph.blocks[2].kind].graph
+    assert kind.nodes[kind.outputs[1]].kind == "input"
+
+
+class Masked(Net):
+    """A mask made once from the batch, read by every layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x > 0).to(x.dtype)
+        x = self.enter(x)
+        for layer in self.layers:
+            x = layer(x) * mask
+        return x
+
+
+def test_what_follows_from_the_batch_alone_is_computed_where_it_is_read():
+    graph = traced([Layer() for _ in range(3)], Masked)
+    for block in graph.blocks[1:3]:
+        assert Source("batch", key="x") in block.inputs.values()
+        assert len(graph.kinds[block.kind].graph.outputs) == 1
+    assert "aten.gt" not in [node.op for node in graph.kinds["Prologue"].graph.of("op")]
 
 
 def test_buffers_of_layers_stay_with_them_and_shared_ones_are_constants():

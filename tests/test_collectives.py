@@ -235,3 +235,12 @@ def test_split_vocabulary_loss_and_embedding_equal_the_whole(
     torch.testing.assert_close(torch.cat(gradients, 2), reference.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sum(summands), looked_up.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat(row_gradients), table.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_simulated_ranks_know_their_place_on_axes_that_come_and_go() -> None:
+    with local_ranks({"a": 2, "b": 3}) as mesh:
+        for name in "abba" * 10:
+            # The submesh is freed at once, and the next one may lie where it lay.
+            index = torch.arange(3).narrow(0, mesh[name].get_local_rank(), 1)
+            found = [int(on_rank(index, rank)) for rank in range(6)]
+            assert found == [rank // 3 if name == "a" else rank % 3 for rank in range(6)]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hand_plans import graph_of, megatron, on_axes, plan_of
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from autopar.cluster import Cluster
 from autopar.codegen.emit_module import module_source
+from autopar.codegen.runtime.offload import offload
 from autopar.codegen.runtime.operators import attention, dropout
+from autopar.codegen.runtime.recompute import selective
 from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify
 from autopar.graph.ir import ModelGraph
@@ -80,6 +85,58 @@ def test_recomputation_draws_the_same_mask() -> None:
     y = checkpoint(lambda x: dropout(x * 1, 0.5, True, Axis(1)) ** 2, x, use_reentrant=False)
     y.sum().backward()
     assert torch.equal(x.grad, 2 * y.detach() / 1.0)
+
+
+WAYS: dict[str, Callable[..., torch.Tensor]] = {
+    "full": partial(checkpoint, use_reentrant=False),
+    "selective": partial(selective, keep=("matmul",)),
+    "offload": partial(offload, selective, keep=("matmul",)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_masks_return_whatever_is_recomputed(way: str) -> None:
+    """Three masks a block, one of each rank's own between two that all ranks share: forward, and again in backward."""
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(x @ torch.eye(64), 0.3)
+        return F.dropout(dropout(x * 2, 0.4, True, Axis(2)) @ torch.eye(64), 0.5).sin()
+
+    def trained(call: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        x = torch.ones(64, 64, requires_grad=True)
+        result = call(block, call(block, x))
+        torch.rand(7)  # backward begins at another place of the stream
+        result.sum().backward()
+        return result.detach(), x.grad
+
+    for found, expected in zip(trained(WAYS[way]), trained(lambda block, x: block(x)), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_masks_of_shards_are_statistically_independent() -> None:
+    """Keep rates, and how often two ranks or two calls keep the same element, within five standard deviations."""
+    keep, count = 0.75, 400 * 100
+    masks = []
+    for rank in range(4):
+        torch.manual_seed(0)
+        masks += [(dropout(torch.ones(400, 100), 1 - keep, True, Axis(rank)) != 0).double() for _ in range(2)]
+    for place, mask in enumerate(masks):
+        assert abs(float(mask.mean()) - keep) < 5 * (keep * (1 - keep) / count) ** 0.5
+        for other in masks[:place]:
+            both = float((mask * other).mean())
+            assert abs(both - keep**2) < 5 * (keep**2 * (1 - keep**2) / count) ** 0.5
+
+
+def test_copies_draw_one_mask() -> None:
+    """What is not split takes its mask from the stream that the ranks share, also after masks of their own."""
+
+    def drawn_by(rank: int) -> torch.Tensor:
+        torch.manual_seed(3)
+        dropout(torch.ones(10), 0.5, True, Axis(rank))
+        return F.dropout(torch.ones(1000), 0.5)
+
+    assert all(torch.equal(drawn_by(rank), drawn_by(0)) for rank in range(1, 4))
 
 
 def test_attention_of_shards_differs_only_while_training() -> None:

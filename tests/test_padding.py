@@ -17,7 +17,7 @@ from autopar.graph.trace import trace
 from tests.traced import VOCABULARY, llama, token_batch
 
 
-def gpt2(heads: int = 5, device: str = "meta") -> GPT2LMHeadModel:
+def gpt2(heads: int = 5, device: str = "meta", longest: int = 64) -> GPT2LMHeadModel:
     """Fused q, k, v with biases."""
     torch.manual_seed(0)
     config = GPT2Config(
@@ -25,7 +25,7 @@ def gpt2(heads: int = 5, device: str = "meta") -> GPT2LMHeadModel:
         n_head=heads,
         n_layer=2,
         vocab_size=VOCABULARY,
-        n_positions=64,
+        n_positions=longest,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -37,7 +37,7 @@ def gpt2(heads: int = 5, device: str = "meta") -> GPT2LMHeadModel:
         return GPT2LMHeadModel(config)
 
 
-def grouped(heads: int = 6, kv: int = 3) -> nn.Module:
+def grouped(heads: int = 6, kv: int = 3, longest: int = 64) -> nn.Module:
     """Separate q, k, v, all with biases, rotary positions, grouped queries."""
     return llama(
         2,
@@ -46,6 +46,7 @@ def grouped(heads: int = 6, kv: int = 3) -> nn.Module:
         num_attention_heads=heads,
         num_key_value_heads=kv,
         attention_bias=True,
+        max_position_embeddings=longest,
     )
 
 

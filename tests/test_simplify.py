@@ -282,3 +282,13 @@ def test_window_longer_than_any_sequence_is_causal():
             node for node in trace(model).kinds["MistralDecoderLayer"].graph.of("op") if "attention" in node.op
         )
         assert attention.kwargs.get("is_causal", False) is causal
+
+
+def test_a_new_name_is_never_that_of_a_node_to_come():
+    """Dropouts that go and some that stay shift the numbers of nodes between passes."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=40, n_head=5, n_layer=3, vocab_size=128, embd_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    assert trace(model).kinds["GPT2Block"].graph.nodes["attention"].kwargs["dropout_p"] == 0.1

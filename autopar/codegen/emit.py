@@ -34,7 +34,7 @@ TORCH_DTYPES = {
 ZERO_TEXTS = (
     "every data rank holds whole parameters, gradients and optimizer state",
     "optimizer state is sharded; gradients are reduced once a step, parameters gathered once",
-    "optimizer state and gradients are sharded, gradients reduced at each micro-batch; parameters gathered once a step",
+    "optimizer state and gradients are sharded, gradients reduced at each micro-batch",
     "parameters, gradients and optimizer state are sharded; a block's parameters are gathered as it runs",
 )
 """What each ZeRO level does, in words."""

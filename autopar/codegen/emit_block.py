@@ -101,6 +101,9 @@ class Body:
         outputs = tuple(self._materialise(name, self._promised(name)) for name in self.graph.outputs)
         arguments = {f"input {name}": text for name, text in self.arguments.items()}
         arguments |= {key: text for key, text in self.extra.items() if self._reads(key)}
+        # A view that only conversions would have read, which read what it is a view of (`_flattened_from`).
+        read = {key for step in self._steps for key in values_in(step.expr)} | set(outputs)
+        self._steps = [step for step in self._steps if step.group != "shape" or step.key in read]
         return Program(arguments, [*self._preamble(), *self._steps], outputs, self.reserved)
 
     # Values
@@ -230,10 +233,25 @@ class Body:
                 key = self._step(
                     f"{key} whole", Method(Value(key), "flatten", (literal(dim), literal(dim + 1))), hint, "shape"
                 )
+            inner = self._flattened_from(key, *new.dims[0]) if len(new.dims) == 1 else ""
+            if inner:
+                return inner
             for dim, blocks in reversed(new.dims):
                 sizes = Call("", (blocks, literal(-1)))
                 key = self._step(f"{key} blocks", Method(Value(key), "unflatten", (literal(dim), sizes)), hint, "shape")
         return key
+
+    def _flattened_from(self, key: str, dim: int, blocks: Expr) -> str:
+        """The value that ``key`` is a flattened view of, if that has these blocks in dim ``dim``; else ""."""
+        node = self.graph.nodes.get(key.removeprefix("op "))
+        if node is None or node.op != "aten.flatten" or node.args[1:] != (dim, dim + 1):
+            return ""
+        operand = node.operands()[0]
+        read = [name for step in self._steps if step.key == key for name in values_in(step.expr)]
+        for layout, inner in self._held[operand]:
+            if inner in read and not layout.splits(dim):
+                return inner if self._sizes().expr(self.graph.nodes[operand].meta.shape[dim]) == blocks else ""
+        return ""
 
     def _exchange(self, node: Node, key: str, axis: str, step: Conversion, layout: Layout, blocked: _Blocked) -> str:
         """One step on one axis of a tensor that is held as ``layout`` and seen as ``blocked``."""

@@ -85,6 +85,12 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
             f"The ranks of cp hold a sequence in balanced order: of its {2 * cp} chunks, rank r has chunks r and "
             f"{2 * cp - 1} - r, so that causal attention is the same work for each.",
         ]
+    if plan.pad_heads > 1:
+        lines += [
+            "",
+            f"Attention has zeros for heads up to a multiple of {plan.pad_heads}, put into its weights where they are "
+            "used: the added heads change neither the loss nor a gradient. Parameters are without them.",
+        ]
     lines += ['"""', ""]
     lines = [part for line in lines for part in ([line] if len(line) <= 88 else _wrapped(line))]
     lines.append("import torch")

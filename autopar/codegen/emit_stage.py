@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.codegen.calls import MANNER, call, calls_by_manner, manner, remark
+from autopar.codegen.emit_chain import forward_parts, forward_signature, is_plain
 from autopar.codegen.emit_class import (
     axis_assignments,
     axis_names,
@@ -64,7 +65,8 @@ class StageWriter:
             lines.append("    [")
             for run in runs:
                 first = run[0]
-                span = f"range({first.position}, {run[-1].position + 1})"
+                start = f"{first.position}, " if first.position else ""
+                span = f"range({start}{run[-1].position + 1})"
                 parts = (f'"{first.container}"', span, first.callee, manner(first.candidate))
                 text = f"        ({', '.join(parts)}),"
                 if len(text) > 88:
@@ -241,6 +243,21 @@ class StageWriter:
         return [*lines, *body.program().lines(2)]
 
     def _forward(self) -> list[str]:
+        return self._plain_forward() if is_plain(self.placed, self.model) else self._chained_forward()
+
+    def _chained_forward(self) -> list[str]:
+        lines = forward_signature(self.placed, self.model, self._index, self.many)
+        constants_done = not self.model.constants.outputs
+        for first, part in forward_parts(self.placed, self.model, self._index, self.many):
+            reads = any(_reads_constants(b, self.model) for b in self.placed[first.index :] if _of(first, b))
+            if not constants_done and reads:
+                hidden = flow_names(self.model)[0]
+                lines += self._constants_call(hidden, list(self.model.batch), first=first.index == 0)
+                constants_done = True
+            lines += part
+        return lines
+
+    def _plain_forward(self) -> list[str]:
         flow = flow_names(self.model)
         batch = list(self.model.batch)
         last = self.placed[-1]
@@ -316,6 +333,11 @@ class StageWriter:
 
 def _node_of(graph: OpGraph, names: dict[str, str], full: str) -> str:
     return next(node.name for node in graph.of("parameter") if names[node.target] == full)
+
+
+def _of(first: Placed, block: Placed) -> bool:
+    """Whether ``block`` is written in the part of forward that begins with ``first``."""
+    return block.container == first.container if first.container else block is first
 
 
 def _reads_constants(block: Placed, model: ModelGraph) -> bool:

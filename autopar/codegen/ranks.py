@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,18 @@ def fake_mesh(axes: Mapping[str, int]) -> Iterator[DeviceMesh]:
 def local_ranks(axes: Mapping[str, int]) -> Iterator[DeviceMesh]:
     """All ranks of a mesh at once: inside, tensors are `LocalTensor` and collectives really exchange values."""
     ranks = prod(axes.values())
-    with _fake_group(ranks), LocalTensorMode(ranks):
+    with _fake_group(ranks), LocalTensorMode(ranks) as mode:
+        # The mode remembers coordinates by the id of the mesh object, which the next submesh may get once one is freed.
+        mode._coordinate_cache = _Forgetful()
         # The mesh must be made inside the mode: it asks for the rank's coordinates.
         yield _mesh(axes)
+
+
+class _Forgetful(dict[int, Any]):
+    """A cache that never hits."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
 
 
 @contextmanager

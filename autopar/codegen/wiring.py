@@ -42,7 +42,7 @@ class Placed:
 
 def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
     """Every block where the plan puts it. Raises UnsupportedError for a model that is no chain."""
-    flow = flow_names(model)
+    flow = flow_after(model)
     names: dict[tuple[str, str], str] = {}
     placed = []
     stages = {
@@ -64,7 +64,7 @@ def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
                     f"block {index} ({block.path or block.kind}) reads the output of block {source.block}: emitted "
                     "stages pass activations from each block to the next only"
                 )
-            arguments.append(flow[source.index] if source.origin == "block" else argument_name(source.key))
+            arguments.append(flow[index - 1][source.index] if source.origin == "block" else argument_name(source.key))
         placed.append(Placed(index, block.kind, block.path, stages[index], candidate, callee, tuple(arguments)))
     return tuple(placed)
 
@@ -81,6 +81,30 @@ def flow_names(model: ModelGraph) -> tuple[str, ...]:
             names[source.index] = argument_name(node.target or name)
     count = max((len(model.kinds[b.kind].graph.outputs) for b in model.blocks), default=1)
     return tuple(names.get(index, f"hidden_{index + 1}" if index else "hidden") for index in range(count))
+
+
+def flow_after(model: ModelGraph) -> tuple[tuple[str, ...], ...]:
+    """For each block, the names of what it returns: the result under the model's common name, the rest their own."""
+    common = flow_names(model)
+    kinds = [model.kinds[block.kind].graph for block in model.blocks]
+    if all(len(kind.outputs) == 1 for kind in kinds):
+        return tuple(common[:1] for _ in model.blocks)
+    sources = {source for block in model.blocks for source in block.inputs.values()}
+    taken = {common[0], *(argument_name(source.key) for source in sources if source.origin != "block")}
+    names: list[tuple[str, ...]] = []
+    for kind in kinds:
+        own = [common[0]]
+        for output in kind.outputs[1:]:
+            own.append(free_name(argument_name(output), {*taken, *own}))
+        names.append(tuple(own))
+    return tuple(names)
+
+
+def crossing(model: ModelGraph, index: int) -> tuple[str, ...]:
+    """The names of what block ``index`` returns and the next one reads: what crosses a cut behind it."""
+    following = model.blocks[index + 1].inputs.values()
+    read = {source.index for source in following if source.origin == "block"}
+    return tuple(name for place, name in enumerate(flow_after(model)[index]) if place in read)
 
 
 def argument_names(kind: BlockKind, flow: dict[str, str]) -> dict[str, str]:

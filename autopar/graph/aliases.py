@@ -1,39 +1,65 @@
-"""Whether an in-place operator of a traced graph may be read as its out-of-place form."""
+"""What an in-place operator of a traced graph changes: a tensor made in the graph, and the views of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
+_NAMES = "slice select narrow unsqueeze squeeze view transpose t permute alias detach"
+VIEWS = frozenset(_NAMES.split())
+"""Operators that always make views (`reshape` and `to` may copy), through which a change can be written back."""
 
-def is_safe_mutation(node: torch.fx.Node) -> bool:
-    """Whether only ``node``'s own first argument sees the change that ``node`` makes to it.
 
-    True when that tensor was made inside the graph and, after ``node``, no other name of its storage is read: then
-    reading ``node``'s result wherever the tensor was read afterwards says the same.
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an in-place operator changes.
+
+    ``way``: from the tensor that owns the storage to the one the operator names, each a view of the one before it.
+    ``views``: the other views of that storage that are read later, in order. Only the named tensor is in ``way``, and
+    nothing in ``views``, where no other name of its storage is read later.
     """
+
+    way: tuple[torch.fx.Node, ...]
+    views: tuple[torch.fx.Node, ...]
+
+
+def change_of(node: torch.fx.Node) -> Change | None:
+    """What in-place operator ``node`` changes; None if that is not only a tensor that the graph itself made, or views
+    of it that may be copies."""
     target, changed = node.target, node.args[0]
     assert isinstance(target, torch._ops.OpOverload)
     first, *others = target._schema.arguments
     if any(argument.alias_info and argument.alias_info.is_write for argument in others):
-        return False
+        return None
     if not (first.alias_info and first.alias_info.is_write and isinstance(changed, torch.fx.Node)):
-        return False
-    root = changed
-    while (source := _viewed(root)) is not None:
-        root = source
-    if root.op != "call_function" or not isinstance(root.target, torch._ops.OpOverload):
-        return False
+        return None
+    way = [changed]
+    while (source := _viewed(way[0])) is not None:
+        way.insert(0, source)
+    if way[0].op != "call_function" or not isinstance(way[0].target, torch._ops.OpOverload):
+        return None
     places = {other: place for place, other in enumerate(node.graph.nodes)}
-    family = {root}
+    family = dict.fromkeys(way[:1])
     for other in places:
         if other is not node and places[other] < places[node] and _viewed(other) in family:
-            family.add(other)
-    return not any(
-        places[user] > places[node] and user.op != "output"
-        for member in family - {changed}
-        for user in member.users
-        if user not in family
-    )
+            family[other] = None
+
+    def readers(member: torch.fx.Node) -> Iterator[torch.fx.Node]:
+        return (user for user in member.users if places[user] > places[node] and user.op != "output")
+
+    if not any(user not in family for member in family if member is not changed for user in readers(member)):
+        return Change((changed,), ())
+    if not all(_writable(member) for member in (*way[1:], *(m for m in family if m not in way))):
+        return None
+    return Change(tuple(way), tuple(member for member in family if member not in way))
+
+
+def _writable(view: torch.fx.Node) -> bool:
+    assert isinstance(view.target, torch._ops.OpOverload)
+    schema = view.target._schema
+    return schema.is_mutable or schema.name.removeprefix("aten::") in VIEWS
 
 
 def _viewed(node: torch.fx.Node) -> torch.fx.Node | None:

@@ -1,32 +1,22 @@
 """Cuts a simplified model graph into a chain of blocks, and finds the blocks that are the same.
 
 A block is one call of a repeated layer (`autopar.graph.structure.repeats`), or a piece between layers: Prologue,
-Middle, Epilogue. What depends on neither parameters nor batch data is shared: it becomes the constants graph.
+Middle, Epilogue. What depends on neither parameters nor batch data is shared: it becomes the constants graph. Of other
+blocks, a block reads only the one before it (`autopar.graph.handing`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from autopar.graph.draft import Draft
 from autopar.graph.fold import STAND_IN, CannotFoldError, Fold
+from autopar.graph.handing import Segment, hand_on, sink
 from autopar.graph.ir import Block, BlockKind, Node, OpGraph, Source, map_refs
 from autopar.graph.naming import leaf_name, named
 from autopar.graph.structure import layer_of
-
-
-@dataclass(slots=True)
-class Segment:
-    """A run of operators: ``path`` is the layer (with ``@k`` for repeated calls), "" for a piece between layers."""
-
-    path: str
-    nodes: list[str] = field(default_factory=list)
-
-    @property
-    def module(self) -> str:
-        return re.sub(r"@\d+", "", self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +35,11 @@ def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str],
     graph shows that they may differ.
     """
     draft, shared = _merge_shared(draft, _shared(draft, layers))
-    segments = _segments(draft, layers, shared)
+    draft, segments = sink(draft, _segments(draft, layers, shared), shared)
     home = {name: index for index, segment in enumerate(segments) for name in segment.nodes}
-    wanted = _outputs(draft, segments, home)
+    wanted, readers = _outputs(draft, segments, home)
+    carried = hand_on(segments, wanted, readers)
+    wanted = [(*own, *passed) for own, passed in zip(wanted, carried, strict=True)]
     constants, constant_names = _constants(draft, segments, layers, shared)
     kinds: dict[str, BlockKind] = {}
     forms: dict[tuple[object, ...], str] = {}
@@ -57,12 +49,13 @@ def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str],
             assert fold is not None
             blocks.append(_stand_in(fold, segment, index, blocks, wanted))
             continue
-        nodes, sources, targets = _extract(draft, segment, index, home, wanted, shared, constant_names)
+        passed = carried[index]
+        nodes, sources, targets = _extract(draft, segment, index, home, wanted, passed, shared, constant_names)
         form = canonical(nodes, wanted[index])
         if form not in forms:
             wished = _kind_name(segment, index, len(segments), class_names)
             forms[form] = name = _unique(wished, kinds)
-            graph, _ = named(nodes, wanted[index], _input_names(nodes, sources))
+            graph, _ = named(nodes, wanted[index], _input_names(nodes, sources, blocks, kinds))
             kinds[name] = BlockKind(name, graph)
         kind = kinds[forms[form]]
         inputs = dict(zip((node.name for node in kind.graph.of("input")), sources, strict=True))
@@ -160,16 +153,26 @@ def _container(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _outputs(draft: Draft, segments: Sequence[Segment], home: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """For each segment, its nodes that later segments read (and the loss), in order."""
-    read: set[str] = {draft.output}
+def _outputs(
+    draft: Draft, segments: Sequence[Segment], home: Mapping[str, int]
+) -> tuple[list[tuple[str, ...]], dict[str, list[int]]]:
+    """For each segment, its nodes that later segments read (and the loss), the last one first: the layer's result.
+
+    And for each of them the segments that read it.
+    """
+    readers: dict[str, list[int]] = {draft.output: []}
     for index, segment in enumerate(segments):
         for name in segment.nodes:
-            read.update(operand for operand in draft.nodes[name].operands() if home.get(operand, index) != index)
-    wanted = [tuple(name for name in segment.nodes if name in read) for segment in segments]
+            for operand in draft.nodes[name].operands():
+                if home.get(operand, index) != index:
+                    readers.setdefault(operand, []).append(index)
+    wanted = []
+    for segment in segments:
+        *others, result = [name for name in segment.nodes if name in readers] or [""]
+        wanted.append((result, *others) if result else ())
     rest = tuple(name for name in wanted[-1] if name != draft.output)
     wanted[-1] = (draft.output, *rest)
-    return wanted
+    return wanted, readers
 
 
 def _is_own(node: Node, segment: Segment) -> bool:
@@ -202,6 +205,7 @@ def _extract(
     index: int,
     home: Mapping[str, int],
     wanted: Sequence[tuple[str, ...]],
+    passed: Sequence[str],
     shared: set[str],
     constant_names: Mapping[str, str],
 ) -> tuple[list[Node], list[Source], dict[str, str]]:
@@ -230,9 +234,12 @@ def _extract(
             elif operand in shared:
                 sources.append(Source("constant", key=constant_names[operand]))
             else:
-                block = home[operand]
-                sources.append(Source("block", block=block, index=wanted[block].index(operand)))
+                sources.append(Source("block", block=index - 1, index=wanted[index - 1].index(operand)))
         ops.append(replace(node, module=_relative(node.module, segment)))
+    for name in passed:
+        if name not in inputs:
+            inputs[name] = Node(name, "input", draft.nodes[name].meta)
+            sources.append(Source("block", block=index - 1, index=wanted[index - 1].index(name)))
     return [*inputs.values(), *parameters.values(), *buffers.values(), *ops], sources, targets
 
 
@@ -262,12 +269,18 @@ def canonical(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[object, ..
     )
 
 
-def _input_names(nodes: Sequence[Node], sources: Sequence[Source]) -> dict[str, str]:
+def _input_names(
+    nodes: Sequence[Node], sources: Sequence[Source], blocks: Sequence[Block], kinds: Mapping[str, BlockKind]
+) -> dict[str, str]:
+    """The result of the block before is "hidden"; what else it hands over keeps its name."""
+
+    def wished(source: Source) -> str:
+        if source.origin == "block":
+            return kinds[blocks[source.block].kind].graph.outputs[source.index] if source.index else "hidden"
+        return leaf_name(source.key) if source.origin == "batch" else source.key
+
     inputs = [node for node in nodes if node.kind == "input"]
-    return {
-        node.name: {"block": "hidden", "batch": leaf_name(source.key), "constant": source.key}[source.origin]
-        for node, source in zip(inputs, sources, strict=True)
-    }
+    return {node.name: wished(source) for node, source in zip(inputs, sources, strict=True)}
 
 
 def _kind_name(segment: Segment, index: int, count: int, class_names: Mapping[str, str]) -> str:

@@ -18,11 +18,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from autopar.errors import UnsupportedError
-from autopar.graph.aliases import is_safe_mutation
+from autopar.graph.aliases import Change, change_of
 from autopar.graph.draft import Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.size import Size
 from autopar.graph.sizes import Sizes
+from autopar.graph.writing import written_back
 
 TRACE_DTYPE = torch.bfloat16
 """The model is traced with parameters of this dtype, so that upcasts to float32 show."""
@@ -128,11 +129,13 @@ class Importer:
     def _operator(self, node: torch.fx.Node, target: torch._ops.OpOverload, value: Any, no_grad: bool) -> None:
         op = target._schema.name.replace("::", ".")
         name = op.removeprefix("aten.")
+        change = None
         if target._schema.is_mutable:
-            if not is_safe_mutation(node):
+            change = change_of(node)
+            if change is None:
                 raise UnsupportedError(
-                    f"{self._place()} changes in place ({op}) a parameter, a buffer, an input, or a tensor that is "
-                    "also seen through a view; write it out of place"
+                    f"{self._place()} changes in place ({op}) a parameter, a buffer, an input, or one of several "
+                    "tensors split from another; write it out of place"
                 )
             name = name.removesuffix("_")
         args, kwargs = self._arguments(node, target)
@@ -149,14 +152,53 @@ class Importer:
                 f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it"
             )
         elif name == "copy":
-            self._values[node] = self.draft.cast(args[1], dtype_name(value.dtype))
+            shape = self.sizes.shape(value)
+            self._values[node] = self._expanded(self.draft.cast(args[1], dtype_name(value.dtype)), shape)
+        elif change and name in ("fill", "zero"):
+            self._values[node] = self._filled(args[1] if name == "fill" else 0, value)
         else:
             name = RENAMED.get(name, name)
             shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
             op = f"aten.{name}" if op.startswith("aten.") else op
             self._values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
-        if target._schema.is_mutable:
-            self._values[node.args[0]] = self._values[node]  # type: ignore[index]
+        if change is not None:
+            self._write(node, change)
+
+    def _filled(self, number: Any, value: torch.Tensor) -> Ref:
+        """A tensor like ``value`` full of ``number``, or of the number that a constant tensor holds."""
+        shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
+        if isinstance(number, Ref):
+            leaf = self.draft.nodes[number.name]
+            constant = self.constants.get(leaf.target) if leaf.kind == "buffer" else None
+            if constant is None or constant.numel() != 1:
+                return self._expanded(self.draft.cast(number, dtype), shape)
+            number = constant.item()
+        return Ref(self.draft.emit("aten.full", shape, number, shape=shape, dtype=dtype, options={"dtype": dtype}))
+
+    def _write(self, node: torch.fx.Node, change: Change) -> None:
+        """Make the value of in-place operator ``node`` that of the tensor it changes, of what that is a view of, and
+        of the other views of the same."""
+        value: Ref = self._values[node]
+        for view in reversed(change.way[1:]):
+            self._values[view] = value
+            target = view.target
+            assert isinstance(target, torch._ops.OpOverload)
+            args, _ = self._arguments(view, target)
+            whole = written_back(view, args, value, self.draft)
+            if whole is None:
+                raise UnsupportedError(
+                    f"{self._place()} changes in place ({node.target}) a part of a tensor taken by {target}, which "
+                    "autopar cannot write back; write it out of place"
+                )
+            value = whole
+        self._values[change.way[0]] = value
+        for view in change.views:
+            target = view.target
+            assert isinstance(target, torch._ops.OpOverload)
+            if target._schema.is_mutable:
+                self._values[view] = self._values[view.args[0]]  # type: ignore[index]
+            else:
+                self._operator(view, target, view.meta["val"], no_grad=False)
 
     def _arguments(self, node: torch.fx.Node, target: torch._ops.OpOverload) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword-only arguments in the operator's own order, trailing defaults dropped."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from autopar.graph.draft import Draft, Rule
 from autopar.graph.importing import close, is_number
-from autopar.graph.ir import Node, Ref
+from autopar.graph.ir import COMPUTE, Node, Ref
 
 
 def _either(node: Node) -> tuple[tuple[Any, Any], ...]:
@@ -36,6 +36,8 @@ def rms_core(node: Node, new: Draft) -> Ref | None:
         for mean_ref, eps in _either(shifted):
             mean = new.producer(mean_ref, "aten.mean")
             shape = new.shape(x)
+            if new.meta(x).dtype == COMPUTE and node.meta.dtype == "float32":
+                x = new.cast(x, "float32")  # widened by the product itself
             if not mean or not is_number(eps) or mean.args[1:] != ((len(shape) - 1,), True) or mean.kwargs:
                 continue
             square = new.producer(mean.args[0], ("aten.pow", "aten.mul", "aten.square"))

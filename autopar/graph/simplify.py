@@ -110,8 +110,8 @@ def slice_(node: Node, new: Draft) -> Ref | None:
     """Bounds resolved; a stride that divides the dim becomes unflatten and select."""
     x, dim, start, end, step = _padded(node, 5, (0, None, None, 1))
     size = new.shape(x)[dim]
-    start = _bound(0 if start is None else start, size)
-    end = _bound(size if end is None else end, size)
+    start = bound(0 if start is None else start, size)
+    end = bound(size if end is None else end, size)
     if step == 1:
         return None if node.args == (x, dim, start, end) else new.slice(x, dim, start, end)
     rows = divide(size, step)
@@ -122,7 +122,8 @@ def slice_(node: Node, new: Draft) -> Ref | None:
     return new.select(new.unflatten(x, dim, (rows, step)), dim + 1, start)
 
 
-def _bound(value: int | Size, size: int | Size) -> int | Size:
+def bound(value: int | Size, size: int | Size) -> int | Size:
+    """A start or end of a slice of a dim of ``size``, negative ones counted from its end."""
     if isinstance(value, int) and isinstance(size, int):
         return min(max(value + size if value < 0 else value, 0), size)
     if isinstance(value, int) and value < 0:

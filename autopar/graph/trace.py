@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autopar.errors import BadInputError, UnsupportedError
-from autopar.graph import broadcasting, losses, masks, raising
+from autopar.graph import broadcasting, joining, losses, masks, raising
 from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import known_values
 from autopar.graph.export import BatchSpec, Exported, Loss, export
@@ -137,9 +137,9 @@ def _traced(
         narrow |= promoting
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
-    draft = simplify(draft, broadcasting.RULES, raising.RULES, masks.rules(values, _max_seq(model)))
+    draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES, masks.rules(values, _max_seq(model)))
     draft, count = losses.lower(draft)
-    draft = simplify(draft, broadcasting.RULES, raising.RULES)
+    draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
     return _Traced(cut(draft, layers, class_names, fold), count, metas, values)
 

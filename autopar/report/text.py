@@ -36,6 +36,8 @@ def _decision(plan: Plan) -> list[str]:
         *_item("schedule", _schedule(plan)),
         *_item("memory", f"ZeRO-{plan.zero}{_shard_groups(plan)}, recompute {_recompute(plan)}{_offload(plan)}"),
     ]
+    if plan.pad_heads > 1:
+        lines += _item("heads", f"padded with zeros to a multiple of {plan.pad_heads}")
     if plan.fixed:
         lines += _item("fixed", _pairs({key: _value(value) for key, value in plan.fixed.items()}))
         lines += _item("chosen", _pairs(chosen(plan)))

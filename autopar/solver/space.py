@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from autopar.cluster import Cluster
-from autopar.errors import BadInputError, UnsupportedError
+from autopar.errors import BadInputError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import can_pad
 from autopar.graph.size import size_at
@@ -185,8 +185,7 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
     )
     if refused and fixed:
         limit = refused.most_common(1)[0][0]
-        kind = UnsupportedError if limit.avoids else BadInputError
-        raise kind(
+        raise BadInputError(
             f"fix: nothing can run {fixed} on {devices} devices with global_batch {batch}: {limit.reason}"
             + (f" (otherwise {limit.avoids})" if limit.avoids else "")
         )

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from autopar.schedule import SCHEDULES
 from autopar.solver.candidates import BlockCost
 from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
+from autopar.solver.recompute import Choice
 from autopar.solver.shardings import Answered, Context
 from autopar.solver.space import Config
 from autopar.solver.stages import BlockRun, Option, StageAnswer, StageProblem, solve_stages
@@ -36,8 +38,10 @@ def block_runs(context: Context, config: Config, extended: bool = False) -> list
     """The chain of blocks as runs of alike ones. ``extended``: see `Context.freedom`."""
     blocks = context.model.blocks
     rooted = root_blocks(context.model, range(len(blocks)))
+    # Where input and weight gradients are computed apart, a block would be recomputed for each (`capabilities.LIMITS`).
+    whole = SCHEDULES[config.schedule].splits_backward
     alike = [
-        (kind, choices, root, config.pp == 1 or not (root and block.path))
+        (kind, _without_recomputation(choices) if whole else choices, root, config.pp == 1 or not (root and block.path))
         for (kind, choices), root, block in zip(context.freedom(extended), rooted, blocks, strict=True)
     ]
     runs, start = [], 0
@@ -46,6 +50,10 @@ def block_runs(context: Context, config: Config, extended: bool = False) -> list
         runs.append(KindRun(kind, choices, start, count, root, sure))
         start += count
     return runs
+
+
+def _without_recomputation(choices: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in choices if Choice.of(name).recompute == "none")
 
 
 def compatible(answers: Sequence[Answered]) -> list[list[Answered]]:
@@ -128,23 +136,20 @@ def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) 
 def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved: Halves) -> Option:
     """A block as the stage ILP counts it: alone, so that what hides its communication is its own computation."""
     data, elements = place.data, cost.elements
-    copies, gather, reduce = data.gather_copy_s(elements), data.gather_s(elements), data.reduce_s(elements)
+    copies, gather = data.gather_copy_s(elements), data.gather_s(elements)
+    scatter, replicate = data.scatter_s(elements), data.replicate_s(elements)
     forward, backward, once = cost.forward_s, cost.backward_s + data.reduce_copy_s(elements), 0.0
     if data.gathers_each:
         forward = forward + copies + gather if root else max(forward + copies, gather)
     else:
-        seen = root or (data.exposes and data.vpp > 1)
-        once += copies + (gather if seen else max(0.0, gather - forward - copies))
-    if data.exposes:
-        once += reduce
-    elif data.defers:
-        once += reduce if root else 0.0
+        once += copies + (gather if root else max(0.0, gather - forward - copies))
+    if data.exposes or (data.defers and root):
+        once += scatter + replicate
     elif root:
-        backward += reduce
-    elif data.zero == 3:
-        backward = max(backward + copies, gather + reduce)
-    else:
-        backward = max(backward, reduce)
+        backward += scatter
+        once += replicate
+    elif not data.defers:
+        backward = max(backward + copies, gather + scatter) if data.gathers_each else max(backward, scatter)
     # What communication hides costs a little all the same, so that nothing is recomputed for nothing.
     own = 1e-6 * (cost.forward_s + cost.backward_s)
     return Option(

@@ -224,9 +224,9 @@ def _worker(folder: Path) -> None:
 def _measure(name: str, folder: Path) -> Row:
     train = load_train(folder)
     plan = Plan.load(folder / "plan.json")
-    mesh, device = train.launch.start(train.MESH, "cpu")
+    mesh, fsdp_mesh, device = train.launch.start(train.MESH, train.FSDP, "cpu")
     with Tracker() as tracker:
-        step = train.parallelize(mesh, device)
+        step = train.parallelize(mesh, fsdp_mesh, device)
         train.parameters.initialise(step.stage, train.module.init_parameter, 0, train.module.TIED)
         optimizer = _optimizer(train, step, plan)
         ids = torch.zeros(train.MICRO_BATCH * train.MICRO_BATCHES, train.SEQ_LEN, dtype=torch.int64)
@@ -236,7 +236,7 @@ def _measure(name: str, folder: Path) -> Row:
         optimizer.step()
         optimizer.zero_grad()
         tracker.reset_peak()
-        with Static(step.stage) as static:
+        with Static(step.stages) as static:
             step.forward_backward(batch)
         static.optimizer = _bytes(value for state in optimizer.state.values() for value in state.values())
         rank = mesh["pp"].get_local_rank()
@@ -272,16 +272,13 @@ class Static:
     that waits, whole or reduced, when a group's backward is done.
     """
 
-    def __init__(self, stage: nn.Module) -> None:
-        self.stage, self.groups = (
-            stage,
-            [
-                group
-                for module in stage.modules()
-                if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None
-            ],
-        )
-        self.shards = _bytes(stage.parameters())
+    def __init__(self, stages: Iterable[nn.Module]) -> None:
+        self.stages = list(stages)
+        self.weights = [weight for stage in self.stages for weight in stage.parameters()]
+        sharded = [module for stage in self.stages for module in stage.modules() if isinstance(module, FSDPModule)]
+        groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded]
+        self.groups = [group for group in groups if group is not None]
+        self.shards = _bytes(self.weights)
         self.gathered: dict[int, int] = {}
         self.gradients = self.optimizer = 0
 
@@ -296,7 +293,8 @@ class Static:
         self._after_backward, outer = FSDPParamGroup.post_backward, self
 
         def post_backward(group: FSDPParamGroup, *arguments: Any) -> None:
-            if outer.stage in group.modules:  # it has waited for the whole backward, in the compute dtype
+            # The root group's have waited for the whole backward, in the compute dtype.
+            if any(stage in group.modules for stage in outer.stages):
                 outer._count_gradients()
             outer._after_backward(group, *arguments)
             outer._count_gradients()
@@ -312,7 +310,7 @@ class Static:
         self.gathered[id(group)] = max(found, self.gathered.get(id(group), 0))
 
     def _count_gradients(self) -> None:
-        held = [weight.grad for weight in self.stage.parameters()]
+        held = [weight.grad for weight in self.weights]
         for param in (param for group in self.groups for param in group.fsdp_params):
             whole = getattr(param, "_unsharded_param", None)
             held += [param.unsharded_accumulated_grad, None if whole is None else whole.grad, param.sharded_param.grad]

@@ -90,7 +90,7 @@ def _weights(variant: Variant, dtype: str) -> tuple[Any, dict[str, torch.Tensor]
 def _reference(variant: Variant, dtype: str, samples: int, optimizer: str) -> dict[str, Any]:
     model, weights = _weights(variant, dtype)
     model.load_state_dict(weights)
-    return prove.one_device(model, batches(variant, samples), loss_of, steps=dtype == "fp64")
+    return prove.one_device(model, batches(variant, samples), loss_of, dtype == "fp64", optimizer)
 
 
 def prepare(case: Case, folder: Path, types: Iterable[int] = ()) -> Outcome:

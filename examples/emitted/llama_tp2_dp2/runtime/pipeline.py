@@ -1,0 +1,94 @@
+"""Pipeline schedules: which stages a rank has, and how they run together with FSDP2."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from .sharding import before_backward
+
+SCHEDULES = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+ONE_STAGE = ("gpipe", "1f1b")
+"""Schedules of one stage a rank."""
+
+THERE_AND_BACK = ("zbv", "dualpipev")
+"""Schedules of two stages a rank, one on the way there and one on the way back. They split the backward: gradients of
+weights are computed later than those of inputs."""
+
+
+def stages_of_rank(schedule: str, rank: int, ranks: int, per_rank: int) -> list[int]:
+    """The stages of pipeline rank ``rank`` of ``ranks``."""
+    if schedule in THERE_AND_BACK:
+        return [rank, 2 * ranks - 1 - rank]
+    return [rank + lap * ranks for lap in range(per_rank)]
+
+
+def build_schedule(
+    schedule: str,
+    stages: dict[int, nn.Module],
+    mesh: DeviceMesh,
+    device: torch.device,
+    micro_batches: int,
+    zero: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Any:
+    """The schedule, ready to step. ``stages``: those of this rank, by index; all ranks have as many."""
+    count, group = len(stages) * mesh["pp"].size(), mesh["pp"].get_group()
+    pieces = [_Piece(_Hidden(stage), index, count, device, group=group) for index, stage in stages.items()]
+    for piece in pieces:
+        piece.zero, piece.splits_backward = zero, schedule in THERE_AND_BACK
+    # Gradients are not divided by the number of micro-batches: the loss is already a part of the whole step's mean.
+    options: dict[str, Any] = {"n_microbatches": micro_batches, "loss_fn": loss, "scale_grads": False}
+    return SCHEDULES[schedule](pieces[0] if schedule in ONE_STAGE else pieces, **options)
+
+
+class _Hidden(nn.Module):
+    """Hides from the schedule that the stage is sharded. It would keep parameters and gradients whole to the end of the
+    step; so FSDP2's own hooks gather, reduce and free, at every micro-batch, as they do without a pipeline."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *args: Any, **batch: Any) -> Any:
+        return self.stage(*args, **batch)
+
+
+class _Piece(PipelineStage):
+    """A stage of a schedule that tells FSDP2 before each backward what to do with its gradients."""
+
+    zero: int
+    splits_backward: bool
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: Any, last_backward: bool = False) -> Any:
+        # Where the backward is split, FSDP2's hooks run before the gradients of weights are there.
+        before_backward(self.submod.stage, self.zero, last_backward and not self.splits_backward)
+        return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Called by schedules of several stages after the last backward of this one."""
+        if not self.splits_backward:
+            return
+        hidden: Any = self.submod
+        stage: FSDPModule = hidden.stage
+        before_backward(stage, self.zero, is_last=True)
+        self.submod = hidden.stage
+        super().perform_reduce_grad(grad_scale_factor)
+        self.submod = hidden

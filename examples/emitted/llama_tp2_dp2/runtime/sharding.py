@@ -1,0 +1,90 @@
+"""Data parallelism by FSDP2: one group per block, the rest of the stage in a root group.
+
+What happens in a step of m micro-batches, by ZeRO level ("gathers": of each block's parameters; with one rank in a
+shard group they are copies; "reductions": of each block's gradients):
+
+    level  parameters                     gathers   reductions
+    0      whole                          1         1 all-reduce, in the last backward
+    1      whole from first use to the    1         1 reduce-scatter, in the last backward
+           end of the step
+    2      as 1                           1         m reduce-scatters
+    3      whole while a block runs       2m        m reduce-scatters
+
+Where shard groups have replicas, these add up their shards of the gradients once, in the last backward. Under schedules
+that split the backward (level 0 and 1 only) the reduction comes after the last backward of the stage. The root group
+(what is in no block) stays whole between a forward and its backward at every level.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+
+def shard_stage(
+    stage: nn.Module,
+    blocks: list[nn.Module],
+    fsdp_mesh: DeviceMesh,
+    zero: int,
+    compute: torch.dtype,
+    offload: bool = False,
+) -> None:
+    """Wrap a stage for the data ranks, in place. Afterwards every parameter is a DTensor over data and tensor axes.
+
+    ``fsdp_mesh``: one axis, which shards, or two, which replicate and shard. ``compute``: the dtype blocks run in;
+    parameters, gradient reduction and optimizer state keep the dtype of the parameters. ``offload``: these three wait
+    on the host, and are copied to the device and back as they are used.
+    """
+    master = next(stage.parameters()).dtype
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute if compute != master else None, reduce_dtype=master, cast_forward_inputs=False
+    )
+    policy = CPUOffloadPolicy(pin_memory=fsdp_mesh.device_type == "cuda") if offload else OffloadPolicy()
+    # A weight that two blocks share has to be gathered once for both: it goes with the root.
+    holders = Counter(id(weight) for block in blocks for weight in block.parameters())
+    for block in blocks:
+        weights = list(block.parameters())
+        if weights and all(holders[id(weight)] == 1 for weight in weights):
+            free = zero == 3
+            fully_shard(block, mesh=fsdp_mesh, reshard_after_forward=free, mp_policy=precision, offload_policy=policy)
+    fully_shard(stage, mesh=fsdp_mesh, reshard_after_forward=False, mp_policy=precision, offload_policy=policy)
+
+    for module in _sharded_modules(stage):
+        # The loss is already divided by the tokens of all ranks, so gradients are added up, not averaged. Without
+        # the second line the factor becomes a pre-multiplied sum, which gloo does not have in float32.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def before_backward(stage: FSDPModule, zero: int, is_last: bool) -> None:
+    """Say what the next backward of a stage does with the gradients. ``is_last``: it is the last of the step."""
+    reduce = zero >= 2 or is_last
+    stage.set_reshard_after_backward(zero == 3)
+    stage.set_requires_gradient_sync(reduce)
+    stage.set_requires_all_reduce(is_last)
+    # Every backward that reduces ends its reductions, as the last of a step does. Otherwise FSDP2 holds the whole
+    # gradients of the root group, its reduction's input, through the next micro-batch.
+    stage.set_is_last_backward(reduce)
+
+
+def after_step(stage: nn.Module) -> None:
+    """Free what is still whole of a stage's parameters."""
+    for module in _sharded_modules(stage):
+        module.reshard()
+
+
+def _sharded_modules(stage: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in stage.modules() if isinstance(module, FSDPModule))
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compile each block's forward, without graph breaks; FSDP2's hooks stay outside, and so does recomputation, but
+    for the selective one, which the compiler carries out (`recompute.selective`)."""
+    block: Any
+    for block in blocks:
+        block.eager_forward = block.forward
+        block.forward = torch.compile(block.forward, fullgraph=True)
