@@ -156,6 +156,13 @@ LIMITS: tuple[Limit, ...] = (
         "zero=0 keeps everything whole: its shard group is of one rank (fsdp=1)",
     ),
     Limit(
+        "two tensor axes",
+        ("tp", "mesh"),
+        lambda c: len(c.mesh.tp_parts) > 2,
+        "a parameter may be split over two tensor axes at most; use tp=AxB, or one axis",
+        'FSDP2 raises "FSDP only supports 1D TP/EP or 2D EP+TP"',
+    ),
+    Limit(
         "shard groups hold whole sequences",
         ("fsdp", "cp"),
         lambda c: c.fsdp > 1 and c.fsdp % c.mesh.cp != 0,
