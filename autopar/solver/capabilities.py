@@ -39,7 +39,11 @@ CAPABILITIES: dict[str, Capability] = {
     "vpp": Capability("size", None, searched="1"),
     "schedule": Capability("schedule", tuple(SCHEDULES), searched="1f1b"),
     "micro_batch": Capability("size", None, searched="all"),
-    "recompute": Capability("recompute", ("none", "selective", "full"), searched="none, full, selective where memory is short; for each block"),
+    "recompute": Capability(
+        "recompute",
+        ("none", "selective", "full"),
+        searched="none, full, selective where memory is short; for each block",
+    ),
     "offload": Capability("offload", ("none", "state", "activations", "all"), searched="none"),
     "mesh": Capability("mesh", None),
     "stages": Capability("counts", None, searched="all contiguous splits"),
