@@ -145,7 +145,7 @@ def batches(variant: Variant, samples: int, steps: int = 3) -> list[dict[str, Te
     ids = torch.randint(0, variant.vocab, (steps, samples, SEQ), generator=torch.Generator().manual_seed(1))
     labels = ids.clone() if variant.family != "t5" else ids.flip(2).clone()
     labels[:, 0, 3:9] = -100
-    labels[:, samples // 2, 1:] = -100
+    labels[:, samples // 2, 5:] = -100
     return [{"input_ids": i, "labels": l} for i, l in zip(ids, labels, strict=True)]
 
 
