@@ -195,6 +195,18 @@ def test_attention_depends_on_length_heads_and_mask(costs):
     assert 0.8 < rate / (device.peak("bf16") * device.attention_efficiency) <= 1
 
 
+def test_causal_attention_of_one_ranks_queries(costs):
+    """Chunks from both ends of the sequence are half of full attention's work on every rank; one chunk: the last's."""
+    assert [Attention(1, rows, 1024, 64, True, 2).share for rows in (1024, 512, 256)] == [0.5] * 3
+    assert Attention(1, 5, 15, 64, True, 2).share == pytest.approx(1 - 1 / 6)
+    assert Attention(1, 256, 1024, 64, False, 2).share == 1.0
+    keys, queries = local(1, 32, 8192, 128), local(1, 32, 2048, 128)
+    whole = costs.seconds(op(SDPA, 3, is_causal=True), [keys] * 3, keys, [True] * 3)
+    part = costs.seconds(op(SDPA, 3, is_causal=True), [queries, keys, keys], queries, [True] * 3)
+    assert whole.forward / 4 < part.forward < whole.forward / 3
+    assert whole.backward / 4 < part.backward < whole.backward / 2.5, "gradients of all keys are written and added"
+
+
 def test_casts_cost_only_where_they_change_the_type(costs):
     narrow, wide = local(4096, 4096), local(4096, 4096, width=4)
     node = op("autopar.cast", 1, "float32")

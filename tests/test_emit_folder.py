@@ -29,6 +29,18 @@ def graph() -> ModelGraph:
     return model_graph(small_llama())
 
 
+def test_only_what_is_used_of_the_runtime_travels(graph: ModelGraph, tmp_path: Path) -> None:
+    plain = plain_plan(graph)
+    kept = {"recompute": "selective", "saved": ("matmul",)}
+    blocks = {key: replace(candidate, **kept) for key, candidate in plain.candidates.items()}
+    emit(plain, graph, tmp_path / "plain")
+    emit(replace(plain, candidates=blocks), graph, tmp_path / "selective")
+    more = set(names(tmp_path / "selective" / "runtime")) - set(names(tmp_path / "plain" / "runtime"))
+    assert more == {"recompute.py", "offload.py"}
+    assert {"step.py", "sharding.py", "__init__.py"} <= set(names(tmp_path / "plain" / "runtime"))
+    assert "collectives.py" not in names(tmp_path / "plain" / "runtime")
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rule_examples import attention_block
 
 from autopar.errors import VerificationError
 from autopar.graph.ir import Node, Ref, TensorMeta
 from autopar.graph.size import BATCH, SEQ, Size
 from autopar.sharding.conversions import same
 from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
-from autopar.sharding.local import blocks_at, coordinates, cut, join, local_shape, localize, shard, unshard
+from autopar.sharding.local import (
+    blocks_at,
+    coordinates,
+    cut,
+    join,
+    least_part,
+    local_shape,
+    localize,
+    part_of,
+    produced_layouts,
+    settled,
+    shard,
+    split_order,
+    standard,
+    unshard,
+)
+from autopar.sharding.rules import strategies_of
 
 
 @pytest.mark.parametrize("text", ["", "tp:R", "dp:S(0) tp:S(1)", "cp:S(1) tp:S(1, 3)", "tp:P", "tp:I", "tp:S(0, b)"])
@@ -108,3 +125,39 @@ def test_arguments_are_localised_where_they_tell_split_sizes() -> None:
     assert local("aten.slice", (x, 1, 0, SEQ - 1), (BATCH, SEQ - 1, 6), Layout.of(tp=S(2)))[1:] == (1, 0, 7)
     assert local("aten.expand", (x, (BATCH, 8, 4, SEQ)), (BATCH, 8, 4, SEQ), Layout.of(tp=S(1)))[1] == (4, 4, 4, 8)
     assert local("aten.rms_norm", (x, (64,), Ref("w"), 1e-5), (BATCH, SEQ, 64), Layout.of(tp=S(1)))[1] == (64,)
+
+
+def test_parts_are_chunks_of_the_size_rounded_up() -> None:
+    assert [part_of(10, [(4, index)]) for index in range(4)] == [(0, 3), (3, 3), (6, 3), (9, 1)]
+    cuts = [part_of(11, [(2, outer), (2, inner)]) for outer in range(2) for inner in range(2)]
+    assert cuts == [(0, 3), (3, 3), (6, 3), (9, 2)], "the inner axis cuts what the outer one left"
+    assert (least_part(10, (4,)), least_part(11, (2, 2)), least_part(9, (8,))) == (1, 2, 0)
+    assert local_shape((8, 10), Layout.of(tp=S(1)), {"tp": 4}) == (8, 3), "the first rank's, the largest"
+    x = torch.arange(10)
+    parts = shard(x, Layout.of(tp=S(0)), {"tp": 4})
+    assert [part.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    assert torch.equal(unshard(parts, Layout.of(tp=S(0)), {"tp": 4}), x)
+
+
+def test_the_context_axis_is_outermost_on_the_sequence_and_innermost_elsewhere() -> None:
+    graph = attention_block()
+    known = {s.name: s for s in strategies_of(graph.nodes["attention"], graph)}
+    by_position = {"cp": known["q"], "tp": known["h"]}
+    assert split_order(by_position) == ("cp", "tp")
+    by_heads = {"cp": known["h"], "tp": known["h"]}
+    assert split_order(by_heads) == ("tp", "cp")
+    (query, *_), out = produced_layouts(graph.nodes["attention"], by_heads)
+    assert str(query) == str(out) == "tp:S(1) cp:S(1)"
+    shape = graph.nodes["attention"].meta.shape
+    assert standard({"cp": S(1), "tp": S(1)}, shape) == out
+    assert str(standard({"cp": S(2), "tp": S(2)}, shape)) == "cp:S(2) tp:S(2)"
+
+
+def test_blocks_that_outer_axes_took_apart_are_no_blocks() -> None:
+    graph = attention_block(heads=8, kv_heads=2)
+    known = {s.name: s for s in strategies_of(graph.nodes["attention"], graph)}
+    assert known["g"].inputs[0] == S(1, 2)
+    choice = settled({"tp0": known["h"], "tp1": known["g"]}, {"tp0": 2, "tp1": 4})
+    assert choice["tp1"].inputs == (S(1), R, R)
+    assert choice["tp1"].name == "g"
+    assert settled({"tp": known["g"]}, {"tp": 4})["tp"].inputs[0] == S(1, 2), "two whole groups are left to split"

@@ -78,14 +78,14 @@ def test_each_level_needs_no_more_than_the_one_below(pp, micro, schedule):
     assert wide * 4 == narrow
 
 
-def test_stock_pipelining_keeps_gradients_and_parameters_whole():
-    memory = model(zero=1, pp=2).ranks([[BLOCK], [BLOCK]])[1]
-    assert memory["parameters"] == 1000 * (4 // 4 + 2)
-    assert memory["gradients"] == 1000 * 4
-    assert memory["optimizer"] == 1000 * 2
-    # Levels 2 and 3 are hidden from it.
-    assert model(zero=2, pp=2).ranks([[BLOCK], [BLOCK]])[1]["gradients"] == 1000
-    assert model(zero=3, pp=2).ranks([[BLOCK], [BLOCK]])[1]["parameters"] == 1000
+def test_stages_change_nothing_but_halved_backwards():
+    for level in range(4):
+        alone, staged = model(level).ranks([[BLOCK]])[0], model(level, pp=2).ranks([[BLOCK], [BLOCK]])[1]
+        for kind in ("parameters", "gradients", "optimizer"):
+            assert alone[kind] == staged[kind]
+    # They reduce when a stage has run its last backward: gradients are whole even with a single micro-batch.
+    zbv = model(1, pp=2, micro=1, schedule="zbv", vpp=2).ranks([[BLOCK]] * 4)[0]
+    assert zbv["gradients"] == 1000 * (4 + 2)
 
 
 def test_in_flight_and_buffers_by_stage():
@@ -129,6 +129,8 @@ def test_state_waits_on_the_host():
     assert all(memory["optimizer"] == 0 for memory in away.values())
     assert [away[level]["parameters"] for level in range(4)] == [4000, 4000, 4000, 0]
     assert [away[level]["gradients"] for level in range(4)] == [8000, 8000, 0, 0]
+    # Shards that replicas have yet to add up stay on the device.
+    assert model(3, offload="state", replicas=2).ranks([[BLOCK]])[0]["gradients"] == 1000 * 4 // 4
     # A shard is on its way while a block runs.
     assert away[3]["transient"] == 70 + 1000 * (2 + 4 + 2 * 2 + 4 // 4)
     assert model(3, offload="state").on_host(2000) == 2000 * (4 + 4 + 8) / 4
@@ -157,7 +159,7 @@ def test_the_root_group_stays_gathered_and_its_gradients_whole():
     assert memory["optimizer"] - plain["optimizer"] == 300 * 8 // 4
     assert memory["transient"] == plain["transient"]
     # Whole anyway: only the gradients that wait in compute dtype come on top.
-    for other in (model(zero=0), model(zero=1, pp=2)):
+    for other in (model(zero=0), model(zero=1), model(zero=1, pp=2)):
         assert other.ranks([[root]] * other.pp)[0]["gradients"] == 300 * (4 + 2)
     # A block of the root group runs beside the input of another block's reduction.
     heavy = BlockBytes(elements=300, inflight=0, transient=50_000, root=True)

@@ -9,7 +9,7 @@ from autopar.cluster import Cluster
 from autopar.errors import AutoparError, BadInputError
 from autopar.job import Job
 from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward, stage_events
+from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.reprice import check_price, price_plan, reprice
 from autopar.solver.search import search
@@ -90,43 +90,38 @@ def test_hidden_communication_stays_within_its_budget():
     assert hidden_backward([2.0], [0.0], [0.0], 0.5, 0.0) == 2.5
 
 
-def data_axis(zero, pp=1, size=8, fsdp=None, micro=4, vpp=1, cluster="1x8:h100", offload="none"):
+def data_axis(zero, size=8, fsdp=None, micro=4, cluster="1x8:h100", **more):
     job, cluster = Job(global_batch=16, seq_len=64), Cluster.parse(cluster)
     group = (fsdp or size) if zero else 1
-    ops, collectives = OpCosts(cluster.device, job), CollectiveCosts(cluster)
-    return DataAxis(ops, collectives, size, 1, zero, group, pp, micro, vpp, offload)
+    return DataAxis(OpCosts(cluster.device, job), CollectiveCosts(cluster), size, 1, zero, group, micro, **more)
 
 
 N = 10**8
 BLOCKS = [BlockTime(1e-6, 2e-6, N), BlockTime(1e-6, 2e-6, N)]
 
 
-def test_stock_pipelining_gathers_and_reduces_once_a_step():
-    axis = data_axis(1, pp=2)
+def test_halved_backwards_reduce_when_all_is_done():
+    axis = data_axis(1, halves=True)
     times = axis.stage(BLOCKS)
     # Gathers far longer than the compute beside them: both are seen in the first forward, none in any backward.
     assert times.first_s > 2 * axis.gather_s(N)
     assert times.forward_s == pytest.approx(2e-6)
     assert times.backward_s == pytest.approx(4e-6 + 2 * axis.reduce_copy_s(N))
     assert times.reduce_s == pytest.approx(2 * axis.reduce_s(N))
-    # With several stages on a rank the gathers start with the step; only their copies are in the first forward.
-    several = data_axis(1, pp=2, vpp=2).stage(BLOCKS)
-    assert several.gather_s == pytest.approx(2 * axis.gather_s(N))
-    assert several.first_s == pytest.approx(2 * axis.gather_copy_s(N))
-    assert stage_events([several, several], [[0, 1]])[1].ready_s == pytest.approx(4 * axis.gather_s(N))
+    assert times.last_s == 0
 
 
-def test_levels_two_and_three_reduce_in_every_micro_batch_with_stages_and_without():
-    for pp in (1, 2):
-        one, two, three = (data_axis(level, pp=pp).stage(BLOCKS) for level in (1, 2, 3))
-        assert two.reduce_s == three.reduce_s == 0
-        assert two.backward_s > one.backward_s
-        assert two.first_s > 0 == three.first_s
-        assert three.forward_s > two.forward_s
-        assert three.backward_s > two.backward_s
-    # Level 1 without stages hides its reduction in the last backward; level 0 gathers locally each time.
-    assert data_axis(1).stage(BLOCKS).last_s > data_axis(1).reduce_s(N)
-    assert data_axis(0).stage(BLOCKS).forward_s > data_axis(1).stage(BLOCKS).forward_s
+def test_levels_two_and_three_reduce_in_every_micro_batch():
+    none, one, two, three = (data_axis(level).stage(BLOCKS) for level in range(4))
+    assert none.reduce_s == one.reduce_s == two.reduce_s == three.reduce_s == 0
+    assert two.backward_s > one.backward_s == none.backward_s
+    assert two.first_s > 0 == three.first_s
+    assert three.forward_s > two.forward_s
+    assert three.backward_s > two.backward_s
+    # Levels 0 and 1 hide their one reduction in the last backward.
+    assert one.last_s > data_axis(1).reduce_s(N)
+    assert two.last_s == 0
+    assert none.forward_s == one.forward_s == two.forward_s
 
 
 def test_shard_groups_inside_a_node_spare_the_slow_links():
@@ -136,7 +131,11 @@ def test_shard_groups_inside_a_node_spare_the_slow_links():
     assert node.stage(BLOCKS).forward_s < whole.stage(BLOCKS).forward_s
     inside = node.collectives.seconds("reduce_scatter", 4 * N, 8, 1)
     across = node.collectives.seconds("all_reduce", 4 * N / 8, 8, 8)
+    assert node.scatter_s(N) == pytest.approx(inside)
     assert node.reduce_s(N) == pytest.approx(inside + across)
+    # Replicas add up once a step: in the last backward only.
+    assert 0 < node.stage(BLOCKS).last_s <= 2 * across * (1 + 1e-9)
+    assert whole.stage(BLOCKS).last_s == 0
     assert data_axis(0, size=64, cluster="8x8:h100").reduce_s(N) == pytest.approx(
         node.collectives.seconds("all_reduce", 4 * N, 64, 1)
     )

@@ -6,7 +6,7 @@ import pytest
 from dense_decoder import decoder, llama3_8b
 
 from autopar.cluster import Cluster
-from autopar.errors import BadInputError, InfeasibleError
+from autopar.errors import BadInputError, InfeasibleError, UnsupportedError
 from autopar.job import Job
 from autopar.models import model_graph
 from autopar.plan import Plan
@@ -215,3 +215,31 @@ def test_fast_links_favour_sharded_data_parallelism_for_8b():
     plan = search(llama3_8b(), Job(64, 4096), Cluster.parse("1x8:h100"))
     assert (plan.mesh.dp, plan.zero) == (8, 3)
     assert plan.gap < 0.05
+
+
+def test_shard_groups_of_a_node_beat_slow_links_and_hold_more():
+    model, job = decoder(4, hidden=256, ffn=1024), Job(16, 64)
+    link = CLUSTER.inter_node
+    slow = CLUSTER.with_links(inter_node=dataclasses.replace(link, bandwidth=link.bandwidth / 100))
+    node, whole = (search(model, job, slow, {"dp": 8, "zero": 3, "fsdp": group}) for group in (4, 8))
+    assert node.predicted.step_time < 0.7 * whole.predicted.step_time
+    assert node.stages[0].memory["optimizer"] == 2 * whole.stages[0].memory["optimizer"]
+    assert (node.fsdp, search(model, job, slow, {"dp": 8, "zero": 3}).fsdp) == (4, 4)
+
+
+def test_state_on_the_host_fits_what_did_not_fit():
+    model, job, fix = decoder(4, hidden=256, ffn=1024), Job(8, 64), {"dp": 2, "micro_batch": 1, "zero": 1}
+    free = search(model, job, Cluster.parse("1x2:h100"), fix)
+    memory = free.stages[0].memory
+    room = int((free.stages[0].total_bytes - memory["reserve"] - 0.8 * memory["optimizer"]) / 0.95)
+    tight = with_memory(Cluster.parse("1x2:h100"), room)
+    with pytest.raises(InfeasibleError):
+        search(model, job, tight, fix)
+    plan = search(model, job, tight, {**fix, "offload": "state"})
+    assert plan.offload == "state"
+    assert plan.stages[0].memory["optimizer"] == 0
+    assert plan.predicted.step_time > free.predicted.step_time
+    device = dataclasses.replace(tight.device, host_bandwidth=0.0)
+    unknown = Cluster(tuple(dataclasses.replace(group, device=device) for group in tight.groups))
+    with pytest.raises(UnsupportedError, match="host_bandwidth"):
+        search(model, job, unknown, {**fix, "offload": "state"})

@@ -153,8 +153,3 @@ def test_what_happens_once_a_step_with_several_stages_on_a_rank():
     plain = simulate([StageTimes(1, 2)] * 4, 4, schedule="interleaved", vpp=2).total
     stages = [StageTimes(1, 2, first_s=0.5, last_s=0.25, after_s=0.125)] * 4
     assert simulate(stages, 4, schedule="interleaved", vpp=2).total > plain + 0.5
-    # A rank waits for its first stage's parameters, not for those that are there before they are needed.
-    late = [StageTimes(1, 2, ready_s=5.0), StageTimes(1, 2), StageTimes(1, 2, ready_s=5.5), StageTimes(1, 2)]
-    found = simulate(late, 4, schedule="interleaved", vpp=2)
-    assert found.total == plain + 5
-    assert found.gathering[0] == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from plain_plans import plain_plan, small_llama
 
 import autopar
@@ -20,6 +22,7 @@ from autopar.codegen.runtime.data import RandomTokens, Tokens, sample_indices
 from autopar.errors import VerificationError
 from autopar.graph.ir import ModelGraph
 from autopar.models import model_graph
+from autopar.plan import Plan, Run, Stage
 
 JOB = autopar.Job(global_batch=8, seq_len=16, dtype="fp64")
 OPTIONS = ["--data", "corpus.txt", "--token-dtype", "uint8", "--steps", "6", "--lr", "1e-3", "--warmup", "2"]
@@ -32,20 +35,37 @@ def graph() -> ModelGraph:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, graph: ModelGraph) -> Path:
-    """Three plans of one tied model: one process, tp=2 x dp=2 and pp=2 x dp=2 (found by search)."""
+    """Plans of one tied model: one process, and searched ones on four that are then cut and sharded otherwise."""
     root = tmp_path_factory.mktemp("train")
     model = small_llama(tied=True)
     (root / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
     emit(plain_plan(graph, job=JOB, micro_batches=2, cluster="1x1:h100"), graph, root / "single", model.state_dict())
-    fixes = {
-        "tp2dp2": {"tp": 2, "dp": 2, "pp": 1, "zero": 3, "micro_batch": 2},
-        "pp2dp2": {"pp": 2, "dp": 2, "tp": 1, "zero": 0, "micro_batch": 1},
+    fp32, cluster = replace(JOB, dtype="fp32"), autopar.Cluster.parse("1x4:cpu")
+    tensor = autopar.search(model, fp32, cluster, fix={"tp": 2, "dp": 2, "pp": 1, "zero": 3, "micro_batch": 2})
+    stages = autopar.search(model, fp32, cluster, fix={"pp": 2, "dp": 2, "tp": 1, "zero": 0, "micro_batch": 1})
+    half = replace(JOB, dtype="fp16", optimizer="sgd")
+    plans = {
+        "tp2dp2": replace(tensor, job=JOB),
+        "interleaved": in_stages(replace(stages, job=JOB, zero=3, fsdp=2), "interleaved", 2),
+        # There and back: the two copies of the tied weight are on the same rank.
+        "zbv": in_stages(replace(stages, job=JOB, zero=1, fsdp=2), "zbv", 2),
+        "half": replace(tensor, job=half, zero=2, fsdp=2),
+        "half_stages": in_stages(replace(stages, job=half), "dualpipev", 2),
     }
-    for name, fix in fixes.items():
-        fp32 = replace(JOB, dtype="fp32")
-        plan = autopar.search(model, fp32, autopar.Cluster.parse("1x4:cpu"), fix=fix)
-        emit(replace(plan, job=JOB), graph, root / name, model.state_dict())
+    for name, plan in plans.items():
+        emit(plan, graph, root / name, model.state_dict())
     return root
+
+
+def in_stages(plan: Plan, schedule: str, per_rank: int) -> Plan:
+    """The same under another schedule, its blocks cut evenly."""
+    runs = [
+        Run(i, i + 1, run.candidate) for stage in plan.stages for run in stage.runs for i in range(run.start, run.stop)
+    ]
+    count = plan.mesh.pp * per_rank
+    edges = [len(runs) * place // count for place in range(count + 1)]
+    stages = tuple(Stage(tuple(runs[start:stop]), 0.0, 0.0, 0.0, {}) for start, stop in itertools.pairwise(edges))
+    return replace(plan, schedule=schedule, vpp=per_rank, stages=stages)
 
 
 def losses(root: Path, plan: str, ranks: int, metrics: str, *options: str) -> dict[int, tuple[float, float]]:
@@ -72,14 +92,34 @@ def test_losses_agree_and_checkpoints_change_plans(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "ck").iterdir()) == ["latest", "step_4", "step_6"]
     assert (folder / "ck" / "latest").read_text() == "step_6\n"
 
-    pipelined = losses(folder, "pp2dp2", 4, "pp2dp2.jsonl", "--resume", "ck/step_4", "--checkpoint-dir", "ck2")
-    assert sorted(pipelined) == [5, 6]
-    assert all(close(pipelined[step], single[step]) for step in pipelined)
+    saving = ("--checkpoint-dir", "ck2", "--save-every", "1")
+    interleaved = losses(folder, "interleaved", 4, "interleaved.jsonl", "--resume", "ck/step_4", *saving)
+    assert sorted(interleaved) == [5, 6]
+    assert all(close(interleaved[step], single[step]) for step in interleaved)
 
-    (folder / "ck" / "latest").write_text("step_4\n")
-    again = losses(folder, "single", 1, "again.jsonl", "--resume", "--checkpoint-dir", "ck", "--any-topology")
-    assert sorted(again) == [5, 6]
-    assert all(close(again[step], single[step]) for step in again)
+    saving = ("--checkpoint-dir", "ck3", "--save-every", "6")
+    back = losses(folder, "zbv", 4, "zbv.jsonl", "--resume", "ck2/step_5", *saving)
+    assert sorted(back) == [6]
+    assert close(back[6], single[6])
+
+    (folder / "ck2" / "latest").write_text("step_5\n")
+    again = losses(folder, "single", 1, "again.jsonl", "--resume", "--checkpoint-dir", "ck2", "--any-topology")
+    assert sorted(again) == [6]
+    assert close(again[6], single[6])
+
+
+def test_float16_and_sgd_change_plans(folder: Path) -> None:
+    saving = ("--checkpoint-dir", "ck16", "--save-every", "3", "--lr", "3e-2")
+    first = losses(folder, "half", 4, "half.jsonl", *saving)
+    assert sorted(first) == [1, 2, 3, 4, 5, 6]
+    assert first[6][0] < first[1][0]
+    kept = dcp.FileSystemReader(folder / "ck16" / "step_3").read_metadata().state_dict_metadata
+    assert {"loss_scale.value", "optimizer.lm_head.weight.momentum_buffer"} <= {
+        name.replace("model.embed_tokens", "lm_head") for name in kept
+    }
+    stages = losses(folder, "half_stages", 4, "half2.jsonl", "--resume", "ck16/step_3", "--lr", "3e-2")
+    assert sorted(stages) == [4, 5, 6]
+    assert all(stages[step] == pytest.approx(first[step], rel=1e-2) for step in stages)
 
 
 def test_wrong_world_size_is_one_line(folder: Path) -> None:

@@ -6,13 +6,17 @@ import pytest
 import torch
 from hand_plans import gpt2, graph_of, llama, on_axes, plan_of
 
+from autopar.cluster import Cluster
 from autopar.codegen import twin
 from autopar.codegen.emit_module import module_source
+from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify, verify_source
 from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.trace import trace
+from autopar.job import Job
 from autopar.plan import Mesh, Plan
+from autopar.solver.search import search
 
 MODELS = {"llama": llama(2), "gpt2": gpt2(2)}
 GRAPHS = {name: graph_of(model) for name, model in MODELS.items()}
@@ -139,3 +143,12 @@ def test_a_stage_index_counts_all_stages_of_all_ranks() -> None:
     assert set().union(*held) == set(GRAPHS["llama"].parameters)
     assert sum(map(len, held)) == len(GRAPHS["llama"].parameters)
     assert verify(chosen, model).worst[1] <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("model", "fix"), [("llama", {"cp": 2, "tp": 2, "sp": True}), ("gpt2", {"cp": 2, "tp": 2})], ids=str
+)
+def test_plans_of_the_search_are_right(model: str, fix: dict[str, object]) -> None:
+    found = search(GRAPHS[model], Job(8, 32), Cluster.parse("1x4:h100"), fix)
+    assert verify(found, MODELS[model]).worst[1] <= 1e-12
+    typecheck(found, GRAPHS[model], 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -77,10 +78,6 @@ def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[s
     check_executable(plan)
 
     (folder / "module.py").write_text(module_source(plan, graph))
-    (folder / "runtime").mkdir()
-    for source in sorted(RUNTIME.glob("*.py")):
-        shutil.copyfile(source, folder / "runtime" / source.name)
-
     templates = Environment(
         loader=PackageLoader("autopar.codegen"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
@@ -88,9 +85,27 @@ def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[s
     for name in ("train.py", "launch.sh", "README.md"):
         (folder / name).write_text(templates.get_template(f"{name}.jinja").render(values))
     (folder / "launch.sh").chmod(0o755)
+    (folder / "runtime").mkdir()
+    for name in _runtime_needed((folder / "module.py").read_text(), (folder / "train.py").read_text()):
+        shutil.copyfile(RUNTIME / f"{name}.py", folder / "runtime" / f"{name}.py")
     plan.save(folder / "plan.json")
     if weights is not None:
         _save_weights(graph, weights, folder / WEIGHTS_FILE)
+
+
+def _runtime_needed(*sources: str) -> list[str]:
+    """The files of the runtime that these texts import, and those that these import."""
+    needed, pending = {"__init__"}, [*sources]
+    while pending:
+        for node in ast.walk(ast.parse(pending.pop())):
+            if not isinstance(node, ast.ImportFrom) or (node.level == 0 and not f"{node.module}".startswith("runtime")):
+                continue
+            module = f"{node.module or ''}".removeprefix("runtime").removeprefix(".")
+            for name in {module} if module else {alias.name for alias in node.names}:
+                if name not in needed:
+                    needed.add(name)
+                    pending.append((RUNTIME / f"{name}.py").read_text())
+    return sorted(needed)
 
 
 def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:

@@ -179,8 +179,10 @@ def _narrow_model(plan: Plan, model: nn.Module) -> tuple[nn.Module, str]:
     if heads is not None:
         group = heads // kv if kv else 1
         few = 4 if kv is None else max(4 // math.gcd(4, group), 1) if group > 4 else 4 // math.gcd(4, group) * 2
-        few_kv = max(2, few // group) if kv else None
-        new_heads = few_kv * group if few_kv else few
+        # As many as all model axes together may split.
+        ranks = prod(min(size, 2) for size in plan.mesh.model_axes().values())
+        few_kv = math.ceil(max(2, few // group) / ranks) * ranks if kv else None
+        new_heads = few_kv * group if few_kv else math.ceil(few / ranks) * ranks
         if plan.pad_heads > 1:
             few_kv, new_heads = _odd_heads(kv or heads, group, plan.pad_heads)
         _set(config, _HEADS, new_heads)

@@ -10,13 +10,14 @@ What the tables of `fix` mean here: with ``tp`` fixed, every matmul with a featu
 
 A conversion changes one axis, and leads to a layout in the standard order of splits (`sharding.local.standard`): on a
 dim that several axes split, the innermost changes first. Layouts through which a tensor may pass are products of the
-types it is made, stored or read in on each axis, of R, and of I and P where it has a gradient.
+types it is made, stored or read in on each axis, of R, and of I and P where it has a gradient; over the axes that tp is
+made of such a product changes type once at most.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 from autopar.graph.ir import BlockKind, ModelGraph, Node
@@ -282,9 +283,13 @@ class _KindProblem:
         universe = dict.fromkeys(held) | dict.fromkeys(
             standard(dict(zip(kinds, types, strict=True)), meta.shape) for types in product(*kinds.values())
         )
-        universe = {x: None for x in universe if fits(meta.shape, x, self.axes, self.batch, self.seq)}
-        inner = tensor_axes(self.axes)
-        hubs = {x for x in universe if len({x[axis] for axis in inner}) == 1 and x[next(iter(inner))] in between}
+        inner = tuple(tensor_axes(self.axes))
+        universe = {
+            x: None
+            for x in universe
+            if (x in held or _changes(x, inner) < 2) and fits(meta.shape, x, self.axes, self.batch, self.seq)
+        }
+        hubs = {x for x in universe if inner and not _changes(x, inner) and x[inner[0]] in between}
         table = {}
         for a in universe:
             for axis, ways in kinds.items():
@@ -301,6 +306,11 @@ class _KindProblem:
                     if b in universe and (b is after or same(b, after, grad)):
                         table[a, b] = self._seconds(self.prices.moved(tensor, axis, step))
         return table, frozenset(hubs | set(held))
+
+
+def _changes(layout: Layout, axes: tuple[str, ...]) -> int:
+    """How often the type changes from each axis to the next: once on the way from one type on all axes to another."""
+    return sum(layout[a] != layout[b] for a, b in pairwise(axes))
 
 
 def _undominated(choices: list[Choice]) -> list[int]:

@@ -96,21 +96,21 @@ def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[fl
         return 0.0, 0.0
     own, rooted = _least_groups(context, config)
     first, last = (rooted or own[0]), own[-1]
-    gather, reduce = data.gather_s(first), data.reduce_s(first)
-    again = data.gather_s(last) if data.zero == 3 else 0.0
-    each = again + (gather if data.gathers_each else 0.0) + (0.0 if data.defers else reduce)
-    return each, gather + reduce + again - each
+    gather, scatter = data.gather_s(first), data.scatter_s(first)
+    each = gather + data.gather_s(last) if data.gathers_each else 0.0
+    once = data.replicate_s(first) + (0.0 if data.gathers_each else gather)
+    return (each, once + scatter) if data.defers else (each + scatter, once)
 
 
 def _least_communication(context: Context, config: Config, data: DataAxis) -> float:
     """Network seconds of a step without stages: gathers, twice under zero 3 but for the root group, and reductions,
     each of them once a step or in each micro-batch."""
     own, rooted = _least_groups(context, config)
-    ways = 2 if data.zero == 3 else 1
+    ways = 2 if data.gathers_each else 1
     gathers = ways * sum(data.gather_s(n) for n in own) + data.gather_s(rooted)
-    reduces = sum(data.reduce_s(n) for n in (*own, rooted))
+    scatters, replicates = (sum(seconds(n) for n in (*own, rooted)) for seconds in (data.scatter_s, data.replicate_s))
     m = config.micro_batches
-    return (m if data.gathers_each else 1) * gathers + (1 if data.defers else m) * reduces
+    return (m if data.gathers_each else 1) * gathers + (1 if data.defers else m) * scatters + replicates
 
 
 def fits_at_best(context: Context, config: Config, shardings: Shardings) -> bool:

@@ -5,18 +5,17 @@ see `codegen/runtime/sharding.py` and `step.py`). What is sharded is so over sha
 ranks, ``stride`` (the size of tp) ranks apart; groups are replicas of each other, stride x fsdp ranks apart.
 
     zero  parameters gathered                               gradients reduced
-    0     locally (cast and copied): in each micro-batch    all-reduce of master dtype over all data ranks, at the last
-          without stages, else once a step                  micro-batch
-    1     over the shard group, once a step (nothing is     reduce-scatter over the shard group, then all-reduce of the
-          resharded before its end)                         shard across replicas, at the last micro-batch
-    2     as 1                                              as 1, at each micro-batch
-    3     over the shard group, for each forward and        as 1, at each micro-batch
+    0     locally (cast and copied), once a step            all-reduce of master dtype over all data ranks, in the last
+                                                            backward
+    1     over the shard group, once a step (nothing is     reduce-scatter over the shard group, in the last backward
+          resharded before its end)
+    2     as 1                                              reduce-scatter in each backward
+    3     over the shard group, for each forward and        as 2
           backward; the root group for each forward only
 
-Reductions run block by block under the backward. Only where stock pipelining defers them, under zero 0 and 1 with
-stages, they follow a stage's last backward, exposed. With several stages on a rank, gathers start together when the
-step begins, in the order of the stages, and a stage starts when all of its own have arrived (``gather_s``; zero 0 and
-1; the schedule does not see the groups of 2 and 3).
+Replicas of shard groups add up their shards once, in the last backward. Reductions run block by block under the
+backward, with stages and without: schedules do not see the groups. Only those that halve backwards (zero 0 and 1)
+reduce after a stage's last backward, exposed.
 
 The root group's gather begins the forward and nothing hides it; its reduction follows the last block's backward.
 
@@ -29,15 +28,15 @@ shard, 2C out of the gathered buffer (and 2C in place of the network when the sh
 C + M into the reduction, or C + 2M when the gradient is accumulated for a later one.
 
 State offload: every gather first brings the shard from the host, and every reduction takes its shard there
-(`Device.host_bandwidth`; both count as part of the channel), and AdamW runs on the host: memory-bound as on the device,
-at `Device.host_memory_bandwidth`. A shard that is reduced in several micro-batches is added to what waits on the host.
+(`Device.host_bandwidth`; both count as part of the channel), and the optimizer runs on the host: memory-bound as on
+the device, at `Device.host_memory_bandwidth`. A shard that is reduced in several micro-batches is added to what waits
+on the host; where replicas still have to add theirs, it stays on the device until the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import OpCosts
@@ -60,7 +59,7 @@ class BlockTime:
 class DataTimes:
     """A stage's seconds with the data axis: per micro-batch, extra in the first forward and last backward, reductions
     after the last micro-batch (exposed), optimizer and clipping. ``weight_s``: of the backward, the part that gives
-    weight gradients alone; ``gather_s``: gathers that start with the step and that the first forward waits for."""
+    weight gradients alone."""
 
     forward_s: float
     backward_s: float
@@ -69,13 +68,12 @@ class DataTimes:
     reduce_s: float
     optimizer_s: float
     weight_s: float = 0.0
-    gather_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class DataAxis:
-    """``size`` data ranks ``stride`` ranks apart, under ZeRO level ``zero`` over groups of ``fsdp``; ``pp``: ranks of
-    the pipeline, ``vpp``: stages on each of them; ``offload``: "none" or "state"."""
+    """``size`` data ranks ``stride`` ranks apart, under ZeRO level ``zero`` over groups of ``fsdp``; ``halves``:
+    whether the schedule halves backwards; ``offload``: "none" or "state"."""
 
     ops: OpCosts
     collectives: CollectiveCosts
@@ -83,19 +81,19 @@ class DataAxis:
     stride: int
     zero: int
     fsdp: int
-    pp: int
     micro_batches: int
-    vpp: int = 1
+    halves: bool = False
     offload: str = "none"
-
-    @property
-    def pipelined(self) -> bool:
-        return self.pp > 1
 
     @property
     def shards(self) -> int:
         """Ranks that what the optimizer keeps is split over."""
         return self.fsdp if self.zero else 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that keep the same."""
+        return self.size // self.shards
 
     @property
     def defers(self) -> bool:
@@ -105,12 +103,12 @@ class DataAxis:
     @property
     def exposes(self) -> bool:
         """Whether reductions follow the last backward of a stage."""
-        return self.pipelined and self.defers
+        return self.halves and self.defers
 
     @property
     def gathers_each(self) -> bool:
-        """Whether each micro-batch gathers, be it locally."""
-        return self.zero == 3 or (self.zero == 0 and not self.pipelined)
+        """Whether each micro-batch gathers."""
+        return self.zero == 3
 
     @property
     def accumulates(self) -> bool:
@@ -128,18 +126,30 @@ class DataAxis:
         return seconds
 
     def reduce_s(self, elements: int) -> float:
-        """Network seconds to reduce a block's gradients in master dtype."""
+        """Network seconds to reduce a block's gradients in master dtype, all of it."""
+        return self.scatter_s(elements) + self.replicate_s(elements)
+
+    def scatter_s(self, elements: int) -> float:
+        """Of these, inside a shard group: what zero 2 and 3 do in every micro-batch."""
         if not elements:
             return 0.0
         nbytes = elements * self.ops.job.master_bytes
-        shards, seconds = self.shards, 0.0
-        if shards > 1:
-            seconds += self.collectives.seconds("reduce_scatter", nbytes, shards, self.stride)
-        if self.size > shards:
-            seconds += self.collectives.seconds(
-                "all_reduce", nbytes / shards, self.size // shards, self.stride * shards
-            )
-        return seconds + self._host_s(elements) + self._host_sum_s(elements)
+        seconds = 0.0
+        if self.shards > 1:
+            seconds += self.collectives.seconds("reduce_scatter", nbytes, self.shards, self.stride)
+        if self.replicas > 1:
+            return seconds
+        # A shard that is whole leaves for the host, and is added to what is there if it is not the only one.
+        again = not self.defers and self.micro_batches > 1
+        return seconds + self._host_s(elements) + (self._host_sum_s(elements) if again else 0.0)
+
+    def replicate_s(self, elements: int) -> float:
+        """Of these, across replicas: once a step."""
+        if not elements or self.replicas == 1:
+            return 0.0
+        nbytes = elements * self.ops.job.master_bytes / self.shards
+        across = self.collectives.seconds("all_reduce", nbytes, self.replicas, self.stride * self.shards)
+        return across + self._host_s(elements)
 
     def gather_copy_s(self, elements: int) -> float:
         """Seconds of the local copies of one gather."""
@@ -168,19 +178,26 @@ class DataAxis:
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
         cast = (master + compute) / self.shards if master != compute else 0.0
         gather = cast + (4 if self.shards == 1 else 2) * compute
-        gathers = (2 if self.zero == 3 and not root else 1) if self.gathers_each else 0
+        gathers = (1 if root else 2) if self.gathers_each else 0
         return stream_seconds(self.ops, (gathers * gather + (master if self.accumulates else 0)) * elements)
 
     def stage(self, blocks: Sequence[BlockTime]) -> DataTimes:
         """Seconds of a stage that holds ``blocks``."""
         own = [0 if block.root else block.elements for block in blocks]
         rooted = sum(block.elements for block in blocks if block.root)
-        gathers, gather_copies, reduces, reduce_copies = (
+        gathers, gather_copies, scatters, replicates, reduce_copies = (
             [seconds(elements) if elements else 0.0 for elements in (*own, rooted)]
-            for seconds in (self.gather_s, self.gather_copy_s, self.reduce_s, self.reduce_copy_s)
+            for seconds in (
+                self.gather_s,
+                self.gather_copy_s,
+                self.scatter_s,
+                self.replicate_s,
+                self.reduce_copy_s,
+            )
         )
-        root_gather, root_reduce = gathers.pop(), reduces.pop()
-        root_gather_copy, root_reduce_copy = gather_copies.pop(), reduce_copies.pop()
+        reduces = [one + other for one, other in zip(scatters, replicates, strict=True)]
+        root_gather, root_gather_copy = gathers.pop(), gather_copies.pop()
+        root_scatter, root_reduce, root_reduce_copy = scatters.pop(), reduces.pop(), reduce_copies.pop()
         weights = sum(block.weight_s for block in blocks) + sum(reduce_copies) + root_reduce_copy
         forward = [block.forward_s for block in blocks]
         backward = [block.backward_s + copy for block, copy in zip(blocks, reduce_copies, strict=True)]
@@ -189,24 +206,16 @@ class DataAxis:
         compute, plain = sum(forward), sum(backward) + root_reduce_copy
         copied = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]
         gathered = root_gather + root_gather_copy + hidden_forward(copied, gathers)
-        if self.exposes:
-            exposed = sum(reduces) + root_reduce
-            if self.vpp > 1:
-                copies = sum(gather_copies) + root_gather_copy
-                waits = sum(gathers) + root_gather
-                return DataTimes(compute, plain, copies, 0.0, exposed, optimizer, weights, waits)
-            return DataTimes(compute, plain, gathered - compute, 0.0, exposed, optimizer, weights)
-        if self.zero == 3:
-            backward = [b + copy for b, copy in zip(backward, gather_copies, strict=True)]
-        again = gathers if self.zero == 3 else none
-        reduced = hidden_backward(backward, again, reduces, root_reduce_copy, root_reduce)
-        if self.zero == 3:
-            return DataTimes(gathered, reduced, 0.0, 0.0, 0.0, optimizer)
-        # What one micro-batch sees of it, and every one: gathers once or each time, reductions once or each time.
         each, first = (gathered, 0.0) if self.gathers_each else (compute, gathered - compute)
-        if self.defers:
-            return DataTimes(each, plain, first, reduced - plain, 0.0, optimizer)
-        return DataTimes(each, reduced, first, 0.0, 0.0, optimizer)
+        if self.exposes:
+            return DataTimes(each, plain, first, 0.0, sum(reduces) + root_reduce, optimizer, weights)
+        again = gathers if self.gathers_each else none
+        if self.gathers_each:
+            backward = [b + copy for b, copy in zip(backward, gather_copies, strict=True)]
+        last = hidden_backward(backward, again, reduces, root_reduce_copy, root_reduce)
+        if not self.defers:
+            plain = hidden_backward(backward, again, scatters, root_reduce_copy, root_scatter)
+        return DataTimes(each, plain, first, last - plain, 0.0, optimizer, weights)
 
     def _host_s(self, elements: float) -> float:
         """Seconds to copy this rank's shard of master elements between host and device."""
@@ -215,22 +224,15 @@ class DataAxis:
         return elements / self.shards * self.ops.job.master_bytes / self.ops.device.host_bandwidth
 
     def _host_sum_s(self, elements: float) -> float:
-        """Seconds to add a reduced shard to the one on the host, where several micro-batches reduce."""
-        if self.offload != "state" or self.defers or self.micro_batches == 1:
+        """Seconds to add a reduced shard to the one on the host."""
+        if self.offload != "state":
             return 0.0
         return 3 * elements / self.shards * self.ops.job.master_bytes / self.ops.device.host_memory_bandwidth
 
 
-def stage_events(times: Sequence[DataTimes], owned: Sequence[Sequence[int]]) -> list[StageTimes]:
-    """What the simulator replays; ``owned``: the stages of each rank, whose gathers begin the step in turn."""
-    ready = [0.0] * len(times)
-    for own in owned:
-        for stage, arrived in zip(own, accumulate(times[stage].gather_s for stage in own), strict=True):
-            ready[stage] = arrived
-    return [
-        StageTimes(t.forward_s, t.backward_s, t.weight_s, t.first_s, t.last_s, t.reduce_s, at)
-        for t, at in zip(times, ready, strict=True)
-    ]
+def stage_events(times: Sequence[DataTimes]) -> list[StageTimes]:
+    """What the simulator replays."""
+    return [StageTimes(t.forward_s, t.backward_s, t.weight_s, t.first_s, t.last_s, t.reduce_s) for t in times]
 
 
 def stream_seconds(ops: OpCosts, nbytes: float, kernels: int = 0) -> float:

@@ -62,9 +62,8 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         stride=config.tp,
         zero=config.zero,
         fsdp=config.fsdp,
-        pp=config.pp,
         micro_batches=config.micro_batches,
-        vpp=config.vpp,
+        halves=SCHEDULES[config.schedule].splits_backward,
         offload=config.offload,
     )
     memory = MemoryModel(
@@ -78,6 +77,7 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         schedule=config.schedule,
         vpp=config.vpp,
         offload=config.offload,
+        replicas=data.replicas,
     )
     transfer = context.collectives.seconds("send_recv", boundary, config.pp, mesh.data * config.tp)
     return Placed(data, memory, transfer)
@@ -159,8 +159,7 @@ def step(
     """
     m, rule = config.micro_batches, SCHEDULES[config.schedule]
     owned = [[s for s in range(len(times)) if rule.rank_of(s, config.pp) == rank] for rank in range(config.pp)]
-    events = stage_events(times, owned)
-    timeline = simulate(events, m, (transfer_s,) * (len(times) - 1), config.schedule, config.vpp)
+    timeline = simulate(stage_events(times), m, (transfer_s,) * (len(times) - 1), config.schedule, config.vpp)
     optimizer = max(sum(times[s].optimizer_s for s in own) for own in owned)
     total = timeline.total + tied_s + optimizer
     last = max(range(config.pp), key=lambda rank: (timeline.ends[rank], -rank))
@@ -170,7 +169,6 @@ def step(
     talk = sum(block.communication_s for block in blocks)
     own = sum(block.forward_s + block.backward_s for block in blocks)
     busy = sum(m * (t.forward_s + t.backward_s) + t.first_s + t.last_s + t.reduce_s for t in mine)
-    busy += timeline.gathering[last]
     return total, {
         "computation": m * (own - again - talk),
         "recomputation": m * again,

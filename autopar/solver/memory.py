@@ -11,12 +11,12 @@ optimizer (`Job.moments`), m: micro-batches of a step.
                 C r         C r         C r         C r         of the root group, as autograd leaves them: it takes
                                                                 them up only when the backward has ended
     optimizer   k M N       k M N / Z   k M N / Z   k M N / Z
-    * M N / Z with a single micro-batch and no stages: then nothing waits for a reduction. Schedules that halve
-      backwards (zbv, dualpipev) also leave the last weight gradients of a stage in compute dtype: C N, if C < M
+    * M N / Z with a single micro-batch, unless the schedule halves backwards: then nothing waits for a reduction.
+      Schedules that do (zbv, dualpipev) also leave the last weight gradients of a stage in compute dtype: C N, if C < M
 
 With state offload, what the optimizer keeps and gradients that are reduced wait on the host, 1 + 1 + k times M N / Z:
-parameters keep the second line, gradients M N under zero 0 and 1 (nothing under 2 and 3) and C r, the optimizer
-nothing.
+parameters keep the second line, gradients M N under zero 0 and 1 (*), nothing under 2 and 3 (M N / Z where
+shard groups have replicas: those add up at the end) and C r, the optimizer nothing.
 
 * activations  saved for backward, for the micro-batches in flight on each stage of a rank at the time when they are
                most together (`orders.peaks`); schedules that halve backwards also keep, from "I" to "W", the gradients
@@ -61,7 +61,7 @@ class BlockBytes:
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
     """``fsdp``: ranks of a shard group; ``pp``: pipeline ranks with ``vpp`` stages each; ``boundary``: local bytes of
-    what passes between stages, per micro-batch; ``offload``: "none" or "state"."""
+    what passes between stages, per micro-batch; ``offload``: "none" or "state"; ``replicas``: of a shard group."""
 
     job: Job
     fsdp: int
@@ -73,6 +73,7 @@ class MemoryModel:
     schedule: str = "1f1b"
     vpp: int = 1
     offload: str = "none"
+    replicas: int = 1
 
     @property
     def stages(self) -> int:
@@ -90,7 +91,7 @@ class MemoryModel:
     @property
     def defers(self) -> bool:
         """Whether gradients wait, whole, for the last micro-batch."""
-        return self.zero <= 1 and (self.pp > 1 or self.micro_batches > 1)
+        return self.zero <= 1 and (self.splits or self.micro_batches > 1)
 
     @property
     def splits(self) -> bool:
@@ -115,7 +116,8 @@ class MemoryModel:
         on_host = self.offload == "state"
         shard = 0.0 if on_host else master / self.shards
         gathered = compute if root or not self.frees_blocks else 0
-        whole = master if self.defers else shard
+        kept = master / self.shards if self.replicas > 1 and self.micro_batches > 1 else shard
+        whole = master if self.defers else kept
         left = compute if root or (self.splits and compute < master) else 0
         return {
             "parameters": shard + gathered,
@@ -140,7 +142,7 @@ class MemoryModel:
 
     def pending(self, elements: float) -> float:
         """Temporary bytes while a block of the root group runs, beside other blocks of at most so many elements."""
-        return 0.0 if self.pp > 1 and self.defers else self.job.master_bytes * elements
+        return 0.0 if self.splits else self.job.master_bytes * elements
 
     def root_staging(self, elements: float) -> float:
         """Temporary bytes of the reduction of a root group of so many elements."""

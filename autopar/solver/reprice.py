@@ -90,10 +90,21 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     mesh, m = plan.mesh, plan.micro_batches
     seconds = {name: _block_seconds(plan, model, one, ops, collectives) for name, one in plan.candidates.items()}
     boundary = max((_boundary_bytes(plan, model, candidate) for candidate in plan.candidates.values()), default=0)
-    data = DataAxis(ops, collectives, mesh.data, mesh.tp, plan.zero, plan.fsdp, mesh.pp, m, plan.vpp, plan.offload)
+    halving = SCHEDULES[plan.schedule].splits_backward
+    data = DataAxis(ops, collectives, mesh.data, mesh.tp, plan.zero, plan.fsdp, m, halving, plan.offload)
     reserve = cluster.device.reserve_bytes
     bytes_of = MemoryModel(
-        plan.job, plan.fsdp, plan.zero, mesh.pp, m, boundary, reserve, plan.schedule, plan.vpp, plan.offload
+        plan.job,
+        plan.fsdp,
+        plan.zero,
+        mesh.pp,
+        m,
+        boundary,
+        reserve,
+        plan.schedule,
+        plan.vpp,
+        plan.offload,
+        data.replicas,
     )
     halved = HalvedBackward(ops)
     times, blocks = [], []
@@ -110,7 +121,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
             forward, backward = seconds[candidate.name]
             held, saved = candidate.parameters, candidate.inflight_bytes
             weights, waiting = 0.0, 0
-            if SCHEDULES[plan.schedule].splits_backward:
+            if halving:
                 kind = model.kinds[candidate.decision.kind]
                 weights, waiting = halved.of(kind, candidate.decision, plan.micro_batch)
             block_times.append(BlockTime(forward, backward, held - doubled, root, weights))
@@ -124,7 +135,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     tied_s = collectives.seconds("send_recv", crossing * plan.job.master_bytes / bytes_of.shards, mesh.pp, distance)
     transfer = collectives.seconds("send_recv", boundary, mesh.pp, distance)
     owned = [plan.stages_of(rank) for rank in range(mesh.pp)]
-    timeline = simulate(stage_events(times, owned), m, (transfer,) * (len(times) - 1), plan.schedule, plan.vpp)
+    timeline = simulate(stage_events(times), m, (transfer,) * (len(times) - 1), plan.schedule, plan.vpp)
     step_time = timeline.total + tied_s + max(sum(times[stage].optimizer_s for stage in own) for own in owned)
     return Repriced(step_time, tuple(times), bytes_of.ranks(blocks))
 

@@ -10,9 +10,8 @@ not buffer) and takes ``transfer_s``; stages on one rank hand on for nothing. Th
   waited for at the end of the step. A receive is posted by the place in the table that its rank has come to when,
   going round the ranks one action at a time, the sender's is written down: ahead of its use, so that it overlaps.
 
-Gradients that are reduced once a step are so after the last backward (``after_s``): of a schedule of one stage a rank
-when its last send is through, of several stages straight after the last backward of that stage, before what follows.
-A stage may start when its parameters have arrived (``ready_s``).
+What follows a stage's last backward (``after_s``): of a schedule of one stage a rank it comes when the last send is
+through, of several stages straight after the last backward of that stage, before what follows.
 
 Closed forms for transfers that cost nothing: GPipe (m-1)(max f + max b) + sum(f + b) for any stages; 1F1B
 (m+p-1)(f+b) for equal ones.
@@ -38,7 +37,7 @@ _NOTHING = Action("", 0, 0)
 @dataclass(frozen=True, slots=True)
 class StageTimes:
     """Seconds of one stage: per micro-batch (``weight_s``: of the backward, the part that gives weight gradients
-    alone), extra in its first forward and last backward, and once after all. ``ready_s``: when it can start."""
+    alone), extra in its first forward and last backward, and once after all."""
 
     forward_s: float
     backward_s: float
@@ -46,7 +45,6 @@ class StageTimes:
     first_s: float = 0.0
     last_s: float = 0.0
     after_s: float = 0.0
-    ready_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +60,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """``ends``: when each rank has finished all it does; ``total``: the last of them; ``gathering``: seconds each rank
-    waited for parameters alone. ``events`` only when asked for."""
+    """``ends``: when each rank has finished all it does; ``total``: the last of them. ``events`` if asked for."""
 
     total: float
     ends: tuple[float, ...]
-    gathering: tuple[float, ...]
     events: tuple[Event, ...]
 
 
@@ -246,7 +242,6 @@ def _replay(
     """Run every program as far as it goes, until all are done; a wait stops where the other end has not posted."""
     count = len(programs)
     clock = [0.0] * count
-    gathering = [0.0] * count
     posted: dict[_Transfer, float] = {}
     done: dict[_Transfer, float] = {}
     blocked: list[tuple[_Transfer, ...] | None] = [()] * count
@@ -269,10 +264,6 @@ def _replay(
                     waiting = None
                 elif step[0] == "run":
                     kind, stage, micro, _ = step[1]
-                    if kind == "F" and micro == 0:
-                        late = max(0.0, stages[stage].ready_s - clock[rank])
-                        gathering[rank] += late
-                        clock[rank] += late
                     end = clock[rank] + _seconds(stages, kind, stage, micro, left)
                     if record and kind != "after":
                         events.append(Event(stage, kind, micro, clock[rank], end))
@@ -289,7 +280,7 @@ def _replay(
     if any(waiting is not None for waiting in blocked):
         raise AutoparError("the schedule deadlocks: a stage waits for a transfer that nothing sends")
     events.sort(key=lambda event: (event.start, event.stage))
-    return Timeline(max(clock), tuple(clock), tuple(gathering), tuple(events))
+    return Timeline(max(clock), tuple(clock), tuple(events))
 
 
 def _link(transfer: _Transfer) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from autopar.cluster import Cluster
-from autopar.errors import BadInputError, UnsupportedError
+from autopar.errors import BadInputError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import can_pad
 from autopar.graph.size import size_at
@@ -16,6 +16,7 @@ from autopar.job import Job
 from autopar.plan import Mesh
 from autopar.schedule import SCHEDULES
 from autopar.sharding.rules import strategies_of
+from autopar.solver.axis_choices import check_axes
 from autopar.solver.block_problem import feature_splits
 from autopar.solver.capabilities import Choice, executes, refusals, schedule_of
 from autopar.solver.fix import Fix
@@ -155,6 +156,8 @@ def _divisors(n: int) -> list[int]:
 def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None:
     """Why no configuration exists at all, said clearly. Raises BadInputError."""
     devices = cluster.devices
+    if fix.cp is not None and fix.cp > 1:
+        check_axes(model, {"cp": fix.cp, "tp": fix.tp or 1}, job.seq_len, fix.sp)
     if fix.tp is not None and fix.tp > 1:
         _check_model_axis(model, job, fix.tp, bool(fix.sp))
     if model.max_seq is not None and job.seq_len > model.max_seq:
@@ -185,8 +188,7 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
     )
     if refused and fixed:
         limit = refused.most_common(1)[0][0]
-        kind = UnsupportedError if limit.avoids else BadInputError
-        raise kind(
+        raise BadInputError(
             f"fix: nothing can run {fixed} on {devices} devices with global_batch {batch}: {limit.reason}"
             + (f" (otherwise {limit.avoids})" if limit.avoids else "")
         )

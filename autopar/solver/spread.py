@@ -136,23 +136,20 @@ def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) 
 def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved: Halves) -> Option:
     """A block as the stage ILP counts it: alone, so that what hides its communication is its own computation."""
     data, elements = place.data, cost.elements
-    copies, gather, reduce = data.gather_copy_s(elements), data.gather_s(elements), data.reduce_s(elements)
+    copies, gather = data.gather_copy_s(elements), data.gather_s(elements)
+    scatter, replicate = data.scatter_s(elements), data.replicate_s(elements)
     forward, backward, once = cost.forward_s, cost.backward_s + data.reduce_copy_s(elements), 0.0
     if data.gathers_each:
         forward = forward + copies + gather if root else max(forward + copies, gather)
     else:
-        seen = root or (data.exposes and data.vpp > 1)
-        once += copies + (gather if seen else max(0.0, gather - forward - copies))
-    if data.exposes:
-        once += reduce
-    elif data.defers:
-        once += reduce if root else 0.0
+        once += copies + (gather if root else max(0.0, gather - forward - copies))
+    if data.exposes or (data.defers and root):
+        once += scatter + replicate
     elif root:
-        backward += reduce
-    elif data.zero == 3:
-        backward = max(backward + copies, gather + reduce)
-    else:
-        backward = max(backward, reduce)
+        backward += scatter
+        once += replicate
+    elif not data.defers:
+        backward = max(backward + copies, gather + scatter) if data.gathers_each else max(backward, scatter)
     # What communication hides costs a little all the same, so that nothing is recomputed for nothing.
     own = 1e-6 * (cost.forward_s + cost.backward_s)
     return Option(

@@ -16,7 +16,7 @@ from autopar.cluster import Cluster
 from autopar.codegen.emit import emit
 from autopar.errors import BadInputError, UnsupportedError
 from autopar.job import Job
-from autopar.plan import Plan
+from autopar.plan import Mesh, Plan
 from autopar.solver.capabilities import CAPABILITIES, LIMITS
 from autopar.solver.search import search
 from proof.models import SEQ, Variant, graph_of
@@ -33,6 +33,7 @@ class Refused:
     changes: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)
     batch: int = 16
+    devices: int = 4
 
 
 ZBV = {"pp": 2, "dp": 2, "schedule": "zbv", "zero": 0}
@@ -75,6 +76,13 @@ REFUSED = {
     "zero 0 shards nothing": Refused(
         {"dp": 4, "zero": 0, "fsdp": 2}, "fsdp=2 contradicts zero=0", {"dp": 4, "zero": 0}, {"fsdp": 2}
     ),
+    "two tensor axes": Refused(
+        {"tp": "2x2x2"},
+        "split over two tensor axes at most",
+        {"tp": "2x4"},
+        {"mesh": Mesh(tp=8, tp_parts=(2, 2, 2))},
+        devices=8,
+    ),
     "shard groups hold whole sequences": Refused(
         {"cp": 4, "zero": 3, "fsdp": 2},
         "fsdp must be a multiple of cp",
@@ -84,8 +92,8 @@ REFUSED = {
 }
 
 
-def plan_of(fix: dict[str, Any], batch: int = 16) -> Plan:
-    return search(graph_of(Variant()), Job(batch, SEQ), Cluster.parse("1x4:h100"), fix)
+def plan_of(fix: dict[str, Any], batch: int = 16, devices: int = 4) -> Plan:
+    return search(graph_of(Variant()), Job(batch, SEQ), Cluster.parse(f"1x{devices}:h100"), fix)
 
 
 def test_every_limit_has_a_refusal() -> None:
@@ -96,7 +104,7 @@ def test_every_limit_has_a_refusal() -> None:
 def test_a_fix_past_a_limit_says_why_and_what_to_do(name: str) -> None:
     refused = REFUSED[name]
     with pytest.raises((BadInputError, UnsupportedError)) as error:
-        plan_of(refused.fix, refused.batch)
+        plan_of(refused.fix, refused.batch, refused.devices)
     said = str(error.value)
     assert said.startswith("fix: ")
     assert refused.told in said
@@ -108,7 +116,7 @@ def test_a_fix_past_a_limit_says_why_and_what_to_do(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_plan_changed_by_hand_is_not_emitted(name: str, tmp_path: Path) -> None:
     refused = REFUSED[name]
-    plan = plan_of(refused.good, refused.batch)
+    plan = plan_of(refused.good, refused.batch, refused.devices)
     emit(plan, graph_of(Variant()), tmp_path / "good")
     blocks = {key: replace(candidate, **refused.blocks) for key, candidate in plan.candidates.items()}
     changed = replace(plan, **refused.changes, candidates=blocks)
