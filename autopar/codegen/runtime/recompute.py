@@ -198,6 +198,8 @@ class _First(TorchDispatchMode):
         after: frozenset[_Result] = frozenset()
         if is_kept:
             result = _Result(out, device, _generator(device).get_offset() - before if device else 0)
+            # The backward of attention reads what attention returned, whatever comes after it.
+            result.is_read = op in KEEPABLE["attention"]
             self.kept.results[op].append(result)
             after = frozenset((result,))
         elif op in _PASSING:
