@@ -34,8 +34,8 @@ class Variant:
 
     @property
     def blocks(self) -> int:
-        """Blocks of the traced model: its layers and its two ends."""
-        return self.layers + 2
+        """Blocks of the traced model: its layers and its two ends, of T5 also what is between encoder and decoder."""
+        return self.layers + (3 if self.family == "t5" else 2)
 
 
 def _llama(variant: Variant) -> nn.Module:
