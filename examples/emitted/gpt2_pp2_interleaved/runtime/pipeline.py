@@ -16,6 +16,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from .launch import InputError
 from .sharding import before_backward
 
 SCHEDULES = {
@@ -49,7 +50,15 @@ def build_schedule(
     zero: int,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """The schedule, ready to step. ``stages``: those of this rank, by index; all ranks have as many."""
+    """The schedule, ready to step. ``stages``: those of this rank, by index; all ranks have as many.
+
+    Raises InputError for a schedule that splits the backward on a PyTorch that may count gradients twice there.
+    """
+    if schedule in THERE_AND_BACK and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        raise InputError(
+            f"schedule {schedule} needs PyTorch 2.13 or newer (this is {torch.__version__}): before it, nothing keeps "
+            "a split backward from adding a gradient twice; use another schedule"
+        )
     count, group = len(stages) * mesh["pp"].size(), mesh["pp"].get_group()
     pieces = [_Piece(_Hidden(stage), index, count, device, group=group) for index, stage in stages.items()]
     for piece in pieces:

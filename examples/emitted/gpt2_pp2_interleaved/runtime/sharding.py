@@ -17,9 +17,9 @@ that split the backward (level 0 and 1 only) the reduction comes after the last 
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -81,10 +81,13 @@ def _sharded_modules(stage: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in stage.modules() if isinstance(module, FSDPModule))
 
 
-def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compile each block's forward, without graph breaks; FSDP2's hooks stay outside, and so does recomputation, but
-    for the selective one, which the compiler carries out (`recompute.selective`)."""
-    block: Any
+def compile_blocks(blocks: list[nn.Module], splits_backward: bool = False) -> None:
+    """Compile each block's forward, without graph breaks; FSDP2's hooks and recomputation stay outside.
+
+    ``splits_backward``: the schedule goes through the graph twice, for gradients of inputs and of weights.
+    """
+    if splits_backward:
+        # Else the first pass gives away the buffers that the second needs.
+        torch._functorch.config.donated_buffer = False
     for block in blocks:
-        block.eager_forward = block.forward
         block.forward = torch.compile(block.forward, fullgraph=True)
