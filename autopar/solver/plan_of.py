@@ -108,9 +108,9 @@ def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
 
 
 def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candidate:
-    once = place.data.optimizer_s(cost.elements)
+    once = place.data.optimizer_s(cost.trains)
     if place.data.defers:
-        once += place.data.reduce_s(cost.elements)
+        once += place.data.reduce_s(cost.trains)
     return Candidate(
         name=name,
         decision=cost.decision,
@@ -118,7 +118,7 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
         forward_s=cost.forward_s,
         backward_s=cost.backward_s,
         step_s=once,
-        resident_bytes=round(place.memory.resident(cost.elements, root)),
+        resident_bytes=round(place.memory.resident(cost.elements, root, cost.frozen)),
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
         parameters=cost.elements,
