@@ -113,8 +113,20 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "embedding dp4 zero3": (frozen_embedding, {"dp": 4, "zero": 3, "fsdp": 4}),
     "adapters dp2 tp2 zero2": (adapters, {"dp": 2, "tp": 2, "zero": 2, "fsdp": 2}),
     "layers pp2 dp2 zero1": (frozen_layers, {"pp": 2, "dp": 2, "zero": 1, "fsdp": 2, "stages": "3,3"}),
+    "layers pp2 dp2 zbv": (
+        frozen_layers,
+        {"pp": 2, "dp": 2, "zero": 1, "fsdp": 2, "schedule": "zbv", "vpp": 2, "stages": "2,1,2,1"},
+    ),
+    "adapters pp2 dp2 dualpipev": (
+        adapters,
+        {"pp": 2, "dp": 2, "zero": 0, "schedule": "dualpipev", "vpp": 2, "stages": "1,2,2,1"},
+    ),
+    "embedding pp2 dp2 zbv": (
+        frozen_embedding,
+        {"pp": 2, "dp": 2, "zero": 0, "schedule": "zbv", "vpp": 2, "stages": "1,2,2,1"},
+    ),
 }
-"""The last: nothing of the first stage trains."""
+"""With frozen layers nothing of the first stage trains."""
 
 
 def test_frozen_parts_on_four_ranks(tmp_path: Path) -> None:

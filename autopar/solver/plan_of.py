@@ -72,9 +72,16 @@ def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts
         vpp=config.vpp,
         offload=config.offload,
         pad_heads=config.pad_heads,
-        notes=(*context.model.notes, *_unruled(context)),
+        notes=(*context.model.notes, *_long(context), *_unruled(context)),
     )
     return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))
+
+
+def _long(context: Context) -> list[str]:
+    nominal, seq = context.model.nominal_seq, context.job.seq_len
+    if nominal is None or seq <= nominal:
+        return []
+    return [f"seq_len {seq} is beyond the {nominal} positions of the model's config; nothing in the model stops it"]
 
 
 def _unruled(context: Context) -> list[str]:

@@ -60,7 +60,10 @@ def build_schedule(
             "a split backward from adding a gradient twice; use another schedule"
         )
     count, group = len(stages) * mesh["pp"].size(), mesh["pp"].get_group()
-    pieces = [_Piece(_Hidden(stage), index, count, device, group=group) for index, stage in stages.items()]
+    pieces = [
+        _Piece(_Hidden(stage, schedule in THERE_AND_BACK), index, count, device, group=group)
+        for index, stage in stages.items()
+    ]
     for piece in pieces:
         piece.zero, piece.splits_backward = zero, schedule in THERE_AND_BACK
     # Gradients are not divided by the number of micro-batches: the loss is already a part of the whole step's mean.
@@ -70,14 +73,24 @@ def build_schedule(
 
 class _Hidden(nn.Module):
     """Hides from the schedule that the stage is sharded. It would keep parameters and gradients whole to the end of the
-    step; so FSDP2's own hooks gather, reduce and free, at every micro-batch, as they do without a pipeline."""
+    step; so FSDP2's own hooks gather, reduce and free, at every micro-batch, as they do without a pipeline.
 
-    def __init__(self, stage: nn.Module) -> None:
+    ``splits_backward``: such a backward finds the weights of a stage from its inputs. Where nothing before the stage
+    trains, it would leave them without gradients, and say nothing; so what is handed on asks for a gradient all the
+    same.
+    """
+
+    def __init__(self, stage: nn.Module, splits_backward: bool) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage, self.splits_backward = stage, splits_backward
 
     def forward(self, *args: Any, **batch: Any) -> Any:
-        return self.stage(*args, **batch)
+        out = self.stage(*args, **batch)
+        handed = out if isinstance(out, tuple) else (out,)
+        if not self.splits_backward or any(x.requires_grad for x in handed):
+            return out
+        asking = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in handed)
+        return asking if isinstance(out, tuple) else asking[0]
 
 
 class _Piece(PipelineStage):
