@@ -51,8 +51,11 @@ SNAPSHOTS = {
         Job(64, 8192),
         {"tp": 4, "dp": 2, "pp": 1, "sp": True, "micro_batch": 1, "recompute": "selective(matmul+attention)"},
     ),
+    "t5_tp": Snapshot(
+        f"{Path(__file__).parent / 'plain_plans.py'}:small_t5", "1x4:h100", Job(16, 16), {"tp": 2, "dp": 2, "pp": 1}
+    ),
 }
-"""Each by the name of its file. The models are of the catalog, so that numbers in the text are those of real sizes."""
+"""Each by the name of its file. All models but T5 are of the catalog, so that numbers are those of real sizes."""
 
 
 def path_of(name: str) -> Path:

@@ -36,6 +36,13 @@ FORCED: dict[str, dict[str, Any]] = {
         "sp": True,
         "recompute": "1-1:full,2-2:selective(attention+all_gather),3-3:none,4-4:selective(matmul)",
     },
+    # What attention made only enters a kept all-to-all; its own gradient reads it all the same.
+    "dp2 cp2 attention between all-to-alls": {
+        "dp": 2,
+        "cp": 2,
+        "zero": 1,
+        "recompute": "selective(matmul+attention+all_to_all)",
+    },
 }
 
 

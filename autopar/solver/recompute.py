@@ -3,8 +3,9 @@
 A block's forward is a sequence of pieces, operators and the steps of conversions, in the order in which the emitted
 code runs them. Selective recomputation keeps the results of some families of pieces (`FAMILIES`):
 
-* a result is kept if the second run reads it. One that passes only through additions and views into a kept collective,
-  or out of the block, is not read: its producer is neither run again nor kept;
+* a result is kept if the second run reads it (that of attention always is: its own gradient does). One that passes
+  only through additions and views into a kept collective, or out of the block, is not read: its producer is neither
+  run again nor kept;
 * the second run stops as soon as everything saved for backward is there again: after the last piece that saves
   something (a matmul or product that comes last is not run: what it saves are its operands);
 * attention keeps, beside its output, one float32 per query and head.
@@ -138,6 +139,8 @@ def rerun(kind: BlockKind, decision: BlockDecision, saved: Sequence[str], batch:
         is_collective = piece.family not in ("", "matmul", "attention")
         if not piece.passes and not (is_kept[place] and is_collective):
             is_read |= sources
+        if piece.family == "attention":
+            is_read.add(place)  # by its own gradient
         made_of.append(frozenset((place,)) if is_kept[place] else sources if piece.passes else frozenset())
         if piece.saves:
             stop = place + (not piece.saves_before)

@@ -34,8 +34,8 @@ class Variant:
 
     @property
     def blocks(self) -> int:
-        """Blocks of the traced model: its layers and its two ends."""
-        return self.layers + 2
+        """Blocks of the traced model: its layers and its two ends, of T5 also what is between encoder and decoder."""
+        return self.layers + (3 if self.family == "t5" else 2)
 
 
 def _llama(variant: Variant) -> nn.Module:
@@ -145,7 +145,7 @@ def batches(variant: Variant, samples: int, steps: int = 3) -> list[dict[str, Te
     ids = torch.randint(0, variant.vocab, (steps, samples, SEQ), generator=torch.Generator().manual_seed(1))
     labels = ids.clone() if variant.family != "t5" else ids.flip(2).clone()
     labels[:, 0, 3:9] = -100
-    labels[:, samples // 2, 1:] = -100
+    labels[:, samples // 2, 5:] = -100
     return [{"input_ids": i, "labels": l} for i, l in zip(ids, labels, strict=True)]
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 _functional = torch.ops._c10d_functional
 
@@ -121,7 +122,9 @@ def _last_rows_causal(rows: int, keys: int, device: torch.device) -> Tensor:
     torch.compile, which cannot build such a mask inside a graph, has them written out."""
     if torch.compiler.is_compiling():
         return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
-    return causal_lower_right(rows, keys)
+    # A mode that watches operators (selective recomputation) cannot see such a mask being made either.
+    with _disable_current_modes():
+        return causal_lower_right(rows, keys)
 
 
 def _own_runs(size: int, axes: tuple[DeviceMesh, ...], balanced: bool) -> list[tuple[int, int]]:

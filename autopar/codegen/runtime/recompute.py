@@ -103,8 +103,8 @@ class _Result:
     """What one kept operator returned. ``is_read``: the second run needs its value. ``drawn``: how many random numbers
     it took on ``device``, which the second run has to skip for the operators after it to draw the same ones again."""
 
-    def __init__(self, value: Any, device: torch.device | None = None, drawn: int = 0) -> None:
-        self.value, self.is_read = tree_map(_detached, value), False
+    def __init__(self, value: Any, is_read: bool, device: torch.device | None = None, drawn: int = 0) -> None:
+        self.value, self.is_read = tree_map(_detached, value), is_read
         self.device, self.drawn = device, drawn
         self.shapes: Any = None
 
@@ -197,7 +197,8 @@ class _First(TorchDispatchMode):
         sources = frozenset().union(*held)
         after: frozenset[_Result] = frozenset()
         if is_kept:
-            result = _Result(out, device, _generator(device).get_offset() - before if device else 0)
+            drawn = _generator(device).get_offset() - before if device else 0
+            result = _Result(out, op in KEEPABLE["attention"], device, drawn)  # attention's own gradient reads it
             self.kept.results[op].append(result)
             after = frozenset((result,))
         elif op in _PASSING:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 _functional = torch.ops._c10d_functional
 
@@ -110,13 +111,20 @@ def context_attention(
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, **options)
         heads, runs = [], _own_runs(key.size(-2), axes, balanced)
         for rows, (start, stop) in zip(query.split([b - a for a, b in runs], -2), runs, strict=True):
-            keys, values, mask = (
-                key.narrow(-2, 0, stop),
-                value.narrow(-2, 0, stop),
-                causal_lower_right(stop - start, stop),
-            )
+            keys, values = key.narrow(-2, 0, stop), value.narrow(-2, 0, stop)
+            mask = _last_rows_causal(stop - start, stop, query.device)
             heads.append(F.scaled_dot_product_attention(rows, keys, values, mask, dropout_p=dropout_p, **options))
         return torch.cat(heads, -2) if len(heads) > 1 else heads[0]
+
+
+def _last_rows_causal(rows: int, keys: int, device: torch.device) -> Tensor:
+    """The causal mask of the last ``rows`` of ``keys`` positions. Attention kernels know it without its values; only
+    torch.compile, which cannot build such a mask inside a graph, has them written out."""
+    if torch.compiler.is_compiling():
+        return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
+    # A mode that watches operators (selective recomputation) cannot see such a mask being made either.
+    with _disable_current_modes():
+        return causal_lower_right(rows, keys)
 
 
 def _own_runs(size: int, axes: tuple[DeviceMesh, ...], balanced: bool) -> list[tuple[int, int]]:
