@@ -177,7 +177,7 @@ def test_corrupt_cache_is_traced_again(config, text):
     (file,) = cached_files()
     file.write_text(text)
     assert model_graph(str(config)) == first
-    assert json.loads(file.read_text())["version"] == 1
+    assert json.loads(file.read_text())["version"] == 2
 
 
 def test_cache_that_cannot_be_written_is_done_without(config, tmp_path, monkeypatch):

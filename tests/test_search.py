@@ -211,6 +211,12 @@ def test_sequences_longer_than_the_model_takes_are_refused():
         search(model, JOB, CLUSTER)
 
 
+def test_sequences_beyond_the_config_are_noted():
+    model = dataclasses.replace(decoder(2), nominal_seq=32)
+    assert any("seq_len 64 is beyond the 32 positions" in note for note in search(model, JOB, CLUSTER).notes)
+    assert not any("beyond" in note for note in search(decoder(2), JOB, CLUSTER).notes)
+
+
 def test_fast_links_favour_sharded_data_parallelism_for_8b():
     plan = search(llama3_8b(), Job(64, 4096), Cluster.parse("1x8:h100"))
     assert (plan.mesh.dp, plan.zero) == (8, 3)

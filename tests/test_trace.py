@@ -104,7 +104,7 @@ def test_batch_is_symbolic():
         "input_ids": (BATCH, SEQ),
         "labels": (BATCH, SEQ),
     }
-    assert graph.max_seq == 64
+    assert (graph.max_seq, graph.nominal_seq) == (None, 64), "rotary positions go on"
 
 
 def test_dropout_stays_when_it_drops():

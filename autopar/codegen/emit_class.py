@@ -20,14 +20,14 @@ def class_source(placed: Placed, model: ModelGraph, setting: Setting) -> list[st
     kind = model.kinds[placed.kind]
     targets = {node.target: node.name for node in kind.graph.of("parameter")}
     stored = {t: stored_layout(placed.candidate.decision.inputs[name], setting) for t, name in targets.items()}
-    shapes = {t: kind.graph.nodes[name].meta.at(1, 1) for t, name in targets.items()}
+    metas = {t: kind.graph.nodes[name].meta for t, name in targets.items()}
     arguments = argument_names(kind, flow_arguments(placed, model))
     axes = axis_names(setting, (target.partition(".")[0] for target in targets))
     forward = block_body(placed, model, setting, arguments, axes).program().lines(2)
     lines = [f"class {placed.callee}(nn.Module):", *_docstring(placed, model, setting, arguments), ""]
     lines += ["    def __init__(self, new: New) -> None:", "        super().__init__()"]
     lines += axis_assignments(axes, forward)
-    for name, member in tree(stored, shapes, setting.axes).items():
+    for name, member in tree(stored, metas, setting.axes).items():
         lines += assignment(name, member, 2)
     lines += ["", *signature("forward", list(arguments.values()), [], len(kind.graph.outputs), 1), *forward]
     return lines

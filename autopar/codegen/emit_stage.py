@@ -28,7 +28,7 @@ from autopar.codegen.wiring import (
     top_names,
 )
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import ModelGraph, OpGraph
+from autopar.graph.ir import ModelGraph, OpGraph, TensorMeta
 from autopar.plan import Plan
 from autopar.sharding.layout import Layout
 
@@ -166,12 +166,12 @@ class StageWriter:
                 if block.path:
                     names[block.path] = Call(block.callee, (Text("new"),))
                     continue
-                for full, (layout, shape) in self._parameters(block).items():
+                for full, (layout, meta) in self._parameters(block).items():
+                    member = parameter_expr(layout, meta.at(1, 1), self.setting.axes, full, meta.requires_grad)
                     owner, _, leaf = full.rpartition(".")
                     if not owner:
-                        names[leaf] = parameter_expr(layout, shape, self.setting.axes, full)
+                        names[leaf] = member
                     else:
-                        member = parameter_expr(layout, shape, self.setting.axes, full)
                         stored.setdefault(owner, {}).setdefault(leaf, member)
             inner = [block.container for block in self.placed if block.container] + [*names, *stored]
             for owner, members in stored.items():
@@ -183,14 +183,14 @@ class StageWriter:
                 found.append((dict(sorted(names.items(), key=lambda item: item[0].count("."))), stage))
         return found
 
-    def _parameters(self, block: Placed) -> dict[str, tuple[Layout, tuple[int, ...]]]:
-        """Full name to stored layout and shape of a block's parameters."""
+    def _parameters(self, block: Placed) -> dict[str, tuple[Layout, TensorMeta]]:
+        """Full name to stored layout and meta of a block's parameters."""
         graph = self.model.kinds[block.kind].graph
         names = self._names(block)
         return {
             names[node.target]: (
                 stored_layout(block.candidate.decision.inputs[node.name], self.setting),
-                node.meta.at(1, 1),
+                node.meta,
             )
             for node in graph.of("parameter")
         }

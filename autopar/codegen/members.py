@@ -9,6 +9,7 @@ from math import prod
 from autopar.codegen.source import Argument, Call, Expr, Method, Text, literal, statement
 from autopar.codegen.wiring import is_writable
 from autopar.errors import UnsupportedError
+from autopar.graph.ir import TensorMeta
 from autopar.sharding.layout import Layout
 
 
@@ -39,10 +40,13 @@ def assignment(path: str, member: Expr, indent: int) -> list[str]:
     return statement("", Method(holder, register, (literal(leaf), member)), str, indent)
 
 
-def parameter_expr(layout: Layout, shape: tuple[int, ...], axes: Mapping[str, int], name: str) -> Expr:
+def parameter_expr(
+    layout: Layout, shape: tuple[int, ...], axes: Mapping[str, int], name: str, trains: bool = True
+) -> Expr:
     """``new.whole(shape)`` or ``new.split(shape, axis=dim)`` for a parameter stored as ``layout``.
 
-    ``axes``: sizes of the model axes. Raises UnsupportedError for what no DTensor on these axes is.
+    ``axes``: sizes of the model axes; ``trains``: whether it has a gradient. Raises UnsupportedError for
+    what no DTensor on these axes is.
     """
     split = {axis: kind for axis, kind in layout.types if kind.kind == "S"}
     what = f"{name} of shape {shape}, stored as {layout}"
@@ -61,19 +65,21 @@ def parameter_expr(layout: Layout, shape: tuple[int, ...], axes: Mapping[str, in
         raise UnsupportedError(f"{what}: on cp a parameter is R, its gradient summed over cp as over data ranks")
     sizes: tuple[Argument, ...] = tuple(literal(size) for size in shape)
     dims = tuple((axis, literal(split[axis].dim)) for axis in axes if axis in split)
-    return Call("new.split", (*sizes, *dims)) if dims else Call("new.whole", sizes)
+    frozen: tuple[Argument, ...] = () if trains else (("trains", literal(False)),)
+    return Call("new.split", (*sizes, *dims, *frozen)) if dims else Call("new.whole", (*sizes, *frozen))
 
 
-def tree(stored: dict[str, Layout], shapes: dict[str, tuple[int, ...]], axes: Mapping[str, int]) -> dict[str, Expr]:
+def tree(stored: dict[str, Layout], metas: Mapping[str, TensorMeta], axes: Mapping[str, int]) -> dict[str, Expr]:
     """Top-level attributes of a block, nested as the model's modules are."""
     members: dict[str, Expr] = {}
     for head in dict.fromkeys(target.split(".")[0] for target in stored):
         targets = [target for target in stored if target.split(".")[0] == head]
         if targets == [head]:
-            members[head] = parameter_expr(stored[head], shapes[head], axes, head)
+            meta = metas[head]
+            members[head] = parameter_expr(stored[head], meta.at(1, 1), axes, head, meta.requires_grad)
             continue
         inner = {t.split(".", 1)[1]: stored[t] for t in targets}
-        members[head] = weights(tree(inner, {t.split(".", 1)[1]: shapes[t] for t in targets}, axes))
+        members[head] = weights(tree(inner, {t.split(".", 1)[1]: metas[t] for t in targets}, axes))
     return members
 
 

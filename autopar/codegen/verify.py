@@ -105,7 +105,8 @@ def verify(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> VerifyReport:
-    """Run the plan's module and the model on the same random batch, and compare the loss and every gradient.
+    """Run the plan's module and the model on the same random batch, and compare the loss and every gradient
+    of a parameter that trains.
 
     ``inputs`` and ``loss`` as in `autopar.search`; a batch of the plan's micro-batches is drawn from ``seed``. A model
     on meta gets random weights. Plans too large for one process are verified on a twin (see `small_twin`).
@@ -154,7 +155,7 @@ def _compare(
     weights = {name: weight.detach() for name, weight in reference.named_parameters()}
     expected_loss, expected = _single_device(reference, graph, loss, batch)
     found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
-    errors = gradient_errors(found, expected)
+    errors = gradient_errors(found, expected) | {name: float("inf") for name in found.keys() - expected.keys()}
     difference = abs(found_loss - expected_loss) / max(abs(expected_loss), 1e-30)
     report = VerifyReport(
         model=graph.name,
@@ -240,11 +241,10 @@ def _single_device(
     else:
         value = runner(dict(batch))
     value.backward()
-    zeros = {name: torch.zeros_like(weight) for name, weight in model.named_parameters() if weight.grad is None}
     return float(value.detach()), {
-        name: weight.grad if weight.grad is not None else zeros[name]
+        name: weight.grad if weight.grad is not None else torch.zeros_like(weight)
         for name, weight in model.named_parameters()
-        if name in graph.parameters
+        if name in graph.parameters and weight.requires_grad
     }
 
 
@@ -287,6 +287,8 @@ def run_emitted(
         gradients: dict[str, Tensor] = {}
         for stage in stages:
             for name, parameter in stage.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 copies = _gradient(parameter, axes)
                 key = first.get(name, name)
                 gradients[key] = gradients[key] + copies if key in gradients else copies

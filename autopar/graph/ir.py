@@ -18,7 +18,7 @@ COMPUTE = "compute"
 """The dtype of a tensor held in the job's compute dtype; other dtypes are torch's names ("float32", "int64", "bool").
 "float32" means at least float32: a float64 job computes such tensors in float64."""
 
-_UNHASHED = ("name", "notes", "buffer_values")
+_UNHASHED = ("name", "notes", "buffer_values", "nominal_seq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,8 @@ class ModelGraph:
     * ``parameters``/``buffers``: full name to meta. ``tied``: groups of full names that are one tensor; the first name
       of a group is the one listed in ``parameters``.
     * ``buffer_values``: the flattened values of buffers that are known and small, so that emitted code can hold them.
-    * ``max_seq``: longest sequence the model takes, if it says. ``notes``: what the user should be told once.
+    * ``max_seq``: longest sequence that its tables of positions and masks allow. ``nominal_seq``: the one its config
+      speaks of, if it does. ``notes``: what the user should be told once.
     """
 
     name: str
@@ -170,6 +171,7 @@ class ModelGraph:
     tied: tuple[tuple[str, ...], ...] = ()
     buffer_values: dict[str, tuple[float, ...]] = field(default_factory=dict)
     max_seq: int | None = None
+    nominal_seq: int | None = None
     notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:

@@ -16,8 +16,10 @@ LARGEST = 16384
 """Masks are evaluated at a few small sizes, and at one just beyond each number they compare positions with."""
 
 
-def rules(values: dict[str, torch.Tensor], max_seq: int | None) -> dict[str, list[Rule]]:
-    """The mask rule. ``values``: buffers known by full name; ``max_seq``: longest sequence the model takes."""
+def rules(values: dict[str, torch.Tensor], nominal: int | None, limits: set[int]) -> dict[str, list[Rule]]:
+    """The mask rule. ``values``: buffers known by full name; ``nominal``: the longest sequence that the model's config
+    speaks of. A mask that changes only beyond it is taken for what it is up to there; how long it stays that is added
+    to ``limits``."""
 
     def mask(node: Node, new: Draft) -> Ref | None:
         ref = node.kwargs.get("attn_mask")
@@ -25,7 +27,7 @@ def rules(values: dict[str, torch.Tensor], max_seq: int | None) -> dict[str, lis
             return None
         shape = new.shape(ref)
         queries, keys = new.shape(node.args[0])[-2], new.shape(node.args[1])[-2]
-        kind = _kind(constant_graph(new, ref.name), values, max_seq)
+        kind = _kind(constant_graph(new, ref.name), values, nominal, limits)
         if kind is None or (kind == "causal" and (shape[-2:] != (queries, keys) or queries != keys)):
             return None
         options = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
@@ -41,7 +43,7 @@ def rules(values: dict[str, torch.Tensor], max_seq: int | None) -> dict[str, lis
                 continue
             if new.meta(condition).dtype != "bool" or new.meta(kept).dtype != node.meta.dtype:
                 continue
-            if _kind(constant_graph(new, condition.name), values, max_seq) == "full":
+            if _kind(constant_graph(new, condition.name), values, nominal, limits) == "full":
                 if new.shape(kept) == node.meta.shape:
                     return kept
                 return Ref(new.emit("aten.expand", kept, node.meta.shape, shape=node.meta.shape))
@@ -62,7 +64,7 @@ def constant_graph(draft: Draft, *outputs: str) -> OpGraph:
     return OpGraph({name: node for name, node in draft.nodes.items() if name in needed}, outputs)
 
 
-def _kind(graph: OpGraph, buffers: dict[str, torch.Tensor], max_seq: int | None) -> str | None:
+def _kind(graph: OpGraph, buffers: dict[str, torch.Tensor], nominal: int | None, limits: set[int]) -> str | None:
     """ "causal", "full", or None for anything else or unknown."""
     leaves: dict[str, torch.Tensor] = {}
     for node in graph.of("buffer"):
@@ -70,12 +72,16 @@ def _kind(graph: OpGraph, buffers: dict[str, torch.Tensor], max_seq: int | None)
             return None
         leaves[node.name] = buffers[node.target]
     # A window or chunk of n positions shows only beyond n: look there too, unless no sequence gets that long.
-    edges = {abs(n) + 2 for node in graph.of("op") for n in _integers((node.args, node.kwargs)) if abs(n) > 6}
-    edges = {edge for edge in edges if max_seq is None or edge <= max_seq + 1}
+    numbers = {abs(n) for node in graph.of("op") for n in _integers((node.args, node.kwargs)) if abs(n) > 6}
+    beyond = {n for n in numbers if nominal is not None and n + 1 > nominal}
+    edges = {n + 2 for n in numbers - beyond}
     if any(edge > LARGEST for edge in edges):
         return None
     kinds = {_kind_at(graph, leaves, batch, seq) for batch, seq in (*SMALL, *((1, edge) for edge in sorted(edges)))}
-    return kinds.pop() if len(kinds) == 1 else None
+    if len(kinds) != 1 or None in kinds:
+        return None
+    limits |= {n for n in beyond if n < 2**31}  # others are open ends of slices
+    return kinds.pop()
 
 
 def _kind_at(graph: OpGraph, leaves: dict[str, torch.Tensor], batch: int, seq: int) -> str | None:

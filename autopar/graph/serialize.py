@@ -7,7 +7,7 @@ from typing import Any
 from autopar.graph.ir import Block, BlockKind, ModelGraph, Node, OpGraph, Ref, Source, TensorMeta
 from autopar.graph.size import Size
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 
 
 def model_to_json(model: ModelGraph) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def model_to_json(model: ModelGraph) -> dict[str, Any]:
         "tied": [list(group) for group in model.tied],
         "buffer_values": {name: list(values) for name, values in model.buffer_values.items()},
         "max_seq": model.max_seq,
+        "nominal_seq": model.nominal_seq,
         "notes": list(model.notes),
     }
 
@@ -56,6 +57,7 @@ def model_from_json(data: dict[str, Any]) -> ModelGraph:
         tied=tuple(tuple(group) for group in data["tied"]),
         buffer_values={name: tuple(values) for name, values in data["buffer_values"].items()},
         max_seq=data["max_seq"],
+        nominal_seq=data["nominal_seq"],
         notes=tuple(data["notes"]),
     )
 

@@ -73,7 +73,7 @@ def trace(
     if unused := [full for full in parameters if full not in used["parameter"]]:
         notes = (*notes, f"{len(unused)} parameters take no part in the loss and are left out: {', '.join(unused[:3])}")
     values = {**traced.values, **known_values(model, used["buffer"].keys() - traced.values.keys())}
-    limits = [limit for limit in (_max_seq(model), longest_sequence(traced.blocks, values)) if limit is not None]
+    limits = {*traced.limits, *(limit for limit in (longest_sequence(traced.blocks, values),) if limit is not None)}
     return ModelGraph(
         name=name or type(model).__name__,
         kinds=traced.blocks.kinds,
@@ -85,7 +85,8 @@ def trace(
         buffers=used["buffer"],
         tied=_tied(aliases),
         buffer_values={full: tuple(values[full].flatten().tolist()) for full in used["buffer"] if full in values},
-        max_seq=min(limits) if limits else None,
+        max_seq=min(limits, default=None),
+        nominal_seq=_nominal_seq(model),
         notes=notes,
     )
 
@@ -113,6 +114,7 @@ class _Traced:
     count: OpGraph
     batch: dict[str, TensorMeta]
     values: dict[str, torch.Tensor]
+    limits: frozenset[int]
 
 
 def _traced(
@@ -137,11 +139,13 @@ def _traced(
         narrow |= promoting
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
-    draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES, masks.rules(values, _max_seq(model)))
+    limits: set[int] = set()
+    recognised = masks.rules(values, _nominal_seq(model), limits)
+    draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES, recognised)
     draft, count = losses.lower(draft)
     draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
-    return _Traced(cut(draft, layers, class_names, fold), count, metas, values)
+    return _Traced(cut(draft, layers, class_names, fold), count, metas, values, frozenset(limits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +242,8 @@ def _tied(aliases: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
-def _max_seq(model: nn.Module) -> int | None:
+def _nominal_seq(model: nn.Module) -> int | None:
+    """The longest sequence that the model's config speaks of: no limit by itself (rotary positions go on)."""
     config = getattr(model, "config", None)
     for attribute in ("max_position_embeddings", "n_positions", "block_size", "max_seq_len"):
         value = getattr(config, attribute, None)

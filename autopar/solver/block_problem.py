@@ -123,8 +123,8 @@ def model_problem(
 ) -> ModelProblem:
     """All kinds of ``model``, each weighted with how many blocks it has.
 
-    ``resident_price``: seconds per micro-batch that each parameter element held costs. ``again``: kinds whose forward
-    runs twice (recomputed in backward). Raises UnsupportedError where sequences cannot be split over cp.
+    ``resident_price``: seconds per micro-batch that each parameter element that trains costs. ``again``: kinds whose
+    forward runs twice (recomputed in backward). Raises UnsupportedError where sequences cannot be split over cp.
     """
     check_axes(model, prices.axes, prices.job.seq_len, demands.sequence)
     sources: list[Source] = []
@@ -195,7 +195,7 @@ class _KindProblem:
             options = {self._plain(node.name, layout): (0.0, 0.0) for layout in self._boundary(node)}
         elif node.kind == "parameter":
             tie = self.ties.parameters.get((self.kind.name, node.name), "")
-            share = 1.0 if not tie else 0.5
+            share = (1.0 if not tie else 0.5) if node.meta.requires_grad else 0.0
             options = {}
             for layout in stored_layouts(node.meta, self.axes, self._read_as(node.name)):
                 held = prod(local_shape(node.meta.at(1, 1), layout, self.axes))

@@ -49,8 +49,9 @@ class BlockCost:
 
     ``saved``: families of operators whose results selective recomputation keeps; ``offload``: what is kept waits on the
     host. ``again_s``: of the seconds, those of recomputation; ``communication_s``: of the others, those in collectives.
-    ``elements``: parameters held on the model axes; ``inflight``: bytes kept for backward, ``boundary``: of these (or
-    beside them) the input; ``transient``: bytes while it runs. ``sources``: seconds by where the figure is from.
+    ``elements``: parameters held on the model axes, ``frozen``: of these, those that do not train; ``inflight``: bytes
+    kept for backward, ``boundary``: of these (or beside them) the input; ``transient``: bytes while it runs.
+    ``sources``: seconds by where the figure is from.
     """
 
     kind: str
@@ -66,6 +67,12 @@ class BlockCost:
     sources: dict[str, float] = field(default_factory=dict, hash=False)
     saved: tuple[str, ...] = ()
     offload: bool = False
+    frozen: int = 0
+
+    @property
+    def trains(self) -> int:
+        """Parameter elements that train."""
+        return self.elements - self.frozen
 
     @property
     def choice(self) -> str:
@@ -125,6 +132,7 @@ class BlockCosts:
             communication_s=price.communication_s,
             again_s=0.0,
             elements=local_elements(kind, decision),
+            frozen=local_elements(kind, decision, frozen=True),
             inflight=inflight,
             transient=live_bytes(kind, decision, batch, self.job),
             sources=sources,

@@ -24,40 +24,46 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
     place = placed(context, config, 0)
     m = config.micro_batches
     total, rooted = _total_elements(context)
-    work += place.data.least_copies_s((total - rooted) / config.tp)
-    work += place.data.least_copies_s(rooted / config.tp, root=True)
+    trains, rooted_trains = _total_elements(context, trains=True)
+    frozen, rooted_frozen = total - trains, rooted - rooted_trains
+    work += place.data.least_copies_s((total - rooted) / config.tp, frozen=(frozen - rooted_frozen) / config.tp)
+    work += place.data.least_copies_s(rooted / config.tp, root=True, frozen=rooted_frozen / config.tp)
     # Some stage holds at least its even share.
-    optimizer = place.data.optimizer_s(total / config.tp / config.pp)
+    optimizer = place.data.optimizer_s(trains / config.tp / config.pp)
     each, once = _least_exposed(context, config, place.data)
     if config.pp == 1:
         return max(m * (work + each) + once, _least_communication(context, config, place.data)) + optimizer
     return spread_bound(work, config.pp, m, config.vpp) + optimizer
 
 
-def _total_elements(context: Context) -> tuple[int, int]:
-    """Parameter elements of the model, and of these those that may be in a root group."""
-    if "elements" not in context.memo:
-        sizes = {name: prod(meta.at(1, 1)) for name, meta in context.model.parameters.items()}
-        context.memo["elements"] = sum(sizes.values()), sum(sizes[name] for name in _rooted_names(context))
-    total, rooted = context.memo["elements"]
+def _total_elements(context: Context, trains: bool = False) -> tuple[int, int]:
+    """Parameter elements of the model, and of these those that may be in a root group. ``trains``: only what trains."""
+    key = ("elements", trains)
+    if key not in context.memo:
+        metas = {name: meta for name, meta in context.model.parameters.items() if meta.requires_grad or not trains}
+        sizes = {name: prod(meta.at(1, 1)) for name, meta in metas.items()}
+        context.memo[key] = sum(sizes.values()), sum(sizes.get(name, 0) for name in _rooted_names(context))
+    total, rooted = context.memo[key]
     return total, rooted
 
 
-def _least_elements(context: Context, config: Config, index: int) -> int:
+def _least_elements(context: Context, config: Config, index: int, trains: bool = False) -> int:
     """Parameter elements of block ``index`` per rank when all of them are split. Of a tied parameter the first block
-    counts, and the last, if it surely sits in another stage."""
+    counts, and the last, if it surely sits in another stage. ``trains``: only what trains."""
     apart = config.pp > 1 and index == len(context.model.blocks) - 1
-    key = ("least elements", index, apart)
+    key = ("least elements", index, apart, trains)
     if key not in context.memo:
-        context.memo[key] = _whole_elements(context, index, apart)
+        context.memo[key] = _whole_elements(context, index, apart, trains)
     return int(context.memo[key]) // config.tp
 
 
-def _whole_elements(context: Context, index: int, apart: bool) -> int:
+def _whole_elements(context: Context, index: int, apart: bool, trains: bool) -> int:
     blocks = context.model.blocks
     block = blocks[index]
     total = 0
     for node in context.model.kinds[block.kind].graph.of("parameter"):
+        if trains and not node.meta.requires_grad:
+            continue
         tie = context.ties.parameters.get((block.kind, node.name))
         first = next((i for i, other in enumerate(blocks) if _holds(context, other.kind, tie)), index) if tie else index
         if first == index or (apart and first == 0):
@@ -80,11 +86,11 @@ def _rooted_names(context: Context) -> set[str]:
     return names & model.parameters.keys()
 
 
-def _least_groups(context: Context, config: Config) -> tuple[list[int], int]:
-    """Least elements of what FSDP2 gathers and reduces, of a model in one stage: each block's own group (0 where it has
-    none), and the root group."""
+def _least_groups(context: Context, config: Config, trains: bool = False) -> tuple[list[int], int]:
+    """Least elements of what FSDP2 gathers (``trains``: and reduces), of a model in one stage: each block's own group
+    (0 where it has none), and the root group."""
     roots = root_blocks(context.model, range(len(context.model.blocks)))
-    least = [_least_elements(context, config, index) for index in range(len(roots))]
+    least = [_least_elements(context, config, index, trains) for index in range(len(roots))]
     own = [0 if root else elements for elements, root in zip(least, roots, strict=True)]
     return own, sum(least) - sum(own)
 
@@ -95,10 +101,12 @@ def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[fl
     if config.pp > 1:
         return 0.0, 0.0
     own, rooted = _least_groups(context, config)
+    trained, rooted_trained = _least_groups(context, config, trains=True)
     first, last = (rooted or own[0]), own[-1]
-    gather, scatter = data.gather_s(first), data.scatter_s(first)
+    reduced = rooted_trained if rooted else trained[0]
+    gather, scatter = data.gather_s(first), data.scatter_s(reduced)
     each = gather + data.gather_s(last) if data.gathers_each else 0.0
-    once = data.replicate_s(first) + (0.0 if data.gathers_each else gather)
+    once = data.replicate_s(reduced) + (0.0 if data.gathers_each else gather)
     return (each, once + scatter) if data.defers else (each + scatter, once)
 
 
@@ -106,9 +114,11 @@ def _least_communication(context: Context, config: Config, data: DataAxis) -> fl
     """Network seconds of a step without stages: gathers, twice under zero 3 but for the root group, and reductions,
     each of them once a step or in each micro-batch."""
     own, rooted = _least_groups(context, config)
+    trained, rooted_trained = _least_groups(context, config, trains=True)
     ways = 2 if data.gathers_each else 1
     gathers = ways * sum(data.gather_s(n) for n in own) + data.gather_s(rooted)
-    scatters, replicates = (sum(seconds(n) for n in (*own, rooted)) for seconds in (data.scatter_s, data.replicate_s))
+    reduced = (*trained, rooted_trained)
+    scatters, replicates = (sum(seconds(n) for n in reduced) for seconds in (data.scatter_s, data.replicate_s))
     m = config.micro_batches
     return (m if data.gathers_each else 1) * gathers + (1 if data.defers else m) * scatters + replicates
 
@@ -171,15 +181,17 @@ def _least_problem(
         kind = run.kind
         least = bytes_of[kind]
         elements = float(_least_elements(context, config, run.start))
+        trains = float(_least_elements(context, config, run.start, trains=True))
+        frozen = elements - trains
         seconds, reduce, optimizer, forward = dict.fromkeys(run.choices, 0.0), 0.0, 0.0, 0.0
         if timed:
-            copies = place.data.least_copies_s(elements, run.root)
+            copies = place.data.least_copies_s(elements, run.root, frozen)
             seconds = {choice: shardings.least_seconds(kind, choice, sharp) + copies for choice in run.choices}
-            optimizer = _least_optimizer(context, config, elements / place.memory.shards)
-            reduce = place.data.reduce_s(int(elements)) if place.data.exposes else 0.0
+            optimizer = _least_optimizer(context, config, trains / place.memory.shards)
+            reduce = place.data.reduce_s(int(trains)) if place.data.exposes else 0.0
             forward = _least_forward(config, shardings, kind)
         options = []
-        staging = 0.0 if run.root else place.memory.staging(elements)
+        staging = 0.0 if run.root else place.memory.staging(elements, frozen)
         for choice in run.choices:
             if shardings.size == 1:  # there is one decision, and these are its bytes
                 cost = shardings.fastest().costs[kind][choice]
@@ -188,7 +200,7 @@ def _least_problem(
                 kept = shardings.least_kept(kind, choice)
                 # Recomputing all needs what is not kept while the block runs.
                 needed = (least.saved - kept if choice == "full" else 0.0) + staging
-            resident = place.memory.resident(elements, run.root and run.sure)
+            resident = place.memory.resident(elements, run.root and run.sure, frozen)
             ahead = min(forward, seconds[choice])
             back = seconds[choice] - ahead
             # Nothing is known of the halves of a backward: all of it may wait.

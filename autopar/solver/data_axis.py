@@ -46,13 +46,20 @@ from autopar.solver.simulate import StageTimes
 @dataclass(frozen=True, slots=True)
 class BlockTime:
     """One block on one rank: its own seconds per micro-batch, parameter elements held on the model axes, and whether
-    it is in the root group. ``weight_s``: of the backward, the part that gives weight gradients alone."""
+    it is in the root group. ``weight_s``: of the backward, the part that gives weight gradients alone. ``frozen``: of
+    the elements, those that do not train: gathered like the others, but without a gradient to reduce."""
 
     forward_s: float
     backward_s: float
     elements: int
     root: bool = False
     weight_s: float = 0.0
+    frozen: int = 0
+
+    @property
+    def trains(self) -> int:
+        """Elements that train."""
+        return self.elements - self.frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +171,7 @@ class DataAxis:
         return stream_seconds(self.ops, (compute + (2 if self.accumulates else 1) * master) * elements, 1)
 
     def optimizer_s(self, elements: float) -> float:
-        """Seconds of clipping and the optimizer for so many elements held on the model axes."""
+        """Seconds of clipping and the optimizer where so many of the elements held on the model axes train."""
         share = int(elements / self.shards)
         if self.offload != "state":
             return self.ops.optimizer_seconds(share) + self.ops.clip_seconds(share)
@@ -172,28 +179,31 @@ class DataAxis:
         # As `OpCosts` counts them: the optimizer reads and writes 3 + 2 k tensors, clipping 3.
         return (3 + 2 * job.moments + 3) * share * job.master_bytes / device.host_memory_bandwidth if share else 0.0
 
-    def least_copies_s(self, elements: float, root: bool = False) -> float:
+    def least_copies_s(self, elements: float, root: bool = False, frozen: float = 0.0) -> float:
         """Seconds per micro-batch of all copies beside one C + M per backward, launches left out, so that it is linear
-        in ``elements`` and may stand in bounds. ``root``: of elements that may be in the root group."""
+        in ``elements`` and may stand in bounds. ``root``: of elements that may be in the root group; ``frozen``: how
+        many of them do not train."""
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
         cast = (master + compute) / self.shards if master != compute else 0.0
         gather = cast + (4 if self.shards == 1 else 2) * compute
         gathers = (1 if root else 2) if self.gathers_each else 0
-        return stream_seconds(self.ops, (gathers * gather + (master if self.accumulates else 0)) * elements)
+        accumulated = (master if self.accumulates else 0) * (elements - frozen)
+        return stream_seconds(self.ops, gathers * gather * elements + accumulated)
 
     def stage(self, blocks: Sequence[BlockTime]) -> DataTimes:
         """Seconds of a stage that holds ``blocks``."""
-        own = [0 if block.root else block.elements for block in blocks]
-        rooted = sum(block.elements for block in blocks if block.root)
-        gathers, gather_copies, scatters, replicates, reduce_copies = (
-            [seconds(elements) if elements else 0.0 for elements in (*own, rooted)]
-            for seconds in (
-                self.gather_s,
-                self.gather_copy_s,
-                self.scatter_s,
-                self.replicate_s,
-                self.reduce_copy_s,
-            )
+        # By group, the root group's last.
+        held = [0 if block.root else block.elements for block in blocks]
+        held.append(sum(block.elements for block in blocks if block.root))
+        trains = [0 if block.root else block.trains for block in blocks]
+        trains.append(sum(block.trains for block in blocks if block.root))
+        gathers, gather_copies = (
+            [seconds(elements) if elements else 0.0 for elements in held]
+            for seconds in (self.gather_s, self.gather_copy_s)
+        )
+        scatters, replicates, reduce_copies = (
+            [seconds(elements) if elements else 0.0 for elements in trains]
+            for seconds in (self.scatter_s, self.replicate_s, self.reduce_copy_s)
         )
         reduces = [one + other for one, other in zip(scatters, replicates, strict=True)]
         root_gather, root_gather_copy = gathers.pop(), gather_copies.pop()
@@ -201,7 +211,7 @@ class DataAxis:
         weights = sum(block.weight_s for block in blocks) + sum(reduce_copies) + root_reduce_copy
         forward = [block.forward_s for block in blocks]
         backward = [block.backward_s + copy for block, copy in zip(blocks, reduce_copies, strict=True)]
-        optimizer = self.optimizer_s(rooted + sum(own))
+        optimizer = self.optimizer_s(sum(trains))
         none = [0.0] * len(blocks)
         compute, plain = sum(forward), sum(backward) + root_reduce_copy
         copied = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]

@@ -54,10 +54,12 @@ def local_bytes(node: Node, layout: Layout, axes: Mapping[str, int], batch: int,
     return count * element_bytes(node.meta.dtype, job)
 
 
-def local_elements(kind: BlockKind, decision: BlockDecision) -> int:
-    """Parameter elements one rank holds on the model axes."""
+def local_elements(kind: BlockKind, decision: BlockDecision, frozen: bool = False) -> int:
+    """Parameter elements one rank holds on the model axes; ``frozen``: of these, those that do not train."""
     total = 0
     for node in kind.graph.of("parameter"):
+        if frozen and node.meta.requires_grad:
+            continue
         count = 1
         for size in local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes):
             count *= size

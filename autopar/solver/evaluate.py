@@ -91,17 +91,21 @@ def halves(context: Context, config: Config, cost: BlockCost) -> Halves:
     return context.halved.of(context.model.kinds[cost.kind], cost.decision, config.micro_batch)
 
 
-def tied_elements(context: Context, stages: Sequence[Sequence[BlockCost]]) -> tuple[list[list[int]], int]:
-    """Per stage and block, parameter elements that an earlier block of the stage holds already; and the most elements
-    whose gradients stages must add up, because several hold a copy."""
-    shared: list[list[int]] = []
+Shared = tuple[int, int]
+"""Parameter elements of a block that an earlier one of the stage holds already, and of these those that are frozen."""
+
+
+def tied_elements(context: Context, stages: Sequence[Sequence[BlockCost]]) -> tuple[list[list[Shared]], int]:
+    """`Shared` per stage and block; and the most elements whose gradients stages must add up, because several hold a
+    copy."""
+    shared: list[list[Shared]] = []
     holders: dict[str, int] = {}
     crossing = 0
     for costs in stages:
         seen: set[str] = set()
         row = []
         for cost in costs:
-            duplicate = 0
+            duplicate = frozen = 0
             graph = context.model.kinds[cost.kind].graph
             for node in graph.of("parameter"):
                 tie = context.ties.parameters.get((cost.kind, node.name))
@@ -111,11 +115,12 @@ def tied_elements(context: Context, stages: Sequence[Sequence[BlockCost]]) -> tu
                 elements = prod(local_shape(node.meta.at(1, 1), layout, cost.decision.axes))
                 if tie in seen:
                     duplicate += elements
-                elif tie in holders:
+                    frozen += 0 if node.meta.requires_grad else elements
+                elif tie in holders and node.meta.requires_grad:
                     crossing += elements
                 seen.add(tie)
                 holders[tie] = 1
-            row.append(duplicate)
+            row.append((duplicate, frozen))
         shared.append(row)
     return shared, crossing
 
@@ -133,13 +138,16 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
         times.append(
             place.data.stage(
                 [
-                    BlockTime(c.forward_s, c.backward_s, c.elements - double, root, half[0])
-                    for c, double, root, half in row
+                    BlockTime(c.forward_s, c.backward_s, c.elements - double, root, half[0], c.frozen - still)
+                    for c, (double, still), root, half in row
                 ]
             )
         )
         blocks.append(
-            [BlockBytes(c.elements, c.inflight, c.transient, double, root, half[1]) for c, double, root, half in row]
+            [
+                BlockBytes(c.elements, c.inflight, c.transient, double, root, half[1], c.frozen, still)
+                for c, (double, still), root, half in row
+            ]
         )
     memory = place.memory.ranks(blocks)
     exchanged = crossing * context.job.master_bytes / place.memory.shards

@@ -1,6 +1,7 @@
 """Bytes per rank and stage, as the emitted code holds them.
 
-N: parameter elements of a stage on the model axes, n: of one block, r: of the stage's root group (`groups.py`), M/C:
+N: parameter elements of a stage on the model axes, n: of one block, r: of the stage's root group (`groups.py`); of
+these, in the lines on gradients, reductions and the optimizer, those that train (others have neither). M/C:
 bytes per element of master parameters and of compute, Z: ranks of a shard group (1 under zero 0), k: tensors of the
 optimizer (`Job.moments`), m: micro-batches of a step.
 
@@ -48,7 +49,8 @@ class BlockBytes:
     """What memory counts of one block on one rank: ``elements`` of parameters on the model axes, ``inflight`` bytes
     saved per micro-batch, ``transient`` bytes of activations while it runs. ``shared``: elements that another block of
     the same stage holds already (tied weights). ``root``: whether it is in the root group. ``waiting``: bytes per
-    micro-batch between the halves of its backward."""
+    micro-batch between the halves of its backward. ``frozen``, ``shared_frozen``: of the elements, and of those shared,
+    those that do not train."""
 
     elements: int
     inflight: int
@@ -56,6 +58,23 @@ class BlockBytes:
     shared: int = 0
     root: bool = False
     waiting: int = 0
+    frozen: int = 0
+    shared_frozen: int = 0
+
+    @property
+    def own(self) -> int:
+        """Elements that no other block of the stage holds."""
+        return self.elements - self.shared
+
+    @property
+    def trains(self) -> int:
+        """Of all its elements, those that train."""
+        return self.elements - self.frozen
+
+    @property
+    def own_trains(self) -> int:
+        """Of its own elements, those that train."""
+        return self.own - (self.frozen - self.shared_frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,27 +144,31 @@ class MemoryModel:
             "optimizer": self.job.moments * shard,
         }
 
-    def resident(self, elements: float, root: bool = False) -> float:
-        """Bytes of parameters, gradients and optimizer state of so many elements."""
-        return sum(self.per_element(root).values()) * elements
+    def resident(self, elements: float, root: bool = False, frozen: float = 0.0) -> float:
+        """Bytes of parameters, gradients and optimizer state of so many elements, of which ``frozen`` do not train."""
+        held = self.per_element(root)
+        return sum(held.values()) * elements - (held["gradients"] + held["optimizer"]) * frozen
 
     def on_host(self, elements: float) -> float:
         """Bytes of so many elements that wait on the host."""
         held = (2 + self.job.moments) * self.job.master_bytes / self.shards
         return held * elements if self.offload == "state" else 0.0
 
-    def staging(self, elements: float) -> float:
-        """FSDP2's temporary bytes for a block of so many elements with a group of its own."""
+    def staging(self, elements: float, frozen: float = 0.0) -> float:
+        """FSDP2's temporary bytes for a block of so many elements with a group of its own, ``frozen`` without
+        gradient."""
         master, compute = self.job.master_bytes, self.job.compute_bytes
         shard = master / self.shards if self.offload == "state" else 0.0
-        return (compute + master + (2 * compute if self.frees_blocks else 0) + shard) * elements
+        gathered = 2 * compute if self.frees_blocks else 0
+        return (compute + master + gathered + shard) * elements - (compute + master) * frozen
 
     def pending(self, elements: float) -> float:
-        """Temporary bytes while a block of the root group runs, beside other blocks of at most so many elements."""
+        """Temporary bytes while a block of the root group runs, beside other blocks of which at most so many
+        elements train."""
         return 0.0 if self.splits else self.job.master_bytes * elements
 
     def root_staging(self, elements: float) -> float:
-        """Temporary bytes of the reduction of a root group of so many elements."""
+        """Temporary bytes of the reduction of a root group of which so many elements train."""
         return max(0, self.job.master_bytes - self.job.compute_bytes) * elements
 
     def buffers(self, stage: int) -> int:
@@ -184,13 +207,15 @@ class MemoryModel:
 
     def _resident(self, blocks: Iterable[BlockBytes]) -> dict[str, int]:
         blocks = tuple(blocks)
-        rooted = sum(block.elements - block.shared for block in blocks if block.root)
-        alone = sum(block.elements - block.shared for block in blocks if not block.root)
         plain, root = self.per_element(), self.per_element(root=True)
-        return {kind: round(plain[kind] * alone + root[kind] * rooted) for kind in plain}
+        bytes_of = dict.fromkeys(plain, 0.0)
+        for block in blocks:
+            for kind, each in (root if block.root else plain).items():
+                bytes_of[kind] += each * (block.own if kind == "parameters" else block.own_trains)
+        return {kind: round(found) for kind, found in bytes_of.items()}
 
     def _transient(self, blocks: Sequence[BlockBytes]) -> int:
-        rooted = sum(block.elements - block.shared for block in blocks if block.root)
-        pending = self.pending(max((block.elements for block in blocks if not block.root), default=0))
-        peaks = (b.transient + (pending if b.root else self.staging(b.elements)) for b in blocks)
+        rooted = sum(block.own_trains for block in blocks if block.root)
+        pending = self.pending(max((block.trains for block in blocks if not block.root), default=0))
+        peaks = (b.transient + (pending if b.root else self.staging(b.elements, b.frozen)) for b in blocks)
         return round(max(self.root_staging(rooted), *peaks))

@@ -72,9 +72,16 @@ def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts
         vpp=config.vpp,
         offload=config.offload,
         pad_heads=config.pad_heads,
-        notes=(*context.model.notes, *_unruled(context)),
+        notes=(*context.model.notes, *_long(context), *_unruled(context)),
     )
     return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))
+
+
+def _long(context: Context) -> list[str]:
+    nominal, seq = context.model.nominal_seq, context.job.seq_len
+    if nominal is None or seq <= nominal:
+        return []
+    return [f"seq_len {seq} is beyond the {nominal} positions of the model's config; nothing in the model stops it"]
 
 
 def _unruled(context: Context) -> list[str]:
@@ -108,9 +115,9 @@ def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
 
 
 def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candidate:
-    once = place.data.optimizer_s(cost.elements)
+    once = place.data.optimizer_s(cost.trains)
     if place.data.defers:
-        once += place.data.reduce_s(cost.elements)
+        once += place.data.reduce_s(cost.trains)
     return Candidate(
         name=name,
         decision=cost.decision,
@@ -118,7 +125,7 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
         forward_s=cost.forward_s,
         backward_s=cost.backward_s,
         step_s=once,
-        resident_bytes=round(place.memory.resident(cost.elements, root)),
+        resident_bytes=round(place.memory.resident(cost.elements, root, cost.frozen)),
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
         parameters=cost.elements,

@@ -109,28 +109,35 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     halved = HalvedBackward(ops)
     times, blocks = [], []
     copies: dict[str, list[tuple[int, int]]] = {}
+    trained: set[str] = set()
     for index in range(len(plan.stages)):
         block_times, block_bytes = [], []
         here: dict[str, int] = {}
         placed = list(_blocks(plan, index))
         for (block, candidate), root in zip(placed, root_blocks(model, [b for b, _ in placed]), strict=True):
-            doubled = 0
-            for name, elements in _tied(model, block, candidate):
+            doubled = doubled_frozen = 0
+            for name, elements, trains in _tied(model, block, candidate):
                 doubled += elements if name in here else 0
+                doubled_frozen += elements if name in here and not trains else 0
                 here.setdefault(name, elements)
+                if trains:
+                    trained.add(name)
+            frozen = _frozen(model, candidate)
             forward, backward = seconds[candidate.name]
             held, saved = candidate.parameters, candidate.inflight_bytes
             weights, waiting = 0.0, 0
             if halving:
                 kind = model.kinds[candidate.decision.kind]
                 weights, waiting = halved.of(kind, candidate.decision, plan.micro_batch)
-            block_times.append(BlockTime(forward, backward, held - doubled, root, weights))
-            block_bytes.append(BlockBytes(held, saved, candidate.transient_bytes, doubled, root, waiting))
+            block_times.append(BlockTime(forward, backward, held - doubled, root, weights, frozen - doubled_frozen))
+            block_bytes.append(
+                BlockBytes(held, saved, candidate.transient_bytes, doubled, root, waiting, frozen, doubled_frozen)
+            )
         for name, elements in here.items():
             copies.setdefault(name, []).append((index, elements))
         times.append(data.stage(block_times))
         blocks.append(block_bytes)
-    crossing = sum(sum(elements for _, elements in held[1:]) for held in copies.values())
+    crossing = sum(sum(elements for _, elements in held[1:]) for name, held in copies.items() if name in trained)
     distance = mesh.data * mesh.tp
     tied_s = collectives.seconds("send_recv", crossing * plan.job.master_bytes / bytes_of.shards, mesh.pp, distance)
     transfer = collectives.seconds("send_recv", boundary, mesh.pp, distance)
@@ -146,15 +153,23 @@ def _blocks(plan: Plan, stage: int) -> Iterator[tuple[int, Candidate]]:
             yield block, plan.candidates[run.candidate]
 
 
-def _tied(model: ModelGraph, block: int, candidate: Candidate) -> Iterator[tuple[str, int]]:
-    """Tied parameters of a block: name of the first of the group, and elements held per rank."""
+def _frozen(model: ModelGraph, candidate: Candidate) -> int:
+    """Parameter elements held per rank that do not train."""
+    decision = candidate.decision
+    still = [node for node in model.kinds[decision.kind].graph.of("parameter") if not node.meta.requires_grad]
+    return sum(prod(local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes)) for node in still)
+
+
+def _tied(model: ModelGraph, block: int, candidate: Candidate) -> Iterator[tuple[str, int, bool]]:
+    """Tied parameters of a block: name of the first of the group, elements held per rank, and whether they train."""
     first = {name: group[0] for group in model.tied for name in group}
     here = model.blocks[block]
     for node in model.kinds[here.kind].graph.of("parameter"):
         name = first.get(here.parameters[node.target])
         if name is not None:
             decision = candidate.decision
-            yield name, prod(local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes))
+            elements = prod(local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes))
+            yield name, elements, node.meta.requires_grad
 
 
 def _boundary_bytes(plan: Plan, model: ModelGraph, candidate: Candidate) -> int:

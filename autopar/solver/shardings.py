@@ -134,7 +134,7 @@ class Context:
         return frozenset(self.model.kinds) - free
 
     def gradient_price(self) -> float:
-        """Seconds per micro-batch that each parameter element held costs at least: its gradient is handed on."""
+        """Seconds per micro-batch that each parameter element that trains costs at least: its gradient is handed on."""
         return stream_seconds(self.ops, self.job.compute_bytes + self.job.master_bytes)
 
 
@@ -218,7 +218,8 @@ class Shardings:
                 for name, decision in self._decisions.items():
                     kind = context.model.kinds[name]
                     price, _ = decision_price(kind, decision, self.prices)
-                    handed = context.gradient_price() * self._held(name, local_elements(kind, decision))
+                    trains = local_elements(kind, decision) - local_elements(kind, decision, frozen=True)
+                    handed = context.gradient_price() * self._held(name, trains)
                     twice = price.forward_s if name in context.always_again() else 0.0
                     seconds += context.counts[name] * (price.seconds + twice + handed)
                 self._total_bound = seconds * (1 - 1e-12)
@@ -281,7 +282,7 @@ class Shardings:
         context = self.context
         if self.size == 1:
             cost = self.fastest().costs[name]["none"]
-            seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.elements)
+            seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.trains)
             return KindBound(seconds * (1 - 1e-12), (seconds + cost.forward_s) * (1 - 1e-12))
         ways = {Choice.of(choice).recompute for choice in context.choices_of(name)}
         if ways == {"full"}:
@@ -356,7 +357,8 @@ class Shardings:
     def _held(self, kind: str, elements: int) -> float:
         """``elements`` of a kind, tied ones shared out between the kinds that hold them (as the ILP's sources are)."""
         nodes = self.context.model.kinds[kind].graph.of("parameter")
-        tied = [node for node in nodes if (kind, node.name) in self.context.ties.parameters]
+        ties = self.context.ties.parameters
+        tied = [node for node in nodes if node.meta.requires_grad and (kind, node.name) in ties]
         return elements - 0.5 * sum(prod(node.meta.at(1, 1)) for node in tied)
 
     def _solve(self, byte_price: float, again: frozenset[str]) -> tuple[dict[str, BlockDecision], float]:

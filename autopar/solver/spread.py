@@ -79,7 +79,7 @@ def stage_problem(
     costs_of = [
         _undominated([answer.costs[run.kind][choice] for answer in answers for choice in run.choices]) for run in kinds
     ]
-    most = [max(cost.elements for cost in costs) for costs in costs_of]
+    most = [max(cost.trains for cost in costs) for costs in costs_of]
     pending = place.memory.pending(max((n for n, run in zip(most, kinds, strict=True) if not run.root), default=0))
     ending = place.memory.root_staging(_most_rooted(kinds, most, config.stages))
     runs = []
@@ -89,15 +89,15 @@ def stage_problem(
             needed = cost.transient + (pending if run.root else 0.0)
             needed = max(needed, ending) if run.root else needed
             if not (run.root and run.sure):
-                needed = max(needed, cost.transient + place.memory.staging(cost.elements))
+                needed = max(needed, cost.transient + place.memory.staging(cost.elements, cost.frozen))
             options.append(_option(place, cost, run.root, needed, halves(context, config, cost)))
         runs.append(BlockRun(run.kind, run.count, tuple(options)))
     overhead = overheads(place, config)
     if config.pp == 1:
         stage = [(costs[0], run.root) for costs, run in zip(costs_of, kinds, strict=True) for _ in range(run.count)]
         doubles = tied_elements(context, [[cost for cost, _ in stage]])[0][0]
-        for double, (_, root) in zip(doubles, stage, strict=True):
-            overhead[0] -= place.memory.resident(double, root)
+        for (double, frozen), (_, root) in zip(doubles, stage, strict=True):
+            overhead[0] -= place.memory.resident(double, root, frozen)
     room = context.cluster.device.memory_bytes if capacity is None else capacity
     return staged(context, config, place, runs, overhead, room), costs_of
 
@@ -126,7 +126,7 @@ def staged(
 
 
 def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) -> int:
-    """The most elements that one stage's root group can hold; ``elements``: of each run's largest block."""
+    """The most elements that train of one stage's root group; ``elements``: of each run's largest block."""
     held = [run.count * n if run.root else 0 for run, n in zip(runs, elements, strict=True)]
     # The first block and the last are never in one stage of several.
     apart = min(elements[0], elements[-1]) if stages > 1 and runs[0].root and runs[-1].root else 0
@@ -135,10 +135,10 @@ def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) 
 
 def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved: Halves) -> Option:
     """A block as the stage ILP counts it: alone, so that what hides its communication is its own computation."""
-    data, elements = place.data, cost.elements
+    data, elements, trains = place.data, cost.elements, cost.trains
     copies, gather = data.gather_copy_s(elements), data.gather_s(elements)
-    scatter, replicate = data.scatter_s(elements), data.replicate_s(elements)
-    forward, backward, once = cost.forward_s, cost.backward_s + data.reduce_copy_s(elements), 0.0
+    scatter, replicate = data.scatter_s(trains), data.replicate_s(trains)
+    forward, backward, once = cost.forward_s, cost.backward_s + data.reduce_copy_s(trains), 0.0
     if data.gathers_each:
         forward = forward + copies + gather if root else max(forward + copies, gather)
     else:
@@ -156,12 +156,12 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
         name=f"{cost.kind}/{cost.choice}",
         forward_s=forward,
         backward_s=backward + own,
-        resident=place.memory.resident(elements, root),
+        resident=place.memory.resident(elements, root, cost.frozen),
         inflight=cost.inflight,
         transient=transient,
         reduce_s=once,
-        optimizer_s=data.optimizer_s(elements),
-        weight_s=halved[0] + data.reduce_copy_s(elements),
+        optimizer_s=data.optimizer_s(trains),
+        weight_s=halved[0] + data.reduce_copy_s(trains),
         waiting=halved[1],
     )
 

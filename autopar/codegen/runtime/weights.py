@@ -36,14 +36,15 @@ class New:
         assert self.mesh is not None, f"a mesh with the axis {name} is needed"
         return self.mesh[name]
 
-    def whole(self, *shape: int) -> nn.Parameter:
+    def whole(self, *shape: int, trains: bool = True) -> nn.Parameter:
         """Every rank holds the whole parameter."""
-        return self.split(*shape)
+        return self.split(*shape, trains=trains)
 
-    def split(self, *shape: int, **dims: int) -> nn.Parameter:
+    def split(self, *shape: int, trains: bool = True, **dims: int) -> nn.Parameter:
         """Axis ``a`` splits dim ``dims[a]``, an outer axis before an inner one; the other axes hold it whole.
 
-        The parts are those of `torch.chunk`: where a dim does not divide, the last ranks hold less of it.
+        The parts are those of `torch.chunk`: where a dim does not divide, the last ranks hold less of it. A parameter
+        that does not train has no gradient and no optimizer state.
         """
         local = list(shape)
         for name in self.splits:
@@ -54,7 +55,7 @@ class New:
                 local[dims[name]] = torch.sym_max(0, torch.sym_min(size - rank * part, part))
         parameter = torch.empty(local, device=self.device, dtype=self.dtype)
         if self.mesh is None or not self.splits:
-            return nn.Parameter(parameter)
+            return nn.Parameter(parameter, trains)
         placements = [Shard(dims[name]) if name in dims else Replicate() for name in self.splits]
         whole = torch.empty(shape, device="meta")
         return nn.Parameter(
@@ -65,5 +66,6 @@ class New:
                 run_check=False,
                 shape=whole.shape,
                 stride=whole.stride(),
-            )
+            ),
+            trains,
         )

@@ -15,6 +15,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
+from torch.utils._pytree import tree_map_only
 
 from .launch import InputError
 from .sharding import before_backward
@@ -60,9 +61,10 @@ def build_schedule(
             "a split backward from adding a gradient twice; use another schedule"
         )
     count, group = len(stages) * mesh["pp"].size(), mesh["pp"].get_group()
-    pieces = [_Piece(_Hidden(stage), index, count, device, group=group) for index, stage in stages.items()]
+    splits = schedule in THERE_AND_BACK
+    pieces = [_Piece(_Hidden(stage, splits), index, count, device, group=group) for index, stage in stages.items()]
     for piece in pieces:
-        piece.zero, piece.splits_backward = zero, schedule in THERE_AND_BACK
+        piece.zero, piece.splits_backward = zero, splits
     # Gradients are not divided by the number of micro-batches: the loss is already a part of the whole step's mean.
     options: dict[str, Any] = {"n_microbatches": micro_batches, "loss_fn": loss, "scale_grads": False}
     return SCHEDULES[schedule](pieces[0] if schedule in ONE_STAGE else pieces, **options)
@@ -72,12 +74,20 @@ class _Hidden(nn.Module):
     """Hides from the schedule that the stage is sharded. It would keep parameters and gradients whole to the end of the
     step; so FSDP2's own hooks gather, reduce and free, at every micro-batch, as they do without a pipeline."""
 
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, stage: nn.Module, splits_backward: bool) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage, self.splits_backward = stage, splits_backward
 
     def forward(self, *args: Any, **batch: Any) -> Any:
-        return self.stage(*args, **batch)
+        result = self.stage(*args, **batch)
+        # A split backward finds weights on the way from a stage's input, so that input must ask for a gradient also
+        # where all before it is frozen. Otherwise their gradients are missing, and nothing is said.
+        return tree_map_only(Tensor, _with_gradient, result) if self.splits_backward else result
+
+
+def _with_gradient(x: Tensor) -> Tensor:
+    needs = torch.is_grad_enabled() and x.is_floating_point() and not x.requires_grad
+    return x.detach().requires_grad_() if needs else x
 
 
 class _Piece(PipelineStage):

@@ -15,6 +15,7 @@ that split the backward (level 0 and 1 only) the reduction comes after the last 
 (what is in no block) stays whole between a forward and its backward at every level.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -46,12 +47,18 @@ def shard_stage(
     policy = CPUOffloadPolicy(pin_memory=fsdp_mesh.device_type == "cuda") if offload else OffloadPolicy()
     # A weight that two blocks share has to be gathered once for both: it goes with the root.
     holders = Counter(id(weight) for block in blocks for weight in block.parameters())
+    sharded = []
     for block in blocks:
         weights = list(block.parameters())
         if weights and all(holders[id(weight)] == 1 for weight in weights):
             free = zero == 3
             fully_shard(block, mesh=fsdp_mesh, reshard_after_forward=free, mp_policy=precision, offload_policy=policy)
+            sharded.append(block)
     fully_shard(stage, mesh=fsdp_mesh, reshard_after_forward=False, mp_policy=precision, offload_policy=policy)
+    # While a block goes backward, the one before it is gathered. By itself FSDP2 goes by the order of the forwards,
+    # which under a pipeline are those of other micro-batches.
+    for later, before in itertools.pairwise([stage, *reversed(sharded)]):
+        later.set_modules_to_backward_prefetch([before])
 
     for module in _sharded_modules(stage):
         # The loss is already divided by the tokens of all ranks, so gradients are added up, not averaged. Without

@@ -122,7 +122,8 @@ def _last_rows_causal(rows: int, keys: int, device: torch.device) -> Tensor:
     torch.compile, which cannot build such a mask inside a graph, has them written out."""
     if torch.compiler.is_compiling():
         return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
-    with _disable_current_modes():  # selective recomputation runs blocks in a mode, under which it cannot be built
+    # A mode that watches operators (selective recomputation) cannot see such a mask being made either.
+    with _disable_current_modes():
         return causal_lower_right(rows, keys)
 
 
