@@ -264,7 +264,8 @@ def test_splitting_a_block_splits_what_it_keeps():
     job = Job(8, 4096)
     context = Context.of(graph, job, Cluster.parse("1x8:h100"), Fix())
     split = Shardings(context, {"tp": 8}.items(), 1).fastest().costs["Layer"]["none"]
-    whole, recomputed = Shardings(context, (), 1).fastest().costs["Layer"].values()
+    costs = Shardings(context, (), 1).fastest().costs["Layer"]
+    whole, recomputed = costs["none"], costs["full"]
     assert whole.inflight / 8 <= split.inflight < whole.inflight / 4
     assert recomputed.inflight == 4096 * 4096 * 2
     assert recomputed.transient == whole.transient + whole.inflight - recomputed.inflight

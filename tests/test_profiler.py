@@ -41,7 +41,7 @@ def measured(profile, tmp_path, monkeypatch):
 
 def test_measurement_is_plausible(profile):
     for rates in (profile.one, profile.all):
-        assert set(rates.matmul_flops) == {"bf16", "fp32", "fp64"}
+        assert set(rates.matmul_flops) == {"bf16", "fp16", "fp32", "fp64"}
         assert all(1e8 < flops < 1e15 for flops in rates.matmul_flops.values())
         assert 1e8 < rates.attention_flops < 1e15
         assert 1e8 < rates.memory_bandwidth < 1e13
@@ -130,7 +130,7 @@ def test_every_figure_has_a_source(measured):
     assert device.origin == "measured"
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
 def test_cpu_prices_every_job(measured, dtype):
     cluster = Cluster.parse("1x4:cpu")
     job = Job(8, 128, dtype=dtype)

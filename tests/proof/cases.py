@@ -77,7 +77,7 @@ KEYS: dict[str, tuple[Any, ...]] = {
     "dtype": ("fp64", "fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "sgd"),
     "tied": (False, True),
-    "frozen": ("none",),
+    "frozen": ("none", "embedding", "half"),
     "vocab": (64, 61),
     "stages": ("searched", "ends alone", "front heavy"),
 }
