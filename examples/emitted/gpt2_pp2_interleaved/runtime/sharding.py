@@ -18,6 +18,7 @@ that split the backward (level 0 and 1 only) the reduction comes after the last 
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -89,12 +90,15 @@ def _sharded_modules(stage: nn.Module) -> Iterator[FSDPModule]:
 
 
 def compile_blocks(blocks: list[nn.Module], splits_backward: bool = False) -> None:
-    """Compile each block's forward, without graph breaks; FSDP2's hooks and recomputation stay outside.
+    """Compile each block's forward, without graph breaks; FSDP2's hooks stay outside, and so does recomputation, but
+    for the selective one, which the compiler carries out (`recompute.selective`).
 
     ``splits_backward``: the schedule goes through the graph twice, for gradients of inputs and of weights.
     """
     if splits_backward:
         # Else the first pass gives away the buffers that the second needs.
         torch._functorch.config.donated_buffer = False
+    block: Any
     for block in blocks:
+        block.eager_forward = block.forward
         block.forward = torch.compile(block.forward, fullgraph=True)
