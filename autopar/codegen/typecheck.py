@@ -152,16 +152,16 @@ class TypedNew:
     def axis(self, name: str) -> DeviceMesh:
         return self.mesh[name]
 
-    def whole(self, *shape: int) -> nn.Parameter:
-        return self.split(*shape)
+    def whole(self, *shape: int, trains: bool = True) -> nn.Parameter:
+        return self.split(*shape, trains=trains)
 
-    def split(self, *shape: int, **dims: int) -> nn.Parameter:
+    def split(self, *shape: int, trains: bool = True, **dims: int) -> nn.Parameter:
         from spmd_types import I, R, S
 
         local = list(shape)
         for name, dim in dims.items():
             local[dim] = -(-local[dim] // self.mesh[name].size())
-        parameter = nn.Parameter(torch.zeros(local, dtype=self.dtype, device="meta"))
+        parameter = nn.Parameter(torch.zeros(local, dtype=self.dtype, device="meta"), requires_grad=trains)
         parameter.stored_types = {  # type: ignore[attr-defined]
             axis: S(dims[name]) if name in dims else I if name in self.splits else R for name, axis in self.axes.items()
         }
