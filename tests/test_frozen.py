@@ -109,6 +109,18 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state() -> None:
     assert part.predicted.step_time < whole.predicted.step_time
 
 
+def test_every_layer_is_recomputed_though_the_first_differs() -> None:
+    """Below the first layer nothing trains: it is a kind of its own, with one block."""
+    graph = trace(frozen_embedding())
+    layers = [index for index, block in enumerate(graph.blocks) if block.path]
+    assert graph.blocks[layers[0]].kind != graph.blocks[layers[1]].kind
+    for fixed in ("full", "selective(attention)"):
+        fix = {"micro_batch": 2, "recompute": fixed}
+        plan = search(graph, Job(8, 16), autopar.Cluster.parse("1x1:h100"), fix)
+        chosen = [plan.candidate_of(index).recompute for index in range(len(graph.blocks))]
+        assert [index for index, name in enumerate(chosen) if name != "none"] == layers
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "embedding dp4 zero3": (frozen_embedding, {"dp": 4, "zero": 3, "fsdp": 4}),
     "adapters dp2 tp2 zero2": (adapters, {"dp": 2, "tp": 2, "zero": 2, "fsdp": 2}),

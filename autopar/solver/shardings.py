@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from autopar.cluster import Cluster
-from autopar.graph.ir import ModelGraph
+from autopar.graph.ir import Block, ModelGraph
 from autopar.graph.padding import padded
 from autopar.job import Job
 from autopar.sharding.decision import BlockDecision
@@ -114,7 +114,7 @@ class Context:
         where memory is short (`recompute.choices`)."""
         found: list[tuple[str, tuple[str, ...]]] = []
         for index, block in enumerate(self.model.blocks):
-            repeated = self.repeated(block.kind)
+            repeated = self.repeated(block)
             fixed = self.fix.recompute_of(index, block.kind, repeated)
             moves = repeated and self.fix.offload in ("activations", "all")
             found.append((block.kind, choices(fixed, moves, extended and repeated)))
@@ -124,9 +124,10 @@ class Context:
         """All recompute choices that some block of the kind has."""
         return tuple(dict.fromkeys(choice for name, some in self.freedom(True) if name == kind for choice in some))
 
-    def repeated(self, kind: str) -> bool:
-        """Whether blocks of the kind are the model's repeated ones (all are, if none repeats)."""
-        return self.counts[kind] > 1 or max(self.counts.values()) == 1
+    def repeated(self, block: Block) -> bool:
+        """Whether the block is one of the model's layers (all are, if it has none): what "recompute" without a place
+        and "offload" speak of. A layer that differs from the others is one too."""
+        return bool(block.path) or not any(other.path for other in self.model.blocks)
 
     def always_again(self) -> frozenset[str]:
         """Kinds all of whose blocks are fixed to be recomputed."""
