@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from plain_plans import plain_plan, small_llama
+from test_train_script import close, losses
 from torch import Tensor, nn
 
 import autopar
 from autopar.codegen import prove
+from autopar.codegen.emit import emit
 from autopar.codegen.emit_module import module_source
 from autopar.graph.interpret import keep_wide
 from autopar.graph.trace import trace
@@ -155,6 +159,46 @@ def test_frozen_parts_on_four_ranks(tmp_path: Path) -> None:
     rows = prove.prove(tmp_path, ranks=4, timeout_s=200)
     assert {row.name for row in rows} == CASES.keys()
     assert [failure for row in rows for failure in row.failures()] == []
+
+
+@pytest.mark.parametrize("make", [frozen_layers, adapters])
+def test_training_resumes_under_another_plan(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """As an uninterrupted run goes on: checkpoints hold what is frozen too, and nothing of it moves."""
+    model, job = make(), Job(8, 16, "fp64")
+    graph = trace(model)
+    tensor = search(
+        graph, Job(8, 16, "fp32"), autopar.Cluster.parse("1x2:cpu"), {"tp": 2, "pp": 1, "dp": 1, "micro_batch": 4}
+    )
+    plans = {
+        "data": replace(plain_plan(graph, dp=2, micro_batches=2, job=job), zero=3, fsdp=2),
+        "tensor": prove.with_dtype(tensor, "fp64"),
+        "stages": plain_plan(graph, pp=2, micro_batches=2, job=job),
+    }
+    (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
+    for name, plan in plans.items():
+        emit(plan, graph, tmp_path / name, model.state_dict())
+    whole = losses(tmp_path, "data", 2, "data.jsonl", "--checkpoint-dir", "ck", "--save-every", "2", "--any-topology")
+    assert sorted(whole) == [1, 2, 3, 4, 5, 6]
+    assert whole[6][0] < whole[1][0]
+    saving = ("--checkpoint-dir", "ck2", "--save-every", "1", "--any-topology")
+    staged = losses(tmp_path, "stages", 2, "stages.jsonl", "--resume", "ck/step_2", *saving)
+    split = losses(tmp_path, "tensor", 2, "tensor.jsonl", "--resume", "ck2/step_4", "--any-topology")
+    assert (sorted(staged), sorted(split)) == ([3, 4, 5, 6], [5, 6])
+    assert all(close(later[step], whole[step]) for later in (staged, split) for step in later)
+
+    state: dict[str, Any] = {"model": {name: torch.empty_like(weight).double() for name, weight in weights_of(model)}}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load(state, checkpoint_id=tmp_path / "ck2" / "step_6")
+    for name, weight in weights_of(model):
+        moved = not torch.equal(state["model"][name], weight.detach().double())
+        assert moved == weight.requires_grad, name
+    kept = dcp.FileSystemReader(tmp_path / "ck2" / "step_6").read_metadata().state_dict_metadata
+    moments = {name.removeprefix("optimizer.").removesuffix(".exp_avg") for name in kept if name.endswith(".exp_avg")}
+    assert moments == {name for name, weight in weights_of(model) if weight.requires_grad}
+
+
+def weights_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters())
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

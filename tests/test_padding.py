@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from autopar.codegen.prove import gradient_errors
+from autopar.codegen.compare import gradient_errors
 from autopar.graph.interpret import run_model
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import can_pad, padded

@@ -124,6 +124,27 @@ def test_levels_two_and_three_reduce_in_every_micro_batch():
     assert none.forward_s == one.forward_s == two.forward_s
 
 
+def test_what_no_gradient_passes_is_gathered_for_forwards_alone():
+    frozen = [BlockTime(1e-6, 0.0, N, frozen=N, still=still) for still in (False, True)]
+    for level in (1, 2, 3):
+        axis = data_axis(level)
+        twice, once = (axis.stage([block, BLOCKS[1]]) for block in frozen)
+        alone = axis.stage(BLOCKS[1:])
+        assert once.forward_s == twice.forward_s
+        assert once.backward_s == pytest.approx(alone.backward_s)
+        least = [axis.least_copies_s(2 * N, frozen=N, still=still) for still in (0, N)]
+        if level == 3:
+            assert twice.backward_s > 1.05 * alone.backward_s
+            assert least[0] > least[1]
+            # Where nothing passes, the root group stays whole for the step.
+            root = BlockTime(0.0, 0.0, N, True, frozen=N, still=True)
+            stage, part = axis.stage([root, frozen[1]]), axis.stage([frozen[1]])
+            assert (stage.forward_s, stage.first_s) == (part.forward_s, axis.gather_s(N) + axis.gather_copy_s(N))
+        else:
+            assert twice.backward_s == pytest.approx(once.backward_s)
+            assert least[0] == least[1]
+
+
 def test_shard_groups_inside_a_node_spare_the_slow_links():
     """Eight nodes of eight: gathering over a node's links is faster than over all; only shards cross the network."""
     whole, node = (data_axis(3, size=64, fsdp=group, cluster="8x8:h100") for group in (64, 8))

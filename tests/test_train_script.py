@@ -54,6 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, graph: ModelGraph) -> Path:
     }
     for name, plan in plans.items():
         emit(plan, graph, root / name, model.state_dict())
+    for name in ("half", "half_stages"):  # the loss scale doubles within the few steps of a test
+        scaling = root / name / "runtime" / "scaling.py"
+        assert scaling.read_text().count("interval: int = 2000") == 1
+        scaling.write_text(scaling.read_text().replace("interval: int = 2000", "interval: int = 2"))
     return root
 
 
@@ -75,6 +79,14 @@ def losses(root: Path, plan: str, ranks: int, metrics: str, *options: str) -> di
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
     return {row["step"]: (row["loss"], row["gradient_norm"]) for row in rows}
+
+
+def loss_scale(checkpoint: Path) -> tuple[float, int]:
+    """The loss scale that a checkpoint holds, and the steps since it changed."""
+    state = {"loss_scale": {"value": torch.tensor(0.0), "good": torch.tensor(0)}}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load(state, checkpoint_id=checkpoint)
+    return float(state["loss_scale"]["value"]), int(state["loss_scale"]["good"])
 
 
 def close(found: tuple[float, float], right: tuple[float, float]) -> bool:
@@ -117,9 +129,12 @@ def test_float16_and_sgd_change_plans(folder: Path) -> None:
     assert {"loss_scale.value", "optimizer.lm_head.weight.momentum_buffer"} <= {
         name.replace("model.embed_tokens", "lm_head") for name in kept
     }
-    stages = losses(folder, "half_stages", 4, "half2.jsonl", "--resume", "ck16/step_3", "--lr", "3e-2")
+    saving = ("--checkpoint-dir", "ck16b", "--save-every", "3", "--lr", "3e-2")
+    stages = losses(folder, "half_stages", 4, "half2.jsonl", "--resume", "ck16/step_3", *saving)
     assert sorted(stages) == [4, 5, 6]
     assert all(stages[step] == pytest.approx(first[step], rel=1e-2) for step in stages)
+    assert [loss_scale(folder / "ck16" / f"step_{step}") for step in (3, 6)] == [(2**17, 1), (2**19, 0)]
+    assert loss_scale(folder / "ck16b" / "step_6") == (2**19, 0)
 
 
 def test_wrong_world_size_is_one_line(folder: Path) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 
 from autopar.cluster import Cluster
 from autopar.codegen import twin
+from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
-from autopar.codegen.verify import gradient_errors, verify, verify_source
+from autopar.codegen.verify import verify, verify_source
 from autopar.errors import BadInputError, UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.trace import trace

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
-from plain_plans import small_llama
+from plain_plans import plain_plan, small_llama
+from test_frozen import adapters, frozen_embedding, frozen_layers
 
 import autopar
 from autopar.codegen.emit import emit
@@ -62,8 +63,8 @@ for path in sorted(Path("cases").iterdir()):
         with Counted() as counted:
             step.forward_backward({"input_ids": ids[:count], "labels": ids[:count]})
     sharded = all(set(weight.device_mesh.mesh_dim_names) & {"data", "shard"} for weight in step.stage.parameters())
-    if dist.get_rank() == 0:
-        Path(f"{path.name}.json").write_text(json.dumps({**counted.counts, "sharded": sharded}))
+    found = Path(f"{path.name}_rank{dist.get_rank()}.json")
+    found.write_text(json.dumps({**counted.counts, "sharded": sharded}))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -100,7 +101,8 @@ def cut(plan: Plan, stages: int) -> tuple[Stage, ...]:
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, int]]:
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    """By case and rank, calls of each collective in a step."""
     root = tmp_path_factory.mktemp("zero")
     (root / "cases").mkdir()
     model = small_llama()
@@ -116,9 +118,18 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, in
         plan = plans[case.mesh]
         plan = replace(plan, schedule=case.schedule, vpp=vpp, zero=case.zero, fsdp=case.fsdp)
         emit(replace(plan, stages=cut(plan, plan.mesh.pp * vpp)), graph, root / "cases" / str(case))
+    for name, make in (("embedding", frozen_embedding), ("layers", frozen_layers), ("adapters", adapters)):
+        part = model_graph(make())
+        for mesh, (pp, dp) in (("dp4", (1, 4)), ("pp2dp2", (2, 2))):
+            job = autopar.Job(global_batch=dp * MICRO_BATCHES, seq_len=16, dtype="fp32")
+            plan = replace(plain_plan(part, pp, dp, 3, micro_batches=MICRO_BATCHES, job=job), fsdp=dp)
+            if pp == 2:  # the embedding alone
+                runs = tuple(run for stage in plan.stages for run in stage.runs)
+                plan = replace(plan, stages=tuple(Stage(own, 0.0, 0.0, 0.0, {}) for own in (runs[:1], runs[1:])))
+            emit(plan, part, root / "cases" / f"frozen_{name}_{mesh}")
     (root / "script.py").write_text(SCRIPT)
     run_ranks(["script.py"], 4, 300, folder=root)
-    return {case: json.loads((root / f"{case}.json").read_text()) for case in cases()}
+    return {str(path.stem): json.loads(path.read_text()) for path in root.glob("*_rank*.json")}
 
 
 def expected(case: Case) -> dict[str, int]:
@@ -139,7 +150,26 @@ def expected(case: Case) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
-def test_collectives_are_those_of_the_table(counted: dict[Case, dict[str, int]], case: Case) -> None:
+def test_collectives_are_those_of_the_table(counted: dict[str, dict[str, int]], case: Case) -> None:
+    found = counted[f"{case}_rank0"]
     names = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
-    assert {name: counted[case][name] for name in names if name in counted[case]} == expected(case)
-    assert counted[case]["sharded"]
+    assert {name: found[name] for name in names if name in found} == expected(case)
+    assert found["sharded"]
+
+
+@pytest.mark.parametrize(("name", "still"), [("embedding", 0), ("layers", 2), ("adapters", 0)])
+def test_blocks_that_no_gradient_passes_are_gathered_once(
+    counted: dict[str, dict[str, int]], name: str, still: int
+) -> None:
+    """Adapters in all layers are as if all trained; behind frozen layers on other stages nothing comes either."""
+    m = MICRO_BATCHES
+    assert counted[f"frozen_{name}_dp4_rank0"]["_allgather_base_"] == 2 * m * LAYERS - m * still + m
+    assert counted[f"frozen_{name}_pp2dp2_rank3"]["_allgather_base_"] == 2 * m * LAYERS - m * still + m
+    # The embedding alone: it is frozen, so no backward frees it before the step's end.
+    assert counted[f"frozen_{name}_pp2dp2_rank0"]["_allgather_base_"] == 1
+    frozen = {"embedding": 0, "layers": 2, "adapters": 0}[name]
+    head = name != "adapters"
+    assert counted[f"frozen_{name}_dp4_rank0"]["_reduce_scatter_base_"] == m * (LAYERS - frozen + head)
+    graph = model_graph({"embedding": frozen_embedding, "layers": frozen_layers, "adapters": adapters}[name]())
+    passing = [graph.kinds[block.kind].passes_gradient for block in graph.blocks]
+    assert passing == [False] * (1 + still) + [True] * (LAYERS - still + 1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
@@ -182,24 +183,6 @@ def _compare(
 def _drops(graph: ModelGraph) -> bool:
     """Whether the model drops elements at random."""
     return any(draws_random(node) for kind in graph.kinds.values() for node in kind.graph.of("op"))
-
-
-def gradient_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """For each gradient g with reference r: ‖g − r‖ / max(‖r‖, 1e-3·‖all gradients‖ / √(number of parameters)).
-
-    The floor is for gradients that are truly zero (a key bias). ``found`` may hold several copies (dim 0 stacked by
-    the caller is not expected): each is one tensor of the reference's shape. Missing ones count as infinite.
-    """
-    norms = {name: float(gradient.double().norm()) for name, gradient in expected.items()}
-    floor = 1e-3 * sum(norm**2 for norm in norms.values()) ** 0.5 / len(norms) ** 0.5
-    errors = {}
-    for name, gradient in expected.items():
-        if name not in found or found[name].shape[1:] != gradient.shape:
-            errors[name] = float("inf")
-            continue
-        worst = max(float((copy.double() - gradient.double()).norm()) for copy in found[name])
-        errors[name] = worst / max(norms[name], floor, 1e-300)
-    return errors
 
 
 def random_batch(

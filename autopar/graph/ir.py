@@ -131,6 +131,11 @@ class BlockKind:
     name: str
     graph: OpGraph
 
+    @property
+    def passes_gradient(self) -> bool:
+        """Whether it has a backward: not where it and all before it are frozen."""
+        return any(self.graph.nodes[name].meta.requires_grad for name in self.graph.outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class Block:

@@ -150,8 +150,10 @@ LIMITS: tuple[Limit, ...] = (
         "split backward recomputes too often",
         ("schedule", "recompute"),
         lambda c: _splits_backward(c) and bool(c.recompute - {"none"}),
-        "zbv and dualpipev would recompute a block once for its input and once for its weights; use recompute=none, or "
-        "another schedule",
+        "zbv and dualpipev would recompute a block once for its input and again for each of its weights; use "
+        "recompute=none, or another schedule",
+        "a block of 9 weights runs 11 times for each micro-batch, not twice (torch.utils.checkpoint under a split "
+        "backward)",
     ),
     Limit(
         "zero 0 shards nothing",

@@ -26,8 +26,12 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
     total, rooted = _total_elements(context)
     trains, rooted_trains = _total_elements(context, trains=True)
     frozen, rooted_frozen = total - trains, rooted - rooted_trains
-    work += place.data.least_copies_s((total - rooted) / config.tp, frozen=(frozen - rooted_frozen) / config.tp)
-    work += place.data.least_copies_s(rooted / config.tp, root=True, frozen=rooted_frozen / config.tp)
+    still, rooted_still = _still_elements(context)
+    parts = [(total - rooted, frozen - rooted_frozen, still), (rooted, rooted_frozen, rooted_still)]
+    for root, (elements, unmoved, unpassed) in enumerate(parts):
+        # A stage that any gradient passes gathers its root group each time.
+        unpassed = unpassed if not root or config.pp > 1 else 0
+        work += place.data.least_copies_s(elements / config.tp, bool(root), unmoved / config.tp, unpassed / config.tp)
     # Some stage holds at least its even share.
     optimizer = place.data.optimizer_s(trains / config.tp / config.pp)
     each, once = _least_exposed(context, config, place.data)
@@ -45,6 +49,20 @@ def _total_elements(context: Context, trains: bool = False) -> tuple[int, int]:
         context.memo[key] = sum(sizes.values()), sum(sizes.get(name, 0) for name in _rooted_names(context))
     total, rooted = context.memo[key]
     return total, rooted
+
+
+def _still_elements(context: Context) -> tuple[int, int]:
+    """Parameter elements of blocks that no gradient passes: of those with a group of their own, and of those that may
+    be in a root group."""
+    if "still elements" not in context.memo:
+        model = context.model
+        held = [b.parameters.values() for b in model.blocks if not model.kinds[b.kind].passes_gradient]
+        names, rooted = {name for block in held for name in block} & model.parameters.keys(), _rooted_names(context)
+        context.memo["still elements"] = tuple(
+            sum(prod(model.parameters[name].at(1, 1)) for name in part) for part in (names - rooted, names & rooted)
+        )
+    own, root = context.memo["still elements"]
+    return own, root
 
 
 def _least_elements(context: Context, config: Config, index: int, trains: bool = False) -> int:
@@ -105,18 +123,21 @@ def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[fl
     first, last = (rooted or own[0]), own[-1]
     reduced = rooted_trained if rooted else trained[0]
     gather, scatter = data.gather_s(first), data.scatter_s(reduced)
+    # The last block has a backward, if anything trains.
     each = gather + data.gather_s(last) if data.gathers_each else 0.0
     once = data.replicate_s(reduced) + (0.0 if data.gathers_each else gather)
     return (each, once + scatter) if data.defers else (each + scatter, once)
 
 
 def _least_communication(context: Context, config: Config, data: DataAxis) -> float:
-    """Network seconds of a step without stages: gathers, twice under zero 3 but for the root group, and reductions,
-    each of them once a step or in each micro-batch."""
+    """Network seconds of a step without stages: gathers, twice under zero 3 but for the root group and what no
+    gradient passes, and reductions, each of them once a step or in each micro-batch."""
     own, rooted = _least_groups(context, config)
     trained, rooted_trained = _least_groups(context, config, trains=True)
-    ways = 2 if data.gathers_each else 1
-    gathers = ways * sum(data.gather_s(n) for n in own) + data.gather_s(rooted)
+    gathers = sum(data.gather_s(n) for n in own) + data.gather_s(rooted)
+    if data.gathers_each:
+        kinds = [context.model.kinds[block.kind] for block in context.model.blocks]
+        gathers += sum(data.gather_s(n) for n, kind in zip(own, kinds, strict=True) if kind.passes_gradient)
     reduced = (*trained, rooted_trained)
     scatters, replicates = (sum(seconds(n) for n in reduced) for seconds in (data.scatter_s, data.replicate_s))
     m = config.micro_batches
@@ -185,7 +206,8 @@ def _least_problem(
         frozen = elements - trains
         seconds, reduce, optimizer, forward = dict.fromkeys(run.choices, 0.0), 0.0, 0.0, 0.0
         if timed:
-            copies = place.data.least_copies_s(elements, run.root, frozen)
+            passes = context.model.kinds[kind].passes_gradient or (run.root and config.pp == 1)
+            copies = place.data.least_copies_s(elements, run.root, frozen, 0.0 if passes else elements)
             seconds = {choice: shardings.least_seconds(kind, choice, sharp) + copies for choice in run.choices}
             optimizer = _least_optimizer(context, config, trains / place.memory.shards)
             reduce = place.data.reduce_s(int(trains)) if place.data.exposes else 0.0

@@ -11,7 +11,9 @@ ranks, ``stride`` (the size of tp) ranks apart; groups are replicas of each othe
           resharded before its end)
     2     as 1                                              reduce-scatter in each backward
     3     over the shard group, for each forward and        as 2
-          backward; the root group for each forward only
+          backward; for each forward only: the root group,
+          and blocks that no gradient passes (``still``);
+          once a step: the root group of a stage of those
 
 Replicas of shard groups add up their shards once, in the last backward. Reductions run block by block under the
 backward, with stages and without: schedules do not see the groups. Only those that halve backwards (zero 0 and 1)
@@ -47,7 +49,8 @@ from autopar.solver.simulate import StageTimes
 class BlockTime:
     """One block on one rank: its own seconds per micro-batch, parameter elements held on the model axes, and whether
     it is in the root group. ``weight_s``: of the backward, the part that gives weight gradients alone. ``frozen``: of
-    the elements, those that do not train: gathered like the others, but without a gradient to reduce."""
+    the elements, those that do not train: gathered like the others, but without a gradient to reduce. ``still``: no
+    gradient passes the block (`ir.BlockKind.passes_gradient`), so it has no backward."""
 
     forward_s: float
     backward_s: float
@@ -55,6 +58,7 @@ class BlockTime:
     root: bool = False
     weight_s: float = 0.0
     frozen: int = 0
+    still: bool = False
 
     @property
     def trains(self) -> int:
@@ -179,16 +183,16 @@ class DataAxis:
         # As `OpCosts` counts them: the optimizer reads and writes 3 + 2 k tensors, clipping 3.
         return (3 + 2 * job.moments + 3) * share * job.master_bytes / device.host_memory_bandwidth if share else 0.0
 
-    def least_copies_s(self, elements: float, root: bool = False, frozen: float = 0.0) -> float:
+    def least_copies_s(self, elements: float, root: bool = False, frozen: float = 0.0, still: float = 0.0) -> float:
         """Seconds per micro-batch of all copies beside one C + M per backward, launches left out, so that it is linear
         in ``elements`` and may stand in bounds. ``root``: of elements that may be in the root group; ``frozen``: how
-        many of them do not train."""
+        many of them do not train; ``still``: how many are in blocks that no gradient passes."""
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
         cast = (master + compute) / self.shards if master != compute else 0.0
         gather = cast + (4 if self.shards == 1 else 2) * compute
-        gathers = (1 if root else 2) if self.gathers_each else 0
+        gathered = (1 if root else 2) * elements - still if self.gathers_each else 0.0
         accumulated = (master if self.accumulates else 0) * (elements - frozen)
-        return stream_seconds(self.ops, gathers * gather * elements + accumulated)
+        return stream_seconds(self.ops, gather * gathered + accumulated)
 
     def stage(self, blocks: Sequence[BlockTime]) -> DataTimes:
         """Seconds of a stage that holds ``blocks``."""
@@ -215,13 +219,20 @@ class DataAxis:
         none = [0.0] * len(blocks)
         compute, plain = sum(forward), sum(backward) + root_reduce_copy
         copied = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]
-        gathered = root_gather + root_gather_copy + hidden_forward(copied, gathers)
-        each, first = (gathered, 0.0) if self.gathers_each else (compute, gathered - compute)
+        rooted, hidden = root_gather + root_gather_copy, hidden_forward(copied, gathers)
+        if not self.gathers_each:
+            each, first = compute, rooted + hidden - compute
+        elif all(block.still for block in blocks):  # the root group is freed by a backward, or at the step's end
+            each, first = hidden, rooted
+        else:
+            each, first = rooted + hidden, 0.0
         if self.exposes:
             return DataTimes(each, plain, first, 0.0, sum(reduces) + root_reduce, optimizer, weights)
-        again = gathers if self.gathers_each else none
+        again = none
         if self.gathers_each:
-            backward = [b + copy for b, copy in zip(backward, gather_copies, strict=True)]
+            again = [0.0 if block.still else gather for block, gather in zip(blocks, gathers, strict=True)]
+            copies = [0.0 if block.still else copy for block, copy in zip(blocks, gather_copies, strict=True)]
+            backward = [b + copy for b, copy in zip(backward, copies, strict=True)]
         last = hidden_backward(backward, again, reduces, root_reduce_copy, root_reduce)
         if not self.defers:
             plain = hidden_backward(backward, again, scatters, root_reduce_copy, root_scatter)

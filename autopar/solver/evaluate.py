@@ -138,7 +138,15 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
         times.append(
             place.data.stage(
                 [
-                    BlockTime(c.forward_s, c.backward_s, c.elements - double, root, half[0], c.frozen - still)
+                    BlockTime(
+                        c.forward_s,
+                        c.backward_s,
+                        c.elements - double,
+                        root,
+                        half[0],
+                        c.frozen - still,
+                        not context.model.kinds[c.kind].passes_gradient,
+                    )
                     for c, (double, still), root, half in row
                 ]
             )

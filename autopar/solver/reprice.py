@@ -129,7 +129,9 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
             if halving:
                 kind = model.kinds[candidate.decision.kind]
                 weights, waiting = halved.of(kind, candidate.decision, plan.micro_batch)
-            block_times.append(BlockTime(forward, backward, held - doubled, root, weights, frozen - doubled_frozen))
+            still = not model.kinds[candidate.decision.kind].passes_gradient
+            own = held - doubled
+            block_times.append(BlockTime(forward, backward, own, root, weights, frozen - doubled_frozen, still))
             block_bytes.append(
                 BlockBytes(held, saved, candidate.transient_bytes, doubled, root, waiting, frozen, doubled_frozen)
             )

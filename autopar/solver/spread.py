@@ -90,7 +90,8 @@ def stage_problem(
             needed = max(needed, ending) if run.root else needed
             if not (run.root and run.sure):
                 needed = max(needed, cost.transient + place.memory.staging(cost.elements, cost.frozen))
-            options.append(_option(place, cost, run.root, needed, halves(context, config, cost)))
+            passes = context.model.kinds[run.kind].passes_gradient
+            options.append(_option(place, cost, run.root, needed, halves(context, config, cost), passes))
         runs.append(BlockRun(run.kind, run.count, tuple(options)))
     overhead = overheads(place, config)
     if config.pp == 1:
@@ -133,8 +134,9 @@ def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) 
     return sum(held) - apart
 
 
-def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved: Halves) -> Option:
-    """A block as the stage ILP counts it: alone, so that what hides its communication is its own computation."""
+def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved: Halves, passes: bool) -> Option:
+    """A block as the stage ILP counts it: alone, so that what hides its communication is its own computation.
+    ``passes``: whether a gradient passes it."""
     data, elements, trains = place.data, cost.elements, cost.trains
     copies, gather = data.gather_copy_s(elements), data.gather_s(elements)
     scatter, replicate = data.scatter_s(trains), data.replicate_s(trains)
@@ -149,7 +151,8 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
         backward += scatter
         once += replicate
     elif not data.defers:
-        backward = max(backward + copies, gather + scatter) if data.gathers_each else max(backward, scatter)
+        again = data.gathers_each and passes
+        backward = max(backward + copies, gather + scatter) if again else max(backward, scatter)
     # What communication hides costs a little all the same, so that nothing is recomputed for nothing.
     own = 1e-6 * (cost.forward_s + cost.backward_s)
     return Option(

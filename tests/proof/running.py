@@ -28,7 +28,7 @@ TYPED = (8, 64, 512)
 """Numbers of ranks on which the types of emitted code are checked: model axes as planned, data ranks for the rest."""
 
 WIDTHS = {"fp64": torch.float64, "fp32": torch.float32}
-"""What one device computes in: 16-bit jobs are compared with float32."""
+"""What one device computes in: 16-bit jobs are compared with float32, and may be off as one 16-bit device is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def _weights(variant: Variant, dtype: str) -> tuple[Any, dict[str, torch.Tensor]
 def _reference(variant: Variant, dtype: str, samples: int, optimizer: str) -> dict[str, Any]:
     model, weights = _weights(variant, dtype)
     model.load_state_dict(weights)
-    return prove.one_device(model, batches(variant, samples), loss_of, dtype == "fp64", optimizer)
+    return prove.one_device(model, batches(variant, samples), loss_of, dtype == "fp64", optimizer, dtype)
 
 
 def prepare(case: Case, folder: Path, types: Iterable[int] = ()) -> Outcome:
@@ -140,11 +140,12 @@ def run(cases: Iterable[Case], folder: Path, types: Iterable[int] = ()) -> list[
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """One line per case."""
+    """One line per case; ``of limit``: the error that is nearest to its limit, as a part of it."""
     outcomes = list(outcomes)
     width = max(len(outcome.case) for outcome in outcomes)
     lines = [
-        f"{'':7}{'case':<{width}}  {'loss':>8}{'gradient':>10}{'norm':>9}{'3 steps':>9}  {'types':<11}worst gradient"
+        f"{'':7}{'case':<{width}}  {'loss':>8}{'gradient':>10}{'norm':>9}{'3 steps':>9}{'of limit':>10}  "
+        f"{'types':<11}worst gradient"
     ]
     for outcome in outcomes:
         row = outcome.measured
@@ -152,10 +153,13 @@ def table(outcomes: Iterable[Outcome]) -> str:
         if row is None:
             lines.append(head + f"{outcome.failed} failed: {outcome.reason.strip().splitlines()[-1][:120]}")
             continue
-        norm, steps = ("-" if value is None else f"{value:.1e}" for value in (row.norm, row.parameter))
+        steps = "-" if row.parameter is None else f"{row.parameter:.1e}"
+        share = max(error / most for error, most in row.shares().values())
         types = " ".join(map(str, outcome.typed)) or "-"
         lines.append(
-            head + f"{row.loss:>8.1e}{row.gradient:>10.1e}{norm:>9}{steps:>9}  {types:<11}{row.worst_gradient}"
+            head
+            + f"{row.loss:>8.1e}{row.gradient:>10.1e}{row.norm:>9.1e}{steps:>9}{share:>10.1%}  {types:<11}"
+            + row.worst_gradient
         )
     return "\n".join(lines)
 

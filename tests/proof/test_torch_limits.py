@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import pipelining
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from autopar.cluster import Cluster
+from autopar.codegen.emit import emit
+from autopar.codegen.prove import run_ranks
+from autopar.job import Job
 from autopar.plan import Mesh
 from autopar.schedule import SCHEDULES
-from autopar.solver.capabilities import LIMITS, Choice
+from autopar.solver import capabilities
+from autopar.solver.capabilities import LIMITS, Choice, refusals
+from autopar.solver.search import search
+from proof.models import SEQ, Variant, graph_of
 
 AVOIDS = {limit.name: limit.avoids for limit in LIMITS}
 
@@ -38,7 +51,7 @@ def choice(name: str, pp: int, vpp: int, micro_batches: int) -> Choice:
     return Choice(Mesh(pp=pp), name, vpp, micro_batches, 0, 1)
 
 
-SAYS = {
+SAYS: dict[str, tuple[Choice, Choice]] = {
     "1f1b fills the pipeline": (choice("1f1b", 4, 1, 2), choice("1f1b", 4, 1, 4)),
     "interleaved goes in rounds": (choice("interleaved", 2, 2, 5), choice("interleaved", 2, 2, 4)),
     "dualpipev fills the pipeline": (choice("dualpipev", 2, 2, 3), choice("dualpipev", 2, 2, 4)),
@@ -74,3 +87,81 @@ def test_limits_refuse_no_more_than_torch(name: str) -> None:
                 assert refused, (name, ranks, count)
             else:
                 assert not refused, (name, ranks, count)
+
+
+DOES = ("split backward keeps gradients whole", "split backward recomputes too often", "two tensor axes")
+"""The limits whose reason the tests below run."""
+
+
+def test_every_limit_of_torch_is_shown() -> None:
+    assert {name for name, avoids in AVOIDS.items() if avoids} == {*SAYS, *DOES}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `stock.py` measures: by case, the error of the worst gradient and the runs of each block."""
+    out = tmp_path_factory.mktemp("stock") / "found.json"
+    run_ranks([str(Path(__file__).with_name("stock.py")), str(out)], 4, 200)
+    return json.loads(out.read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["zbv", "dualpipev"])
+def test_stock_split_backward_with_freed_parameters_is_silently_wrong(
+    stock: dict[str, dict[str, Any]], name: str
+) -> None:
+    """As zero=3 would free them; as zero=1 keeps them, and under a schedule that does not split, all is right."""
+    assert stock[f"{name} frees"]["error"] > 0.1
+    assert stock[name]["error"] < 1e-12
+    assert stock["1f1b frees"]["error"] < 1e-12
+    broken = [limit.name for limit in refusals(replace(choice(name, 2, 2, 4), mesh=Mesh(2, 2), zero=3, fsdp=2))]
+    assert broken == ["split backward keeps gradients whole"]
+    assert not list(refusals(replace(choice(name, 2, 2, 4), mesh=Mesh(2, 2), zero=1, fsdp=2)))
+
+
+def test_split_backward_recomputes_too_often(
+    stock: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recomputed block runs twice for each micro-batch; under a split backward again for each of its weights (except
+    on the first stage, whose input has no gradient): with stock parts, and in emitted code without the limit."""
+    assert set(stock["1f1b recomputes"]["runs"]) == {2}
+    assert set(stock["zbv recomputes"]["runs"]) == {2, 2 + 2}, "of two linear layers"
+    graph = graph_of(Variant())
+    fixed = {"pp": 2, "dp": 2, "zero": 0, "micro_batch": 1}
+    fixes = {
+        "1f1b_none": {"schedule": "1f1b", "recompute": "none"},
+        "1f1b_full": {"schedule": "1f1b", "recompute": "full"},
+        "zbv_none": {"schedule": "zbv", "recompute": "none"},
+    }
+    job, cluster = Job(8, SEQ), Cluster.parse("1x4:h100")
+    plans = {name: search(graph, job, cluster, {**fixed, **fix}) for name, fix in fixes.items()}
+    recomputed = {key: replace(kept, recompute="full") for key, kept in plans["zbv_none"].candidates.items()}
+    plans["zbv_full"] = replace(plans["zbv_none"], candidates=recomputed)
+    assert [limit.name for limit in refusals(Choice.of(plans["zbv_full"]))] == ["split backward recomputes too often"]
+    monkeypatch.setattr(capabilities, "LIMITS", tuple(limit for limit in LIMITS if limit.name not in DOES))
+    for name, plan in plans.items():
+        emit(plan, graph, tmp_path / name)
+    folders = [str(tmp_path / name) for name in plans]
+    run_ranks([str(Path(__file__).with_name("counted.py")), str(tmp_path / "out.json"), *folders], 4, 200)
+    runs = json.loads((tmp_path / "out.json").read_text())
+    assert set(runs["1f1b_none"]) == set(runs["zbv_none"]) == {1}
+    assert set(runs["1f1b_full"]) == {2}
+    assert set(runs["zbv_full"]) == {2, 2 + 9}, "of nine weights, as the limit's text says"
+
+
+def test_fsdp_takes_two_tensor_axes_at_most() -> None:
+    quoted = AVOIDS["two tensor axes"].partition('"')[2].rpartition('"')[0]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2, 2, 2), mesh_dim_names=("dp", "a", "b", "c"))
+        for axes in (("a",), ("a", "b"), ("a", "b", "c")):
+            part = nn.Linear(8, 8, bias=False)
+            whole = distribute_tensor(part.weight.detach(), mesh[axes], [Shard(0)] * len(axes), src_data_rank=None)
+            part.weight = nn.Parameter(whole)
+            if len(axes) < 3:
+                fully_shard(part, mesh=mesh["dp"])
+                continue
+            with pytest.raises(NotImplementedError) as error:
+                fully_shard(part, mesh=mesh["dp"])
+            assert quoted in str(error.value)
+    finally:
+        dist.destroy_process_group()

@@ -10,6 +10,7 @@ shard group they are copies; "reductions": of each block's gradients):
     2      as 1                           1         m reduce-scatters
     3      whole while a block runs       2m        m reduce-scatters
 
+A block that no gradient passes, because it and all before it are frozen, is gathered for forwards alone: m at level 3.
 Where shard groups have replicas, these add up their shards of the gradients once, in the last backward. Under schedules
 that split the backward (level 0 and 1 only) the reduction comes after the last backward of the stage. The root group
 (what is in no block) stays whole between a forward and its backward at every level.
@@ -18,13 +19,15 @@ that split the backward (level 0 and 1 only) the reduction comes after the last 
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch._functorch.config
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils._pytree import tree_leaves
 
 
 def shard_stage(
@@ -60,12 +63,20 @@ def shard_stage(
     # which under a pipeline are those of other micro-batches.
     for later, before in itertools.pairwise([stage, *reversed(sharded)]):
         later.set_modules_to_backward_prefetch([before])
+        before.register_forward_hook(partial(_prefetch_if_backward, stage, later))
 
     for module in _sharded_modules(stage):
         # The loss is already divided by the tokens of all ranks, so gradients are added up, not averaged. Without
         # the second line the factor becomes a pre-multiplied sum, which gloo does not have in float32.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _prefetch_if_backward(stage: FSDPModule, later: FSDPModule, block: FSDPModule, _: Any, result: Any) -> None:
+    """After a block's forward: ``later`` need not gather it if no gradient will pass it. With nothing to gather FSDP2
+    would go by its own order, so it is told the root, which is whole."""
+    passes = any(x.requires_grad for x in tree_leaves(result) if isinstance(x, Tensor))
+    later.set_modules_to_backward_prefetch([block if passes else stage])
 
 
 def before_backward(stage: FSDPModule, zero: int, is_last: bool) -> None:
