@@ -18,7 +18,7 @@ from torch.distributed.pipelining import (
 from torch.utils._pytree import tree_map_only
 
 from .launch import InputError
-from .sharding import before_backward
+from .sharding import before_backward, take_up_gradients
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -80,14 +80,17 @@ class _Hidden(nn.Module):
 
     def forward(self, *args: Any, **batch: Any) -> Any:
         result = self.stage(*args, **batch)
-        # A split backward finds weights on the way from a stage's input, so that input must ask for a gradient also
-        # where all before it is frozen. Otherwise their gradients are missing, and nothing is said.
-        return tree_map_only(Tensor, _with_gradient, result) if self.splits_backward else result
+        return tree_map_only(Tensor, self._handed_on, result)
 
-
-def _with_gradient(x: Tensor) -> Tensor:
-    needs = torch.is_grad_enabled() and x.is_floating_point() and not x.requires_grad
-    return x.detach().requires_grad_() if needs else x
+    def _handed_on(self, x: Tensor) -> Tensor:
+        """``x`` as schedules and transports take it: in one piece, and for a split backward no view, which it would
+        detach in place, and asking for a gradient also where all before it is frozen: it finds weights on the way from
+        a stage's input, and would leave out their gradients without a word."""
+        if not self.splits_backward:
+            return x.contiguous()
+        if torch.is_grad_enabled() and x.is_floating_point() and not x.requires_grad:
+            return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        return x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()
 
 
 class _Piece(PipelineStage):
@@ -99,7 +102,10 @@ class _Piece(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: Any, last_backward: bool = False) -> Any:
         # Where the backward is split, FSDP2's hooks run before the gradients of weights are there.
         before_backward(self.submod.stage, self.zero, last_backward and not self.splits_backward)
-        return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        gradients, rest = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if backward_type != "weight":  # those of inputs are sent, and only what is in one piece can be
+            gradients = tree_map_only(Tensor, Tensor.contiguous, gradients)
+        return gradients, rest
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Called by schedules of several stages after the last backward of this one."""
@@ -107,6 +113,9 @@ class _Piece(PipelineStage):
             return
         hidden: Any = self.submod
         stage: FSDPModule = hidden.stage
+        # What hooks took up before is in the dtype of the reduction, the last gradients of weights are not yet.
+        before_backward(stage, self.zero, is_last=False)
+        take_up_gradients(stage)
         before_backward(stage, self.zero, is_last=True)
         self.submod = hidden.stage
         super().perform_reduce_grad(grad_scale_factor)
