@@ -111,10 +111,25 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
     if re.search(r"\bcheckpoint[(,]", text):
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines += ["", f"MESH = {_dict(plan.mesh.axes())}  # outermost first, in rank order"]
-    tied = ", ".join("(" + ", ".join(f'"{name}"' for name in group) + ")" for group in model.tied)
-    tied_line = f"TIED = ({tied}{',' if len(model.tied) == 1 else ''})"
-    lines += ["# Names of one and the same parameter.", tied_line] if model.tied else ["TIED = ()"]
-    return lines
+    return lines + _tied(model.tied)
+
+
+def _tied(groups: tuple[tuple[str, ...], ...]) -> list[str]:
+    if not groups:
+        return ["TIED = ()"]
+    names = [[f'"{name}"' for name in group] for group in groups]
+    texts = [f"({', '.join(group)})" for group in names]
+    line = f"TIED = ({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+    lines = [line]
+    if len(line) > 88:
+        lines = ["TIED = ("]
+        for group, text in zip(names, texts, strict=True):
+            if len(text) + 5 <= 88:
+                lines.append(f"    {text},")
+            else:
+                lines += ["    (", *(f"        {name}," for name in group), "    ),"]
+        lines.append(")")
+    return ["# Names of one and the same parameter.", *lines]
 
 
 def _parts(setting: Setting) -> str:
