@@ -191,4 +191,4 @@ def literal(value: object) -> Text:
         return Text(f'float("{value}")')
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
         return Text(f"{value:.1f}")
-    return Text(repr(value).replace("e-0", "e-"))
+    return Text(repr(value).replace("e-0", "e-").replace("e+", "e"))
