@@ -25,6 +25,7 @@ from autopar.codegen.emit_stage import StageWriter
 from autopar.codegen.setting import Setting, setting_of
 from autopar.codegen.source import literal
 from autopar.codegen.statements import wrap_comment
+from autopar.codegen.tables import split_once
 from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import as_planned
@@ -45,12 +46,13 @@ def module_source(plan: Plan, model: ModelGraph) -> str:
     """The text of ``module.py`` for ``plan``. Raises UnsupportedError for what cannot be emitted, naming it."""
     model = as_planned(plan, model)
     setting = setting_of(plan, model)
+    plan, split = split_once(plan, model)
     placed = place_blocks(plan, model)
     classes = {block.callee: block for block in reversed(placed) if block.path}
     body: list[str] = []
     for name in dict.fromkeys(block.callee for block in placed if block.path):
         body += ["", "", *class_source(classes[name], model, setting)]
-    writer = StageWriter(plan, model, placed, setting)
+    writer = StageWriter(plan, model, placed, setting, split)
     body += ["", "", *writer.stages_table()]
     body += ["", "", *writer.stage_class()]
     if model.constants.outputs:

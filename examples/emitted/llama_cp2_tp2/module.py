@@ -72,8 +72,6 @@ class LlamaDecoderLayer(nn.Module):
         k = k.unflatten(2, (-1, 64)).transpose(1, 2)
         v = F.linear(normed, self.self_attn.v_proj.weight.to_local())
         v = v.unflatten(2, (-1, 64)).transpose(1, 2)
-        cos = shard(cos, self.cp, 2, balanced=True)
-        sin = shard(sin, self.cp, 2, balanced=True)
         q = rotary(q, cos, sin)
         k = rotary(k, cos, sin)
 
@@ -137,6 +135,8 @@ class Stage(nn.Module):
     def forward(self, *, input_ids: Tensor, labels: Tensor) -> Tensor:
         hidden = self.prologue(input_ids)
         cos, sin = shared_tables(input_ids.shape[1], hidden.dtype, input_ids.device)
+        cos = shard(cos, self.cp, 2, balanced=True)
+        sin = shard(sin, self.cp, 2, balanced=True)
         for block in self.blocks():
             # keeps its input, backward runs it again: 134 MB per micro-batch
             hidden = checkpoint(block, hidden, cos, sin, use_reentrant=False)
