@@ -96,8 +96,8 @@ def sample(*keys):
 def test_the_script_feeds_what_the_model_asks_for(tmp_path):
     inputs, loss = sample("idx", "targets"), lambda outputs, batch: outputs[1]
     graph = model_graph(Decoder(), inputs, loss)
-    assert token_batch(graph)["idx"] == "ids"
-    made = eval(token_batch(graph)["targets"], {"torch": torch, "ids": torch.tensor([[3, 1, 4]])})
+    assert token_batch(graph).made["idx"] == "ids"
+    made = eval(token_batch(graph).made["targets"], {"torch": torch, "ids": torch.tensor([[3, 1, 4]])})
     assert made.tolist() == [[1, 4, -1]]
     plan = autopar.search(Decoder(), JOB, CLUSTER, inputs=inputs, loss=loss)
     emit(plan, graph, tmp_path / "out")

@@ -35,6 +35,9 @@ def buffer_expr(name: str, meta: TensorMeta, values: tuple[float, ...] | None, d
     if len(set(values)) == 1 and len(values) > 1:
         filled = literal(values[0] if floating else int(values[0]))
         return Call("torch.full", (literal(shape), filled, *_where(meta, double)))
+    if meta.dtype == "int64" and len(values) > 2 and values == tuple(range(len(values))):
+        counted: Expr = Call("torch.arange", (literal(len(values)), ("device", Value("device"))))
+        return counted if len(shape) <= 1 else Method(counted, "reshape", tuple(literal(size) for size in shape))
     numbers = values if floating else tuple(int(value) for value in values)
     listed = Call("", tuple(literal(number) for number in numbers)) if len(numbers) > 1 else literal(numbers)
     if shape == ():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from autopar.codegen.tokens import token_batch, vocabulary_of
+from autopar.codegen.tokens import DENOISING, MASKED, NEXT, token_batch, vocabulary_of
 from autopar.codegen.wiring import blocks_method
 from autopar.errors import BadInputError
 from autopar.graph.ir import ModelGraph
@@ -39,6 +39,20 @@ ZERO_TEXTS = (
     "parameters, gradients and optimizer state are sharded; a block's parameters are gathered as it runs",
 )
 """What each ZeRO level does, in words."""
+
+MASK_SHARES = {MASKED: 0.15, DENOISING: 0.3}
+"""Share of tokens that is masked: as in BERT (Devlin et al. 2019), and in BART (Lewis et al. 2020)."""
+
+OBJECTIVE_TEXTS = {
+    NEXT: "The model learns the next token at every position of a sample.",
+    MASKED: """\
+The model sees all positions, so it learns masked tokens: {share:.0%} of each sample. Set `MASK_ID` at the top of
+`train.py` to your tokenizer's mask token; `make_batch` there is the place for another objective.""",
+    DENOISING: """\
+The encoder reads samples with {share:.0%} of their tokens masked, the decoder learns to write them whole. Set `MASK_ID`
+at the top of `train.py` to your tokenizer's mask token; `make_batch` there is the place for another task.""",
+}
+"""What a model is trained on, in words."""
 
 SCHEDULE_TEXTS = {
     "none": "one stage",
@@ -111,6 +125,8 @@ def _runtime_needed(*sources: str) -> list[str]:
 def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
     compute, master = TORCH_DTYPES[plan.job.dtype]
     names = [block.path or block.kind for block in graph.blocks]
+    tokens = token_batch(graph)
+    share = MASK_SHARES.get(tokens.objective, 0.0)
     stages = []
     for index, stage in enumerate(plan.stages):
         first, last = stage.runs[0].start, stage.runs[-1].stop - 1
@@ -156,11 +172,25 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "master_dtype": master,
         "vocabulary": vocabulary_of(graph),
         "predicted_step_s": float(f"{plan.predicted.step_time:.4g}"),
-        "batch": token_batch(graph),
+        "batch": _dict_text(tokens.made),
+        "objective": tokens.objective,
+        "objective_text": OBJECTIVE_TEXTS[tokens.objective].format(share=share),
+        "masks": share > 0,
+        "mask_share": share,
+        "starts": tokens.starts,
         "stages": stages,
         "has_weights": has_weights,
         "blocks": blocks_method(graph),
     }
+
+
+def _dict_text(entries: dict[str, str]) -> str:
+    """A dict of expressions, returned from a function of train.py: on one line if it fits."""
+    pairs = [f'"{key}": {value}' for key, value in entries.items()]
+    line = f"{{{', '.join(pairs)}}}"
+    return (
+        line if len(line) <= 120 - len("    return ") else "{\n" + "".join(f"        {p},\n" for p in pairs) + "    }"
+    )
 
 
 def _span(names: list[str], first: int, last: int) -> str:

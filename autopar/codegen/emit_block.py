@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from autopar.codegen.expressions import Site, Sizes, render
-from autopar.codegen.hints import attention_names, logits_names, module_name
+from autopar.codegen.hints import attention_names, logits_names, module_name, query_first
 from autopar.codegen.positions import is_sequence
 from autopar.codegen.remarks import inner_remarks, step_remarks
 from autopar.codegen.setting import Setting
@@ -104,7 +104,8 @@ class Body:
         # A view that only conversions would have read, which read what it is a view of (`_flattened_from`).
         read = {key for step in self._steps for key in values_in(step.expr)} | set(outputs)
         self._steps = [step for step in self._steps if step.group != "shape" or step.key in read]
-        return Program(arguments, [*self._preamble(), *self._steps], outputs, self.reserved)
+        steps = query_first(self.graph, self._steps)
+        return Program(arguments, [*self._preamble(), *steps], outputs, self.reserved)
 
     # Values
 
@@ -350,9 +351,16 @@ class Body:
             return part or "product"
         if op == "add" and self._is_residual(node):
             return next((hint for hint in operands if hint in self.arguments.values()), operands[0])
+        if op == "add" and len(node.meta.shape) == 3 and self._joins_modules(node):
+            return "hidden"
         if op in ("mul", "add", "sub", "div") and len(operands) > 1:
             return part or operands[0]
         return operands[0] if operands else (part or op)
+
+    def _joins_modules(self, node: Node) -> bool:
+        """Whether the model itself adds what its parts made: token and position embeddings."""
+        made_by = [self.graph.nodes[name].module for name in node.operands()]
+        return "." not in node.module and all(module.startswith(f"{node.module}.") for module in made_by)
 
     def _is_residual(self, node: Node) -> bool:
         shapes = [self.graph.nodes[name].meta.shape for name in node.operands()]

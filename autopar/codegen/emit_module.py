@@ -25,6 +25,7 @@ from autopar.codegen.emit_stage import StageWriter
 from autopar.codegen.setting import Setting, setting_of
 from autopar.codegen.source import literal
 from autopar.codegen.statements import wrap_comment
+from autopar.codegen.tables import split_once
 from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import as_planned
@@ -45,12 +46,13 @@ def module_source(plan: Plan, model: ModelGraph) -> str:
     """The text of ``module.py`` for ``plan``. Raises UnsupportedError for what cannot be emitted, naming it."""
     model = as_planned(plan, model)
     setting = setting_of(plan, model)
+    plan, split = split_once(plan, model)
     placed = place_blocks(plan, model)
     classes = {block.callee: block for block in reversed(placed) if block.path}
     body: list[str] = []
     for name in dict.fromkeys(block.callee for block in placed if block.path):
         body += ["", "", *class_source(classes[name], model, setting)]
-    writer = StageWriter(plan, model, placed, setting)
+    writer = StageWriter(plan, model, placed, setting, split)
     body += ["", "", *writer.stages_table()]
     body += ["", "", *writer.stage_class()]
     if model.constants.outputs:
@@ -111,10 +113,25 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
     if re.search(r"\bcheckpoint[(,]", text):
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines += ["", f"MESH = {_dict(plan.mesh.axes())}  # outermost first, in rank order"]
-    tied = ", ".join("(" + ", ".join(f'"{name}"' for name in group) + ")" for group in model.tied)
-    tied_line = f"TIED = ({tied}{',' if len(model.tied) == 1 else ''})"
-    lines += ["# Names of one and the same parameter.", tied_line] if model.tied else ["TIED = ()"]
-    return lines
+    return lines + _tied(model.tied)
+
+
+def _tied(groups: tuple[tuple[str, ...], ...]) -> list[str]:
+    if not groups:
+        return ["TIED = ()"]
+    names = [[f'"{name}"' for name in group] for group in groups]
+    texts = [f"({', '.join(group)})" for group in names]
+    line = f"TIED = ({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+    lines = [line]
+    if len(line) > 88:
+        lines = ["TIED = ("]
+        for group, text in zip(names, texts, strict=True):
+            if len(text) + 5 <= 88:
+                lines.append(f"    {text},")
+            else:
+                lines += ["    (", *(f"        {name}," for name in group), "    ),"]
+        lines.append(")")
+    return ["# Names of one and the same parameter.", *lines]
 
 
 def _parts(setting: Setting) -> str:

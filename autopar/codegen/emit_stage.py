@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autopar.codegen.calls import MANNER, call, calls_by_manner, manner, remark
@@ -17,7 +18,7 @@ from autopar.codegen.emit_class import (
 from autopar.codegen.emit_constants import constants_arguments
 from autopar.codegen.members import assignment, attribute, parameter_expr, weights
 from autopar.codegen.setting import Setting
-from autopar.codegen.source import Call, Expr, Text, statement
+from autopar.codegen.source import Argument, Call, Expr, Text, literal, statement
 from autopar.codegen.wiring import (
     Placed,
     argument_name,
@@ -30,17 +31,18 @@ from autopar.codegen.wiring import (
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph, OpGraph, TensorMeta
 from autopar.plan import Plan
-from autopar.sharding.layout import Layout
+from autopar.sharding.layout import CONTEXT, Layout
 
 
 @dataclass(frozen=True, slots=True)
 class StageWriter:
-    """Writes ``STAGES`` and the class ``Stage``."""
+    """Writes ``STAGES`` and the class ``Stage``. ``split``: dims of shared tables that cp splits."""
 
     plan: Plan
     model: ModelGraph
     placed: tuple[Placed, ...]
     setting: Setting
+    split: Mapping[str, int]
 
     @property
     def many(self) -> bool:
@@ -328,7 +330,13 @@ class StageWriter:
             # All parameters are the stage's own, which FSDP2 has gathered in the compute dtype when forward begins.
             values["dtype"] = Text("next(self.parameters()).dtype")
         names = [argument_name(name) for name in self.model.constants.outputs]
-        return statement(f"{', '.join(names)} = ", Call("shared_tables", tuple(values[key] for key in wanted)), str, 2)
+        lines = statement(f"{', '.join(names)} = ", Call("shared_tables", tuple(values[key] for key in wanted)), str, 2)
+        for key, dim in self.split.items():
+            name = Text(argument_name(key))
+            order: list[Argument] = [("balanced", literal(True))] if self.setting.balanced else []
+            part = Call("shard", (name, Text(f"self.{self._axes[CONTEXT]}"), literal(dim), *order))
+            lines += statement(f"{name.text} = ", part, str, 2)
+        return lines
 
 
 def _node_of(graph: OpGraph, names: dict[str, str], full: str) -> str:

@@ -283,7 +283,8 @@ def _expand(site: Site) -> Expr:
 def _slice(site: Site) -> Expr:
     x, dim, start, end = site.args[:4]
     size = site.shapes[0][dim]
-    length, blocks = end - start, divide(size, end - start)
+    length = end - start
+    blocks = divide(size, length) if length != 0 else None
     if isinstance(blocks, int) and blocks > 1 and divide(start, length) is not None and size != length:
         # One of equal parts: right for the whole dim and for a slice of each part.
         part = divide(start, length)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from autopar.codegen.source import values_in
+from autopar.codegen.statements import Step
 from autopar.codegen.wiring import is_writable
 from autopar.graph.ir import OpGraph
 
@@ -36,4 +38,30 @@ def module_name(module: str) -> str:
     if not parts:
         return ""
     name = re.sub(r"(?<!^c)(_proj|_layernorm|_layer_norm)$", "", parts[-1])
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # SelfAttention is no name for a variable
     return name if is_writable(name) else ""
+
+
+def query_first(graph: OpGraph, steps: list[Step]) -> list[Step]:
+    """The steps, with the views right above each attention in the order in which it reads them: q, k, v."""
+    steps = list(steps)
+    for node in graph.of("op"):
+        if node.op != "aten.scaled_dot_product_attention":
+            continue
+        end = next(place for place, step in enumerate(steps) if step.key == f"op {node.name}")
+        begin = end
+        while begin and steps[begin - 1].group == "shape":
+            begin -= 1
+        views = {step.key: step for step in steps[begin:end]}
+        feeds: dict[str, set[int]] = {key: set() for key in views}
+        for place, key in enumerate(values_in(steps[end].expr)):
+            pending = [key]
+            while pending:
+                key = pending.pop()
+                if key in views:
+                    feeds[key].add(place)
+                    pending += values_in(views[key].expr)
+        # What several read comes first, what none reads last; else the order stays.
+        order = {key: -1 if len(places) > 1 else min(places, default=3) for key, places in feeds.items()}
+        steps[begin:end] = sorted(views.values(), key=lambda step: order[step.key])
+    return steps

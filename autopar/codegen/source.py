@@ -6,6 +6,8 @@ fit is exploded, one argument per line, with a trailing comma.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -117,8 +119,20 @@ def values_in(expr: Expr) -> Iterator[str]:
         yield from values_in(expr.right)
 
 
+_ROW = re.compile(r" +(-?[\d.]+(e[+-]?\d+)?, )+-?[\d.]+(e[+-]?\d+)?,$")
+"""A line with several numbers of a table."""
+
+
 def statement(prefix: str, expr: Expr, resolve: Resolve, indent: int) -> list[str]:
-    """``prefix`` ("x = ", "return ", "") and the expression as lines at ``indent`` levels."""
+    """``prefix`` ("x = ", "return ", "") and the expression as lines at ``indent`` levels. Long tables of numbers fill
+    their lines, which formatters are told to leave alone."""
+    lines = _statement(prefix, expr, resolve, indent)
+    if any(_ROW.match(line) for line in lines):
+        lines[-1] += "  # fmt: skip"
+    return lines
+
+
+def _statement(prefix: str, expr: Expr, resolve: Resolve, indent: int) -> list[str]:
     margin = INDENT * indent
     line = f"{margin}{prefix}{text_of(expr, resolve)}"
     if len(line) <= WIDTH:
@@ -128,6 +142,10 @@ def statement(prefix: str, expr: Expr, resolve: Resolve, indent: int) -> list[st
         if isinstance(found, str):
             break
         expr = found
+    if isinstance(expr, Call) and not expr.function and len(expr.arguments) > 2 and _are_numbers(expr.arguments):
+        numbers = ", ".join(_argument(argument, resolve) for argument in expr.arguments)
+        inner = textwrap.wrap(numbers + ",", WIDTH, initial_indent=margin + INDENT, subsequent_indent=margin + INDENT)
+        return [f"{margin}{prefix}(", *inner, f"{margin})"]
     if isinstance(expr, Call) and expr.arguments:
         return [
             f"{margin}{prefix}{expr.function}(",
@@ -136,6 +154,10 @@ def statement(prefix: str, expr: Expr, resolve: Resolve, indent: int) -> list[st
         ]
     if isinstance(expr, Method) and expr.arguments and expr.name != "[]":
         target = _grouped(expr.object, resolve, _ATOM)
+        if isinstance(expr.object, Call) and len(margin + prefix + target) > WIDTH:
+            behind = text_of(Method(Text(""), expr.name, expr.arguments), resolve)
+            *first, last = _statement(prefix, expr.object, resolve, indent)
+            return [*first, last + behind]
         if len(margin + prefix + target) + len(expr.name) + 2 <= WIDTH:
             return [
                 f"{margin}{prefix}{target}.{expr.name}(",
@@ -149,9 +171,13 @@ def _exploded(arguments: tuple[Argument, ...], resolve: Resolve, indent: int) ->
     lines: list[str] = []
     for argument in arguments:
         prefix, expr = (f"{argument[0]}=", argument[1]) if isinstance(argument, tuple) else ("", argument)
-        *first, last = statement(prefix, expr, resolve, indent)
+        *first, last = _statement(prefix, expr, resolve, indent)
         lines += [*first, last + ","]
     return lines
+
+
+def _are_numbers(arguments: tuple[Argument, ...]) -> bool:
+    return all(isinstance(argument, Text) and re.match(r"-?\d", argument.text) for argument in arguments)
 
 
 def literal(value: object) -> Text:
@@ -165,4 +191,4 @@ def literal(value: object) -> Text:
         return Text(f'float("{value}")')
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
         return Text(f"{value:.1f}")
-    return Text(repr(value).replace("e-0", "e-"))
+    return Text(repr(value).replace("e-0", "e-").replace("e+", "e"))

@@ -78,8 +78,10 @@ class Program:
             return self._inline[key] if key in self._inline else names[key]
 
         lines: list[str] = []
-        for step in roots:
-            comments = [line for comment in self._comments[step.key] for line in wrap_comment(comment, indent)]
+        for step, alike in _alike(roots, self._comments):
+            also = f" ({_listed([names[key] for key in alike])} each)" if len(alike) > 1 else ""
+            above = self._comments[step.key] if alike else ()
+            comments = [line for comment in above for line in wrap_comment(comment + also, indent)]
             if comments and lines and not lines[-1].lstrip().startswith("#"):
                 lines.append("")
             lines += comments
@@ -124,8 +126,10 @@ class Program:
                 if inner.group == "shape" and step.group in ("operator", "exchange") and self._weight[key] > 1:
                     continue
                 self._inline[key] = inner.expr
+                # A call that is returned is written over several lines.
+                returned = step.group == "return" and isinstance(step.expr, Value) and isinstance(inner.expr, Call)
                 prefix = "return " if step.group == "return" else f"{step.hint} = "
-                if len(INDENT * indent + prefix + text_of(step.expr, resolve)) > WIDTH:
+                if len(INDENT * indent + prefix + text_of(step.expr, resolve)) > WIDTH and not returned:
                     del self._inline[key]
                 else:
                     self._weight[step.key] += self._weight[key]
@@ -157,6 +161,27 @@ class Program:
                 yield from self._read(self._inline[key])
             else:
                 yield key
+
+
+def _alike(roots: list[Step], comments: Mapping[str, tuple[str, ...]]) -> Iterable[tuple[Step, list[str]]]:
+    """Each statement, and the keys that its comments are for: its own and those of the statements right below that
+    have the very same; none for these."""
+    place = 0
+    while place < len(roots):
+        texts = comments[roots[place].key]
+        group = [roots[place]]
+        while texts and place + len(group) < len(roots) and roots[place].group != "return":
+            following = roots[place + len(group)]
+            if comments[following.key] != texts or following.group == "return":
+                break
+            group.append(following)
+        for step in group:
+            yield step, [member.key for member in group] if step is group[0] else []
+        place += len(group)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(", ".join(names).rsplit(", ", 1))
 
 
 def _return(expr: Expr, resolve: Resolve, indent: int) -> list[str]:

@@ -2,39 +2,104 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from autopar.codegen.reach import reach_of_predictions
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph, Node, OpGraph, Ref
+from autopar.graph.size import BATCH, SEQ
 
 _BY_NAME = {
     "attention_mask": "torch.ones_like(ids)",
     "position_ids": "torch.arange(SEQ_LEN, device=ids.device).expand_as(ids)",
+    "token_type_ids": "torch.zeros_like(ids)",
 }
 
+NEXT, MASKED, DENOISING = "next", "masked", "denoising"
+"""What a model learns: each position's next token; tokens that are masked in its input; the whole of a sample whose
+tokens are masked in the input of its encoder."""
 
-def token_batch(graph: ModelGraph) -> dict[str, str]:
-    """For each batch tensor, the expression that makes it from token ids ``ids`` [samples, SEQ_LEN].
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """How train.py makes a batch. ``objective``: `NEXT`, `MASKED` or `DENOISING`. ``made``: for each batch tensor the
+    expression that makes it from token ids ``ids`` [samples, SEQ_LEN], from ``shown`` (ids with some masked) and
+    ``chosen`` (bool: where). ``starts``: whether an expression reads START_ID."""
+
+    objective: str
+    made: dict[str, str]
+
+    @property
+    def starts(self) -> bool:
+        return any("START_ID" in value for value in self.made.values())
+
+
+def token_batch(graph: ModelGraph) -> TokenBatch:
+    """What the graph is trained on.
 
     Token ids are what an embedding looks up; targets are what the loss compares with. A model that shifts its targets
-    by itself gets the ids; one that compares position by position gets each position's next token, and none for the
-    last. Raises UnsupportedError for a tensor that is none of these.
+    by itself gets the ids. One that predicts from earlier positions alone gets each position's next token, and none for
+    the last. One that sees all positions would only copy: it gets masked ids and has to find the masked ones. One
+    that sees all positions of some ids and the earlier ones of its targets (or of other ids) is an encoder and a
+    decoder: the first are masked, the decoder writes the whole. Raises UnsupportedError for a tensor that is none of
+    these, and for targets that are not token ids.
     """
     tables, targets = token_tables(graph), loss_targets(graph)
+    for key in graph.batch:
+        if key not in _BY_NAME and key not in tables and key not in targets:
+            raise UnsupportedError(
+                f"{graph.name} takes {key}, which train.py cannot make from token ids: it is neither looked up by an "
+                "embedding, nor the target of a cross-entropy, nor called attention_mask, position_ids or "
+                "token_type_ids; wrap the model in one that makes it by itself"
+            )
+    _check_targets(graph, targets)
+    reach = reach_of_predictions(graph)
+    sources = [key for key in tables if reach.get(key) and key not in targets]
+    decoded = [key for key in (*tables, *targets) if reach.get(key) is False]
+    shifts = any(shifted for _, shifted in targets.values())
     made: dict[str, str] = {}
+    objective = DENOISING if sources and decoded else MASKED if sources and not shifts else NEXT
     for key in graph.batch:
         if key in _BY_NAME:
             made[key] = _BY_NAME[key]
-        elif key in tables:
-            made[key] = "ids"
         elif key in targets:
-            ignored, shifted = targets[key]
-            made[key] = "ids" if shifted else f"torch.nn.functional.pad(ids[:, 1:], (0, 1), value={ignored})"
+            made[key] = _target(objective, *targets[key])
+        elif objective != NEXT and key in sources:
+            made[key] = "shown"
+        elif objective == DENOISING and not shifts:
+            made[key] = "torch.nn.functional.pad(ids[:, :-1], (1, 0), value=START_ID)"
         else:
+            made[key] = "ids"
+    return TokenBatch(objective, made)
+
+
+def _target(objective: str, ignored: int, shifted: bool) -> str:
+    if objective == MASKED:
+        return f"ids.masked_fill(~chosen, {ignored})"
+    if objective == DENOISING or shifted:
+        return "ids"
+    return f"torch.nn.functional.pad(ids[:, 1:], (0, 1), value={ignored})"
+
+
+def _check_targets(graph: ModelGraph, targets: dict[str, tuple[int, bool]]) -> None:
+    """Raise UnsupportedError for targets that are no token ids: labels of samples, or of few classes."""
+    for nodes, _ in _graphs(graph):
+        for node in nodes.of("op"):
+            if node.op == "autopar.cross_entropy":
+                classes, vocabulary = nodes.nodes[node.operands()[0]].meta.shape[-1], vocabulary_of(graph)
+                if isinstance(classes, int) and classes < vocabulary:
+                    raise UnsupportedError(
+                        f"{graph.name} tells {classes} classes apart, but has {vocabulary} token ids: its targets are "
+                        "not tokens, and train.py makes batches from tokens alone; use autopar.parallelize in a script "
+                        "of your own"
+                    )
+    for key in targets:
+        if graph.batch[key].shape != (BATCH, SEQ):
+            shape = ", ".join(map(str, graph.batch[key].shape))
             raise UnsupportedError(
-                f"{graph.name} takes {key}, which train.py cannot make from token ids: it is neither looked up by an "
-                "embedding, nor the target of a cross-entropy, nor called attention_mask or position_ids; wrap the "
-                "model in one that makes it by itself"
+                f"{graph.name} has targets {key} of shape [{shape}], not one per token; train.py makes batches from "
+                "tokens alone: use autopar.parallelize in a script of your own"
             )
-    return made
 
 
 def vocabulary_of(graph: ModelGraph) -> int:
@@ -49,12 +114,16 @@ def vocabulary_of(graph: ModelGraph) -> int:
 
 
 def token_tables(graph: ModelGraph) -> dict[str, int]:
-    """Batch tensors that embeddings look up, and the rows of their tables."""
+    """Batch tensors of token ids that embeddings look up, and the rows of their tables."""
+    return {key: rows for key, rows in lookups(graph).items() if key not in _BY_NAME}
+
+
+def lookups(graph: ModelGraph) -> dict[str, int]:
+    """All batch tensors that embeddings look up, and the rows of their tables."""
     found: dict[str, int] = {}
     for nodes, keys in _graphs(graph):
         for node in nodes.of("op"):
-            if node.op == "aten.embedding" and (key := keys.get(node.operands()[1])) not in (None, *_BY_NAME):
-                assert key is not None
+            if node.op == "aten.embedding" and (key := keys.get(node.operands()[1])) is not None:
                 rows = int(nodes.nodes[node.operands()[0]].meta.at(1, 1)[0])
                 found[key] = min(rows, found.get(key, rows))
     return found

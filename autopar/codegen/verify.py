@@ -21,7 +21,7 @@ from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
-from autopar.codegen.tokens import loss_targets, token_tables
+from autopar.codegen.tokens import lookups, loss_targets
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
 from autopar.graph.export import LossOf
@@ -190,7 +190,7 @@ def random_batch(
 ) -> dict[str, Tensor]:
     """A batch of the shapes the graph takes. Token ids are drawn from the vocabulary, a tenth of the targets
     is ignored; other tensors given as ``inputs`` are drawn from the values they hold."""
-    tables, targets = token_tables(graph), loss_targets(graph)
+    tables, targets = lookups(graph), loss_targets(graph)
     vocabulary = min(tables.values(), default=2)
     generator = torch.Generator().manual_seed(seed)
     batch = {}
@@ -202,7 +202,7 @@ def random_batch(
             picked = values[torch.randint(0, values.numel(), shape, generator=generator)]
             batch[key] = picked.to(dtype) if example.is_floating_point() else picked
         elif meta.dtype in ("int64", "int32"):
-            batch[key] = torch.randint(0, vocabulary, shape, generator=generator)
+            batch[key] = torch.randint(0, tables.get(key, vocabulary), shape, generator=generator)
             if key in targets:
                 batch[key][torch.rand(shape, generator=generator) < 0.1] = targets[key][0]
         elif meta.dtype == "bool":

@@ -203,6 +203,18 @@ def arithmetic(node: Node, new: Draft) -> Ref | None:
     return x if new.meta(x).dtype == node.meta.dtype else None
 
 
+def concatenate(node: Node, new: Draft) -> Ref | None:
+    """Without parts that are empty (what partial rotary embeddings leave of a head when they turn all of it)."""
+    parts = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    kept = tuple(part for part in parts if 0 not in new.shape(part))
+    if len(kept) == len(parts) or 0 in node.meta.shape:
+        return None
+    if len(kept) == 1:
+        return kept[0] if new.meta(kept[0]).dtype == node.meta.dtype else None
+    return Ref(new.emit(node.op, kept, dim, shape=node.meta.shape))
+
+
 def dropout(node: Node, new: Draft) -> Ref | None:
     x, p, train = _padded(node, 3, (0.5, True))
     return x if p == 0 or not train else None
@@ -292,6 +304,7 @@ RULES: dict[str, list[Rule]] = {
     "aten.squeeze": [squeezed],
     "autopar.cast": [cast],
     **{f"aten.{name}": [arithmetic] for name in ("add", "sub", "mul", "div")},
+    "aten.cat": [concatenate],
     "aten.dropout": [dropout],
     "aten.scaled_dot_product_attention": [attention],
     "aten.softmax": [softmax],

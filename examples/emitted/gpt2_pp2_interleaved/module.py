@@ -45,9 +45,9 @@ class GPT2Block(nn.Module):
         )
         c_attn = F.linear(normed, self.attn.c_attn.weight.t(), self.attn.c_attn.bias)
         c_attn = c_attn.unflatten(2, (3, -1))
+        q = c_attn[:, :, 0].unflatten(2, (-1, 64)).transpose(1, 2)
         k = c_attn[:, :, 1].unflatten(2, (-1, 64)).transpose(1, 2)
         v = c_attn[:, :, 2].unflatten(2, (-1, 64)).transpose(1, 2)
-        q = c_attn[:, :, 0].unflatten(2, (-1, 64)).transpose(1, 2)
         heads = F.scaled_dot_product_attention(
             q,
             k,
@@ -126,8 +126,8 @@ class Stage(nn.Module):
 
     def prologue(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         wpe = F.embedding(positions, self.transformer.wpe.weight)
-        transformer = F.embedding(input_ids, self.transformer.wte.weight) + wpe
-        return F.dropout(transformer, 0.1, self.training)
+        hidden = F.embedding(input_ids, self.transformer.wte.weight) + wpe
+        return F.dropout(hidden, 0.1, self.training)
 
     def epilogue(self, hidden: Tensor, labels: Tensor) -> Tensor:
         normed = F.layer_norm(

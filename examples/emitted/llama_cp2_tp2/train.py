@@ -23,8 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 # The plan.
-# pp=1 x dp=1 x cp=2 x tp=2: pipeline ranks, data ranks, context-parallel ranks, tensor-parallel ranks
-MESH = module.MESH
+MESH = module.MESH  # pp=1 x dp=1 x cp=2 x tp=2: pipeline, data, context and tensor-parallel ranks
 DEVICE_TYPE = "cuda"
 DEVICES_PER_NODE = 4
 GLOBAL_BATCH = 8  # samples per optimizer step = dp * MICRO_BATCH * MICRO_BATCHES

@@ -23,8 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 # The plan.
-# pp=1 x dp=2 x tp=2: pipeline ranks, data ranks, tensor-parallel ranks
-MESH = module.MESH
+MESH = module.MESH  # pp=1 x dp=2 x tp=2: pipeline, data and tensor-parallel ranks
 DEVICE_TYPE = "cuda"
 DEVICES_PER_NODE = 4
 GLOBAL_BATCH = 64  # samples per optimizer step = dp * MICRO_BATCH * MICRO_BATCHES

@@ -2,7 +2,8 @@
 
 A sample is ``seq_len`` consecutive tokens; each epoch takes all samples in an order of its own. Step t takes the next
 global batch of samples; micro-batch j of it the next ``ranks * micro_batch``; data rank r its slice of these. So what
-a step learns from depends on the seed alone, not on the mesh, and a resumed run goes on where it stopped.
+a step learns from depends on the seed alone, not on the mesh, and a resumed run goes on where it stopped. The same
+holds for the tokens that are masked.
 """
 
 from functools import lru_cache
@@ -80,6 +81,29 @@ def sample_indices(step: int, rank: int, ranks: int, micro_batch: int, micro_bat
         for index in range(micro_batches)
         for place in range(micro_batch)
     ]
+
+
+def mask_tokens(
+    ids: Tensor, indices: list[int], seed: int, share: float, mask_id: int, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Masks ``share`` of the tokens of each sample, as BERT does (Devlin et al. 2019, section 3.1).
+
+    ``ids``: int64 [samples, seq], the samples ``indices`` (each epoch masks other tokens of a sample). Returns what the
+    model is shown, int64, and which positions were chosen, bool, both [samples, seq]. Of the chosen ones, 80% show
+    ``mask_id``, 10% a random id below ``vocabulary``, 10% what they are.
+    """
+    shown, chosen = ids.clone(), torch.zeros_like(ids, dtype=torch.bool)
+    count = max(1, round(share * ids.size(1)))
+    for row, index in enumerate(indices):
+        # The complement: a stream of its own, not the one that `RandomTokens` draws the ids from.
+        generator = torch.Generator().manual_seed(~(seed * 1_000_003 + index))
+        places = torch.randperm(ids.size(1), generator=generator)[:count]
+        random_ids = torch.randint(vocabulary, (count,), generator=generator)
+        kind = torch.rand(count, generator=generator)
+        kept = torch.where(kind < 0.9, random_ids, ids[row, places])
+        shown[row, places] = torch.where(kind < 0.8, mask_id, kept)
+        chosen[row, places] = True
+    return shown, chosen
 
 
 @lru_cache(maxsize=2)
