@@ -186,8 +186,25 @@ def prepare(
         case = f"case_{len(cases)}"
         emit(plan, graph, folder / case, weights)
         cases.append(
-            {"name": name, "folder": case, "reference": key, "dtype": plan.job.dtype, "optimizer": plan.job.optimizer}
+            {
+                "name": name,
+                "folder": case,
+                "reference": key,
+                "dtype": plan.job.dtype,
+                "optimizer": plan.job.optimizer,
+                "mesh": f"{plan.mesh}, fsdp={plan.fsdp}",
+            }
         )
+    (folder / "cases.json").write_text(json.dumps(cases))
+
+
+def join(folder: Path, parts: Iterable[Path]) -> None:
+    """Make the cases of ``parts``, folders inside ``folder``, its own."""
+    cases = cases_of(folder)
+    for part in parts:
+        inside = part.relative_to(folder)
+        for case in cases_of(part):
+            cases.append({**case, **{key: str(inside / case[key]) for key in ("folder", "reference")}})
     (folder / "cases.json").write_text(json.dumps(cases))
 
 
@@ -210,8 +227,14 @@ def prove(folder: Path, ranks: int, timeout_s: float = 300.0) -> list[Measured]:
     return _measured(folder)
 
 
+MESHES = 6
+"""Meshes of one launch. Their process groups stay to its end, each of gloo's polls in threads of its own, and some
+hundred of them would leave no time for the ranks."""
+
+
 def prove_each(folder: Path, ranks: int, timeout_s: float = 3600.0) -> tuple[list[Measured], dict[str, str]]:
-    """`prove`, but a case that fails or hangs does not stop the others: the ranks are started again for the rest.
+    """`prove`, but a case that fails or hangs does not stop the others: the ranks are started again for the rest, and
+    after every `MESHES` meshes.
 
     Names must differ. Returns what was measured, and for each case that failed the end of its ranks' output, by name.
     """
@@ -223,7 +246,9 @@ def prove_each(folder: Path, ranks: int, timeout_s: float = 3600.0) -> tuple[lis
         left = [case for case in cases if case["name"] not in done | set(failures)]
         if not left:
             return _measured(folder), failures
-        # Every launch knows only what is left; the ranks append what they measure.
+        # Every launch knows only what is next; the ranks append what they measure.
+        meshes = list(dict.fromkeys(case["mesh"] for case in left))[:MESHES]
+        left = sorted((case for case in left if case["mesh"] in meshes), key=lambda case: meshes.index(case["mesh"]))
         (folder / "left.json").write_text(json.dumps(left))
         try:
             run_ranks(["-m", "autopar.codegen.prove_rank", str(folder), "left.json"], ranks, timeout_s)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +72,8 @@ def differences(case: Case, plan: Plan) -> Iterator[tuple[str, Any, Any]]:
     for name in Choice.__dataclass_fields__:
         asked, got = getattr(choice, name), getattr(found, name)
         if name == "recompute" and case["recompute"] != "mixed":
-            got = frozenset(plan.candidate_of(block).recompute for block in range(1, case.variant.blocks - 1))
+            layers = [index for index, block in enumerate(graph_of(case.variant).blocks) if block.path]
+            got = frozenset(plan.candidate_of(layer).recompute for layer in layers)
         if name == "dtype" or (name in ("zero", "fsdp") and case.mesh.data == 1):
             continue
         if asked != got:
@@ -118,7 +123,7 @@ def _told(error: Exception) -> str:
 
 
 def run(cases: Iterable[Case], folder: Path, types: Iterable[int] = ()) -> list[Outcome]:
-    """Run all cases, those of one number of ranks in one launch; in the order given."""
+    """Make the plans of all cases, some at a time, and run those of each number of ranks; in the order given."""
     shutil.rmtree(folder, ignore_errors=True)
     outcomes: dict[str, Outcome] = {}
     cases = list(cases)
@@ -127,7 +132,7 @@ def run(cases: Iterable[Case], folder: Path, types: Iterable[int] = ()) -> list[
         place = folder / f"{ranks}_ranks"
         place.mkdir(parents=True)
         begin = time.perf_counter()
-        outcomes |= {str(case): prepare(case, place, types) for case in own}
+        outcomes |= _prepared(own, place, tuple(types))
         print(f"{len(own)} plans on {ranks} ranks made in {time.perf_counter() - begin:.0f} s", flush=True)
         begin = time.perf_counter()
         rows, failures = prove.prove_each(place, ranks)
@@ -137,6 +142,27 @@ def run(cases: Iterable[Case], folder: Path, types: Iterable[int] = ()) -> list[
         for name, reason in failures.items():
             outcomes[name] = replace(outcomes[name], failed="run", reason=reason)
     return [outcomes[str(case)] for case in cases]
+
+
+def _prepared(cases: list[Case], place: Path, types: tuple[int, ...]) -> dict[str, Outcome]:
+    """Prepare cases in as many processes as there are cores: those of one model together, traced once."""
+    models: dict[Variant, list[Case]] = {}
+    for case in cases:
+        models.setdefault(case.variant, []).append(case)
+    parts = sorted(models.values(), key=len, reverse=True)
+    folders = [place / f"model_{index}" for index in range(len(parts))]
+    outcomes: dict[str, Outcome] = {}
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for found in pool.map(_prepare_part, parts, folders, repeat(types)):
+            outcomes |= {outcome.case: outcome for outcome in found}
+    prove.join(place, folders)
+    return outcomes
+
+
+def _prepare_part(cases: list[Case], folder: Path, types: tuple[int, ...]) -> list[Outcome]:
+    torch.set_num_threads(1)
+    folder.mkdir()
+    return [prepare(case, folder, types) for case in cases]
 
 
 def table(outcomes: Iterable[Outcome]) -> str:

@@ -15,7 +15,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .launch import InputError
 from .sharding import before_backward, take_up_gradients
@@ -77,20 +77,57 @@ class _Hidden(nn.Module):
     def __init__(self, stage: nn.Module, splits_backward: bool) -> None:
         super().__init__()
         self.stage, self.splits_backward = stage, splits_backward
+        self.reaches: list[bool] = []
 
     def forward(self, *args: Any, **batch: Any) -> Any:
         result = self.stage(*args, **batch)
-        return tree_map_only(Tensor, self._handed_on, result)
+        if not self.splits_backward or not torch.is_grad_enabled():
+            return tree_map_only(Tensor, Tensor.contiguous, result)
+        leaves, form = tree_flatten(result)
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
+        if not self.reaches:
+            self.reaches = [not isinstance(x, Tensor) or not inputs or _reaches(x, inputs) for x in leaves]
+        for place, (x, reaches) in enumerate(zip(leaves, self.reaches, strict=True)):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                leaves[place] = _handed_on(x) if reaches else _Joined.apply(x, *inputs)
+        return tree_unflatten(leaves, form)
 
-    def _handed_on(self, x: Tensor) -> Tensor:
-        """``x`` as schedules and transports take it: in one piece, and for a split backward no view, which it would
-        detach in place, and asking for a gradient also where all before it is frozen: it finds weights on the way from
-        a stage's input, and would leave out their gradients without a word."""
-        if not self.splits_backward:
-            return x.contiguous()
-        if torch.is_grad_enabled() and x.is_floating_point() and not x.requires_grad:
-            return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        return x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()
+
+def _handed_on(x: Tensor) -> Tensor:
+    """``x`` as a split backward takes it: no view, since it is detached in place; asking for a gradient also where all
+    before it is frozen, for weights are found on the way from a stage's input, and those of the next stage would be left
+    without gradients, and without a word; and in one piece, which is what can be sent."""
+    if not x.requires_grad:
+        return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    return x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()
+
+
+class _Joined(torch.autograd.Function):
+    """A stage's output that is made of its weights alone (a table of position biases): for the same reason it needs a
+    way from the stage's inputs, to which it hands no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.others = len(inputs)
+        return x.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, *(None for _ in range(ctx.others))
+
+
+def _reaches(output: Tensor, inputs: list[Tensor]) -> bool:
+    """Whether the backward of ``output`` comes to one of ``inputs``, or ends at once."""
+    goals, nodes = {id(x) for x in inputs}, [output.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(getattr(node, "variable", None)) in goals:
+            return True
+        after = {other for other, _ in node.next_functions if other is not None} - seen
+        seen |= after
+        nodes += after
+    return False
 
 
 class _Piece(PipelineStage):

@@ -94,7 +94,7 @@ def take_up_gradients(stage: nn.Module) -> None:
     """Add what autograd left in the weights of a stage to the gradients that wait, as `before_backward` said, for a
     later reduction. FSDP2's hooks do this where no schedule splits the backward."""
     for module in _sharded_modules(stage):
-        for group in fully_shard.state(module)._fsdp_param_groups:  # type: ignore[attr-defined]
+        for group in fully_shard.state(module)._fsdp_param_groups:
             group.post_backward()
 
 
