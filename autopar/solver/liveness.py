@@ -40,6 +40,7 @@ from autopar.sharding.execute import local_shape, run_op
 from autopar.sharding.layout import CONTEXT, Layout, SpmdType
 from autopar.sharding.local import blocks_at, produced_layouts
 from autopar.sharding.simulate import LocalWorld
+from autopar.solver.work import ATTENTION
 
 PRIME = 10007
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -168,12 +169,12 @@ class _Run:
     def __init__(self, kind: BlockKind, decision: BlockDecision, batch: int, job: Job, lean: bool) -> None:
         self.graph, self.decision, self.batch, self.job, self.lean = kind.graph, decision, batch, job, lean
         self.compute = DTYPES[job.dtype]
-        balanced = any(s.get(CONTEXT) == "context" for s in decision.strategies.values())
+        # As `codegen.positions` has it: causal attention split by position.
+        attentions = (node for node in self.graph.of("op") if node.op == ATTENTION and CONTEXT in decision.axes)
+        self.balanced = any(chosen(node, self.graph, decision)[CONTEXT].variant == "context" for node in attentions)
         self.world = LocalWorld(
             decision.axes,
-            convert=lambda x, step, axis: _Conversion.apply(  # type: ignore[no-untyped-call]
-                x, step, decision.axes[axis], balanced and axis == CONTEXT
-            ),
+            convert=self._convert,
             all_reduce=_all_reduced,
         )
         self.held: dict[str, list[tuple[Layout, Tensor]]] = {}
@@ -200,6 +201,10 @@ class _Run:
         return local_shape(
             node.meta.at(self.batch, self.job.seq_len), self.decision.inputs[node.name], self.decision.axes
         )
+
+    def _convert(self, x: Tensor, step: Step, axis: str) -> Tensor:
+        balanced = self.balanced and axis == CONTEXT
+        return _Conversion.apply(x, step, self.decision.axes[axis], balanced)  # type: ignore[no-untyped-call,no-any-return]
 
     def forward(self) -> Tensor | None:
         """What to call backward on."""
@@ -382,7 +387,7 @@ class _Summed(torch.autograd.Function):
 
 
 def _all_reduced(x: Tensor, axis: str, operation: str) -> Tensor:
-    return torch.empty_like(x) if operation == "max" else _Summed.apply(x)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.empty_like(x) if operation == "max" else _Summed.apply(x)  # type: ignore[no-untyped-call]
 
 
 class _VocabCrossEntropy(torch.autograd.Function):

@@ -274,7 +274,7 @@ class MemoryModel:
                 standing[place] = max([standing[place], *(time.gradients for time in known[key])])
             if not known[key]:
                 continue
-            kept = [
+            kept: list[float] = [
                 # The input a stage saves is its receive buffer.
                 alive * (size - (self.boundary if self._crosses(stage) else 0)) + wait * more
                 for (alive, wait, _), size, more, stage in zip(held, saved, waiting, own, strict=True)
