@@ -60,6 +60,16 @@ def local_elements(kind: BlockKind, decision: BlockDecision, frozen: bool = Fals
     return total
 
 
+def tail_elements(kind: BlockKind, decision: BlockDecision) -> int:
+    """Of `local_elements`, those of the last parameter that trains."""
+    trains = [node for node in kind.graph.of("parameter") if node.meta.requires_grad]
+    count = 1 if trains else 0
+    for node in trains[-1:]:
+        for size in local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes):
+            count *= size
+    return count
+
+
 def boundary_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
     """Bytes per rank of the inputs that other blocks hand in."""
     return sum(boundary_parts(kind, decision, batch, job))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -146,11 +147,11 @@ class _Live(TorchDispatchMode):
         if found is not None and found[0]() is not None:
             return
         nbytes = storage.nbytes()
-        self.known[key] = (weakref.ref(storage, lambda _, key=key: self._free(key)), nbytes)
+        self.known[key] = (weakref.ref(storage, partial(self._free, key)), nbytes)
         self._add(nbytes, 1)
         self.times.append((self.fixed, self.grows))
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, _: Any) -> None:
         found = self.known.pop(key, None)
         if found is not None:
             self._add(found[1], -1)

@@ -52,7 +52,7 @@ class BlockBytes:
     saved per micro-batch, ``transient`` bytes of activations while it runs. ``shared``: elements that another block of
     the same stage holds already (tied weights). ``root``: whether it is in the root group. ``waiting``: bytes per
     micro-batch between the halves of its backward. ``frozen``, ``shared_frozen``: of the elements, and of those shared,
-    those that do not train."""
+    those that do not train. ``tail``: elements of the last parameter that trains."""
 
     elements: int
     inflight: int
@@ -62,6 +62,7 @@ class BlockBytes:
     waiting: int = 0
     frozen: int = 0
     shared_frozen: int = 0
+    tail: int = 0
 
     @property
     def own(self) -> int:
@@ -191,7 +192,7 @@ class MemoryModel:
         """The most that the reduction of a root group of so many elements adds to what stands."""
         master, compute = self.job.master_bytes, self.job.compute_bytes
         copies = 2 * master if self.shards == 1 else master * (1 + 1 / self.shards)
-        return max(master, copies - compute) * elements
+        return max(master, copies if self.shards > 1 else copies - compute) * elements
 
     def least_resident(self, elements: float, root: bool = False, frozen: float = 0.0) -> float:
         """Bytes that surely stand, of so many elements, whenever most micro-batches are in flight."""

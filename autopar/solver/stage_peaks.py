@@ -14,8 +14,8 @@ runs, there are
 
 When it is done, its gradients are reduced (if this backward reduces): the input M n beside them, or beside the M n to
 which deferred ones were added; then, without them, the input with the output M n / Z. A shard group of one rank divides
-the input into a copy of it, M n. At the end the same happens to the root group, whose gathered parameters zero 3 frees
-first.
+the input into a copy of it, M n; larger ones hold on to the gradient of the group's last parameter. At the end the same
+happens to the root group, whose gathered parameters zero 3 frees first.
 
 Schedules that halve backwards run "I", in which nothing is freed and gradients that weights need are kept; gradients
 of weights come in "W", and stay, C N of the stage, until the hooks of the next "I" add them up (M N). After the last
@@ -101,7 +101,8 @@ class StageBackward:
                 reducing = master * block.trains
                 yield Beside(self.saved[place], kept, handed + reducing + (0 if adds else own))
                 gone = before * block.trains if adds else 0.0
-                yield Beside(self.saved[place], kept - gone, handed + self._reduced(block.trains))
+                held = self._tail(before if adds else fresh, block.tail)
+                yield Beside(self.saved[place], kept - gone, handed + held + self._reduced(block.trains))
             later, rest = later + block.trains, rest - block.trains
             yield Beside(self.saved[place], after * later + before * (rest + self.rooted) + waiting, 0.0)
         kept = after * self.grouped + before * self.rooted
@@ -110,8 +111,15 @@ class StageBackward:
             freed = compute * self.elements_rooted if model.frees_blocks else 0
             yield Beside(0.0, kept + (0 if adds else waiting), master * self.rooted - freed)
             gone = before * self.rooted if adds else 0.0
-            yield Beside(0.0, kept - gone, self._reduced(self.rooted) - freed)
+            tail = next((block.tail for block in reversed(self.blocks) if block.root and block.own_trains), 0)
+            held = self._tail(before if adds else fresh, tail)
+            yield Beside(0.0, kept - gone, held + self._reduced(self.rooted) - freed)
         yield Beside(0.0, after * (self.grouped + self.rooted), 0.0)
+
+    def _tail(self, each: float, elements: int) -> float:
+        """The last gradient that a reduction puts in order for its shards is held until the reduction ends (by the
+        variable of a loop in `foreach_reduce`)."""
+        return each * elements if self.model.shards > 1 else 0.0
 
     def _reduced(self, elements: float) -> float:
         """Input, output and copies of a reduction, its source freed."""
