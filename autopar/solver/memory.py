@@ -10,28 +10,32 @@ optimizer (`Job.moments`), m: micro-batches of a step.
                 C N         C N         C N         C r         as blocks read them, for a micro-batch or longer
     gradients   M N         M N *       M N / Z     M N / Z     kept from one micro-batch to the next
                 C r         C r         C r         C r         of the root group, as autograd leaves them: it takes
-                                                                them up only when the backward has ended
+                                                                them up only when the backward has ended; beside the
+                                                                line above as it is by then (`stage_peaks`)
     optimizer   k M N       k M N / Z   k M N / Z   k M N / Z
     * M N / Z with a single micro-batch, unless the schedule halves backwards: then nothing waits for a reduction.
-      Schedules that do (zbv, dualpipev) also leave the last weight gradients of a stage in compute dtype: C N, if C < M
+      Schedules that do (zbv, dualpipev) also leave the last weight gradients of a stage but the first in compute
+      dtype: C N, if C < M
 
 With state offload, what the optimizer keeps and gradients that are reduced wait on the host, 1 + 1 + k times M N / Z:
 parameters keep the second line, gradients M N under zero 0 and 1 (*), nothing under 2 and 3 (M N / Z where
 shard groups have replicas: those add up at the end) and C r, the optimizer nothing.
 
-* activations  saved for backward, for the micro-batches in flight on each stage of a rank at the time when they are
-               most together (`orders.peaks`); schedules that halve backwards also keep, from "I" to "W", the gradients
-               that weights need. What `PipelineStage` holds besides: a receive buffer per micro-batch of the step for
-               inputs, one for the gradients of outputs, the gradients of the inputs, and the outputs of micro-batches
-               in flight
-* transient    the largest of: what a block's forward or backward needs beside what is saved (`Candidate`) with
-               FSDP2's staging, that is gradients in compute dtype and a reduction's input, (C + M) n, under zero 3 also
-               two gathered blocks, 2 C n, and under offload the shard on its way, M n / Z; for a block of the root
-               group, instead of its own staging, the input of another block's reduction under way; the root group's own
-               reduction, M r in place of its C r. Stages of a rank run one at a time: the largest of them
+A rank's peak is the most over all backwards of a step (`orders.moments`) of what stands, what micro-batches in flight
+saved, the pipeline's buffers, and what the backward goes through (`stage_peaks`). Of it, beside the above:
+
+* activations  saved for backward at that time; schedules that halve backwards also keep, from "I" to "W", the gradients
+               that weights need. What `PipelineStage` holds besides, for stages on other ranks: a receive buffer per
+               micro-batch of the step for inputs and one for the gradients of outputs, the outputs of micro-batches in
+               flight, and what was sent last (with several stages a rank: all that was sent in the step)
+* transient    the rest of the peak: tensors that are not saved, FSDP2's gathered blocks and reductions. Where gradients
+               are not all there at the peak, these two are less by what is missing
 * reserve      what the driver, the libraries and the allocator's rounding take (`Device.reserve_bytes`)
 
 Transient and reserve of a rank stand with its first stage; the stages of a rank add up.
+
+The stage ILP counts each part at its most, as if all came at once (`resident`, `staging`), which is never less; bounds
+count what surely stands when most is in flight (`least_resident`, `least_buffers`).
 """
 
 from __future__ import annotations
