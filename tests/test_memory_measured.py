@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import module
 import train
+from proof.fused import fused_rms_norm
 from runtime import launch, parameters
 
 dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
@@ -34,6 +35,8 @@ step = train.parallelize(mesh, fsdp_mesh, device)
 parameters.initialise(step.stage, module.init_parameter, 0, module.TIED)
 optimizer = torch.optim.AdamW(step.stage.parameters(), lr=1e-3)
 ids = torch.zeros(train.MICRO_BATCH * train.MICRO_BATCHES, train.SEQ_LEN, dtype=torch.int64)
+fused = fused_rms_norm()
+fused.__enter__()
 step.forward_backward(train.make_batch(ids))
 optimizer.step()
 optimizer.zero_grad()
@@ -67,10 +70,11 @@ def test_prediction_is_what_the_allocator_sees(tmp_path: Path, zero: int) -> Non
     emit(plan, graph, tmp_path)
     (tmp_path / "measure.py").write_text(MEASURE)
     ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "measure.py"],
         cwd=tmp_path,
-        env={**os.environ, **ranks, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, **ranks, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=120,
@@ -79,5 +83,4 @@ def test_prediction_is_what_the_allocator_sees(tmp_path: Path, zero: int) -> Non
     measured = json.loads((tmp_path / "peak.json").read_text())
     memory = plan.stages[0].memory
     predicted = sum(nbytes for kind, nbytes in memory.items() if kind != "reserve")
-    # Level 0 is predicted 5.4% low here, the others 2.7% low to 0.4% high: not explained yet.
-    assert predicted == pytest.approx(measured, rel=0.055 if zero == 0 else 0.03)
+    assert predicted == pytest.approx(measured, rel=0.03)

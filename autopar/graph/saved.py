@@ -65,7 +65,7 @@ def saved_for_backward(
         kept.setdefault(storage_key(tensor), tensor)
         return tensor
 
-    stand_ins = _FusedKernels() if fused else _NoChange()
+    stand_ins = fused_kernels() if fused else _NoChange()
     with mode, torch.enable_grad(), stand_ins, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = fn(*fake_args, **fake_kwargs)
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -110,6 +110,11 @@ def _fakes(tensors: Sequence[torch.Tensor], mode: FakeTensorMode) -> tuple[dict[
         faked[id(tensor)] = twin
         place_of.setdefault(storage_key(twin), place)
     return faked, place_of
+
+
+def fused_kernels() -> TorchFunctionMode:
+    """Inside it, attention, RMS norm and dropout make and save what the fused GPU kernels do."""
+    return _FusedKernels()
 
 
 class _NoChange(TorchFunctionMode):

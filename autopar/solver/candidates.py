@@ -1,9 +1,9 @@
 """Block decisions with their full cost: seconds each way, bytes kept, bytes needed while the block runs.
 
-* Bytes saved for backward are read off autograd: the sharded block runs on one rank's fake tensors
-  (`graph.saved`), exactly as it will be emitted. Parameters, constants and batch tensors exist anyway and do not count;
-  the input handed on by the block before counts here, once. They grow linearly with the batch (measured at one and two
-  samples), except where the batch itself is split.
+* Bytes are read off autograd: the sharded block runs on one rank's fake tensors, forward and backward
+  (`solver.liveness`), exactly as it will be emitted. Parameters, constants and batch tensors exist anyway and do not
+  count; the input handed on by the block before counts here, once. "Transient" is the most that is alive at some time
+  of the forward or backward beyond what the whole block keeps, gradients of its parameters included.
 * Recompute "full" keeps the block's input alone; its backward runs the forward again, collectives included, and what
   the block saves is then transient.
 * "selective" keeps besides the results of some operators (`solver.recompute`): their bytes are counted, the rest of the
@@ -17,30 +17,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
 
 from autopar.graph.ir import BlockKind
-from autopar.graph.saved import saved_for_backward
-from autopar.graph.size import Size
 from autopar.job import Job
 from autopar.plan import Candidate
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.execute import local_shape, run_local
-from autopar.sharding.rules import strategy_of
 from autopar.solver.decision_costs import (
     boundary_bytes,
     boundary_parts,
     decision_price,
-    live_bytes,
     local_elements,
     priced_pieces,
 )
+from autopar.solver.liveness import Footprint, footprint
 from autopar.solver.prices import AxisPrices
 from autopar.solver.recompute import SMALL, Choice, exposed_copy, rerun
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +102,7 @@ class BlockCosts:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._saved: dict[tuple[str, str], tuple[int, int]] = {}
-        self._small: dict[tuple[str, str, int], int] = {}
+        self._footprints: dict[tuple[str, str, bool], Footprint] = {}
         self.measured = 0
 
     def of(
@@ -121,7 +111,8 @@ class BlockCosts:
         """The cost by recompute choice, for those asked for."""
         pieces = list(priced_pieces(kind, decision, prices))
         price, sources = decision_price(kind, decision, prices)
-        batch, inflight = prices.batch, self.saved(kind, decision, prices.batch)
+        batch, found_bytes = prices.batch, self.footprint(kind, decision)
+        inflight = found_bytes.saved_bytes(batch)
         boundary = boundary_bytes(kind, decision, batch, self.job)
         plain = BlockCost(
             kind=kind.name,
@@ -134,7 +125,7 @@ class BlockCosts:
             elements=local_elements(kind, decision),
             frozen=local_elements(kind, decision, frozen=True),
             inflight=inflight,
-            transient=live_bytes(kind, decision, batch, self.job),
+            transient=max(0, found_bytes.peak_bytes(batch) - inflight),
             sources=sources,
         )
         forward = {key: one.forward_s for key, one, _ in pieces}
@@ -145,7 +136,7 @@ class BlockCosts:
             if choice.recompute == "none":
                 cost, small = plain, 0
                 if choice.offload:
-                    small = self._staying(kind, decision, batch)
+                    small = _small(found_bytes.saved_sizes(batch))
             elif choice.recompute == "full":
                 cost = plain.recomputed("full", (), price.forward_s, boundary)
                 small = _small(boundary_parts(kind, decision, batch, self.job))
@@ -157,26 +148,17 @@ class BlockCosts:
             found[name] = cost.offloaded(cost.inflight - small, bandwidth) if choice.offload else cost
         return found
 
-    def _staying(self, kind: BlockKind, decision: BlockDecision, batch: int) -> int:
-        """Bytes saved without recomputation that are too small to be moved to the host."""
-        key = (kind.name, json.dumps(decision.to_json(), sort_keys=True), batch)
-        if key not in self._small:
-            self._small[key] = _small(saved_sizes(kind, decision, batch, self.job))
-            self.measured += 1
-        return self._small[key]
+    def saved(self, kind: BlockKind, decision: BlockDecision, batch: int, lean: bool = False) -> int:
+        """Bytes per rank that the sharded block keeps for backward, its input included. ``lean``: see `footprint`."""
+        return self.footprint(kind, decision, lean).saved_bytes(batch)
 
-    def saved(self, kind: BlockKind, decision: BlockDecision, batch: int) -> int:
-        """Bytes per rank that the sharded block keeps for backward, its input included."""
-        key = (kind.name, json.dumps(decision.to_json(), sort_keys=True))
-        law = self._saved.get(key)
-        if law is None:
-            if _splits_batch(kind, decision, self.job.seq_len):
-                self.measured += 1
-                return measure_saved(kind, decision, batch, self.job)
-            one, two = (measure_saved(kind, decision, samples, self.job) for samples in (1, 2))
-            self.measured += 2
-            law = self._saved[key] = (2 * one - two, two - one)
-        return law[0] + law[1] * batch
+    def footprint(self, kind: BlockKind, decision: BlockDecision, lean: bool = False) -> Footprint:
+        """What the sharded block holds through its forward and backward."""
+        key = (kind.name, json.dumps(decision.to_json(), sort_keys=True), lean)
+        if key not in self._footprints:
+            self._footprints[key] = footprint(kind, decision, self.job, lean)
+            self.measured += 1
+        return self._footprints[key]
 
 
 def again_seconds(kind: BlockKind, candidate: Candidate, forward: Mapping[str, float], batch: int, job: Job) -> float:
@@ -192,7 +174,7 @@ def moved_bytes(kind: BlockKind, candidate: Candidate, batch: int, job: Job) -> 
     """Bytes per micro-batch that a candidate with offload sends to the host."""
     decision = candidate.decision
     if candidate.recompute == "none":
-        sizes = saved_sizes(kind, decision, batch, job)
+        sizes = footprint(kind, decision, job).saved_sizes(batch)
     else:
         sizes = boundary_parts(kind, decision, batch, job)
     if candidate.recompute == "selective":
@@ -200,58 +182,5 @@ def moved_bytes(kind: BlockKind, candidate: Candidate, batch: int, job: Job) -> 
     return sum(size for size in sizes if size >= SMALL)
 
 
-def measure_saved(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
-    """Bytes that one rank of the block keeps for backward, its input included."""
-    return sum(saved_sizes(kind, decision, batch, job))
-
-
-def saved_sizes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> list[int]:
-    """Run one rank of the block on fake tensors and list the bytes of the storages that autograd keeps."""
-    compute = _DTYPES[job.dtype]
-    values: dict[str, torch.Tensor] = {}
-    counts: list[bool] = []
-    for node in kind.graph.nodes.values():
-        if node.kind == "op":
-            continue
-        shape = local_shape(node.meta.at(batch, job.seq_len), decision.inputs[node.name], decision.axes)
-        dtype = _dtype(node.meta.dtype, compute)
-        grad = node.meta.requires_grad and dtype.is_floating_point
-        values[node.name] = torch.empty(shape, dtype=dtype, device="meta").requires_grad_(grad)
-        counts.append(node.kind == "input" and grad)
-
-    def run(tensors: Mapping[str, torch.Tensor]) -> Any:
-        return run_local(kind, decision, tensors, batch, job.seq_len, compute)
-
-    found = [value.nbytes for value, counted in zip(values.values(), counts, strict=True) if counted]
-    for record in saved_for_backward(run, (values,)):
-        if record.argument is None and record.output is None:
-            found.append(record.bytes)
-    return found
-
-
 def _small(sizes: Iterable[int]) -> int:
     return sum(size for size in sizes if size < SMALL)
-
-
-def _dtype(name: str, compute: torch.dtype) -> torch.dtype:
-    if name == "compute":
-        return compute
-    if name == "float32" and compute == torch.float64:
-        return torch.float64
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
-def _splits_batch(kind: BlockKind, decision: BlockDecision, seq: int) -> bool:
-    """Whether some tensor is split by batch on a model axis, so that one sample may not divide."""
-    for node in kind.graph.of("op"):
-        for axis, name in decision.strategies[node.name].items():
-            strategy = strategy_of(node, kind.graph, name)
-            metas = [kind.graph.nodes[operand].meta for operand in node.operands()]
-            pairs = [*zip(metas, strategy.inputs, strict=True), (node.meta, strategy.output)]
-            for meta, held in pairs:
-                size = meta.shape[held.dim] if held.kind == "S" else 0
-                if isinstance(size, Size) and size.at(1, seq) % decision.axes[axis]:
-                    return True
-    return False

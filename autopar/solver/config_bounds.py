@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from math import isfinite, prod
 
+from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import spread_bound
 from autopar.solver.data_axis import DataAxis
 from autopar.solver.evaluate import assess, placed
@@ -200,7 +201,6 @@ def _least_problem(
     runs = []
     for run in block_runs(context, config, extended=True):
         kind = run.kind
-        least = bytes_of[kind]
         elements = float(_least_elements(context, config, run.start))
         trains = float(_least_elements(context, config, run.start, trains=True))
         frozen = elements - trains
@@ -213,22 +213,23 @@ def _least_problem(
             reduce = place.data.reduce_s(int(trains)) if place.data.exposes else 0.0
             forward = _least_forward(config, shardings, kind)
         options = []
-        staging = 0.0 if run.root else place.memory.staging(elements, frozen)
+        # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
+        is_last = run.start + run.count == len(context.model.blocks)
+        first_back = is_last and config.vpp == 1 and not SCHEDULES[config.schedule].splits_backward
         for choice in run.choices:
+            kept, needed = shardings.least_kept(kind, choice), 0.0
             if shardings.size == 1:  # there is one decision, and these are its bytes
                 cost = shardings.fastest().costs[kind][choice]
-                kept, needed = float(cost.inflight), cost.transient + staging
-            else:
-                kept = shardings.least_kept(kind, choice)
-                # Recomputing all needs what is not kept while the block runs.
-                needed = (least.saved - kept if choice == "full" else 0.0) + staging
-            resident = place.memory.resident(elements, run.root and run.sure, frozen)
+                kept, needed = float(cost.inflight), float(cost.transient) if first_back else 0.0
+            resident = place.memory.least_resident(elements, run.root and run.sure, frozen)
             ahead = min(forward, seconds[choice])
             back = seconds[choice] - ahead
             # Nothing is known of the halves of a backward: all of it may wait.
             options.append(Option(choice, ahead, back, resident, kept, needed, reduce, optimizer, weight_s=back))
         runs.append(BlockRun(kind, run.count, tuple(options)))
-    return staged(context, config, place, runs, overheads(place, config), context.cluster.device.memory_bytes)
+    return staged(
+        context, config, place, runs, overheads(place, config, least=True), context.cluster.device.memory_bytes
+    )
 
 
 def _least_forward(config: Config, shardings: Shardings, kind: str) -> float:

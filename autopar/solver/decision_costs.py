@@ -1,8 +1,4 @@
-"""What a block decision costs on one rank: seconds of its operators and conversions, bytes it holds and touches.
-
-Transient bytes follow from liveness (`live_bytes`): in the forward, tensors that are still to be read and are not
-saved; in the backward, gradients between their making and their use.
-"""
+"""What a block decision costs on one rank: seconds of its operators and conversions, elements and bytes it takes in."""
 
 from __future__ import annotations
 
@@ -14,12 +10,9 @@ from autopar.sharding.check import chosen
 from autopar.sharding.conversions import path
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.layout import Layout
-from autopar.sharding.local import local_shape, produced_layouts
+from autopar.sharding.local import local_shape
 from autopar.solver.prices import FREE, AxisPrices, Price, element_bytes
 from autopar.solver.recompute import operator_key, step_key
-from autopar.solver.work import VIEWS
-
-_VIEWS = frozenset(f"aten.{name}" for name in VIEWS)
 
 
 def priced_pieces(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) -> Iterator[tuple[str, Price, str]]:
@@ -67,6 +60,16 @@ def local_elements(kind: BlockKind, decision: BlockDecision, frozen: bool = Fals
     return total
 
 
+def tail_elements(kind: BlockKind, decision: BlockDecision) -> int:
+    """Of `local_elements`, those of the last parameter that trains."""
+    trains = [node for node in kind.graph.of("parameter") if node.meta.requires_grad]
+    count = 1 if trains else 0
+    for node in trains[-1:]:
+        for size in local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes):
+            count *= size
+    return count
+
+
 def boundary_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
     """Bytes per rank of the inputs that other blocks hand in."""
     return sum(boundary_parts(kind, decision, batch, job))
@@ -76,34 +79,3 @@ def boundary_parts(kind: BlockKind, decision: BlockDecision, batch: int, job: Jo
     """`boundary_bytes`, input by input."""
     nodes = [node for node in kind.graph.of("input") if node.meta.requires_grad]
     return [local_bytes(node, decision.inputs[node.name], decision.axes, batch, job) for node in nodes]
-
-
-def live_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:
-    """The most bytes alive at once beside what is saved: operands and output of an operator in the forward, gradients
-    in the backward. Views share their operand's bytes."""
-    graph, axes = kind.graph, decision.axes
-    sizes: dict[str, int] = {}
-    read: dict[str, int] = {}
-    for node in graph.of("op"):
-        wanted, layout = produced_layouts(node, chosen(node, graph, decision))
-        sizes[node.name] = 0 if node.op in _VIEWS else local_bytes(node, layout, axes, batch, job)
-        inputs = 0
-        for held, name in zip(wanted, node.operands(), strict=True):
-            operand = graph.nodes[name]
-            if operand.kind == "op" or operand.meta.requires_grad:
-                inputs += local_bytes(operand, held, axes, batch, job)
-        read[node.name] = inputs
-    forward = max((read[name] + sizes[name] for name in sizes), default=0)
-    # Backward: the gradient of the output, those of the operands, and gradients that wait for other readers.
-    users = graph.users()
-    order = [node.name for node in graph.of("op")]
-    place = {name: index for index, name in enumerate(order)}
-    peak = 0
-    for name in reversed(order):
-        waiting = 0
-        for other in order[: place[name]]:
-            later = [place[user] for user in users[other] if user in place]
-            if later and max(later) > place[name] and graph.nodes[other].meta.requires_grad:
-                waiting += sizes[other]
-        peak = max(peak, sizes[name] + read[name] + waiting)
-    return max(forward, peak)

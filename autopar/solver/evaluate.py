@@ -16,6 +16,7 @@ from autopar.schedule import SCHEDULES
 from autopar.sharding.local import local_shape
 from autopar.solver.candidates import BlockCost
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events
+from autopar.solver.decision_costs import tail_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.memory import BlockBytes, MemoryModel
@@ -132,6 +133,11 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
     shared, crossing = tied_elements(context, stages)
     ends = list(accumulate(len(costs) for costs in stages))
     roots = [root_blocks(context.model, range(end - len(costs), end)) for costs, end in zip(stages, ends, strict=True)]
+    kinds = context.padded(config.pad_heads).model.kinds
+
+    def tail(cost: BlockCost) -> int:
+        return tail_elements(kinds[cost.kind], cost.decision)
+
     times, blocks = [], []
     for costs, doubles, rooted in zip(stages, shared, roots, strict=True):
         row = list(zip(costs, doubles, rooted, (halves(context, config, c) for c in costs), strict=True))
@@ -153,7 +159,7 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
         )
         blocks.append(
             [
-                BlockBytes(c.elements, c.inflight, c.transient, double, root, half[1], c.frozen, still)
+                BlockBytes(c.elements, c.inflight, c.transient, double, root, half[1], c.frozen, still, tail(c))
                 for c, (double, still), root, half in row
             ]
         )

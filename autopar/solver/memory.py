@@ -10,28 +10,32 @@ optimizer (`Job.moments`), m: micro-batches of a step.
                 C N         C N         C N         C r         as blocks read them, for a micro-batch or longer
     gradients   M N         M N *       M N / Z     M N / Z     kept from one micro-batch to the next
                 C r         C r         C r         C r         of the root group, as autograd leaves them: it takes
-                                                                them up only when the backward has ended
+                                                                them up only when the backward has ended; beside the
+                                                                line above as it is by then (`stage_peaks`)
     optimizer   k M N       k M N / Z   k M N / Z   k M N / Z
     * M N / Z with a single micro-batch, unless the schedule halves backwards: then nothing waits for a reduction.
-      Schedules that do (zbv, dualpipev) also leave the last weight gradients of a stage in compute dtype: C N, if C < M
+      Schedules that do (zbv, dualpipev) also leave the last weight gradients of a stage but the first in compute
+      dtype: C N, if C < M
 
 With state offload, what the optimizer keeps and gradients that are reduced wait on the host, 1 + 1 + k times M N / Z:
 parameters keep the second line, gradients M N under zero 0 and 1 (*), nothing under 2 and 3 (M N / Z where
 shard groups have replicas: those add up at the end) and C r, the optimizer nothing.
 
-* activations  saved for backward, for the micro-batches in flight on each stage of a rank at the time when they are
-               most together (`orders.peaks`); schedules that halve backwards also keep, from "I" to "W", the gradients
-               that weights need. What `PipelineStage` holds besides: a receive buffer per micro-batch of the step for
-               inputs, one for the gradients of outputs, the gradients of the inputs, and the outputs of micro-batches
-               in flight
-* transient    the largest of: what a block's forward or backward needs beside what is saved (`Candidate`) with
-               FSDP2's staging, that is gradients in compute dtype and a reduction's input, (C + M) n, under zero 3 also
-               two gathered blocks, 2 C n, and under offload the shard on its way, M n / Z; for a block of the root
-               group, instead of its own staging, the input of another block's reduction under way; the root group's own
-               reduction, M r in place of its C r. Stages of a rank run one at a time: the largest of them
+A rank's peak is the most over all backwards of a step (`orders.moments`) of what stands, what micro-batches in flight
+saved, the pipeline's buffers, and what the backward goes through (`stage_peaks`). Of it, beside the above:
+
+* activations  saved for backward at that time; schedules that halve backwards also keep, from "I" to "W", the gradients
+               that weights need. What `PipelineStage` holds besides, for stages on other ranks: a receive buffer per
+               micro-batch of the step for inputs and one for the gradients of outputs, the outputs of micro-batches in
+               flight, and what was sent last (with several stages a rank: all that was sent in the step)
+* transient    the rest of the peak: tensors that are not saved, FSDP2's gathered blocks and reductions. Where gradients
+               are not all there at the peak, these two are less by what is missing
 * reserve      what the driver, the libraries and the allocator's rounding take (`Device.reserve_bytes`)
 
 Transient and reserve of a rank stand with its first stage; the stages of a rank add up.
+
+The stage ILP counts each part at its most, as if all came at once (`resident`, `staging`), which is never less; bounds
+count what surely stands when most is in flight (`least_resident`, `least_buffers`).
 """
 
 from __future__ import annotations
@@ -40,8 +44,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from autopar.job import Job
+from autopar.plan import MEMORY_KINDS
 from autopar.schedule import SCHEDULES, Schedule
-from autopar.solver.orders import Held, peaks
+from autopar.solver.orders import Held, Moment, is_steady, moments, peaks
+from autopar.solver.stage_peaks import Beside, StageBackward
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ class BlockBytes:
     saved per micro-batch, ``transient`` bytes of activations while it runs. ``shared``: elements that another block of
     the same stage holds already (tied weights). ``root``: whether it is in the root group. ``waiting``: bytes per
     micro-batch between the halves of its backward. ``frozen``, ``shared_frozen``: of the elements, and of those shared,
-    those that do not train."""
+    those that do not train. ``tail``: elements of the last parameter that trains."""
 
     elements: int
     inflight: int
@@ -60,6 +66,7 @@ class BlockBytes:
     waiting: int = 0
     frozen: int = 0
     shared_frozen: int = 0
+    tail: int = 0
 
     @property
     def own(self) -> int:
@@ -154,68 +161,154 @@ class MemoryModel:
         held = (2 + self.job.moments) * self.job.master_bytes / self.shards
         return held * elements if self.offload == "state" else 0.0
 
-    def staging(self, elements: float, frozen: float = 0.0) -> float:
-        """FSDP2's temporary bytes for a block of so many elements with a group of its own, ``frozen`` without
-        gradient."""
+    def kept_gradients(self, done: str, halved: bool) -> float:
+        """Bytes per element of gradients that are kept on the device when a stage has done no, one, some or all of the
+        backwards of a step (`orders.Moment`). ``halved``: as in `StageBackward`."""
         master, compute = self.job.master_bytes, self.job.compute_bytes
-        shard = master / self.shards if self.offload == "state" else 0.0
-        gathered = 2 * compute if self.frees_blocks else 0
-        return (compute + master + gathered + shard) * elements - (compute + master) * frozen
+        if done == "none":
+            return 0.0
+        if done != "all" and halved:
+            # The hooks that add them up run before they are there.
+            return compute if done == "one" or compute == master else master + compute
+        if done != "all" and self.defers:
+            return master
+        return self._partial if done != "all" else self._shard
 
-    def pending(self, elements: float) -> float:
-        """Temporary bytes while a block of the root group runs, beside other blocks of which at most so many
-        elements train."""
-        return 0.0 if self.splits else self.job.master_bytes * elements
+    def staging(self, block: BlockBytes, largest: int) -> float:
+        """The most that a block's backward and reduction add to what stands, at most; ``largest``: elements of the
+        largest block with a group of its own."""
+        master, compute = self.job.master_bytes, self.job.compute_bytes
+        # The root group's gradients stand already.
+        own = compute * block.trains if block.root else 0
+        shard = master / self.shards * block.elements if self.offload == "state" else 0.0
+        running = block.transient - own + (2 * compute if self.frees_blocks else 0) * largest + shard
+        pending = 0 if self.splits else master * largest
+        return max(running + pending, 0.0 if block.root else self.reduction(block.trains))
 
-    def root_staging(self, elements: float) -> float:
-        """Temporary bytes of the reduction of a root group of which so many elements train."""
-        return max(0, self.job.master_bytes - self.job.compute_bytes) * elements
+    def reduction(self, elements: float) -> float:
+        """The most that the reduction of a block of so many elements adds to what stands."""
+        master, compute = self.job.master_bytes, self.job.compute_bytes
+        gathered = compute if self.frees_blocks else 0
+        most = max(compute + master, (2 * master if self.shards == 1 else master * (1 + 1 / self.shards)))
+        return self.boundary + (most + gathered + master) * elements
+
+    def root_reduction(self, elements: float) -> float:
+        """The most that the reduction of a root group of so many elements adds to what stands."""
+        master, compute = self.job.master_bytes, self.job.compute_bytes
+        copies = 2 * master if self.shards == 1 else master * (1 + 1 / self.shards)
+        return max(master, copies if self.shards > 1 else copies - compute) * elements
+
+    def least_resident(self, elements: float, root: bool = False, frozen: float = 0.0) -> float:
+        """Bytes that surely stand, of so many elements, whenever most micro-batches are in flight."""
+        held = self.per_element(root)
+        steady = is_steady(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)
+        gradients = min(self.kept_gradients(done, self.splits) for done in ("one", "some")) if steady else 0.0
+        return held["parameters"] * elements + (held["optimizer"] + gradients) * (elements - frozen)
 
     def buffers(self, stage: int) -> int:
-        """What the pipeline runtime holds on a stage beside what blocks save."""
-        count = 0
-        if stage > 0:
-            count += 2 * self.micro_batches
-        if stage < self.stages - 1:
-            count += self.micro_batches + self.in_flight(stage)
-        return count * self.boundary
+        """The most that the pipeline runtime holds on a stage beside what blocks save."""
+        return self._received(stage) + self._sent(stage, self.in_flight(stage), self.micro_batches)
+
+    def least_buffers(self, stage: int) -> int:
+        """`buffers` that are there whenever most micro-batches are in flight, without what blocks save."""
+        return self._received(stage) - (self.in_flight(stage) * self.boundary if self._crosses(stage) else 0)
+
+    def _crosses(self, stage: int) -> bool:
+        """Whether what a stage gets comes from another rank."""
+        return 0 < stage < self.stages and self.rank_of(stage) != self.rank_of(stage - 1)
+
+    def _received(self, stage: int) -> int:
+        """Receive buffers: for inputs, and for the gradients of outputs, of all micro-batches."""
+        return self.micro_batches * self.boundary * (self._crosses(stage) + self._crosses(stage + 1))
+
+    def _sent(self, stage: int, alive: int, done: int) -> int:
+        """Outputs of micro-batches in flight, and the gradient of the input last sent. Schedules of several stages wait
+        for what they sent at the end of the step, and hold it until then."""
+        several = self.vpp > 1
+        outputs = (alive + done if several else alive) * self._crosses(stage + 1)
+        gradients = (done if several else min(done, 1)) * self._crosses(stage)
+        return (outputs + gradients) * self.boundary
 
     def ranks(self, stages: Sequence[Sequence[BlockBytes]]) -> tuple[dict[str, int], ...]:
         """Bytes by kind (`plan.MEMORY_KINDS`) of every stage of the model."""
-        found = [self._resident(blocks) for blocks in stages]
-        peak = [self._transient(blocks) for blocks in stages]
+        found: list[dict[str, int]] = [{} for _ in stages]
         for rank in range(self.pp):
             own = [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
-            most = max(self.held(rank), key=lambda held: sum(self._flying(stages, own, held)))
-            for stage, flying in zip(own, self._flying(stages, own, most), strict=True):
-                found[stage]["activations"] = flying + self.buffers(stage)
-                found[stage]["transient"] = max(peak[other] for other in own) if stage == own[0] else 0
+            most, flying, standing = self._peak(rank, own, stages)
+            for stage, gradients in zip(own, standing, strict=True):
+                found[stage] = {**self._resident(stages[stage]), "gradients": round(gradients)}
+            spare = max(0, round(most) - sum(sum(found[stage].values()) for stage in own))
+            for stage, kept in zip(own, flying, strict=True):
+                found[stage]["activations"] = min(spare, round(kept))
+                spare -= found[stage]["activations"]
+            for stage in own:
+                found[stage]["transient"] = spare if stage == own[0] else 0
                 found[stage]["reserve"] = self.reserve if stage == own[0] else 0
-        return tuple(found)
+        return tuple({kind: held[kind] for kind in MEMORY_KINDS} for held in found)
 
     @property
     def _rule(self) -> Schedule:
         return SCHEDULES[self.schedule if self.pp > 1 else "none"]
 
-    def _flying(self, stages: Sequence[Sequence[BlockBytes]], own: list[int], held: Held) -> list[int]:
-        """Bytes kept for backward by each stage of a rank."""
-        return [
-            alive * sum(block.inflight for block in stages[stage])
-            + waiting * sum(block.waiting for block in stages[stage])
-            for stage, (alive, waiting) in zip(own, held, strict=True)
-        ]
+    @property
+    def _shard(self) -> float:
+        """Bytes per element of what is sharded and waits for the optimizer."""
+        return 0.0 if self.offload == "state" else self.job.master_bytes / self.shards
+
+    @property
+    def _partial(self) -> float:
+        """Bytes per element of gradients that are reduced in one shard group only, or as they will stay."""
+        return self.job.master_bytes / self.shards if self.replicas > 1 else self._shard
+
+    def _peak(
+        self, rank: int, own: Sequence[int], stages: Sequence[Sequence[BlockBytes]]
+    ) -> tuple[float, list[float], list[float]]:
+        """The most bytes of a rank; then, by its stages, those saved for backward at that time, and the most of
+        gradients at any time."""
+        still = [sum(self._resident(stages[stage]).values()) + self._received(stage) for stage in own]
+        trains = [sum(block.own_trains for block in stages[stage]) for stage in own]
+        saved = [sum(block.inflight for block in stages[stage]) for stage in own]
+        waiting = [sum(block.waiting for block in stages[stage]) for stage in own]
+        backwards = [StageBackward(self, stages[stage], self.boundary, self.splits and stage > 0) for stage in own]
+        known: dict[tuple[str, int, str, bool], list[Beside]] = {}
+        most, flying, standing = 0.0, [0.0] * len(own), [0.0] * len(own)
+        for kind, place, held, done, last in self._moments(rank):
+            key = (kind, place, done[place], last)
+            if key not in known:
+                known[key] = list(backwards[place].times(kind, done[place], last))
+                standing[place] = max([standing[place], *(time.gradients for time in known[key])])
+            if not known[key]:
+                continue
+            kept: list[float] = [
+                # The input a stage saves is its receive buffer.
+                alive * (size - (self.boundary if self._crosses(stage) else 0)) + wait * more
+                for (alive, wait, _), size, more, stage in zip(held, saved, waiting, own, strict=True)
+            ]
+            sent = [self._sent(stage, alive, count) for stage, (alive, _, count) in zip(own, held, strict=True)]
+            kept[place] -= saved[place]
+            others = sum(
+                one.kept(done[other]) * count
+                for other, (one, count) in enumerate(zip(backwards, trains, strict=True))
+                if other != place
+            )
+            time = max(known[key], key=lambda time: time.total)
+            total = sum(still) + sum(kept) + sum(sent) + others + time.total
+            if total > most:
+                kept[place] += time.activations
+                most = total
+                flying = [k + s + self._received(stage) for k, s, stage in zip(kept, sent, own, strict=True)]
+        return most, flying, standing
+
+    def _moments(self, rank: int) -> tuple[Moment, ...]:
+        return moments(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)[rank]
 
     def _resident(self, blocks: Iterable[BlockBytes]) -> dict[str, int]:
+        """Bytes of parameters and optimizer of a stage."""
         blocks = tuple(blocks)
         plain, root = self.per_element(), self.per_element(root=True)
-        bytes_of = dict.fromkeys(plain, 0.0)
+        bytes_of = {"parameters": 0.0, "optimizer": 0.0}
         for block in blocks:
-            for kind, each in (root if block.root else plain).items():
-                bytes_of[kind] += each * (block.own if kind == "parameters" else block.own_trains)
+            held = root if block.root else plain
+            bytes_of["parameters"] += held["parameters"] * block.own
+            bytes_of["optimizer"] += held["optimizer"] * block.own_trains
         return {kind: round(found) for kind, found in bytes_of.items()}
-
-    def _transient(self, blocks: Sequence[BlockBytes]) -> int:
-        rooted = sum(block.own_trains for block in blocks if block.root)
-        pending = self.pending(max((block.trains for block in blocks if not block.root), default=0))
-        peaks = (b.transient + (pending if b.root else self.staging(b.elements, b.frozen)) for b in blocks)
-        return round(max(self.root_staging(rooted), *peaks))

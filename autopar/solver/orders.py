@@ -200,6 +200,73 @@ def peaks(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tupl
     return tuple(found)
 
 
-def _exceeds(held: Held, other: Held) -> bool:
+class Moment(NamedTuple):
+    """A backward ("B"), or half of one ("I", "W"), of stage ``place`` of a rank begins. ``held``: what all its stages
+    hold then, and the number of micro-batches whose backward they have done; ``done``: of each of them, whether that is
+    none, one, some or all; ``last``: this is the stage's last."""
+
+    kind: str
+    place: int
+    held: tuple[tuple[int, int, int], ...]
+    done: tuple[str, ...]
+    last: bool
+
+
+@lru_cache(maxsize=256)
+def moments(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tuple[Moment, ...], ...]:
+    """For each rank, the backwards of a step, without those that begin as another does with more in flight."""
+    place_of = SCHEDULES[schedule].rank_of
+    found = []
+    for rank, order in enumerate(orders(schedule, ranks, vpp, micro_batches)):
+        stages = [stage for stage in range(ranks * vpp) if place_of(stage, ranks) == rank]
+        held, done = dict.fromkeys(stages, (0, 0)), dict.fromkeys(stages, 0)
+        seen: dict[Moment, set[tuple[tuple[int, int, int], ...]]] = {}
+        for kind, stage, *_ in order:
+            alive, waiting = held[stage]
+            if kind != "F":
+                counts = tuple(_share(count, micro_batches) for count in done.values())
+                last = done[stage] == micro_batches - 1
+                now = tuple((*held[one], done[one]) for one in stages)
+                seen.setdefault(Moment(kind, stages.index(stage), (), counts, last), set()).add(now)
+            if kind == "F":
+                held[stage] = (alive + 1, waiting)
+            elif kind == "I":
+                held[stage] = (alive, waiting + (stage > 0))
+            else:
+                held[stage] = (alive - 1, waiting - (kind == "W" and stage > 0))
+                done[stage] += 1
+        found.append(
+            tuple(
+                moment._replace(held=one)
+                for moment, all_held in seen.items()
+                for one in sorted(all_held)
+                if not any(_exceeds(other, one) for other in all_held)
+            )
+        )
+    return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def is_steady(schedule: str, ranks: int, vpp: int, micro_batches: int) -> bool:
+    """Whether all that a rank ever holds at its `peaks`, it also holds when each of its stages has done a backward."""
+    found = moments(schedule, ranks, vpp, micro_batches)
+    for rank, most in enumerate(peaks(schedule, ranks, vpp, micro_batches)):
+        later = {
+            tuple((alive, waiting) for alive, waiting, _ in moment.held)
+            for moment in found[rank]
+            if "none" not in moment.done
+        }
+        if not all(held in later for held in most):
+            return False
+    return True
+
+
+def _share(count: int, whole: int) -> str:
+    if count == whole:
+        return "all"
+    return ("none", "one")[count] if count < 2 else "some"
+
+
+def _exceeds(held: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...]) -> bool:
     pairs = [(a, b) for one, two in zip(held, other, strict=True) for a, b in zip(one, two, strict=True)]
     return held != other and all(a >= b for a, b in pairs)

@@ -24,6 +24,7 @@ from autopar.sharding.local import local_shape
 from autopar.solver.candidates import again_seconds, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events
+from autopar.solver.decision_costs import tail_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import HalvedBackward
 from autopar.solver.memory import BlockBytes, MemoryModel
@@ -133,7 +134,17 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
             own = held - doubled
             block_times.append(BlockTime(forward, backward, own, root, weights, frozen - doubled_frozen, still))
             block_bytes.append(
-                BlockBytes(held, saved, candidate.transient_bytes, doubled, root, waiting, frozen, doubled_frozen)
+                BlockBytes(
+                    held,
+                    saved,
+                    candidate.transient_bytes,
+                    doubled,
+                    root,
+                    waiting,
+                    frozen,
+                    doubled_frozen,
+                    tail_elements(model.kinds[candidate.decision.kind], candidate.decision),
+                )
             )
         for name, elements in here.items():
             copies.setdefault(name, []).append((index, elements))

@@ -261,7 +261,10 @@ class Shardings:
             begin = time.perf_counter()
             for name, decision in whole_decisions(context.model).items():
                 kind = context.model.kinds[name]
+                # A split vocabulary's cross-entropy keeps less than a whole one's share.
                 saved = context.costs.saved(kind, decision, self.batch)
+                if self.size > 1 and any(node.op == "autopar.cross_entropy" for node in kind.graph.of("op")):
+                    saved = min(saved, context.costs.saved(kind, decision, self.batch, lean=True))
                 inputs = boundary_bytes(kind, decision, self.batch, context.job)
                 self._kind_bytes[name] = KindBytes(saved / self.size, inputs / self.size)
             context.clock.add("saved bytes", begin)

@@ -12,6 +12,7 @@ from autopar.solver.candidates import BlockCost
 from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
+from autopar.solver.memory import BlockBytes
 from autopar.solver.recompute import Choice
 from autopar.solver.shardings import Answered, Context
 from autopar.solver.space import Config
@@ -80,16 +81,17 @@ def stage_problem(
         _undominated([answer.costs[run.kind][choice] for answer in answers for choice in run.choices]) for run in kinds
     ]
     most = [max(cost.trains for cost in costs) for costs in costs_of]
-    pending = place.memory.pending(max((n for n, run in zip(most, kinds, strict=True) if not run.root), default=0))
-    ending = place.memory.root_staging(_most_rooted(kinds, most, config.stages))
+    largest = max(
+        (cost.elements for costs, run in zip(costs_of, kinds, strict=True) if not run.root for cost in costs), default=0
+    )
+    ending = place.memory.root_reduction(_most_rooted(kinds, most, config.stages))
     runs = []
     for run, costs in zip(kinds, costs_of, strict=True):
         options = []
         for cost in costs:
-            needed = cost.transient + (pending if run.root else 0.0)
-            needed = max(needed, ending) if run.root else needed
+            needed = max(place.memory.staging(_bytes_of(cost, run.root), largest), ending if run.root else 0.0)
             if not (run.root and run.sure):
-                needed = max(needed, cost.transient + place.memory.staging(cost.elements, cost.frozen))
+                needed = max(needed, place.memory.staging(_bytes_of(cost, False), max(largest, cost.elements)))
             passes = context.model.kinds[run.kind].passes_gradient
             options.append(_option(place, cost, run.root, needed, halves(context, config, cost), passes))
         runs.append(BlockRun(run.kind, run.count, tuple(options)))
@@ -103,10 +105,12 @@ def stage_problem(
     return staged(context, config, place, runs, overhead, room), costs_of
 
 
-def overheads(place: Placed, config: Config) -> list[float]:
-    """Bytes of each stage beside its blocks; the reserve of a rank stands with its first stage."""
-    reserve = place.memory.reserve
-    return [float(place.memory.buffers(s) + (reserve if s < config.pp else 0)) for s in range(config.stages)]
+def overheads(place: Placed, config: Config, least: bool = False) -> list[float]:
+    """Bytes of each stage beside its blocks (``least``: those that are surely there when most is in flight); the
+    reserve of a rank stands with its first stage."""
+    memory = place.memory
+    buffers = memory.least_buffers if least else memory.buffers
+    return [float(buffers(s) + (memory.reserve if s < config.pp else 0)) for s in range(config.stages)]
 
 
 def staged(
@@ -124,6 +128,10 @@ def staged(
         config.vpp,
         context.fix.stages,
     )
+
+
+def _bytes_of(cost: BlockCost, root: bool) -> BlockBytes:
+    return BlockBytes(cost.elements, cost.inflight, cost.transient, root=root, frozen=cost.frozen)
 
 
 def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) -> int:

@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from autopar.cluster import Cluster
@@ -35,6 +36,7 @@ from autopar.job import Job
 from autopar.models import model_graph
 from autopar.plan import Plan
 from autopar.solver.search import search
+from proof.fused import fused_rms_norm
 from proof.tracker import Tracker
 
 SEQ = 64
@@ -225,7 +227,7 @@ def _measure(name: str, folder: Path) -> Row:
     train = load_train(folder)
     plan = Plan.load(folder / "plan.json")
     mesh, fsdp_mesh, device = train.launch.start(train.MESH, train.FSDP, "cpu")
-    with Tracker() as tracker:
+    with fused_rms_norm(), Tracker() as tracker:
         step = train.parallelize(mesh, fsdp_mesh, device)
         train.parameters.initialise(step.stage, train.module.init_parameter, 0, train.module.TIED)
         optimizer = _optimizer(train, step, plan)
@@ -270,7 +272,7 @@ class Static:
     """Bytes of a stage's parameters and gradients while it runs steps, by looking at FSDP2's own tensors.
 
     ``parameters``: the shards, and what is still gathered after the forward of its own group; ``gradients``: the most
-    that waits, whole or reduced, when a group's backward is done.
+    that waits, whole or reduced, when a group's backward is done, or a half of a backward that gives weights theirs.
     """
 
     def __init__(self, stages: Iterable[nn.Module]) -> None:
@@ -300,11 +302,20 @@ class Static:
             outer._after_backward(group, *arguments)
             outer._count_gradients()
 
+        self._weights = PipelineStage.backward_weight_one_chunk
+
+        def weights(stage: PipelineStage, *arguments: Any, **options: Any) -> None:
+            # Halved backwards: what came after the hooks waits for the next ones.
+            outer._weights(stage, *arguments, **options)
+            outer._count_gradients()
+
         FSDPParamGroup.post_backward = post_backward  # type: ignore[method-assign]
+        PipelineStage.backward_weight_one_chunk = weights  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: Any) -> None:
         FSDPParamGroup.post_backward = self._after_backward  # type: ignore[method-assign]
+        PipelineStage.backward_weight_one_chunk = self._weights  # type: ignore[method-assign]
 
     def _after_forward(self, group: FSDPParamGroup) -> None:
         found = _bytes(output for param in group.fsdp_params for output in getattr(param, "all_gather_outputs", ()))
@@ -315,6 +326,8 @@ class Static:
         for param in (param for group in self.groups for param in group.fsdp_params):
             whole = getattr(param, "_unsharded_param", None)
             held += [param.unsharded_accumulated_grad, None if whole is None else whole.grad, param.sharded_param.grad]
+        # Shards that their replicas have yet to add up.
+        held += [group._partial_reduce_output for group in self.groups]
         self.gradients = max(self.gradients, _bytes(grad for grad in held if grad is not None))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,8 @@ class Tracker(TorchDispatchMode):
         self.storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self.at_peak: dict[str, int] = {}
         self._resize: Callable[..., Any] = torch.UntypedStorage.resize_
+        self._reduce: Callable[..., Any] = dist.reduce_scatter_single
+        self._within_library = False
 
     def __enter__(self) -> Tracker:
         tracker, resize = self, self._resize
@@ -38,12 +41,21 @@ class Tracker(TorchDispatchMode):
             tracker._count(storage, "resize_")
             return result
 
+        def reduced(*args: Any, **kwargs: Any) -> Any:
+            tracker._within_library = True  # gloo copies the input, NCCL does not
+            try:
+                return tracker._reduce(*args, **kwargs)
+            finally:
+                tracker._within_library = False
+
         torch.UntypedStorage.resize_ = tracked  # type: ignore[method-assign]  # FSDP2 frees what it gathered so
+        dist.reduce_scatter_single = reduced
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        dist.reduce_scatter_single = self._reduce
         super().__exit__(*error)
 
     def __torch_dispatch__(
@@ -52,6 +64,8 @@ class Tracker(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it runs on its local tensors, which come by here
         result = func(*args, **(kwargs or {}))
+        if self._within_library:
+            return result
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type != "meta":
                 self._count(value.untyped_storage(), str(func))
