@@ -4,9 +4,10 @@ The error of a gradient g against its reference r is ‖g - r‖ / max(‖r‖, 
 parameters)): some true gradients are zero, such as that of a key projection's bias.
 
 In float64 and float32 a plan's errors have fixed limits (`TOLERANCES`). Under 16 bits what rounding does depends on the
-model, so the limit is taken from the model itself: one device runs it in the job's dtype too, and a plan may be off by
-`MULTIPLE` times what that device is off, parameter by parameter, and by `WHOLE_MULTIPLE` times over all gradients
-together. A device that was lucky counts as if it had rounded each result once (`UNIT_ROUNDOFF`).
+model, so the limit is taken from the model itself: one device runs it in the job's dtype too, several times with
+weights rounded differently, and a plan may be off by `MULTIPLE` times the most that device is off, parameter by
+parameter, and by `WHOLE_MULTIPLE` times over all gradients together. A device that was lucky counts as if it had
+rounded each result once (`UNIT_ROUNDOFF`).
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNIT_ROUNDOFF = {name: torch.finfo(dtype).eps / 2 for name, dtype in ROUNDED.items()}
 """Largest relative error of rounding a number once: half the distance to the next one."""
 
-MULTIPLE = 3.0
+MULTIPLE = 2.0
 """How many times one device's error a plan's may be, of the loss and of each gradient: where one device rounds a result
-once, a plan that splits it rounds the partial results, and rounds their sum again. The cases of the proof reach 2.4."""
+once, a plan that splits it rounds the partial results, and rounds their sum again."""
 
 WHOLE_MULTIPLE = 1.5
-"""The same for all gradients as one vector, where the luck of single parameters averages out: the proof reaches 1.2."""
+"""The same for all gradients as one vector, where the luck of single parameters averages out."""
 
 
 def gradient_errors(

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from autopar.sharding.layout import I, Layout, P, R, SpmdType
 
@@ -143,6 +143,7 @@ def convert(layout: Layout, axis: str, target: SpmdType) -> Layout:
     return layout.with_type(axis, target)
 
 
+@lru_cache(maxsize=1 << 16)
 def path(source: Layout, target: Layout, grad: bool = True) -> tuple[tuple[str, Step], ...]:
     """The shortest chain of single-axis steps between layouts over any number of axes: (axis, step) in order.
 
@@ -181,7 +182,10 @@ def _key(layout: Layout, axes: tuple[str, ...], grad: bool) -> object:
     return kinds, tuple((dim, layout.splits(dim)) for dim in dims)
 
 
+@lru_cache(maxsize=1 << 16)
 def same(first: Layout, second: Layout, grad: bool = True) -> bool:
     """Whether two layouts hold a tensor alike (the listing order of axes on different dims means nothing)."""
+    if first == second:
+        return True
     axes = tuple(dict.fromkeys(axis for axis, _ in (*first.types, *second.types)))
     return _key(first, axes, grad) == _key(second, axes, grad)

@@ -95,8 +95,8 @@ class _Hidden(nn.Module):
 
 def _handed_on(x: Tensor) -> Tensor:
     """``x`` as a split backward takes it: no view, since it is detached in place; asking for a gradient also where all
-    before it is frozen, for weights are found on the way from a stage's input, and those of the next stage would be left
-    without gradients, and without a word; and in one piece, which is what can be sent."""
+    before it is frozen, for weights are found on the way from a stage's input, and those of the next stage would have
+    no gradients, without a word; and in one piece, which is what can be sent."""
     if not x.requires_grad:
         return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     return x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()

@@ -90,6 +90,14 @@ def before_backward(stage: FSDPModule, zero: int, is_last: bool) -> None:
     stage.set_is_last_backward(reduce)
 
 
+def take_up_gradients(stage: nn.Module) -> None:
+    """Add what autograd left in the weights of a stage to the gradients that wait, as `before_backward` said, for a
+    later reduction. FSDP2's hooks do this where no schedule splits the backward."""
+    for module in _sharded_modules(stage):
+        for group in fully_shard.state(module)._fsdp_param_groups:
+            group.post_backward()
+
+
 def after_step(stage: nn.Module) -> None:
     """Free what is still whole of a stage's parameters."""
     for module in _sharded_modules(stage):

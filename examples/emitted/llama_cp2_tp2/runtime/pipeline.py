@@ -15,10 +15,10 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .launch import InputError
-from .sharding import before_backward
+from .sharding import before_backward, take_up_gradients
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -77,17 +77,57 @@ class _Hidden(nn.Module):
     def __init__(self, stage: nn.Module, splits_backward: bool) -> None:
         super().__init__()
         self.stage, self.splits_backward = stage, splits_backward
+        self.reaches: list[bool] = []
 
     def forward(self, *args: Any, **batch: Any) -> Any:
         result = self.stage(*args, **batch)
-        # A split backward finds weights on the way from a stage's input, so that input must ask for a gradient also
-        # where all before it is frozen. Otherwise their gradients are missing, and nothing is said.
-        return tree_map_only(Tensor, _with_gradient, result) if self.splits_backward else result
+        if not self.splits_backward or not torch.is_grad_enabled():
+            return tree_map_only(Tensor, Tensor.contiguous, result)
+        leaves, form = tree_flatten(result)
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
+        if not self.reaches:
+            self.reaches = [not isinstance(x, Tensor) or not inputs or _reaches(x, inputs) for x in leaves]
+        for place, (x, reaches) in enumerate(zip(leaves, self.reaches, strict=True)):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                leaves[place] = _handed_on(x) if reaches else _Joined.apply(x, *inputs)
+        return tree_unflatten(leaves, form)
 
 
-def _with_gradient(x: Tensor) -> Tensor:
-    needs = torch.is_grad_enabled() and x.is_floating_point() and not x.requires_grad
-    return x.detach().requires_grad_() if needs else x
+def _handed_on(x: Tensor) -> Tensor:
+    """``x`` as a split backward takes it: no view, since it is detached in place; asking for a gradient also where all
+    before it is frozen, for weights are found on the way from a stage's input, and those of the next stage would have
+    no gradients, without a word; and in one piece, which is what can be sent."""
+    if not x.requires_grad:
+        return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    return x.clone(memory_format=torch.contiguous_format) if x._is_view() else x.contiguous()
+
+
+class _Joined(torch.autograd.Function):
+    """A stage's output that is made of its weights alone (a table of position biases): for the same reason it needs a
+    way from the stage's inputs, to which it hands no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.others = len(inputs)
+        return x.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, *(None for _ in range(ctx.others))
+
+
+def _reaches(output: Tensor, inputs: list[Tensor]) -> bool:
+    """Whether the backward of ``output`` comes to one of ``inputs``, or ends at once."""
+    goals, nodes = {id(x) for x in inputs}, [output.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(getattr(node, "variable", None)) in goals:
+            return True
+        after = {other for other, _ in node.next_functions if other is not None} - seen
+        seen |= after
+        nodes += after
+    return False
 
 
 class _Piece(PipelineStage):
@@ -99,7 +139,10 @@ class _Piece(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: Any, last_backward: bool = False) -> Any:
         # Where the backward is split, FSDP2's hooks run before the gradients of weights are there.
         before_backward(self.submod.stage, self.zero, last_backward and not self.splits_backward)
-        return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        gradients, rest = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if backward_type != "weight":  # those of inputs are sent, and only what is in one piece can be
+            gradients = tree_map_only(Tensor, Tensor.contiguous, gradients)
+        return gradients, rest
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Called by schedules of several stages after the last backward of this one."""
@@ -107,6 +150,9 @@ class _Piece(PipelineStage):
             return
         hidden: Any = self.submod
         stage: FSDPModule = hidden.stage
+        # What hooks took up before is in the dtype of the reduction, the last gradients of weights are not yet.
+        before_backward(stage, self.zero, is_last=False)
+        take_up_gradients(stage)
         before_backward(stage, self.zero, is_last=True)
         self.submod = hidden.stage
         super().perform_reduce_grad(grad_scale_factor)
