@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from plain_plans import plain_plan, small_llama
+from proof.models import SEQ, Variant, build, graph_of
 from test_train_script import close, losses
 from torch import Tensor, nn
 
@@ -123,6 +124,22 @@ def test_every_layer_is_recomputed_though_the_first_differs() -> None:
         plan = search(graph, Job(8, 16), autopar.Cluster.parse("1x1:h100"), fix)
         chosen = [plan.candidate_of(index).recompute for index in range(len(graph.blocks))]
         assert [index for index, name in enumerate(chosen) if name != "none"] == layers
+
+
+def test_a_second_decision_does_not_take_another_kinds_class() -> None:
+    """Frozen layers are a kind, those that train another: a second decision for the first has a name of its own."""
+    variant = Variant("gpt2", False, 64, "half", 4)
+    model, graph = build(variant), graph_of(variant)
+    fix = {"tp": 4, "sp": True, "micro_batch": 1, "recompute": "2:full"}
+    plan = search(graph, Job(2, SEQ, "fp32", "sgd"), autopar.Cluster.parse("1x4:h100"), fix)
+    layers = [(block.kind, plan.candidate_of(i).decision) for i, block in enumerate(graph.blocks) if block.path]
+    different = {(kind, repr(decision.to_json())) for kind, decision in layers}
+    assert len(different) > len({kind for kind, _ in layers}), "a kind is sharded in two ways"
+    assert {kind for kind, _ in layers} >= {"GPT2Block", "GPT2Block2"}
+    assert module_source(plan, graph).count("\nclass ") == len(different) + 1
+    report = autopar.verify(plan, model)
+    assert report.errors.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert max(report.loss_error, report.worst[1]) < 1e-12
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {

@@ -6,6 +6,7 @@ import keyword
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, count
 
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import BlockKind, ModelGraph
@@ -52,10 +53,10 @@ def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
         candidate = plan.candidate_of(index)
         key = (block.kind, repr(candidate.decision.to_json()))
         if key not in names:
-            count = sum(kind == block.kind for kind, _ in names)
-            name = re.sub(r"\W", "_", block.kind)
-            name = f"{name}Block" if name in _MODULE_NAMES else name
-            names[key] = name if not count else f"{name}{count + 1}"
+            known = any(kind == block.kind for kind, _ in names)
+            # A second decision for a kind must not take the name of another kind, which ends in a number as well.
+            others = {_class_name(kind) for kind in model.kinds if known or kind != block.kind}
+            names[key] = _numbered(_class_name(block.kind), {*others, *names.values()})
         callee = names[key] if block.path else free_name(_snake(names[key]), top_names(model))
         arguments = []
         for source in block.inputs.values():
@@ -67,6 +68,16 @@ def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
             arguments.append(flow[index - 1][source.index] if source.origin == "block" else argument_name(source.key))
         placed.append(Placed(index, block.kind, block.path, stages[index], candidate, callee, tuple(arguments)))
     return tuple(placed)
+
+
+def _class_name(kind: str) -> str:
+    name = re.sub(r"\W", "_", kind)
+    return f"{name}Block" if name in _MODULE_NAMES else name
+
+
+def _numbered(name: str, taken: set[str]) -> str:
+    """``name``, or the first of name2, name3 ... that is free."""
+    return next(free for free in chain((name,), (f"{name}{n}" for n in count(2))) if free not in taken)
 
 
 def flow_names(model: ModelGraph) -> tuple[str, ...]:
