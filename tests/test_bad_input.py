@@ -73,7 +73,7 @@ def test_bad_arguments(refuse, arguments, told):
 def test_what_does_not_fit_says_where_and_by_how_much(refuse, tmp_path):
     status, message = refuse(*search(cluster="1x1:h100"), "-o", tmp_path / "out")
     assert status == 3
-    for part in ("stage 0 of 1", "bytes", "2x1:h100"):
+    for part in ("stage 0 of 1", "bytes", "4x1:h100"):
         assert part in message
 
 

@@ -208,9 +208,9 @@ def test_ranks_that_fail_or_hang_are_ended(tmp_path: Path) -> None:
 def test_sixteen_bit_limits_are_multiples_of_what_one_device_is_off() -> None:
     once = 2.0**-8  # bfloat16 has eight significant bits: a number rounded once
     own = (1e-6, 2e-2, 1e-2)
-    good = prove.Measured("p", "bf16", 2.9 * once, 5.9e-2, "w", 1.4e-2, None, "", 1.4e-2, own)
+    good = prove.Measured("p", "bf16", 1.9 * once, 3.9e-2, "w", 1.4e-2, None, "", 1.4e-2, own)
     assert good.failures() == []
-    bad = prove.Measured("p", "bf16", 3.1 * once, 6.1e-2, "w", 1.6e-2, None, "", 1.6e-2, own)
+    bad = prove.Measured("p", "bf16", 2.1 * once, 4.1e-2, "w", 1.6e-2, None, "", 1.6e-2, own)
     assert [text.split(" is off")[0] for text in bad.failures()] == [
         "p bf16: loss",
         "p bf16: the gradient of w",
