@@ -18,7 +18,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not proof"
 
-# A part of the proof that holds every value of every choice once.
+# A part of the proof that holds every value of every choice once, and training runs of minutes.
 subset: $(READY)
 	$(BIN)/python -m pytest -m proof
 

@@ -178,6 +178,7 @@ def test_frozen_parts_on_four_ranks(tmp_path: Path) -> None:
     assert [failure for row in rows for failure in row.failures()] == []
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("make", [frozen_layers, adapters])
 def test_training_resumes_under_another_plan(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     """As an uninterrupted run goes on: checkpoints hold what is frozen too, and nothing of it moves."""

@@ -167,6 +167,7 @@ def test_batches_of_the_emitted_script(tmp_path: Path) -> None:
     assert "learns the next token at every position" in told["gpt2"]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("build", [small_bert, small_t5])
 def test_one_and_two_ranks_learn_the_same(build, tmp_path: Path) -> None:
     model = build()
