@@ -27,9 +27,10 @@ from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.layout import I, Layout, P, R, S
 from autopar.sharding.local import produced_layouts
 from autopar.solver.axis_choices import boundary_layouts, choices_of, stored_layouts
-from autopar.solver.block_problem import decisions_of, model_problem, ties_of
+from autopar.solver.block_problem import model_problem, ties_of
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.decision_costs import boundary_bytes, decision_price
+from autopar.solver.decisions import decisions_of
 from autopar.solver.fix import parse_fix
 from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts

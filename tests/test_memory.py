@@ -11,9 +11,9 @@ from autopar.cluster import Cluster
 from autopar.graph.saved import saved_for_backward
 from autopar.job import Job
 from autopar.sharding.execute import local_shape, run_local
-from autopar.solver.block_problem import whole_decisions
 from autopar.solver.candidates import BlockCosts
 from autopar.solver.decision_costs import local_elements
+from autopar.solver.decisions import whole_decisions
 from autopar.solver.evaluate import assess
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.groups import root_blocks

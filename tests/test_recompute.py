@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from autopar.cluster import Cluster
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import fake_mesh
@@ -29,8 +30,12 @@ from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify
 from autopar.graph.ir import ModelGraph
 from autopar.plan import SAVEABLE, Mesh, Plan
-from autopar.solver.decision_costs import boundary_bytes
-from autopar.solver.recompute import SELECTIVE, Choice, choices, rerun, selective_name
+from autopar.solver.candidates import BlockCosts
+from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.decision_costs import boundary_bytes, priced_pieces
+from autopar.solver.op_costs import OpCosts
+from autopar.solver.prices import AxisPrices
+from autopar.solver.recompute import SELECTIVE, Choice, choices, rerun, runs_again, selective_name
 
 Call = Callable[..., Any]
 
@@ -323,6 +328,25 @@ def test_results_nobody_reads_are_not_kept() -> None:
     # With nothing kept, everything up to the last projection runs again.
     again = rerun(kind, whole, (), 2, job).again
     assert set(linear) - set(again) == {down}
+    assert runs_again(kind).runs == set(again) & {node.name for node in kind.graph.of("op")}
+
+
+def test_full_recomputation_is_priced_up_to_the_last_result_that_is_saved() -> None:
+    """The last projection and the reduction of its result are not run again, and are not paid for again."""
+    graph = graph_of(llama(2))
+    kind = graph.kinds["LlamaDecoderLayer"]
+    decision, job = megatron(graph, 2, True)[kind.name], kept_plan(graph, (), dtype="fp32").job
+    cluster = Cluster.parse("1x2:h100")
+    prices = AxisPrices(OpCosts(cluster.device, job), CollectiveCosts(cluster), {"tp": 2}, 2)
+    costs = BlockCosts(job).of(kind, decision, prices)
+    down = [node.name for node in kind.graph.of("op") if node.op == "aten.linear"][-1]
+    order = [node.name for node in kind.graph.of("op")]
+    late = {*order[order.index(down) :]}
+    pieces = {key: price.forward_s for key, price, _ in priced_pieces(kind, decision, prices)}
+    not_again = [seconds for key, seconds in pieces.items() if key.partition(":")[0] in late]
+    assert len(not_again) > len(late)  # the conversion of the last result is among them
+    assert costs["full"].again_s == pytest.approx(sum(pieces.values()) - sum(not_again), rel=1e-9)
+    assert costs["full"].again_s < 0.9 * costs["none"].forward_s
 
 
 def test_json_of_a_plan_keeps_what_is_kept(tmp_path: Path) -> None:

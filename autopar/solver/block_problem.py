@@ -12,10 +12,15 @@ A conversion changes one axis, and leads to a layout in the standard order of sp
 dim that several axes split, the innermost changes first. Layouts through which a tensor may pass are products of the
 types it is made, stored or read in on each axis, of R, and of I and P where it has a gradient; over the axes that tp is
 made of such a product changes type once at most.
+
+Of a kind that is recomputed, backward runs the operators up to the last one that saves something again, and the
+conversions that these read (`recompute.runs_again`): they count twice. A tensor that is read there and behind is two
+tensors, the second for the readers behind: it starts as any layout that the first has, and its conversions count once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
@@ -23,7 +28,6 @@ from math import prod
 from autopar.graph.ir import BlockKind, ModelGraph, Node
 from autopar.sharding.check import fits
 from autopar.sharding.conversions import convertible, direct, plain, same
-from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.layout import CONTEXT, I, Layout, P, R, SpmdType
 from autopar.sharding.local import local_shape, produced_layouts, standard
 from autopar.solver.axis_choices import (
@@ -39,9 +43,10 @@ from autopar.solver.axis_choices import (
 )
 from autopar.solver.axis_choices import Choice as AxesChoice
 from autopar.solver.prices import AxisPrices, Price
-from autopar.solver.problem import Answer, Choice, Op, Output, Problem, Source
+from autopar.solver.problem import Choice, Op, Output, Problem, Source
+from autopar.solver.recompute import NOTHING_AGAIN, runs_again
 
-__all__ = ["Demands", "ModelProblem", "Ties", "decisions_of", "feature_splits", "model_problem", "ties_of"]
+__all__ = ["Demands", "ModelProblem", "Ties", "feature_splits", "model_problem", "name_now", "ties_of"]
 
 _KEEP_NOTHING = frozenset(
     f"aten.{name}"
@@ -123,8 +128,8 @@ def model_problem(
 ) -> ModelProblem:
     """All kinds of ``model``, each weighted with how many blocks it has.
 
-    ``resident_price``: seconds per micro-batch that each parameter element that trains costs. ``again``: kinds whose
-    forward runs twice (recomputed in backward). Raises UnsupportedError where sequences cannot be split over cp.
+    ``resident_price``: seconds per micro-batch that each parameter element that trains costs. ``again``: kinds that are
+    recomputed in backward. Raises UnsupportedError where sequences cannot be split over cp.
     """
     check_axes(model, prices.axes, prices.job.seq_len, demands.sequence)
     sources: list[Source] = []
@@ -137,10 +142,11 @@ def model_problem(
     for kind in model.kinds.values():
         build = _KindProblem(kind, prices, ties, demands, resident_price, kind.name in again)
         sources += build.sources
-        ops += build.ops
         outputs += build.outputs
         choices |= build.choices
-        conversions |= build.conversions()
+        ways = build.conversions()
+        conversions |= ways
+        ops += build.later(ways)
         hubs |= build.hubs
     problem = Problem(tuple(sources), tuple(ops), conversions, tuple(outputs), weights, hubs)  # type: ignore[arg-type]
     return ModelProblem(problem, choices, dict(prices.axes))
@@ -154,23 +160,36 @@ class _KindProblem:
     ) -> None:
         self.kind, self.graph, self.prices, self.ties = kind, kind.graph, prices, ties
         self.axes, self.batch, self.seq = prices.axes, prices.batch, prices.job.seq_len
-        self.demands, self.resident, self.again = demands, resident, again
+        self.demands, self.resident = demands, resident
+        self.again = runs_again(kind) if again else NOTHING_AGAIN
         self.choices: dict[str, tuple[AxesChoice, ...]] = {}
         self.held: dict[str, dict[Layout, None]] = {name: {} for name in self.graph.nodes}
         self.hubs: dict[str, frozenset[Layout]] = {}
         self._operands = {node.name: node.operands() for node in self.graph.of("op")}
+        self._readers = {name: frozenset(users) for name, users in self.graph.users().items()}
         self._possible = {node.name: self._choices(node) for node in self.graph.of("op")}
         self._layouts = {
             name: [produced_layouts(self.graph.nodes[name], choice) for choice in possible]
             for name, possible in self._possible.items()
         }
         self._tables: dict[object, tuple[dict[tuple[Layout, Layout], float], frozenset[Layout]]] = {}
+        self._parted = {name for name in self.graph.nodes if self._is_parted(name)} if again else set()
         self.sources = [self._source(node) for node in self.graph.nodes.values() if node.kind != "op"]
         self.ops = [self._op(node) for node in self.graph.of("op")]
         self.outputs = [self._output(index, name) for index, name in enumerate(self.graph.outputs)]
 
     def _name(self, node: str) -> str:
         return f"{self.kind.name}/{node}"
+
+    def _is_parted(self, name: str) -> bool:
+        """Whether a tensor is read by what runs again and also behind it."""
+        readers = self._readers[name]
+        return bool(readers & self.again.reads) and (name in self.graph.outputs or not readers <= self.again.reads)
+
+    def _read_name(self, name: str, reader: str | None) -> str:
+        """What ``reader`` (None: the block behind) reads as ``name``."""
+        behind = name in self._parted and reader not in self.again.reads
+        return self._name(name) + (_LATER if behind else "")
 
     def _plain(self, node: str, layout: Layout) -> Layout:
         """``layout`` as the problem's layout of ``node``: equal for what holds it alike, and noted as held."""
@@ -227,14 +246,12 @@ class _KindProblem:
             inputs = tuple(self._plain(n, t) for n, t in zip(names, layouts, strict=True))
             output = self._plain(node.name, made)
             label = ", ".join(dict.fromkeys(strategy.name for strategy in choice.values()))
-            choices.append(Choice(label, inputs, output, self._seconds(price), self._kept(node, layouts)))
+            seconds = _seconds(price, node.name in self.again.runs)
+            choices.append(Choice(label, inputs, output, seconds, self._kept(node, layouts)))
         kept = _undominated(choices)
         self.choices[self._name(node.name)] = tuple(possible[index] for index in kept)
-        operands = tuple(self._name(name) for name in names)
+        operands = tuple(self._read_name(name, node.name) for name in names)
         return Op(self._name(node.name), operands, tuple(choices[index] for index in kept))
-
-    def _seconds(self, price: Price) -> float:
-        return price.seconds + (price.forward_s if self.again else 0.0)
 
     def _kept(self, node: Node, layouts: tuple[Layout, ...]) -> float:
         """About how many bytes the operator keeps for backward; a tensor that several read counts once for each."""
@@ -252,27 +269,51 @@ class _KindProblem:
         node = self.graph.nodes[name]
         if tie:
             layouts = self._boundary(node)
-            return Output(self._name(name), tuple(dict.fromkeys(self._plain(name, each) for each in layouts)), tie)
+            plain = tuple(dict.fromkeys(self._plain(name, each) for each in layouts))
+            return Output(self._read_name(name, None), plain, tie)
         layout = self._whole()
         if CONTEXT in self.axes and node.meta.requires_grad:  # the loss of this rank's positions
             layout = layout.with_type(CONTEXT, sequence_split(node.meta.shape) or P)
-        return Output(self._name(name), (self._plain(name, layout),))
+        return Output(self._read_name(name, None), (self._plain(name, layout),))
 
     def conversions(self) -> dict[str, dict[tuple[Layout, Layout], float]]:
         """Per tensor, the direct conversions between the layouts it may be made, held or read in or pass through."""
         found = {}
         for name, held in self.held.items():
-            meta = self.graph.nodes[name].meta
-            key = (meta, tuple(held))
-            if key not in self._tables:
-                self._tables[key] = self._table(self.graph.nodes[name], list(held))
-            found[self._name(name)], hubs = self._tables[key]
-            if len(tensor_axes(self.axes)) > 1:
-                self.hubs[self._name(name)] = hubs
+            parts = {self._name(name): bool(self._readers[name] & self.again.reads)}
+            if name in self._parted:
+                parts[self._name(name) + _LATER] = False
+            for part, again in parts.items():
+                key = (self.graph.nodes[name].meta, tuple(held), again)
+                if key not in self._tables:
+                    self._tables[key] = self._table(self.graph.nodes[name], list(held), again)
+                found[part], hubs = self._tables[key]
+                if len(tensor_axes(self.axes)) > 1:
+                    self.hubs[part] = hubs
         return found
 
-    def _table(self, node: Node, held: list[Layout]) -> tuple[dict[tuple[Layout, Layout], float], frozenset[Layout]]:
-        """Direct conversions, and of the layouts those at which the way to several readers may part."""
+    def later(self, conversions: Mapping[str, Mapping[tuple[Layout, Layout], float]]) -> list[Op]:
+        """The operators, and before each that reads a tensor behind what runs again, the one that hands it on."""
+        ops: list[Op] = []
+        handed: set[str] = set()
+        for operands, op in [*((op.operands, op) for op in self.ops), *(((o.tensor,), None) for o in self.outputs)]:
+            for name in operands:
+                if name.endswith(_LATER) and name not in handed:
+                    handed.add(name)
+                    first = name.removesuffix(_LATER)
+                    ways = conversions[first]
+                    layouts = dict.fromkeys([*self.held[name_now(first)], *(x for pair in ways for x in pair)])
+                    choices = (Choice("", (layout,), layout, 0.0) for layout in layouts)
+                    ops.append(Op(name, (first,), tuple(choices)))
+            if op is not None:
+                ops.append(op)
+        return ops
+
+    def _table(
+        self, node: Node, held: list[Layout], again: bool
+    ) -> tuple[dict[tuple[Layout, Layout], float], frozenset[Layout]]:
+        """Direct conversions, and of the layouts those at which the way to several readers may part. ``again``:
+        conversions run twice."""
         meta, grad = node.meta, node.meta.requires_grad
         between = (R, I, P) if grad else (R,)
         kinds: dict[str, dict[SpmdType, None]] = {}
@@ -304,8 +345,21 @@ class _KindProblem:
                     if len(self.axes) > 1:
                         b = standard({name: after[name] for name in self.axes}, meta.shape)
                     if b in universe and (b is after or same(b, after, grad)):
-                        table[a, b] = self._seconds(self.prices.moved(tensor, axis, step))
+                        table[a, b] = _seconds(self.prices.moved(tensor, axis, step), again)
         return table, frozenset(hubs | set(held))
+
+
+_LATER = " later"
+"""Ends the names of tensors as they are read behind what runs again."""
+
+
+def name_now(tensor: str) -> str:
+    """The node that a tensor of the problem is, whoever reads it; without its kind."""
+    return tensor.rpartition("/")[2].removesuffix(_LATER)
+
+
+def _seconds(price: Price, again: bool) -> float:
+    return price.seconds + (price.forward_s if again else 0.0)
 
 
 def _changes(layout: Layout, axes: tuple[str, ...]) -> int:
@@ -325,48 +379,3 @@ def _undominated(choices: list[Choice]) -> list[int]:
         best.setdefault(key, index)
         kept.append(index)
     return kept
-
-
-def decisions_of(model: ModelGraph, built: ModelProblem, answer: Answer) -> dict[str, BlockDecision]:
-    """The block decisions an answer stands for, by kind."""
-
-    decisions = {}
-    for name, kind in model.kinds.items():
-        prefix = f"{name}/"
-        order = {node: index for index, node in enumerate(kind.graph.nodes)}
-        moves = [(t.removeprefix(prefix), a, b) for t, a, b in answer.conversions if t.startswith(prefix)]
-        moves.sort(key=lambda move: order[move[0]])
-        pairs = zip(built.problem.outputs, answer.outputs, strict=True)
-        leaving = [layout for output, layout in pairs if output.tensor.startswith(prefix)]
-        decisions[name] = BlockDecision(
-            kind=name,
-            axes=dict(built.axes),
-            inputs={
-                node.name: answer.sources[prefix + node.name]  # type: ignore[misc]
-                for node in kind.graph.nodes.values()
-                if node.kind != "op"
-            },
-            strategies={
-                node.name: {axis: s.name for axis, s in built.choices[chosen][answer.strategies[chosen]].items()}
-                for node in kind.graph.of("op")
-                for chosen in [prefix + node.name]
-            },
-            conversions=tuple(Conversion(tensor, a, b) for tensor, a, b in moves),  # type: ignore[arg-type]
-            outputs=dict(zip(kind.graph.outputs, leaving, strict=True)),  # type: ignore[arg-type]
-        )
-    return decisions
-
-
-def whole_decisions(model: ModelGraph) -> dict[str, BlockDecision]:
-    """No model axis: every block whole on its rank."""
-    return {
-        name: BlockDecision(
-            kind=name,
-            axes={},
-            inputs={node.name: Layout() for node in kind.graph.nodes.values() if node.kind != "op"},
-            strategies={node.name: {} for node in kind.graph.of("op")},
-            conversions=(),
-            outputs={output: Layout() for output in kind.graph.outputs},
-        )
-        for name, kind in model.kinds.items()
-    }

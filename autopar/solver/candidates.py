@@ -4,10 +4,10 @@
   (`solver.liveness`), exactly as it will be emitted. Parameters, constants and batch tensors exist anyway and do not
   count; the input handed on by the block before counts here, once. "Transient" is the most that is alive at some time
   of the forward or backward beyond what the whole block keeps, gradients of its parameters included.
-* Recompute "full" keeps the block's input alone; its backward runs the forward again, collectives included, and what
-  the block saves is then transient.
-* "selective" keeps besides the results of some operators (`solver.recompute`): their bytes are counted, the rest of the
-  forward runs again up to the last operator that saves something.
+* Recompute "full" keeps the block's input alone; its backward runs the forward again, collectives included, up to the
+  last operator that saves something, and what the block saves is then transient.
+* "selective" keeps besides the results of some operators (`solver.recompute`): their bytes are counted, the rest runs
+  again.
 * "/offload": what is kept waits on the host. On the device remain tensors too small to be moved and, while the block
   runs, the tensors of two blocks: its own, and those on their way to or from the host.
 """
@@ -137,13 +137,10 @@ class BlockCosts:
                 cost, small = plain, 0
                 if choice.offload:
                     small = _small(found_bytes.saved_sizes(batch))
-            elif choice.recompute == "full":
-                cost = plain.recomputed("full", (), price.forward_s, boundary)
-                small = _small(boundary_parts(kind, decision, batch, self.job))
             else:
                 run = rerun(kind, decision, choice.saved, batch, self.job)
                 again_s, kept = sum(forward[key] for key in run.again), boundary + sum(run.kept.values())
-                cost = plain.recomputed("selective", run.families, again_s, kept)
+                cost = plain.recomputed(choice.recompute, run.families, again_s, kept)
                 small = _small([*boundary_parts(kind, decision, batch, self.job), *run.kept.values()])
             found[name] = cost.offloaded(cost.inflight - small, bandwidth) if choice.offload else cost
         return found
@@ -165,8 +162,6 @@ def again_seconds(kind: BlockKind, candidate: Candidate, forward: Mapping[str, f
     """Seconds of a candidate's recomputation; ``forward``: of its pieces, by key."""
     if candidate.recompute == "none":
         return 0.0
-    if candidate.recompute == "full":
-        return sum(forward.values())
     return sum(forward[key] for key in rerun(kind, candidate.decision, candidate.saved, batch, job).again)
 
 

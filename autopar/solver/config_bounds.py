@@ -7,7 +7,7 @@ least bytes of every kind of block, as if one decision had both.
 from __future__ import annotations
 
 import time
-from math import isfinite, prod
+from math import prod
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import spread_bound
@@ -235,9 +235,7 @@ def _least_problem(
 def _least_forward(config: Config, shardings: Shardings, kind: str) -> float:
     """Of a kind's least seconds, those that surely are forward. None under GPipe, whose slowest forward and backward
     count apart: only their sum is known."""
-    bound = shardings.kind_bounds(False)[kind]
-    known = isfinite(bound.none_s) and isfinite(bound.full_s) and config.schedule != "gpipe"
-    return max(0.0, bound.full_s - bound.none_s) if known else 0.0
+    return shardings.kind_bounds(False)[kind].forward_s if config.schedule != "gpipe" else 0.0
 
 
 def _least_optimizer(context: Context, config: Config, share: float) -> float:

@@ -6,8 +6,8 @@ code runs them. Selective recomputation keeps the results of some families of pi
 * a result is kept if the second run reads it (that of attention always is: its own gradient does). One that passes
   only through additions and views into a kept collective, or out of the block, is not read: its producer is neither
   run again nor kept;
-* the second run stops as soon as everything saved for backward is there again: after the last piece that saves
-  something (a matmul or product that comes last is not run: what it saves are its operands);
+* the second run, of full recomputation too, stops as soon as everything saved for backward is there again: after the
+  last piece that saves something (a matmul or product that comes last is not run: what it saves are its operands);
 * attention keeps, beside its output, one float32 per query and head.
 
 What a block kept or saves may wait on the host ("/offload"): tensors of at least `SMALL` bytes are moved, each way
@@ -117,6 +117,37 @@ class Rerun:
     families: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Operators of a block that full recomputation ``runs`` again, and those whose operands it converts again to what
+    each ``reads``."""
+
+    runs: frozenset[str]
+    reads: frozenset[str]
+
+
+NOTHING_AGAIN = Again(frozenset(), frozenset())
+
+
+def runs_again(kind: BlockKind) -> Again:
+    """What backward runs again of a block that keeps nothing; at least this, however it is split."""
+    nodes = list(kind.graph.of("op"))
+    last = max((place for place, node in enumerate(nodes) if _saves(node)), default=-1)
+    names = [node.name for node in nodes[: last + 1]]
+    runs = names[:-1] if names and _saves_before(nodes[last]) else names
+    return Again(frozenset(runs), frozenset(names))
+
+
+def _saves(node: Node) -> bool:
+    """Whether autograd saves something of an operator."""
+    return node.meta.requires_grad and node.op not in _SAVES_NOTHING
+
+
+def _saves_before(node: Node) -> bool:
+    """Whether it has saved all it saves before it computes."""
+    return node.op in _SAVES_OPERANDS
+
+
 def operator_key(node: Node) -> str:
     """What an operator's forward is known by."""
     return node.name
@@ -175,7 +206,6 @@ class _Pieces:
         if family == "attention":
             width = node.meta.at(self.batch, self.job.seq_len)[-1] * element_bytes(node.meta.dtype, self.job)
             nbytes += 4 * (nbytes // width)
-        differentiable = node.meta.requires_grad
         self.held[node.name] = [(layout, len(self.pieces))]
         self.pieces.append(
             Piece(
@@ -184,8 +214,8 @@ class _Pieces:
                 nbytes,
                 tuple(read for read in reads if read is not None),
                 node.op in _PASSING,
-                differentiable and node.op not in _SAVES_NOTHING,
-                node.op in _SAVES_OPERANDS and not any(strategy.variant for strategy in choice.values()),
+                _saves(node),
+                _saves_before(node) and not any(strategy.variant for strategy in choice.values()),
             )
         )
 

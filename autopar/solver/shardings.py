@@ -23,22 +23,21 @@ from autopar.solver.block_problem import (
     Demands,
     ModelProblem,
     Ties,
-    decisions_of,
     model_problem,
     ties_of,
-    whole_decisions,
 )
 from autopar.solver.candidates import BlockCost, BlockCosts
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import stream_seconds
 from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
+from autopar.solver.decisions import decisions_of, whole_decisions
 from autopar.solver.fix import Fix
 from autopar.solver.halves import HalvedBackward
 from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Problem
-from autopar.solver.recompute import Choice, Rerun, choices, rerun
+from autopar.solver.recompute import Choice, Rerun, choices, rerun, runs_again
 
 LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
@@ -153,10 +152,12 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class KindBound:
-    """No decision for the kind needs fewer seconds per rank and micro-batch: nothing recomputed, all recomputed."""
+    """No decision for the kind needs fewer seconds per rank and micro-batch: nothing recomputed, all recomputed, and
+    of the first those of its forward."""
 
     none_s: float
     full_s: float
+    forward_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ class Shardings:
         self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
 
     def built(self, again: frozenset[str]) -> ModelProblem:
-        """The problem of all kinds; the forward of ``again`` runs twice."""
+        """The problem of all kinds; those of ``again`` are recomputed."""
         found = self._built.get(again)
         if found is None:
             begin = time.perf_counter()
@@ -221,7 +222,9 @@ class Shardings:
                     price, _ = decision_price(kind, decision, self.prices)
                     trains = local_elements(kind, decision) - local_elements(kind, decision, frozen=True)
                     handed = context.gradient_price() * self._held(name, trains)
-                    twice = price.forward_s if name in context.always_again() else 0.0
+                    twice = (
+                        self._fastest_forward(name, runs_again(kind).runs) if name in context.always_again() else 0.0
+                    )
                     seconds += context.counts[name] * (price.seconds + twice + handed)
                 self._total_bound = seconds * (1 - 1e-12)
             else:
@@ -284,17 +287,20 @@ class Shardings:
 
     def _kind_bound(self, name: str, sharp: bool) -> KindBound:
         context = self.context
+        forward = self._fastest_forward(name) * (1 - 1e-12)
+        again = self._fastest_forward(name, runs_again(context.model.kinds[name]).runs) * (1 - 1e-12)
         if self.size == 1:
             cost = self.fastest().costs[name]["none"]
             seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.trains)
-            return KindBound(seconds * (1 - 1e-12), (seconds + cost.forward_s) * (1 - 1e-12))
+            none = seconds * (1 - 1e-12)
+            return KindBound(none, none + again, forward)
         ways = {Choice.of(choice).recompute for choice in context.choices_of(name)}
         if ways == {"full"}:
-            return KindBound(float("inf"), self._least(name, context.always_again()))
+            return KindBound(float("inf"), self._least(name, context.always_again()), forward)
         none = self._least(name, frozenset())
         if sharp and "full" in ways:
-            return KindBound(none, self._least(name, frozenset(context.model.kinds)))
-        return KindBound(none, none + self._fastest_forward(name))
+            return KindBound(none, self._least(name, frozenset(context.model.kinds)), forward)
+        return KindBound(none, none + again, forward)
 
     def least_seconds(self, name: str, choice: str, sharp: bool = False) -> float:
         """Seconds that no decision for the kind can undercut under a recompute choice."""
