@@ -35,7 +35,7 @@ from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.decision_costs import boundary_bytes, priced_pieces
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
-from autopar.solver.recompute import SELECTIVE, Choice, choices, rerun, runs_again, selective_name
+from autopar.solver.recompute import SELECTIVE, Recompute, choices, rerun, runs_again, selective_name
 
 Call = Callable[..., Any]
 
@@ -307,7 +307,7 @@ def test_choices() -> None:
     assert len(choices("selective", False)) == len(SELECTIVE)
     assert set(choices(None, False, extended=True)) == {"none", "full", *choices("selective", False)}
     for name in (*choices(None, True, extended=True), "selective()"):
-        assert Choice.of(name).name == name
+        assert Recompute.of(name).name == name
     assert selective_name(("attention", "matmul")) == "selective(matmul+attention)"
 
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from autopar.codegen.expressions import Site, Sizes, render
+from autopar.codegen.expressions import render
 from autopar.codegen.hints import attention_names, logits_names, module_name, query_first
 from autopar.codegen.positions import is_sequence
 from autopar.codegen.remarks import inner_remarks, step_remarks
 from autopar.codegen.setting import Setting
+from autopar.codegen.site import Site, Sizes
 from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal, values_in
 from autopar.codegen.statements import Program, Step
 from autopar.codegen.wiring import is_writable
@@ -353,7 +354,9 @@ class Body:
             return next((hint for hint in operands if hint in self.arguments.values()), operands[0])
         if op == "add" and len(node.meta.shape) == 3 and self._joins_modules(node):
             return "hidden"
-        if op in ("mul", "add", "sub", "div") and len(operands) > 1:
+        if op == "sub" and set(operands) == {"positions"}:
+            return "distance"
+        if op in ("mul", "add", "sub", "div") and len(operands) > 1 and self.decision is not None:
             return part or operands[0]
         return operands[0] if operands else (part or op)
 

@@ -7,7 +7,7 @@ import re
 from autopar.codegen.buffers import buffer_expr
 from autopar.codegen.emit_block import Body
 from autopar.codegen.setting import Setting
-from autopar.codegen.source import Expr
+from autopar.codegen.source import WIDTH, Expr
 from autopar.codegen.wiring import argument_name
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph, OpGraph
@@ -31,9 +31,12 @@ def constants_source(model: ModelGraph, setting: Setting) -> list[str]:
     arguments = ", ".join(f"{key}: {given[key]}" for key in used)
     text = " and ".join(names) if len(names) < 3 else ", ".join(names)
     head = [f"def shared_tables({arguments}) -> {kind}:"]
-    if len(head[0]) > 88:
+    if len(head[0]) > WIDTH:
         head = ["def shared_tables(", *(f"    {key}: {given[key]}," for key in used), f") -> {kind}:"]
-    return [*head, f'    """{text}: the same for all blocks and ranks."""', *lines]
+    told = f'    """{text}: the same for all blocks and ranks."""'
+    if len(told) > WIDTH:
+        told = '    """Made of no parameter and no batch: the same for all blocks and ranks."""'
+    return [*head, told, *lines]
 
 
 def constants_arguments(model: ModelGraph, setting: Setting) -> tuple[str, ...]:

@@ -6,118 +6,21 @@ this rank. An operator without a renderer of its own is called by its name in `t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from autopar.codegen.shape_expressions import SHAPES
+from autopar.codegen.site import Renderer, Site, argument, is_tensor
 from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import Node, Ref
-from autopar.graph.size import BATCH, SEQ, Size, divide
-from autopar.sharding.layout import Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What sizes are on this rank. ``axes``: sizes of the model axes. ``symbols``: expressions of b and s (local in
-    the batch, global in the sequence); asking for one that is missing raises UnsupportedError. ``double``: a float64
-    job, which computes "float32" tensors in float64."""
-
-    axes: Mapping[str, int]
-    symbols: Mapping[Size, Expr]
-    double: bool = False
-
-    def ways(self, layout: Layout, dim: int) -> int:
-        """In how many parts ``layout`` splits ``dim``."""
-        parts = 1
-        for axis in layout.splits(dim):
-            parts *= self.axes[axis]
-        return parts
-
-    def expr(self, size: int | Size, parts: int = 1) -> Expr:
-        """A global size over ``parts``, as an expression."""
-        if isinstance(size, int):
-            return literal(size // parts)
-        total: Expr | None = None
-        for (b, s), coefficient in size.terms:
-            factors = [self._symbol(BATCH)] * b + [self._symbol(SEQ)] * s
-            term: Expr | None = None
-            for factor in factors:
-                term = factor if term is None else Binary("*", term, factor)
-            if term is None:
-                term = literal(abs(coefficient))
-            elif abs(coefficient) != 1:
-                term = Binary("*", literal(abs(coefficient)), term)
-            if total is None:
-                total = term if coefficient > 0 else Binary("neg", term, term)
-            else:
-                total = Binary("+" if coefficient > 0 else "-", total, term)
-        assert total is not None
-        return total if parts == 1 else Binary("//", total, literal(parts))
-
-    def _symbol(self, symbol: Size) -> Expr:
-        if symbol not in self.symbols:
-            raise UnsupportedError(
-                f"no tensor at hand has a dim of size {symbol}: cannot write sizes that depend on it"
-            )
-        return self.symbols[symbol]
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One operator call to be written: the node, its arguments (expressions for tensors), the operands' global shapes,
-    the output layout, and sizes."""
-
-    node: Node
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shapes: tuple[tuple[int | Size, ...], ...]
-    output: Layout
-    sizes: Sizes
-
-    def arg(self, index: int, name: str, default: Any = None) -> Any:
-        return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
-
-
-Renderer = Callable[[Site], Expr]
-_EXPRESSION = Value | Text | Call | Method | Binary
 
 
 def render(site: Site) -> Expr:
     """The call as a person would write it. Raises UnsupportedError for an operator nobody can call by name."""
     renderer = RENDERERS.get(site.node.op)
     return renderer(site) if renderer is not None else _by_name(site)
-
-
-def argument(value: Any, sizes: Sizes) -> Expr:
-    """An argument as an expression: tensors are expressions already."""
-    if isinstance(value, _EXPRESSION):
-        return value
-    if isinstance(value, Size):
-        return sizes.expr(value)
-    if isinstance(value, tuple | list) and any(
-        isinstance(v, Value | Text | Call | Method | Binary | Size) for v in value
-    ):
-        return _Tuple(tuple(argument(item, sizes) for item in value)).expr()
-    return literal(value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tuple:
-    items: tuple[Expr, ...]
-
-    def expr(self) -> Expr:
-        # A call without a name prints as a parenthesised tuple; a single item needs its comma.
-        if len(self.items) == 1:
-            return Call("", (self.items[0], Text("")))
-        return Call("", self.items)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Value | Call | Method | Binary | Ref)
 
 
 def _by_name(site: Site) -> Expr:
@@ -139,8 +42,8 @@ def _function(name: str, *keywords: str, defaults: tuple[Any, ...] = ()) -> Rend
     known = dict(zip(keywords, defaults, strict=False))
 
     def write(site: Site) -> Expr:
-        tensors = [argument(value, site.sizes) for value in site.args if _is_tensor(value)]
-        rest = [value for value in site.args if not _is_tensor(value) and value is not None]
+        tensors = [argument(value, site.sizes) for value in site.args if is_tensor(value)]
+        rest = [value for value in site.args if not is_tensor(value) and value is not None]
         pairs = {**dict(zip(keywords, rest, strict=False)), **site.kwargs}
         kept = {key: value for key, value in pairs.items() if key not in known or known[key] != value}
         return Call(name, (*tensors, *((key, argument(value, site.sizes)) for key, value in kept.items())))
@@ -240,87 +143,6 @@ def _cast(site: Site) -> Expr:
         return Method(x, "to", (Value("dtype"),))
     shorthand = {"int64": "long", "int32": "int", "bool": "bool", "float64": "double"}
     return Method(x, shorthand[dtype]) if dtype in shorthand else Method(x, "to", (Text(f"torch.{dtype}"),))
-
-
-def _unflatten(site: Site) -> Expr:
-    x, dim, given = site.args[0], site.args[1], list(site.args[2])
-    local = [site.sizes.ways(site.output, dim + place) for place in range(len(given))]
-    # The free entry is the one that is split or symbolic, so that no local size is written down.
-    free = [p for p, size in enumerate(given) if size == -1 or local[p] > 1 or isinstance(size, Size)]
-    entries: list[Expr] = []
-    whole = site.node.meta.shape[dim : dim + len(given)]
-    chosen = next((p for p in free if local[p] > 1 or isinstance(whole[p], Size)), free[0] if free else 0)
-    for place, size in enumerate(whole):
-        entries.append(literal(-1) if place == chosen else site.sizes.expr(size, local[place]))
-    return Method(argument(x, site.sizes), "unflatten", (literal(dim), _Tuple(tuple(entries)).expr()))
-
-
-def _reshape(site: Site) -> Expr:
-    x = argument(site.args[0], site.sizes)
-    shape = site.node.meta.shape
-    entries: list[Expr] = []
-    free = False
-    for dim, size in enumerate(shape):
-        parts = site.sizes.ways(site.output, dim)
-        if isinstance(size, int) and parts == 1:
-            entries.append(literal(size))
-        elif not free:
-            entries.append(literal(-1))
-            free = True
-        else:
-            entries.append(site.sizes.expr(size, parts))
-    return Method(x, "reshape", tuple(entries))
-
-
-def _expand(site: Site) -> Expr:
-    source = (*[None] * (len(site.node.meta.shape) - len(site.shapes[0])), *site.shapes[0])
-    entries: list[Expr] = []
-    for dim, (old, new) in enumerate(zip(source, site.node.meta.shape, strict=True)):
-        entries.append(literal(-1) if old == new else site.sizes.expr(new, site.sizes.ways(site.output, dim)))
-    return Method(argument(site.args[0], site.sizes), "expand", tuple(entries))
-
-
-def _slice(site: Site) -> Expr:
-    x, dim, start, end = site.args[:4]
-    size = site.shapes[0][dim]
-    length = end - start
-    blocks = divide(size, length) if length != 0 else None
-    if isinstance(blocks, int) and blocks > 1 and divide(start, length) is not None and size != length:
-        # One of equal parts: right for the whole dim and for a slice of each part.
-        part = divide(start, length)
-        return Method(Method(argument(x, site.sizes), "chunk", (literal(blocks), literal(dim))), "[]", (literal(part),))
-    left, right = _bound(start, size, site.sizes), _bound(end, size, site.sizes)
-    text: list[Expr] = [Text(":")] * dim
-    if isinstance(left, Text) and isinstance(right, Text):
-        lower = "" if start == 0 else left.text
-        upper = "" if end == size else right.text
-        return Method(argument(x, site.sizes), "[]", (*text, Text(f"{lower}:{upper}")))
-    return Method(argument(x, site.sizes), "narrow", (literal(dim), left, site.sizes.expr(end - start)))
-
-
-def _bound(value: int | Size, size: int | Size, sizes: Sizes) -> Expr:
-    """A slice bound, counted from the end where it is that many before it."""
-    if not isinstance(value, int):
-        behind = size - value
-        if isinstance(behind, int):
-            return literal(-behind)
-    return sizes.expr(value)
-
-
-def _select(site: Site) -> Expr:
-    x, dim, index = site.args[:3]
-    return Method(argument(x, site.sizes), "[]", (*[Text(":")] * dim, literal(index)))
-
-
-def _index(site: Site) -> Expr:
-    x, indices = site.args[:2]
-    entries = [Text(":") if entry is None else argument(entry, site.sizes) for entry in indices]
-    return Method(argument(x, site.sizes), "[]", tuple(entries))
-
-
-def _concatenate(site: Site) -> Expr:
-    tensors, dim = site.args[0], site.arg(1, "dim", 0)
-    return Call("torch.cat", (_Tuple(tuple(argument(t, site.sizes) for t in tensors)).expr(), ("dim", literal(dim))))
 
 
 def _factory(name: str) -> Renderer:
@@ -430,17 +252,9 @@ RENDERERS: dict[str, Renderer] = {
     "aten.contiguous": _method("contiguous"),
     "aten.clone": _method("clone"),
     "aten.detach": _method("detach"),
-    "aten.unflatten": _unflatten,
     "aten.flatten": _method("flatten"),
-    "aten.reshape": _reshape,
-    "aten.view": _reshape,
-    "aten.expand": _expand,
-    "aten.slice": _slice,
-    "aten.select": _select,
-    "aten.index": _index,
-    "aten.cat": _concatenate,
     "aten.arange": _factory("torch.arange"),
     "aten.full": _factory("torch.full"),
     "aten.zeros": _factory("torch.zeros"),
     "aten.ones": _factory("torch.ones"),
-}
+} | SHAPES

@@ -56,7 +56,7 @@ def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
             known = any(kind == block.kind for kind, _ in names)
             # A second decision for a kind must not take the name of another kind, which ends in a number as well.
             others = {_class_name(kind) for kind in model.kinds if known or kind != block.kind}
-            names[key] = _numbered(_class_name(block.kind), {*others, *names.values()})
+            names[key] = _numbered(_base_name(block.kind, model), {*others, *names.values()}, _class_name(block.kind))
         callee = names[key] if block.path else free_name(_snake(names[key]), top_names(model))
         arguments = []
         for source in block.inputs.values():
@@ -75,9 +75,15 @@ def _class_name(kind: str) -> str:
     return f"{name}Block" if name in _MODULE_NAMES else name
 
 
-def _numbered(name: str, taken: set[str]) -> str:
-    """``name``, or the first of name2, name3 ... that is free."""
-    return next(free for free in chain((name,), (f"{name}{n}" for n in count(2))) if free not in taken)
+def _base_name(kind: str, model: ModelGraph) -> str:
+    """The class name of a kind, without the number that tells it from others of the same class."""
+    base = kind.rstrip("0123456789")
+    return _class_name(base if base in model.kinds else kind)
+
+
+def _numbered(base: str, taken: set[str], first: str) -> str:
+    """``first``, or the first of base2, base3 ... that is free."""
+    return next(free for free in chain((first,), (f"{base}{n}" for n in count(2))) if free not in taken)
 
 
 def flow_names(model: ModelGraph) -> tuple[str, ...]:

@@ -8,14 +8,14 @@ blocks, a block reads only the one before it (`autopar.graph.handing`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.graph.draft import Draft
 from autopar.graph.fold import STAND_IN, CannotFoldError, Fold
 from autopar.graph.handing import Segment, hand_on, sink
 from autopar.graph.ir import Block, BlockKind, Node, OpGraph, Source, map_refs
-from autopar.graph.naming import leaf_name, named
+from autopar.graph.naming import leaf_name, named, purpose
 from autopar.graph.structure import layer_of
 
 
@@ -195,8 +195,30 @@ def _constants(
         if node.name in needed:
             needed.update(node.operands())
     nodes = [node for node in draft.nodes.values() if node.name in needed]
-    graph, names = named(nodes, tuple(outputs), {})
+    graph, names = named(nodes, tuple(outputs), _purposes(draft, segments, outputs))
     return graph, {name: names[name] for name in outputs}
+
+
+def _purposes(draft: Draft, segments: Sequence[Segment], values: Iterable[str]) -> dict[str, str]:
+    """Names of shared constants, after what their first reader does with them, where that is known."""
+    found: dict[str, str] = {}
+    wanted = set(values)
+    for name in (name for segment in segments for name in segment.nodes):
+        reader = draft.nodes[name]
+        operands = reader.operands()
+        for place, operand in enumerate(operands):
+            value = draft.nodes[operand]
+            if operand in wanted and operand not in found and value.kind == "op" and not _is_counted(draft, value):
+                word = purpose(value, reader, place, draft.nodes[operands[0]].target.rpartition(".")[0])
+                found |= {operand: word} if word else {}
+    return found
+
+
+def _is_counted(draft: Draft, node: Node) -> bool:
+    """Whether a value is a view of 0, 1, 2 ...: positions."""
+    while node.op in ("aten.unsqueeze", "aten.expand", "aten.view", "autopar.cast"):
+        node = draft.nodes[node.operands()[0]]
+    return node.op == "aten.arange"
 
 
 def _extract(

@@ -35,10 +35,11 @@ PLAIN = {
 }
 
 
-def named(nodes: Sequence[Node], outputs: Sequence[str], inputs: Mapping[str, str]) -> tuple[OpGraph, dict[str, str]]:
+def named(nodes: Sequence[Node], outputs: Sequence[str], wishes: Mapping[str, str]) -> tuple[OpGraph, dict[str, str]]:
     """The graph of ``nodes`` under readable names, and the map from old names to new.
 
-    ``inputs`` gives the wished name of each input node. Leaf targets and module paths are relative to the block.
+    ``wishes`` gives the wished names of input nodes, and of others that are to have one. Leaf targets and module paths
+    are relative to the block.
     """
     ops_in_module = Counter(node.module for node in nodes if node.kind == "op" and not _is_view_of_weight(node))
     names: dict[str, str] = {}
@@ -46,8 +47,8 @@ def named(nodes: Sequence[Node], outputs: Sequence[str], inputs: Mapping[str, st
     taken: set[str] = set()
     kinds = {node.name: node for node in nodes}
     for node in nodes:
-        if node.kind == "input":
-            stem = wished = inputs[node.name]
+        if node.kind == "input" or node.name in wishes:
+            stem = wished = wishes[node.name]
         elif node.kind != "op":
             stem = wished = leaf_name(node.target)
         else:
@@ -65,6 +66,14 @@ def named(nodes: Sequence[Node], outputs: Sequence[str], inputs: Mapping[str, st
         for node in nodes
     ]
     return OpGraph({node.name: node for node in renamed}, tuple(names[name] for name in outputs)), names
+
+
+def purpose(value: Node, reader: Node, place: int, table: str) -> str:
+    """What a value is for, if operand ``place`` of ``reader`` says it, else "": ids are named after the ``table`` (a
+    module path) in which they are looked up."""
+    if reader.op == "aten.embedding" and place == 1:
+        return re.sub(r"_(embeddings?|emb)$", "", module_leaf(table)) + "_ids"
+    return "mask" if value.meta.dtype == "bool" else ""
 
 
 def leaf_name(target: str) -> str:

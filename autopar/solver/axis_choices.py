@@ -22,7 +22,7 @@ from autopar.sharding.local import settled, standard
 from autopar.sharding.rules import Strategy, strategies_of
 from autopar.solver.work import ATTENTION, MATMULS
 
-Choice = dict[str, Strategy]
+AxesChoice = dict[str, Strategy]
 """A strategy for each model axis, in mesh order."""
 
 _MATMULS = frozenset(f"aten.{name}" for name in MATMULS)
@@ -66,7 +66,7 @@ def check_axes(model: ModelGraph, axes: Mapping[str, int], seq: int, sequence: b
 
 def choices_of(
     node: Node, graph: OpGraph, axes: Mapping[str, int], batch: int, seq: int, split_matmuls: bool = False
-) -> list[Choice]:
+) -> list[AxesChoice]:
     """The choices of an op node that divide. ``split_matmuls``: of a matmul, those that split a feature factor, if
     any."""
     strategies = strategies_of(node, graph)
@@ -87,7 +87,7 @@ def feature_splits(node: Node, strategies: Iterable[Strategy]) -> list[Strategy]
     return [s for s in strategies if isinstance(s.extent, int)]
 
 
-def _featured(node: Node, found: list[Choice], axes: Mapping[str, int]) -> list[Choice]:
+def _featured(node: Node, found: list[AxesChoice], axes: Mapping[str, int]) -> list[AxesChoice]:
     """Those that split features on all tensor axes, else on some, else all. Uneven ones alone do not count: what makes
     or reads such a tensor may need an even one."""
     inner = tensor_axes(axes)
@@ -99,14 +99,14 @@ def _featured(node: Node, found: list[Choice], axes: Mapping[str, int]) -> list[
     return found
 
 
-def _even(strategy: Strategy, sizes: Mapping[str, int], axis: str, choice: Choice) -> bool:
+def _even(strategy: Strategy, sizes: Mapping[str, int], axis: str, choice: AxesChoice) -> bool:
     ways = prod(size for other, size in sizes.items() if choice[other].name == choice[axis].name)
     return isinstance(strategy.extent, int) and strategy.extent % ways == 0
 
 
 def _on_context(
     node: Node, graph: OpGraph, strategies: Sequence[Strategy], axes: Mapping[str, int], batch: int, seq: int
-) -> list[Choice]:
+) -> list[AxesChoice]:
     if CONTEXT not in axes:
         return [{}]
     alone = {CONTEXT: axes[CONTEXT]}
@@ -122,7 +122,7 @@ def _on_context(
     return [{CONTEXT: strategy} for strategy in found]
 
 
-def _on_tensor_axes(strategies: Sequence[Strategy], axes: Mapping[str, int]) -> list[Choice]:
+def _on_tensor_axes(strategies: Sequence[Strategy], axes: Mapping[str, int]) -> list[AxesChoice]:
     found = [dict.fromkeys(axes, strategy) for strategy in strategies] if axes else [{}]
     names, sizes = tuple(axes), tuple(axes.values())
     for strategy in strategies if len(axes) > 1 else ():

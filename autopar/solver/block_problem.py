@@ -32,6 +32,7 @@ from autopar.sharding.layout import CONTEXT, I, Layout, P, R, SpmdType
 from autopar.sharding.local import local_shape, produced_layouts, standard
 from autopar.solver.axis_choices import (
     NO_DEMANDS,
+    AxesChoice,
     Demands,
     boundary_layouts,
     check_axes,
@@ -41,7 +42,6 @@ from autopar.solver.axis_choices import (
     stored_layouts,
     tensor_axes,
 )
-from autopar.solver.axis_choices import Choice as AxesChoice
 from autopar.solver.prices import AxisPrices, Price
 from autopar.solver.problem import Choice, Op, Output, Problem, Source
 from autopar.solver.recompute import NOTHING_AGAIN, runs_again

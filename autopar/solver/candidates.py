@@ -31,7 +31,7 @@ from autopar.solver.decision_costs import (
 )
 from autopar.solver.liveness import Footprint, footprint
 from autopar.solver.prices import AxisPrices
-from autopar.solver.recompute import SMALL, Choice, exposed_copy, rerun
+from autopar.solver.recompute import SMALL, Recompute, exposed_copy, rerun
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class BlockCost:
     @property
     def choice(self) -> str:
         """The recompute choice by its name."""
-        return Choice(self.recompute, self.saved, self.offload).name
+        return Recompute(self.recompute, self.saved, self.offload).name
 
     def recomputed(self, recompute: str, saved: tuple[str, ...], again_s: float, kept: int) -> BlockCost:
         """The same decision with ``again_s`` seconds of forward run again in backward; ``kept``: bytes in flight."""
@@ -132,7 +132,7 @@ class BlockCosts:
         bandwidth = prices.ops.device.host_bandwidth
         found = {}
         for name in choices:
-            choice = Choice.of(name)
+            choice = Recompute.of(name)
             if choice.recompute == "none":
                 cost, small = plain, 0
                 if choice.offload:

@@ -52,7 +52,7 @@ CAPABILITIES: dict[str, Capability] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Chosen:
     """What the limits look at: the decisions outside the blocks, and which recomputation and offload blocks use.
 
     ``inside_node``: devices of a node."""
@@ -69,10 +69,10 @@ class Choice:
     dtype: str = "bf16"
 
     @staticmethod
-    def of(plan: Plan) -> Choice:
+    def of(plan: Plan) -> Chosen:
         """What a plan has chosen."""
         used = [plan.candidates[run.candidate] for stage in plan.stages for run in stage.runs]
-        return Choice(
+        return Chosen(
             plan.mesh,
             plan.schedule,
             plan.vpp,
@@ -93,12 +93,12 @@ class Limit:
 
     name: str
     keys: tuple[str, ...]
-    breaks: Callable[[Choice], bool]
+    breaks: Callable[[Chosen], bool]
     reason: str
     avoids: str = ""
 
 
-def _splits_backward(choice: Choice) -> bool:
+def _splits_backward(choice: Chosen) -> bool:
     return SCHEDULES[choice.schedule].splits_backward
 
 
@@ -178,19 +178,19 @@ LIMITS: tuple[Limit, ...] = (
 """What cannot be combined."""
 
 
-def refusals(choice: Choice) -> Iterator[Limit]:
+def refusals(choice: Chosen) -> Iterator[Limit]:
     """The limits that a choice breaks."""
     return (limit for limit in LIMITS if limit.breaks(choice))
 
 
-def executes(choice: Choice) -> bool:
+def executes(choice: Chosen) -> bool:
     """Whether emitted code runs it."""
     return next(refusals(choice), None) is None
 
 
 def check_executable(plan: Plan) -> None:
     """Raise UnsupportedError naming the first limit that the plan breaks."""
-    for limit in refusals(Choice.of(plan)):
+    for limit in refusals(Chosen.of(plan)):
         told = limit.reason + (f" (it avoids: {limit.avoids})" if limit.avoids else "")
         raise UnsupportedError(f"the plan for {plan.model} cannot be executed: {limit.name}: {told}")
 

@@ -19,7 +19,7 @@ batch is a multiple of that prime.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -38,9 +38,10 @@ from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step, path, same
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.execute import local_shape, run_op
-from autopar.sharding.layout import CONTEXT, Layout, SpmdType
+from autopar.sharding.layout import CONTEXT, Layout
 from autopar.sharding.local import blocks_at, produced_layouts
 from autopar.sharding.simulate import LocalWorld
+from autopar.solver.stand_ins import Conversion, VocabCrossEntropy, all_reduced
 from autopar.solver.work import ATTENTION
 
 PRIME = 10007
@@ -176,7 +177,7 @@ class _Run:
         self.world = LocalWorld(
             decision.axes,
             convert=self._convert,
-            all_reduce=_all_reduced,
+            all_reduce=all_reduced,
         )
         self.held: dict[str, list[tuple[Layout, Tensor]]] = {}
         self.outside: list[Tensor] = []
@@ -205,7 +206,7 @@ class _Run:
 
     def _convert(self, x: Tensor, step: Step, axis: str) -> Tensor:
         balanced = self.balanced and axis == CONTEXT
-        return _Conversion.apply(x, step, self.decision.axes[axis], balanced)  # type: ignore[no-untyped-call,no-any-return]
+        return Conversion.apply(x, step, self.decision.axes[axis], balanced)  # type: ignore[no-untyped-call,no-any-return]
 
     def forward(self) -> Tensor | None:
         """What to call backward on."""
@@ -222,7 +223,7 @@ class _Run:
             operands = [[self._find(name, need)] for name, need in zip(node.operands(), needs, strict=True)]
             split = self.lean or any(strategy.variant for strategy in choice.values())
             if node.op == "autopar.cross_entropy" and split:
-                made = _VocabCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
+                made = VocabCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
             else:
                 (made,) = run_op(node, choice, operands, self.world, self.batch, self.job.seq_len, self.compute)
             del operands
@@ -296,119 +297,3 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return tuple(grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.made)
-
-
-class _Conversion(torch.autograd.Function):
-    """A conversion with the buffers that the emitted code makes for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Step, ranks: int, balanced: bool) -> Tensor:
-        ctx.step, ctx.ranks, ctx.balanced = step, ranks, balanced
-        return (
-            x.view_as(x) if step.forward == "none" else _act(x, step.forward, step.source, step.target, ranks, balanced)
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        step = ctx.step
-        if step.backward != "none":
-            grad = _act(grad, step.backward, step.target.gradient, step.source.gradient, ctx.ranks, ctx.balanced)
-        return grad, None, None, None
-
-
-def _act(x: Tensor, action: str, source: SpmdType, target: SpmdType, ranks: int, balanced: bool) -> Tensor:
-    return _ACTIONS[action](x, source.dim, target.dim, ranks, balanced)
-
-
-def _gathered(x: Tensor, dim: int, _: int, ranks: int, balanced: bool) -> Tensor:
-    shape = (*x.shape[:dim], ranks * x.size(dim), *x.shape[dim + 1 :])
-    x = x.contiguous()
-    stacked = x.new_empty((ranks * x.size(0), *x.shape[1:]) if x.ndim else (ranks,))
-    whole = stacked.view(shape) if _leads(x, dim) else torch.cat(stacked.chunk(ranks), dim)
-    del stacked
-    return whole.clone() if balanced else whole
-
-
-def _reduced_slice(x: Tensor, _: int, dim: int, ranks: int, balanced: bool) -> Tensor:
-    shape = (*x.shape[:dim], x.size(dim) // ranks, *x.shape[dim + 1 :])
-    if balanced:
-        x = x.clone(memory_format=torch.contiguous_format)
-    stacked = x.contiguous() if _leads(x, dim) else torch.cat(x.chunk(ranks, dim))
-    return stacked.new_empty(shape)
-
-
-def _exchanged(x: Tensor, source: int, target: int, ranks: int, balanced: bool) -> Tensor:
-    if balanced:
-        x = x.clone(memory_format=torch.contiguous_format)
-    stacked = torch.cat(x.chunk(ranks, target))
-    received = stacked.new_empty(stacked.shape)
-    return torch.cat(received.chunk(ranks), source)
-
-
-def _own_slice(x: Tensor, _: int, dim: int, ranks: int, balanced: bool) -> Tensor:
-    return x.narrow(dim, 0, x.size(dim) // ranks).clone(memory_format=torch.contiguous_format)
-
-
-def _padded(x: Tensor, dim: int, _: int, ranks: int, balanced: bool) -> Tensor:
-    return x.new_zeros((*x.shape[:dim], ranks * x.size(dim), *x.shape[dim + 1 :]))
-
-
-def _first_only(x: Tensor, *_: Any) -> Tensor:
-    zeros = torch.zeros_like(x)
-    return zeros.new_empty(zeros.shape)
-
-
-def _reduced(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x.contiguous())
-
-
-_ACTIONS: Mapping[str, Callable[..., Tensor]] = {
-    "all_gather": _gathered,
-    "reduce_scatter": _reduced_slice,
-    "all_to_all": _exchanged,
-    "all_reduce": _reduced,
-    "slice": _own_slice,
-    "pad": _padded,
-    "keep": _first_only,
-}
-
-
-def _leads(x: Tensor, dim: int) -> bool:
-    return x.shape[:dim].numel() == 1
-
-
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def _all_reduced(x: Tensor, axis: str, operation: str) -> Tensor:
-    return torch.empty_like(x) if operation == "max" else _Summed.apply(x)  # type: ignore[no-untyped-call]
-
-
-class _VocabCrossEntropy(torch.autograd.Function):
-    """The tensors of `codegen/runtime/operators._VocabCrossEntropy`."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = _wide(logits)
-        largest = wide.amax(-1)
-        log_total = (wide - largest.unsqueeze(-1)).exp().sum(-1)
-        ctx.save_for_backward(logits, labels, log_total)
-        return log_total.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        logits, labels, log_total = ctx.saved_tensors
-        result = (_wide(logits) - log_total.unsqueeze(-1)).exp()
-        result = result.masked_fill((labels == 0).unsqueeze(-1), 0) * grad
-        return result.to(logits.dtype), None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -72,7 +72,7 @@ def choices(fixed: str | None, offload: bool, extended: bool = False) -> tuple[s
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Recompute:
     """A choice taken apart."""
 
     recompute: str
@@ -80,10 +80,10 @@ class Choice:
     offload: bool
 
     @staticmethod
-    def of(name: str) -> Choice:
+    def of(name: str) -> Recompute:
         how, _, where = name.partition("/")
         kept = re.fullmatch(r"selective\((.*)\)", how)
-        return Choice(
+        return Recompute(
             "selective" if kept else how, tuple(filter(None, kept[1].split("+"))) if kept else (), bool(where)
         )
 

@@ -37,7 +37,7 @@ from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Problem
-from autopar.solver.recompute import Choice, Rerun, choices, rerun, runs_again
+from autopar.solver.recompute import Recompute, Rerun, choices, rerun, runs_again
 
 LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
@@ -130,7 +130,7 @@ class Context:
 
     def always_again(self) -> frozenset[str]:
         """Kinds all of whose blocks are fixed to be recomputed."""
-        free = {kind for kind, some in self.freedom() if any(Choice.of(name).recompute != "full" for name in some)}
+        free = {kind for kind, some in self.freedom() if any(Recompute.of(name).recompute != "full" for name in some)}
         return frozenset(self.model.kinds) - free
 
     def gradient_price(self) -> float:
@@ -294,7 +294,7 @@ class Shardings:
             seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.trains)
             none = seconds * (1 - 1e-12)
             return KindBound(none, none + again, forward)
-        ways = {Choice.of(choice).recompute for choice in context.choices_of(name)}
+        ways = {Recompute.of(choice).recompute for choice in context.choices_of(name)}
         if ways == {"full"}:
             return KindBound(float("inf"), self._least(name, context.always_again()), forward)
         none = self._least(name, frozenset())
@@ -304,7 +304,7 @@ class Shardings:
 
     def least_seconds(self, name: str, choice: str, sharp: bool = False) -> float:
         """Seconds that no decision for the kind can undercut under a recompute choice."""
-        bound, way = self.kind_bounds(sharp)[name], Choice.of(choice)
+        bound, way = self.kind_bounds(sharp)[name], Recompute.of(choice)
         if way.recompute == "full":
             return bound.full_s
         if way.recompute == "none":
@@ -314,7 +314,7 @@ class Shardings:
 
     def least_kept(self, name: str, choice: str) -> float:
         """Bytes on the device that no decision for the kind can undercut under a recompute choice."""
-        least, way = self.kind_bytes()[name], Choice.of(choice)
+        least, way = self.kind_bytes()[name], Recompute.of(choice)
         if way.offload:
             return 0.0
         if way.recompute == "none":

@@ -18,7 +18,7 @@ from autopar.schedule import SCHEDULES
 from autopar.sharding.rules import strategies_of
 from autopar.solver.axis_choices import check_axes
 from autopar.solver.block_problem import feature_splits
-from autopar.solver.capabilities import Choice, executes, refusals, schedule_of
+from autopar.solver.capabilities import Chosen, executes, refusals, schedule_of
 from autopar.solver.fix import Fix
 from autopar.solver.work import flops
 
@@ -58,9 +58,9 @@ class Config:
         return tuple(self.mesh.model_axes().items()), self.micro_batch, self.pad_heads
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> Chosen:
         """What the capability table judges."""
-        return Choice(self.mesh, self.schedule, self.vpp, self.micro_batches, self.zero, self.fsdp, self.offload)
+        return Chosen(self.mesh, self.schedule, self.vpp, self.micro_batches, self.zero, self.fsdp, self.offload)
 
     def __str__(self) -> str:
         text = f"{self.mesh}, micro_batch={self.micro_batch}, zero={self.zero}"
@@ -77,7 +77,7 @@ def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator
             yield config
 
 
-def judged(config: Config, job: Job, fix: Fix) -> Choice:
+def judged(config: Config, job: Job, fix: Fix) -> Chosen:
     """A configuration with what the job and the fix say about its blocks, for the capability table."""
     recompute = frozenset(choice.partition("(")[0] for _, choice in fix.recompute)
     return replace(config.choice, recompute=recompute, dtype=job.dtype)

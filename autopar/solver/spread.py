@@ -13,7 +13,7 @@ from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, 
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.memory import BlockBytes
-from autopar.solver.recompute import Choice
+from autopar.solver.recompute import Recompute
 from autopar.solver.shardings import Answered, Context
 from autopar.solver.space import Config
 from autopar.solver.stages import BlockRun, Option, StageAnswer, StageProblem, solve_stages
@@ -54,7 +54,7 @@ def block_runs(context: Context, config: Config, extended: bool = False) -> list
 
 
 def _without_recomputation(choices: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in choices if Choice.of(name).recompute == "none")
+    return tuple(name for name in choices if Recompute.of(name).recompute == "none")
 
 
 def compatible(answers: Sequence[Answered]) -> list[list[Answered]]:

@@ -17,7 +17,7 @@ from typing import Any
 from autopar.job import Job
 from autopar.plan import Mesh
 from autopar.schedule import SCHEDULES
-from autopar.solver.capabilities import Choice, executes
+from autopar.solver.capabilities import Chosen, executes
 from proof.models import SEQ, Variant
 
 MESHES: dict[str, tuple[Any, ...]] = {
@@ -178,7 +178,7 @@ class Case:
             fixed["stages"] = ",".join(map(str, self.counts))
         return fixed
 
-    def choice(self) -> Choice:
+    def choice(self) -> Chosen:
         """What the capability table judges."""
         zero, fsdp = self.level
         used = {
@@ -187,7 +187,7 @@ class Case:
         }
         if self["recompute"] not in ("none", "mixed"):
             used -= {"none"}
-        return Choice(
+        return Chosen(
             self.mesh,
             self.schedule,
             self.vpp,

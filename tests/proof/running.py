@@ -23,7 +23,7 @@ from autopar.codegen import prove
 from autopar.codegen.typecheck import typecheck
 from autopar.job import Job
 from autopar.plan import Plan
-from autopar.solver.capabilities import Choice
+from autopar.solver.capabilities import Chosen
 from autopar.solver.search import search
 from proof.cases import Case
 from proof.models import Variant, batches, build, graph_of, loss_of
@@ -68,8 +68,8 @@ def plan_of(case: Case) -> Plan:
 
 def differences(case: Case, plan: Plan) -> Iterator[tuple[str, Any, Any]]:
     """Where the plan is not what the case asks for: a search that ignored a part of a fix would prove nothing."""
-    choice, found = case.choice(), Choice.of(plan)
-    for name in Choice.__dataclass_fields__:
+    choice, found = case.choice(), Chosen.of(plan)
+    for name in Chosen.__dataclass_fields__:
         asked, got = getattr(choice, name), getattr(found, name)
         if name == "recompute" and case["recompute"] != "mixed":
             layers = [index for index, block in enumerate(graph_of(case.variant).blocks) if block.path]

@@ -26,14 +26,14 @@ from autopar.job import Job
 from autopar.plan import Mesh
 from autopar.schedule import SCHEDULES
 from autopar.solver import capabilities
-from autopar.solver.capabilities import LIMITS, Choice, refusals
+from autopar.solver.capabilities import LIMITS, Chosen, refusals
 from autopar.solver.search import search
 from proof.models import SEQ, Variant, graph_of
 
 AVOIDS = {limit.name: limit.avoids for limit in LIMITS}
 
 
-def schedule(choice: Choice) -> Any:
+def schedule(choice: Chosen) -> Any:
     """The schedule of `torch.distributed.pipelining` as it would be built on rank 0, with a trivial stage."""
     kind = SCHEDULES[choice.schedule]
     made: Callable[..., Any] = getattr(pipelining, kind.torch_name)
@@ -47,11 +47,11 @@ def schedule(choice: Choice) -> Any:
         dist.destroy_process_group()
 
 
-def choice(name: str, pp: int, vpp: int, micro_batches: int) -> Choice:
-    return Choice(Mesh(pp=pp), name, vpp, micro_batches, 0, 1)
+def choice(name: str, pp: int, vpp: int, micro_batches: int) -> Chosen:
+    return Chosen(Mesh(pp=pp), name, vpp, micro_batches, 0, 1)
 
 
-SAYS: dict[str, tuple[Choice, Choice]] = {
+SAYS: dict[str, tuple[Chosen, Chosen]] = {
     "1f1b fills the pipeline": (choice("1f1b", 4, 1, 2), choice("1f1b", 4, 1, 4)),
     "interleaved goes in rounds": (choice("interleaved", 2, 2, 5), choice("interleaved", 2, 2, 4)),
     "dualpipev fills the pipeline": (choice("dualpipev", 2, 2, 3), choice("dualpipev", 2, 2, 4)),
@@ -136,7 +136,7 @@ def test_split_backward_recomputes_too_often(
     plans = {name: search(graph, job, cluster, {**fixed, **fix}) for name, fix in fixes.items()}
     recomputed = {key: replace(kept, recompute="full") for key, kept in plans["zbv_none"].candidates.items()}
     plans["zbv_full"] = replace(plans["zbv_none"], candidates=recomputed)
-    assert [limit.name for limit in refusals(Choice.of(plans["zbv_full"]))] == ["split backward recomputes too often"]
+    assert [limit.name for limit in refusals(Chosen.of(plans["zbv_full"]))] == ["split backward recomputes too often"]
     monkeypatch.setattr(capabilities, "LIMITS", tuple(limit for limit in LIMITS if limit.name not in DOES))
     for name, plan in plans.items():
         emit(plan, graph, tmp_path / name)

@@ -1,0 +1,131 @@
+"""The buffers that conversions and the cross-entropy of a split vocabulary make, on one rank's fake tensors.
+
+Each does without communication what its function in `codegen/runtime` makes and frees, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.sharding.conversions import Step
+from autopar.sharding.layout import SpmdType
+
+
+class Conversion(torch.autograd.Function):
+    """A conversion with the buffers that the emitted code makes for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Step, ranks: int, balanced: bool) -> Tensor:
+        ctx.step, ctx.ranks, ctx.balanced = step, ranks, balanced
+        return (
+            x.view_as(x) if step.forward == "none" else _act(x, step.forward, step.source, step.target, ranks, balanced)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        step = ctx.step
+        if step.backward != "none":
+            grad = _act(grad, step.backward, step.target.gradient, step.source.gradient, ctx.ranks, ctx.balanced)
+        return grad, None, None, None
+
+
+def _act(x: Tensor, action: str, source: SpmdType, target: SpmdType, ranks: int, balanced: bool) -> Tensor:
+    return _ACTIONS[action](x, source.dim, target.dim, ranks, balanced)
+
+
+def _gathered(x: Tensor, dim: int, _: int, ranks: int, balanced: bool) -> Tensor:
+    shape = (*x.shape[:dim], ranks * x.size(dim), *x.shape[dim + 1 :])
+    x = x.contiguous()
+    stacked = x.new_empty((ranks * x.size(0), *x.shape[1:]) if x.ndim else (ranks,))
+    whole = stacked.view(shape) if _leads(x, dim) else torch.cat(stacked.chunk(ranks), dim)
+    del stacked
+    return whole.clone() if balanced else whole
+
+
+def _reduced_slice(x: Tensor, _: int, dim: int, ranks: int, balanced: bool) -> Tensor:
+    shape = (*x.shape[:dim], x.size(dim) // ranks, *x.shape[dim + 1 :])
+    if balanced:
+        x = x.clone(memory_format=torch.contiguous_format)
+    stacked = x.contiguous() if _leads(x, dim) else torch.cat(x.chunk(ranks, dim))
+    return stacked.new_empty(shape)
+
+
+def _exchanged(x: Tensor, source: int, target: int, ranks: int, balanced: bool) -> Tensor:
+    if balanced:
+        x = x.clone(memory_format=torch.contiguous_format)
+    stacked = torch.cat(x.chunk(ranks, target))
+    received = stacked.new_empty(stacked.shape)
+    return torch.cat(received.chunk(ranks), source)
+
+
+def _own_slice(x: Tensor, _: int, dim: int, ranks: int, balanced: bool) -> Tensor:
+    return x.narrow(dim, 0, x.size(dim) // ranks).clone(memory_format=torch.contiguous_format)
+
+
+def _padded(x: Tensor, dim: int, _: int, ranks: int, balanced: bool) -> Tensor:
+    return x.new_zeros((*x.shape[:dim], ranks * x.size(dim), *x.shape[dim + 1 :]))
+
+
+def _first_only(x: Tensor, *_: Any) -> Tensor:
+    zeros = torch.zeros_like(x)
+    return zeros.new_empty(zeros.shape)
+
+
+def _reduced(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x.contiguous())
+
+
+_ACTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "all_gather": _gathered,
+    "reduce_scatter": _reduced_slice,
+    "all_to_all": _exchanged,
+    "all_reduce": _reduced,
+    "slice": _own_slice,
+    "pad": _padded,
+    "keep": _first_only,
+}
+
+
+def _leads(x: Tensor, dim: int) -> bool:
+    return x.shape[:dim].numel() == 1
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def all_reduced(x: Tensor, axis: str, operation: str) -> Tensor:
+    return torch.empty_like(x) if operation == "max" else _Summed.apply(x)  # type: ignore[no-untyped-call]
+
+
+class VocabCrossEntropy(torch.autograd.Function):
+    """The tensors of `codegen/runtime/operators._VocabCrossEntropy`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = _wide(logits)
+        largest = wide.amax(-1)
+        log_total = (wide - largest.unsqueeze(-1)).exp().sum(-1)
+        ctx.save_for_backward(logits, labels, log_total)
+        return log_total.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, labels, log_total = ctx.saved_tensors
+        result = (_wide(logits) - log_total.unsqueeze(-1)).exp()
+        result = result.masked_fill((labels == 0).unsqueeze(-1), 0) * grad
+        return result.to(logits.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
