@@ -29,13 +29,16 @@ from autopar.codegen.runtime.sharding import compile_blocks
 from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify
 from autopar.graph.ir import ModelGraph
+from autopar.job import Job
 from autopar.plan import SAVEABLE, Mesh, Plan
 from autopar.solver.candidates import BlockCosts
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.decision_costs import boundary_bytes, priced_pieces
+from autopar.solver.fix import parse_fix
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
 from autopar.solver.recompute import SELECTIVE, Recompute, choices, rerun, runs_again, selective_name
+from autopar.solver.shardings import Context, Shardings
 
 Call = Callable[..., Any]
 
@@ -347,6 +350,21 @@ def test_full_recomputation_is_priced_up_to_the_last_result_that_is_saved() -> N
     assert len(not_again) > len(late)  # the conversion of the last result is among them
     assert costs["full"].again_s == pytest.approx(sum(pieces.values()) - sum(not_again), rel=1e-9)
     assert costs["full"].again_s < 0.9 * costs["none"].forward_s
+
+
+@pytest.mark.parametrize("axes", [{"tp": 4}, {"cp": 2, "tp": 2}, {"tp0": 2, "tp1": 2}], ids=str)
+def test_the_ilp_pays_for_recomputation_what_candidates_do(axes: dict[str, int]) -> None:
+    """Conversions before the point where the second run stops count twice, those behind it once."""
+    graph, sizes = graph_of(llama(4)), "x".join(str(n) for name, n in axes.items() if name != "cp")
+    fix = parse_fix({"recompute": "full", "cp": axes.get("cp", 1), "tp": sizes})
+    context = Context.of(graph, Job(32, 64), Cluster.parse("1x8:h100"), fix)
+    shardings = Shardings(context, axes.items(), 4)
+    bound, costs = shardings.bound(), shardings.fastest().costs
+    seconds = 0.0
+    for kind, count in context.counts.items():
+        cost = costs[kind]["full" if kind == "LlamaDecoderLayer" else "none"]
+        seconds += count * (cost.forward_s + cost.backward_s + context.gradient_price() * cost.trains)
+    assert bound == pytest.approx(seconds, rel=1e-6)
 
 
 def test_json_of_a_plan_keeps_what_is_kept(tmp_path: Path) -> None:
