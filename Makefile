@@ -16,9 +16,9 @@ demo: $(READY)
 	$(BIN)/autopar verify build/demo --model examples/demo.py:small_llama
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not proof"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not proof"
 
-# A part of the proof that holds every value of every choice once, and training runs of minutes.
+# A part of the proof that holds every value of every choice once, the bytes of every rank, training runs of minutes.
 subset: $(READY)
 	$(BIN)/python -m pytest -m proof
 
@@ -27,10 +27,9 @@ check: $(READY)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-# One case alone: make proof ONLY="llama dp2 tp2 fp64 zero0 m2x1"
+# All of it. One case alone: make proof ONLY="llama dp2 tp2 fp64 zero0 m2x1"
 proof: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m proof --only "$(ONLY)"
-	$(if $(ONLY),,$(BIN)/python -m pytest -m slow)
 
 # Bytes of every rank, measured and predicted.
 memory: $(READY)

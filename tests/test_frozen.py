@@ -162,6 +162,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 """With frozen layers nothing of the first stage trains."""
 
 
+@pytest.mark.proof
 def test_frozen_parts_on_four_ranks(tmp_path: Path) -> None:
     ids = torch.randint(0, 256, (3, 8, 16), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": batch, "labels": batch} for batch in ids]

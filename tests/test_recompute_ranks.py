@@ -46,7 +46,7 @@ FORCED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_plans_compute_what_one_device_does(tmp_path: Path) -> None:
     model = small_llama()
     graph = model_graph(model)

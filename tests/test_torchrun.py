@@ -143,6 +143,7 @@ def measured(everything: list[prove.Measured]) -> list[prove.Measured]:
     return [row for row in everything if not row.name.startswith("broken")]
 
 
+@pytest.mark.proof
 def test_mistakes_are_noticed(everything: list[prove.Measured]) -> None:
     broken = {(row.dtype, row.name.removeprefix("broken ")): row for row in everything if row.name.startswith("broken")}
     assert set(broken) == {(dtype, name) for dtype, names in BROKEN_DTYPES.items() for name in names}
@@ -158,16 +159,19 @@ def test_mistakes_are_noticed(everything: list[prove.Measured]) -> None:
             assert row.gradient > 0.1
 
 
+@pytest.mark.proof
 def test_every_forced_plan_was_measured(measured: list[prove.Measured]) -> None:
     found = {(row.name, row.dtype) for row in measured}
     assert found == {(f"{m} {fix}", dtype) for m in ("llama", "gpt2") for dtype in DTYPES for fix in DTYPES[dtype]}
     assert all((row.parameter is not None) == (row.dtype == "fp64") for row in measured)
 
 
+@pytest.mark.proof
 def test_loss_gradients_and_steps_agree_with_one_device(measured: list[prove.Measured]) -> None:
     assert [failure for row in measured for failure in row.failures()] == []
 
 
+@pytest.mark.proof
 def test_gradient_norm_counts_everything_once(measured: list[prove.Measured]) -> None:
     assert all(row.norm < TOLERANCES[row.dtype] for row in measured if row.dtype in TOLERANCES)
     wrong = prove.Measured("p", "fp32", 0.0, 0.0, "w", 1e-3, None, "")

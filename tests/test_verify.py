@@ -182,7 +182,7 @@ def test_a_model_too_large_without_a_configuration_is_refused(monkeypatch: pytes
         twin.small_twin(plan_of(graph, whole(graph)), model, graph, trace)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_plan_for_llama3_8b_is_verified_on_its_twin() -> None:
     from autopar.models import model_graph
 
