@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.codegen.runtime import collectives, operators
 from autopar.sharding.conversions import direct
 from autopar.sharding.layout import I, P, R, S
-from autopar.solver.liveness import PRIME, _Conversion, _Live, _VocabCrossEntropy
+from autopar.solver.liveness import PRIME, _Live
+from autopar.solver.stand_ins import Conversion, VocabCrossEntropy
 
 RANKS, ROWS, WIDTH = 4, 8, 64
 
@@ -68,7 +69,7 @@ def test_conversions_make_the_buffers_of_the_emitted_code(name: str) -> None:
     source, target, emitted = CONVERSIONS[name]
     step = direct(source, target)
     assert step is not None
-    here = through(lambda x: _Conversion.apply(x, step, RANKS, False), ROWS, WIDTH)
+    here = through(lambda x: Conversion.apply(x, step, RANKS, False), ROWS, WIDTH)
     assert here == through(emitted, ROWS, WIDTH)
 
 
@@ -81,7 +82,7 @@ def test_a_split_cross_entropy_makes_the_tensors_of_the_emitted_code(dtype: torc
         return operators.vocab_cross_entropy(x, torch.empty(ROWS, dtype=torch.int64), axis())
 
     def predicted(x):
-        return _VocabCrossEntropy.apply(x, torch.empty(ROWS, dtype=torch.int64))
+        return VocabCrossEntropy.apply(x, torch.empty(ROWS, dtype=torch.int64))
 
     told, found = (through(function, ROWS, 100 * WIDTH, dtype=dtype) for function in (predicted, emitted))
     few = 16 * labels.nbytes
