@@ -73,6 +73,7 @@ class Device:
     * ``collective_s``: seconds each collective costs before its first byte moves.
     * ``host_bandwidth``: bytes/s of a copy between host and device, one way; ``host_memory_bandwidth``: bytes/s of the
       host's memory that fall to this device when all of a node use it. 0 where not known: nothing is offloaded then.
+    * ``host_memory_bytes``: of the host's memory, this device's share; 0 where not known: taken to be enough.
     * ``sources``: where each figure is from, by name. ``origin``: "catalog" or "measured".
     """
 
@@ -93,6 +94,7 @@ class Device:
     collective_s: float
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
+    host_memory_bytes: int = 0
     origin: str = "catalog"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
 
@@ -102,7 +104,7 @@ class Device:
             raise BadInputError(f"{owner}: unknown backend {self.backend!r}; one of {', '.join(BACKENDS)}")
         texts = ("name", "title", "backend", "peak_flops", "origin", "sources")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in texts}
-        unknown = ("cache_bytes", "cache_bandwidth", "host_bandwidth", "host_memory_bandwidth")
+        unknown = ("cache_bytes", "cache_bandwidth", "host_bandwidth", "host_memory_bandwidth", "host_memory_bytes")
         _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", *unknown))
         if not self.peak_flops:
             raise BadInputError(f"{owner}: peak_flops is empty; give the dense FLOP/s of at least one dtype")

@@ -148,7 +148,7 @@ def test_state_waits_on_the_host():
     assert model(3, offload="state", replicas=2).ranks([[BLOCK]])[0]["gradients"] == 1000 * 4 // 4
     # A shard is on its way while a block runs.
     assert away[3]["transient"] == 70 + 1000 * (2 + 4 + 2 + 4 // 4)
-    assert model(3, offload="state").on_host(2000) == 2000 * (4 + 4 + 8) / 4
+    assert model(3, offload="state").hosts([[BLOCK, BLOCK]]) == (2000 * (4 + 4 + 8) // 4,)
     assert model(3).on_host(2000) == 0
 
 

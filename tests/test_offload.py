@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import pytest
@@ -24,11 +25,11 @@ from autopar.codegen.runtime.offload import Parcel, Visit, offload
 from autopar.codegen.runtime.recompute import selective
 from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify
-from autopar.errors import UnsupportedError
+from autopar.errors import InfeasibleError, UnsupportedError
 from autopar.graph.trace import trace
 from autopar.plan import Mesh, Plan
 from autopar.solver import recompute as pricing
-from autopar.solver.candidates import BlockCosts
+from autopar.solver.candidates import BlockCosts, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
@@ -253,3 +254,34 @@ def test_offload_is_priced() -> None:
 def test_offload_without_a_known_link_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="host_bandwidth"):
         pricing.exposed_copy(1 << 30, 0.0, 1.0)
+
+
+def on_host(room: int) -> autopar.Cluster:
+    """Four H100s with ``room`` bytes of the host's memory each."""
+    cluster = autopar.Cluster.parse("1x4:h100")
+    group = cluster.groups[0]
+    return replace(cluster, groups=(replace(group, device=replace(group.device, host_memory_bytes=room)),))
+
+
+def test_state_that_the_host_has_no_room_for_is_refused() -> None:
+    graph = graph_of(llama(4))
+    job, fix = autopar.Job(global_batch=16, seq_len=64), {"dp": 4, "zero": 3, "micro_batch": 1, "offload": "state"}
+    elements = sum(prod(meta.at(1, 1)) for meta in graph.parameters.values())
+    needed = 4 * 4 * elements // 4  # parameters, gradients and two moments in float32, over four ranks
+    assert search(graph, job, on_host(needed), fix).predicted == search(graph, job, on_host(0), fix).predicted
+    with pytest.raises(InfeasibleError, match=rf"keeps {needed:,} bytes on the host, 8 bytes .* not fixed to state"):
+        search(graph, job, on_host(needed - 8), fix)
+
+
+def test_activations_that_the_host_has_no_room_for_are_refused() -> None:
+    with torch.device("meta"):
+        graph = trace(llama(2, hidden_size=1024, intermediate_size=4096, max_position_embeddings=4096))
+    job = autopar.Job(global_batch=16, seq_len=4096)
+    fix = {"tp": 2, "dp": 2, "micro_batch": 4, "recompute": "none", "offload": "activations"}
+    plan = search(graph, job, on_host(1 << 40), fix)
+    layer = next(c for c in plan.candidates.values() if c.decision.kind == "LlamaDecoderLayer")
+    moved = 2 * moved_bytes(graph.kinds["LlamaDecoderLayer"], layer, 4, job)  # of two layers
+    assert moved > 1 << 29
+    search(graph, job, on_host(moved), fix)
+    with pytest.raises(InfeasibleError, match=r"bytes on the host, .* the 1,048,576 .* not fixed to activations"):
+        search(graph, job, on_host(1 << 20), fix)

@@ -83,6 +83,7 @@ class DeviceFile(_Model):
     collective_s: float
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
+    host_memory_bytes: int = 0
     origin: str
     sources: dict[str, str]
 

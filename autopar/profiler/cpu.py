@@ -133,6 +133,7 @@ def cpu_node(devices_per_node: int, refresh: bool = False) -> tuple[Device, Link
         collective_s=0.0,
         host_bandwidth=bandwidth,
         host_memory_bandwidth=bandwidth,
+        host_memory_bytes=memory,
         origin="measured",
         sources={
             "memory_bytes": f"physical memory of the machine over {devices_per_node} ranks",
@@ -148,6 +149,7 @@ def cpu_node(devices_per_node: int, refresh: bool = False) -> tuple[Device, Link
             "launch_s": f"{shared}: a chain of multiplications of 16 numbers",
             "host_bandwidth": f"{shared}: a copy of 64 MiB",
             "host_memory_bandwidth": f"{shared}: a copy of 64 MiB",
+            "host_memory_bytes": f"physical memory of the machine over {devices_per_node} ranks",
             "collective_s": "model constant: gloo starts no kernel; its steps are measured",
         },
     )

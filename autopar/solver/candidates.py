@@ -41,7 +41,7 @@ class BlockCost:
     ``saved``: families of operators whose results selective recomputation keeps; ``offload``: what is kept waits on the
     host. ``again_s``: of the seconds, those of recomputation; ``communication_s``: of the others, those in collectives.
     ``elements``: parameters held on the model axes, ``frozen``: of these, those that do not train; ``inflight``: bytes
-    kept for backward, ``boundary``: of these (or beside them) the input; ``transient``: bytes while it runs.
+    kept for backward on the device, ``hosted``: on the host; ``transient``: bytes while it runs.
     ``sources``: seconds by where the figure is from.
     """
 
@@ -59,6 +59,7 @@ class BlockCost:
     saved: tuple[str, ...] = ()
     offload: bool = False
     frozen: int = 0
+    hosted: int = 0
 
     @property
     def trains(self) -> int:
@@ -93,6 +94,7 @@ class BlockCost:
             forward_s=self.forward_s + out,
             backward_s=self.backward_s + back,
             inflight=self.inflight - moved,
+            hosted=moved,
             transient=self.transient + 2 * moved,
         )
 

@@ -27,14 +27,22 @@ from autopar.solver.space import Config
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """Stages of block costs with their seconds, bytes and the step time of the whole."""
+    """Stages of block costs with their seconds, bytes and the step time of the whole. ``host``: bytes of every rank
+    that wait on the host."""
 
     config: Config
     stages: tuple[tuple[BlockCost, ...], ...]
     times: tuple[DataTimes, ...]
     memory: tuple[dict[str, int], ...]
+    host: tuple[int, ...]
     step_time: float
     breakdown: dict[str, float]
+
+
+def host_shortage(context: Context, assessment: Assessment) -> int:
+    """Bytes that the fullest host lacks for each device, 0 where all have room or their memory is not known."""
+    room = context.cluster.device.host_memory_bytes
+    return max(0, max(assessment.host) - room) if room else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +167,19 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
         )
         blocks.append(
             [
-                BlockBytes(c.elements, c.inflight, c.transient, double, root, half[1], c.frozen, still, tail(c))
+                BlockBytes(
+                    c.elements, c.inflight, c.transient, double, root, half[1], c.frozen, still, tail(c), c.hosted
+                )
                 for c, (double, still), root, half in row
             ]
         )
-    memory = place.memory.ranks(blocks)
+    memory, host = place.memory.ranks(blocks), place.memory.hosts(blocks)
     exchanged = crossing * context.job.master_bytes / place.memory.shards
     tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.mesh.data * config.tp)
     step_time, breakdown = step(times, stages, config, place.transfer_s, tied_s)
     context.clock.add("simulation", begin)
     context.clock.counts["simulations"] += 1
-    return Assessment(config, tuple(map(tuple, stages)), tuple(times), memory, step_time, breakdown)
+    return Assessment(config, tuple(map(tuple, stages)), tuple(times), memory, host, step_time, breakdown)
 
 
 def step(

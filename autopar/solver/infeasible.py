@@ -9,7 +9,7 @@ from math import sqrt
 from typing import Any
 
 from autopar.cluster import Cluster
-from autopar.solver.evaluate import Assessment, assess
+from autopar.solver.evaluate import Assessment, assess, host_shortage
 from autopar.solver.fix import Fix
 from autopar.solver.shardings import Answered, Context, Key, Shardings
 from autopar.solver.space import Config, configs
@@ -30,17 +30,23 @@ def explain(context: Context, space: list[Config]) -> str:
     )
     if closest is None:
         return f"{context.model.name} cannot be spread over {context.cluster}: no configuration places every block"
-    room = context.cluster.device.memory_bytes
+    fixed = ", ".join(f"{key}={value}" for key, value in context.fix.given().items())
+    told = f"{context.model.name} does not fit on {context.cluster}" + (f" with {fixed}" if fixed else "")
+    room, short = context.cluster.device.memory_bytes, host_shortage(context, closest)
+    if short and _most(closest) <= room:
+        return (
+            f"{told}: a pipeline rank keeps {max(closest.host):,} bytes on the host, {short:,} bytes "
+            f"({short / GIB:.2f} GiB) more than the {context.cluster.device.host_memory_bytes:,} that each device has "
+            f"of its node's memory (host_memory_bytes), in the closest plan ({closest.config}). {_way_out(context)}"
+        )
     sizes = [sum(memory.values()) for memory in closest.memory]
     worst = max(range(len(sizes)), key=lambda s: sizes[s])
     kinds = sorted(closest.memory[worst].items(), key=lambda item: -item[1])
-    told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in kinds if size)
-    fixed = ", ".join(f"{key}={value}" for key, value in context.fix.given().items())
+    bytes_told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in kinds if size)
     return (
-        f"{context.model.name} does not fit on {context.cluster}" + (f" with {fixed}" if fixed else "") + ": "
-        f"stage {worst} of {len(sizes)} needs {sizes[worst]:,} bytes per device, {sizes[worst] - room:,} bytes "
+        f"{told}: stage {worst} of {len(sizes)} needs {sizes[worst]:,} bytes per device, {sizes[worst] - room:,} bytes "
         f"({(sizes[worst] - room) / GIB:.2f} GiB) more than the {room:,} it has, in the closest plan "
-        f"({closest.config}); GiB by kind: {told}. {_way_out(context)}"
+        f"({closest.config}); GiB by kind: {bytes_told}. {_way_out(context)}"
     )
 
 
@@ -99,6 +105,7 @@ def _looser(fix: Fix) -> Iterator[tuple[Fix, str]]:
     if not given:
         return
     changes: dict[str, dict[str, Any]] = {
+        "offload": {"offload": None},
         "recompute": {"recompute": ()},
         "micro_batch": {"micro_batch": None},
         "zero": {"zero": None, "fsdp": None},

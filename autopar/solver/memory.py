@@ -56,7 +56,8 @@ class BlockBytes:
     saved per micro-batch, ``transient`` bytes of activations while it runs. ``shared``: elements that another block of
     the same stage holds already (tied weights). ``root``: whether it is in the root group. ``waiting``: bytes per
     micro-batch between the halves of its backward. ``frozen``, ``shared_frozen``: of the elements, and of those shared,
-    those that do not train. ``tail``: elements of the last parameter that trains."""
+    those that do not train. ``tail``: elements of the last parameter that trains. ``hosted``: bytes saved per
+    micro-batch that wait on the host."""
 
     elements: int
     inflight: int
@@ -67,6 +68,7 @@ class BlockBytes:
     frozen: int = 0
     shared_frozen: int = 0
     tail: int = 0
+    hosted: int = 0
 
     @property
     def own(self) -> int:
@@ -156,11 +158,6 @@ class MemoryModel:
         held = self.per_element(root)
         return sum(held.values()) * elements - (held["gradients"] + held["optimizer"]) * frozen
 
-    def on_host(self, elements: float) -> float:
-        """Bytes of so many elements that wait on the host."""
-        held = (2 + self.job.moments) * self.job.master_bytes / self.shards
-        return held * elements if self.offload == "state" else 0.0
-
     def kept_gradients(self, done: str, halved: bool) -> float:
         """Bytes per element of gradients that are kept on the device when a stage has done no, one, some or all of the
         backwards of a step (`orders.Moment`). ``halved``: as in `StageBackward`."""
@@ -245,6 +242,17 @@ class MemoryModel:
                 found[stage]["transient"] = spare if stage == own[0] else 0
                 found[stage]["reserve"] = self.reserve if stage == own[0] else 0
         return tuple({kind: held[kind] for kind in MEMORY_KINDS} for held in found)
+
+    def hosts(self, stages: Sequence[Sequence[BlockBytes]]) -> tuple[int, ...]:
+        """Bytes of every rank that wait on the host: with state offload its shards of parameters, gradients and
+        optimizer state, and what blocks moved there of the micro-batches in flight."""
+        shard = self.job.master_bytes / self.shards if self.offload == "state" else 0.0
+        found = [0.0] * self.pp
+        for stage, blocks in enumerate(stages):
+            state = sum(shard * (block.own + (1 + self.job.moments) * block.own_trains) for block in blocks)
+            moved = sum(block.hosted for block in blocks)
+            found[self.rank_of(stage)] += state + (self.in_flight(stage) * moved if moved else 0)
+        return tuple(map(round, found))
 
     @property
     def _rule(self) -> Schedule:

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.candidates import BlockCost
-from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements
+from autopar.solver.evaluate import Assessment, Placed, assess, halves, host_shortage, placed, tied_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.memory import BlockBytes
@@ -197,7 +197,8 @@ def best_stages(
     cutoff: float = float("inf"),
     extended: bool = False,
 ) -> Assessment | None:
-    """The fastest stages that fit, over compatible answers; None if none fit. ``cutoff``: a step time that is of no use
+    """The fastest stages that fit, over compatible answers; None if none fit, or what waits on the host does not fit
+    there. ``cutoff``: a step time that is of no use
     any more; stages that cannot be faster are found less carefully. ``extended``: see `Context.freedom`."""
     begin = time.perf_counter()
     problem, costs_of = stage_problem(context, config, answers, extended=extended)
@@ -207,7 +208,8 @@ def best_stages(
     context.clock.counts["stage ILPs"] += 1
     if answer is None:
         return None
-    return assess(context, config, spread(answer, costs_of, config.stages), max(a.boundary for a in answers))
+    found = assess(context, config, spread(answer, costs_of, config.stages), max(a.boundary for a in answers))
+    return None if host_shortage(context, found) else found
 
 
 def spread(answer: StageAnswer, costs_of: list[list[BlockCost]], stages: int) -> list[list[BlockCost]]:
