@@ -149,7 +149,7 @@ def test_state_waits_on_the_host():
     # A shard is on its way while a block runs.
     assert away[3]["transient"] == 70 + 1000 * (2 + 4 + 2 + 4 // 4)
     assert model(3, offload="state").hosts([[BLOCK, BLOCK]]) == (2000 * (4 + 4 + 8) // 4,)
-    assert model(3).on_host(2000) == 0
+    assert model(3).hosts([[BLOCK, BLOCK]]) == (0,)
 
 
 def test_momentum_is_one_tensor():
