@@ -282,18 +282,21 @@ def prove_each(folder: Path, ranks: int, timeout_s: float = 3600.0) -> tuple[lis
             failures[guilty] = str(error)
 
 
-def run_ranks(arguments: list[str], ranks: int, timeout_s: float, folder: Path | None = None) -> str:
+def run_ranks(
+    arguments: list[str], ranks: int, timeout_s: float, folder: Path | None = None, modules: Iterable[Path] = ()
+) -> str:
     """Run a script under torchrun on this machine's CPU, in ``folder``; returns its output, standard error included.
 
+    ``modules``: folders, beside this package's, whose modules the ranks can import.
     Leaves no process behind. Raises VerificationError if it fails or does not end in time.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    package = str(Path(__file__).parents[2])
+    paths = [*map(str, (Path(__file__).parents[2], *modules)), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join(paths).rstrip(os.pathsep),
     }
     process = subprocess.Popen(
         command,

@@ -4,7 +4,8 @@
 
 static   what stands through the whole step: parameters (and what of them is gathered for all of it), gradients as they
          wait for their reduction, optimizer state
-peak     the most that is held at once in the second step's forward and backward
+peak     the most that is held at once in a step's forward and backward, after the first step; of `STEPS` steps the
+         least, because gloo's threads hold what a collective read for some moments after it is done
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from proof.tracker import Tracker
 SEQ = 64
 STATIC = ("parameters", "gradients", "optimizer")
 STATIC_TOLERANCE, PEAK_TOLERANCE = 0.01, 0.03
+STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ def measure(folder: Path, plans: tuple[Sized, ...] = PLANS) -> tuple[list[Row], 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     failed = prepare(folder, plans)
-    run_ranks(["-m", "proof.memory", str(folder)], 4, 900)
+    run_ranks(["-m", "proof.memory", str(folder)], 4, 900, modules=[Path(__file__).parents[1]])
     rows = [Row(**json.loads(line)) for line in (folder / "rows.jsonl").read_text().splitlines()]
     return rows, failed
 
@@ -237,10 +239,13 @@ def _measure(name: str, folder: Path) -> Row:
         given = _bytes(batch.values())
         step.forward_backward(batch)
         optimizer.step()
-        optimizer.zero_grad()
-        tracker.reset_peak()
+        peaks = []
         with Static(step.stages) as static:
-            step.forward_backward(batch)
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                tracker.reset_peak()
+                step.forward_backward(batch)
+                peaks.append((tracker.peak, dict(tracker.at_peak)))
         static.optimizer = _bytes(value for state in optimizer.state.values() for value in state.values())
         rank = mesh["pp"].get_local_rank()
     memory: dict[str, int] = {}
@@ -248,16 +253,17 @@ def _measure(name: str, folder: Path) -> Row:
         for kind, size in plan.stages[stage].memory.items():
             memory[kind] = memory.get(kind, 0) + size
     reserve = memory["reserve"]
+    least, held = min(peaks, key=lambda found: found[0])
     return Row(
         name=name,
         rank=rank,
         static=static.parameters + static.gradients + static.optimizer,
         static_predicted=sum(memory[kind] for kind in STATIC),
-        peak=tracker.peak - given,
+        peak=least - given,
         peak_predicted=sum(memory.values()) - reserve,
         reserve=reserve,
         kinds={kind: getattr(static, kind) for kind in STATIC},
-        held=dict(sorted(tracker.at_peak.items(), key=lambda item: -item[1])[:25]),
+        held=dict(sorted(held.items(), key=lambda item: -item[1])[:25]),
         predicted=memory,
     )
 
