@@ -171,6 +171,40 @@ def test_bad_input_is_one_line_and_status_2(
     assert done.stderr.count("\n") == 1
 
 
+SLOW = """
+import atexit, sys, time
+import torch
+import torch.distributed as dist
+from autopar.codegen.runtime import launch
+
+class Slow(torch.Tensor):
+    def __del__(self):
+        for _ in range(20_000):  # the interpreter's lock is taken again and again
+            time.sleep(0.001)
+
+atexit.register(lambda: print("handler ran", flush=True))
+mesh, _, _ = launch.start({"pp": 1, "dp": 2, "cp": 1}, 2, "cpu")
+group, store = mesh["dp"].get_group(), dist.distributed_c10d._get_default_store()
+if dist.get_rank() == 1:
+    store.wait(["alone"])
+x = torch.ones(4).as_subclass(Slow)
+work = dist.all_reduce(x, async_op=True, group=group)
+del work, x
+if dist.get_rank() == 0:  # only a thread of gloo holds the tensor, until the other rank comes
+    store.set("alone", "")
+launch.stop()
+if sys.argv[1] == "leave":
+    launch.leave()
+"""
+
+
+def test_threads_that_let_go_late_do_not_abort_the_end(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    assert run_ranks(["slow.py", "leave"], 2, 60, folder=tmp_path).count("handler ran") == 2
+    with pytest.raises(VerificationError, match="SIGABRT"):
+        run_ranks(["slow.py", "return"], 2, 60, folder=tmp_path)
+
+
 def test_samples_do_not_depend_on_the_mesh() -> None:
     for step in (0, 3):
         whole = sample_indices(step, 0, 1, 8, 1)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from autopar.codegen.compare import distance, limit, relative, whole_error
 from autopar.codegen.loading import load_train
 from autopar.codegen.prove import MAX_NORM, OPTIMIZERS, Measured, cases_of, table
+from autopar.codegen.runtime import launch
 from autopar.errors import VerificationError
 
 CASE_TIMEOUT_S = 120.0
@@ -49,9 +50,8 @@ def _worker(folder: Path, cases: str = "cases.json") -> None:
         if rank == 0:
             print(f"{table([row]).splitlines()[1]}  {time.perf_counter() - begin:.1f} s", flush=True)
     faulthandler.cancel_dump_traceback_later()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    launch.stop()
+    launch.leave()
 
 
 def _append(path: Path, value: Any, rank: int) -> None:

@@ -28,7 +28,7 @@ from autopar.solver.space import Config
 @dataclass(frozen=True, slots=True)
 class Assessment:
     """Stages of block costs with their seconds, bytes and the step time of the whole. ``host``: bytes of every rank
-    that wait on the host."""
+    that wait on the host; ``boundary``: the most local bytes that a stage hands on."""
 
     config: Config
     stages: tuple[tuple[BlockCost, ...], ...]
@@ -37,6 +37,7 @@ class Assessment:
     host: tuple[int, ...]
     step_time: float
     breakdown: dict[str, float]
+    boundary: int
 
 
 def host_shortage(context: Context, assessment: Assessment) -> int:
@@ -179,7 +180,7 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
     step_time, breakdown = step(times, stages, config, place.transfer_s, tied_s)
     context.clock.add("simulation", begin)
     context.clock.counts["simulations"] += 1
-    return Assessment(config, tuple(map(tuple, stages)), tuple(times), memory, host, step_time, breakdown)
+    return Assessment(config, tuple(map(tuple, stages)), tuple(times), memory, host, step_time, breakdown, boundary)
 
 
 def step(

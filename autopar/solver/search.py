@@ -4,7 +4,8 @@ A configuration's bound is refined in steps, each valid: (1) every operator at i
 intra-block ILP's proved optimum; then, where it matters, (3) the stage ILP over the least seconds and the least
 bytes of every block kind. Configurations are taken in the order of their bounds; one whose bound is not below the
 best plan found is never priced. Pricing one in full means: the fastest sharding of every kind (and leaner
-ones where memory makes them pay), stages by the stage ILP, seconds by the simulator.
+ones where memory makes them pay), stages by the stage ILP, seconds by the simulator. The stages of the best plan are
+then polished by the simulator alone.
 
 The plan's bound is the least bound of all configurations, so the gap covers the whole space: all of them, with every
 sharding of every block, generated or not.
@@ -29,6 +30,7 @@ from autopar.solver.evaluate import Assessment
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.infeasible import explain
 from autopar.solver.plan_of import plan_of
+from autopar.solver.polish import polished
 from autopar.solver.reprice import check_price
 from autopar.solver.shardings import Context, Key, Shardings
 from autopar.solver.space import Config, check_space, configs
@@ -69,6 +71,7 @@ def search(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix | Mapping[str
     if found.best is None:
         raise InfeasibleError(explain(context, space))
     bound = prove(context, found)
+    best = polished(context, found.best)
     seconds = dict(context.clock.seconds)
     counts = {
         "meshes": len({config.mesh for config in space}),
@@ -76,7 +79,7 @@ def search(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix | Mapping[str
         "priced": len(found.priced),
         **context.clock.counts,
     }
-    plan = plan_of(context, found.best, bound, GAP, counts)
+    plan = plan_of(context, best, min(bound, best.step_time), GAP, counts)
     later = time.perf_counter()
     check_price(plan, model)
     seconds["reprice"] = time.perf_counter() - later

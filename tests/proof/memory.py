@@ -32,6 +32,7 @@ from autopar.cluster import Cluster
 from autopar.codegen.emit import emit
 from autopar.codegen.loading import load_train
 from autopar.codegen.prove import run_ranks
+from autopar.codegen.runtime import launch
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.models import model_graph
@@ -221,8 +222,8 @@ def _worker(folder: Path) -> None:
                 for found in by_rank.values():
                     file.write(json.dumps(asdict(found)) + "\n")
             print(case["name"], flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    launch.stop()
+    launch.leave()
 
 
 def _measure(name: str, folder: Path) -> Row:

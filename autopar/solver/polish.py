@@ -1,0 +1,61 @@
+"""Blocks moved across the borders of stages, as long as the simulated step gets shorter.
+
+The stage ILP counts what it must: stages that load their ranks equally are one to it, whatever the order in which
+micro-batches meet them. The simulator tells them apart, so the last word about the best plan found is a descent by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate, permutations
+
+from autopar.schedule import SCHEDULES
+from autopar.solver.candidates import BlockCost
+from autopar.solver.evaluate import Assessment, assess, host_shortage
+from autopar.solver.shardings import Context
+
+MOST = 400
+"""Spreads that are tried at most."""
+
+Stages = tuple[tuple[BlockCost, ...], ...]
+
+
+def polished(context: Context, best: Assessment) -> Assessment:
+    """``best``, or a spread of the same blocks over the same stages that is faster and fits. A fix of the stages stays.
+
+    Each round tries to give a block of every stage to the next, to the one before, or to another of the same rank: the
+    borders between them move by one. The fastest is kept.
+    """
+    if context.fix.stages or len(best.stages) == 1:
+        return best
+    tried = 0
+    while tried < MOST:
+        near = [assess(context, best.config, stages, best.boundary) for stages in _neighbours(best)]
+        tried += len(near)
+        fastest = min((other for other in near if _fits(context, other)), key=lambda a: a.step_time, default=best)
+        if fastest.step_time >= best.step_time * (1 - 1e-9):
+            break
+        best = fastest
+    return best
+
+
+def _neighbours(best: Assessment) -> Iterator[Stages]:
+    """The chain cut anew, with one block less in one stage and one more in another; no stage is left empty."""
+    blocks = [block for stage in best.stages for block in stage]
+    counts = [len(stage) for stage in best.stages]
+    for giver, taker in permutations(range(len(counts)), 2):
+        if counts[giver] > 1 and (abs(giver - taker) == 1 or _rank(best, giver) == _rank(best, taker)):
+            changed = [count - (s == giver) + (s == taker) for s, count in enumerate(counts)]
+            ends = list(accumulate(changed))
+            yield tuple(tuple(blocks[end - count : end]) for end, count in zip(ends, changed, strict=True))
+
+
+def _rank(assessment: Assessment, stage: int) -> int:
+    return SCHEDULES[assessment.config.schedule].rank_of(stage, assessment.config.pp)
+
+
+def _fits(context: Context, assessment: Assessment) -> bool:
+    held = [0] * assessment.config.pp
+    for stage, memory in enumerate(assessment.memory):
+        held[_rank(assessment, stage)] += sum(memory.values())
+    return max(held) <= context.cluster.device.memory_bytes and not host_shortage(context, assessment)
