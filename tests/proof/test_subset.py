@@ -30,6 +30,20 @@ def replaced(file: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+AGAIN = (
+    # Position biases that two layers of a stage read, under a split backward.
+    Case.of(
+        family="t5",
+        mesh="pp2 tp2",
+        schedule="dualpipev",
+        micro_batches=4,
+        sp=False,
+        frozen="embedding",
+        stages="ends alone",
+    ),
+)
+"""Cases that once failed and hold no value of their own."""
+
 MISTAKES: dict[str, tuple[Case, Callable[[Path], None]]] = {
     "norm weights of split sequences are not summed": (
         Case.of(mesh="tp4", sp=True),
@@ -49,7 +63,7 @@ MISTAKES: dict[str, tuple[Case, Callable[[Path], None]]] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    found = run(values_cover(), tmp_path_factory.mktemp("subset") / "cases", types=(8,))
+    found = run((*values_cover(), *AGAIN), tmp_path_factory.mktemp("subset") / "cases", types=(8,))
     print("\n" + table(found))
     return found
 
