@@ -74,13 +74,13 @@ class GPT2Block(nn.Module):
 # Per stage, runs of equal blocks: module list, positions, class, recompute.
 STAGES = [
     [
-        ("transformer.h", range(5), GPT2Block, "none"),
+        ("transformer.h", range(3), GPT2Block, "none"),
     ],
     [
-        ("transformer.h", range(5, 8), GPT2Block, "none"),
+        ("transformer.h", range(3, 6), GPT2Block, "none"),
     ],
     [
-        ("transformer.h", range(8, 12), GPT2Block, "none"),
+        ("transformer.h", range(6, 12), GPT2Block, "none"),
     ],
     [],
 ]

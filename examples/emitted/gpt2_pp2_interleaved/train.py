@@ -38,7 +38,7 @@ OFFLOAD = False  # everything stays on the device
 COMPUTE_DTYPE = torch.bfloat16
 MASTER_DTYPE = torch.float32  # parameters, gradient reduction, optimizer state
 VOCABULARY = 50257
-PREDICTED_STEP_S = 0.06455
+PREDICTED_STEP_S = 0.06249
 
 
 def parse_args() -> argparse.Namespace:
@@ -166,3 +166,4 @@ if __name__ == "__main__":
         main()
     except launch.InputError as error:
         launch.refuse(str(error))
+    launch.leave()

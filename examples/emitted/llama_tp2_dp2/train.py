@@ -166,3 +166,4 @@ if __name__ == "__main__":
         main()
     except launch.InputError as error:
         launch.refuse(str(error))
+    launch.leave()

@@ -1,5 +1,6 @@
 """Start and stop: one process per device, started by torchrun, joined into the plan's device mesh."""
 
+import atexit
 import os
 import sys
 import time
@@ -71,6 +72,15 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def leave() -> NoReturn:
+    """End the process with status 0. Exit handlers run, but the interpreter does not shut down: a thread of gloo that
+    lets go of a tensor meanwhile would abort it (pytorch/pytorch pull request 179291)."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def refuse(message: str) -> NoReturn:

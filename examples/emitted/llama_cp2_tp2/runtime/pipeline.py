@@ -15,6 +15,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.pipelining._backward import stage_backward_weight
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .launch import InputError
@@ -130,6 +131,38 @@ def _reaches(output: Tensor, inputs: list[Tensor]) -> bool:
     return False
 
 
+def joined_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of weights whose gradients the second half of a backward computes together, none in two of them.
+
+    PyTorch groups weights by the nodes at which the way from the inputs passes them, in no certain order. One that is
+    read in several places (a table of position biases) may come out in a group of its own and again in that of another
+    weight: its gradient would be added twice, or its graph gone through when it is already freed.
+    """
+    joined: list[dict[str, Any]] = []
+    for group in groups:
+        params = set(group["params"])
+        found = dict(zip(group["intermediates"], group["grads"], strict=True))
+        for other in joined[:]:
+            if params & other["params"] or found.keys() & set(other["intermediates"]):
+                joined.remove(other)
+                params |= other["params"]
+                found = dict(zip(other["intermediates"], other["grads"], strict=True)) | found
+        joined.append({"params": params, "intermediates": list(found), "grads": list(found.values())})
+    return joined
+
+
+def weight_gradients(weights: list[nn.Parameter], groups: list[dict[str, Any]]) -> None:
+    """The second half of a backward: gradients of weights, from those at the nodes of their groups.
+
+    From one node of a group the way to its weights may lead by another (a table of biases that two layers read), and so
+    through the graphs of other groups: such groups come first, and leave these graphs to them.
+    """
+    several = [len(group["intermediates"]) > 1 for group in groups]
+    for first in (True, False):
+        chosen = [group for group, more in zip(groups, several, strict=True) if more == first]
+        stage_backward_weight(iter(weights), chosen, retain_graph=first)
+
+
 class _Piece(PipelineStage):
     """A stage of a schedule that tells FSDP2 before each backward what to do with its gradients."""
 
@@ -139,10 +172,12 @@ class _Piece(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: Any, last_backward: bool = False) -> Any:
         # Where the backward is split, FSDP2's hooks run before the gradients of weights are there.
         before_backward(self.submod.stage, self.zero, last_backward and not self.splits_backward)
+        if backward_type == "weight":
+            weight_gradients(list(self.submod.parameters()), bwd_kwargs["param_groups"])
+            return (), None
         gradients, rest = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        if backward_type != "weight":  # those of inputs are sent, and only what is in one piece can be
-            gradients = tree_map_only(Tensor, Tensor.contiguous, gradients)
-        return gradients, rest
+        # They are sent, and only what is in one piece can be.
+        return tree_map_only(Tensor, Tensor.contiguous, gradients), rest and joined_groups(rest)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Called by schedules of several stages after the last backward of this one."""
