@@ -172,7 +172,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 SLOW = """
-import atexit, sys, time
+import atexit, time
 import torch
 import torch.distributed as dist
 from autopar.codegen.runtime import launch
@@ -193,16 +193,15 @@ del work, x
 if dist.get_rank() == 0:  # only a thread of gloo holds the tensor, until the other rank comes
     store.set("alone", "")
 launch.stop()
-if sys.argv[1] == "leave":
-    launch.leave()
+launch.leave()
 """
 
 
-def test_threads_that_let_go_late_do_not_abort_the_end(tmp_path: Path) -> None:
+def test_threads_that_let_go_late_do_not_abort_the_end(folder: Path, tmp_path: Path) -> None:
+    """Where the interpreter shuts down instead, a rank nearly always aborts (SIGABRT)."""
     (tmp_path / "slow.py").write_text(SLOW)
-    assert run_ranks(["slow.py", "leave"], 2, 60, folder=tmp_path).count("handler ran") == 2
-    with pytest.raises(VerificationError, match="SIGABRT"):
-        run_ranks(["slow.py", "return"], 2, 60, folder=tmp_path)
+    assert run_ranks(["slow.py"], 2, 60, folder=tmp_path).count("handler ran") == 2
+    assert all("    launch.leave()\n" in path.read_text() for path in folder.glob("*/train.py"))
 
 
 def test_samples_do_not_depend_on_the_mesh() -> None:
