@@ -160,8 +160,12 @@ def test_padded_heads_change_neither_loss_nor_gradients(name: str, ranks: int, h
     loss, gradients = run(graph, state)
     padded_loss, padded_gradients = run(more, state)
     assert abs(padded_loss - loss) <= 1e-15 * abs(loss)
-    # The floor is for the bias of keys alone: its gradient is zero, and rounding leaves 1e-16 of it either way.
-    assert max(gradient_errors(padded_gradients, gradients, floor=1e-1).values()) <= 1e-15
+    # The gradient of a bias of keys is zero; what rounding leaves of it, either way, depends on the processor.
+    whole = sum(float(gradient.norm()) ** 2 for gradient in gradients.values()) ** 0.5
+    zero = {key for key, gradient in gradients.items() if float(gradient.norm()) < 1e-12 * whole}
+    assert all(float(padded_gradients[key].norm()) < 1e-15 * whole for key in zero)
+    errors = gradient_errors(padded_gradients, gradients, floor=1e-2)
+    assert max(error for key, error in errors.items() if key not in zero) <= 1e-15
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("gpt2", 5), ("6 heads on 3", 2), ("6 heads on 3", 3), ("gpt2", 1)])

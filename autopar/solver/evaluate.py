@@ -39,6 +39,17 @@ class Assessment:
     breakdown: dict[str, float]
     boundary: int
 
+    def rank_of(self, stage: int) -> int:
+        """The pipeline rank of a stage."""
+        return SCHEDULES[self.config.schedule].rank_of(stage, self.config.pp)
+
+    def rank_bytes(self) -> list[int]:
+        """Bytes of every rank, all its stages together."""
+        held = [0] * self.config.pp
+        for stage, memory in enumerate(self.memory):
+            held[self.rank_of(stage)] += sum(memory.values())
+        return held
+
 
 def host_shortage(context: Context, assessment: Assessment) -> int:
     """Bytes that the fullest host lacks for each device, 0 where all have room or their memory is not known."""

@@ -33,7 +33,7 @@ def explain(context: Context, space: list[Config]) -> str:
     fixed = ", ".join(f"{key}={value}" for key, value in context.fix.given().items())
     told = f"{context.model.name} does not fit on {context.cluster}" + (f" with {fixed}" if fixed else "")
     room, short = context.cluster.device.memory_bytes, host_shortage(context, closest)
-    if short and _most(closest) <= room:
+    if short and max(closest.rank_bytes()) <= room:
         return (
             f"{told}: a pipeline rank keeps {max(closest.host):,} bytes on the host, {short:,} bytes "
             f"({short / GIB:.2f} GiB) more than the {context.cluster.device.host_memory_bytes:,} that each device has "

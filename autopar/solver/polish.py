@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate, permutations
 
-from autopar.schedule import SCHEDULES
 from autopar.solver.candidates import BlockCost
 from autopar.solver.evaluate import Assessment, assess, host_shortage
 from autopar.solver.shardings import Context
@@ -44,18 +43,12 @@ def _neighbours(best: Assessment) -> Iterator[Stages]:
     blocks = [block for stage in best.stages for block in stage]
     counts = [len(stage) for stage in best.stages]
     for giver, taker in permutations(range(len(counts)), 2):
-        if counts[giver] > 1 and (abs(giver - taker) == 1 or _rank(best, giver) == _rank(best, taker)):
+        if counts[giver] > 1 and (abs(giver - taker) == 1 or best.rank_of(giver) == best.rank_of(taker)):
             changed = [count - (s == giver) + (s == taker) for s, count in enumerate(counts)]
             ends = list(accumulate(changed))
             yield tuple(tuple(blocks[end - count : end]) for end, count in zip(ends, changed, strict=True))
 
 
-def _rank(assessment: Assessment, stage: int) -> int:
-    return SCHEDULES[assessment.config.schedule].rank_of(stage, assessment.config.pp)
-
-
 def _fits(context: Context, assessment: Assessment) -> bool:
-    held = [0] * assessment.config.pp
-    for stage, memory in enumerate(assessment.memory):
-        held[_rank(assessment, stage)] += sum(memory.values())
-    return max(held) <= context.cluster.device.memory_bytes and not host_shortage(context, assessment)
+    room = context.cluster.device.memory_bytes
+    return max(assessment.rank_bytes()) <= room and not host_shortage(context, assessment)

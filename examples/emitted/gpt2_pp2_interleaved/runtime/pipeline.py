@@ -138,17 +138,18 @@ def joined_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     read in several places (a table of position biases) may come out in a group of its own and again in that of another
     weight: its gradient would be added twice, or its graph gone through when it is already freed.
     """
-    joined: list[dict[str, Any]] = []
-    for group in groups:
+    joined: dict[int, dict[str, Any]] = {}
+    home: dict[Any, int] = {}  # of each weight and node, the group it is in
+    for number, group in enumerate(groups):
         params = set(group["params"])
         found = dict(zip(group["intermediates"], group["grads"], strict=True))
-        for other in joined[:]:
-            if params & other["params"] or found.keys() & set(other["intermediates"]):
-                joined.remove(other)
-                params |= other["params"]
-                found = dict(zip(other["intermediates"], other["grads"], strict=True)) | found
-        joined.append({"params": params, "intermediates": list(found), "grads": list(found.values())})
-    return joined
+        for other in {home[key] for key in (*params, *found) if key in home}:
+            before = joined.pop(other)
+            params |= before["params"]
+            found = dict(zip(before["intermediates"], before["grads"], strict=True)) | found
+        joined[number] = {"params": params, "intermediates": list(found), "grads": list(found.values())}
+        home |= dict.fromkeys((*params, *found), number)
+    return list(joined.values())
 
 
 def weight_gradients(weights: list[nn.Parameter], groups: list[dict[str, Any]]) -> None:
