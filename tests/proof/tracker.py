@@ -7,6 +7,7 @@ counted: they differ between devices and libraries, and a plan keeps a reserve f
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,8 +27,10 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self.storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        self._live = self.peak = 0
+        self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        # Any thread may let go of the last reference (gloo's do), at any moment: it leaves a note, in one step.
+        self._freed: deque[tuple[int, weakref.ref[Any]]] = deque()
         self.at_peak: dict[str, int] = {}
         self._resize: Callable[..., Any] = torch.UntypedStorage.resize_
         self._reduce: Callable[..., Any] = dist.reduce_scatter_single
@@ -71,32 +74,36 @@ class Tracker(TorchDispatchMode):
                 self._count(value.untyped_storage(), str(func))
         return result
 
+    @property
+    def live(self) -> int:
+        """Bytes of the storages alive now."""
+        while self._freed:
+            key, reference = self._freed.popleft()
+            if key in self._storages and self._storages[key][0] is reference:
+                self._live -= self._storages.pop(key)[1]
+        return self._live
+
     def reset_peak(self) -> None:
         """Forget the peak so far."""
         self.peak = self.live
         self.at_peak = {}
 
     def _count(self, storage: torch.UntypedStorage, source: str) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        known = self.storages.get(key)
+        key, size, live = storage._cdata, storage.nbytes(), self.live
+        known = self._storages.get(key)
         if known is not None and known[0]() is not None:
-            self.live -= known[1]
             reference, source = known[0], known[2]
-        else:
-            reference = weakref.ref(storage, lambda _, key=key: self._free(key))
-        self.storages[key] = (reference, size, source)
-        self.live += size
-        if self.live > self.peak:
-            self.peak = self.live
+        else:  # new, or an address used again before its note was written
+            reference = weakref.ref(storage, lambda dead: self._freed.append((key, dead)))
+        self._live = live + size - (known[1] if known is not None else 0)
+        self._storages[key] = (reference, size, source)
+        if self._live > self.peak:
+            self.peak = self._live
             if size:
                 self._explain()
 
-    def _free(self, key: int) -> None:
-        _, size, _ = self.storages.pop(key)
-        self.live -= size
-
     def _explain(self) -> None:
         held: dict[str, int] = {}
-        for _, size, source in self.storages.values():
+        for _, size, source in self._storages.values():
             held[source] = held.get(source, 0) + size
         self.at_peak = held
