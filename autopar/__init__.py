@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autopar.cluster import Cluster
     from autopar.errors import AutoparError, BadInputError, InfeasibleError, UnsupportedError, VerificationError
     from autopar.job import Job
+    from autopar.objective import Objective
     from autopar.plan import Mesh, Plan, Predicted, Stage
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _HOMES = {
     "autopar.cluster": ("Cluster",),
     "autopar.errors": ("AutoparError", "BadInputError", "InfeasibleError", "UnsupportedError", "VerificationError"),
     "autopar.job": ("Job",),
+    "autopar.objective": ("Objective",),
     "autopar.plan": ("Mesh", "Plan", "Predicted", "Stage"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -38,6 +40,7 @@ __all__ = [
     "InfeasibleError",
     "Job",
     "Mesh",
+    "Objective",
     "Plan",
     "Predicted",
     "Stage",

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from autopar.cluster import Cluster
 from autopar.errors import BadInputError
 from autopar.job import Job
+from autopar.objective import Objective
 from autopar.plan import Plan
+from autopar.solver.limits import GAP, Limits, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,28 +37,41 @@ def search(
     inputs: Inputs = None,
     loss: Loss = None,
     fix: Mapping[str, Any] | None = None,
+    objective: Objective | str | Mapping[str, Any] | None = None,
+    gap: float = GAP,
+    time_limit: float | None = None,
+    work_limit: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
-    """The fastest plan that fits for training ``model`` on ``cluster``.
+    """The fastest plan that fits for training ``model`` on ``cluster``, or the one that serves ``objective`` best.
 
     * ``inputs``: example tensors for one sample by the model's keyword, default token ids and labels.
     * ``loss``: ``fn(outputs, batch)``, default the model's own.
     * ``fix``: any part of the plan (``{"tp": 8, "recompute": "full"}``); the rest is searched.
+    * ``objective``: an `autopar.Objective`, its kind (``"energy"``) or its fields (``{"kind": "devices", "within_s":
+      5.0}``); default the shortest step on the whole cluster. Others may use a part of the cluster: `Plan.cluster`.
+    * ``gap``: a plan this close to the bound is close enough. ``time_limit``: seconds after which the best plan so far
+      is taken; ``work_limit``: the same in steps of the search, which are equal on every machine. Ctrl-C does the same.
+      Whatever ends it, ``plan.bound``, ``plan.gap`` and ``plan.status`` say what is known.
+    * ``progress``: called after every step of the search with how far it is (`autopar.solver.limits.Progress`).
 
-    Raises BadInputError, UnsupportedError, or InfeasibleError when nothing fits.
+    Raises BadInputError, UnsupportedError, or InfeasibleError when nothing fits or reaches what the objective asks for.
     """
     from autopar.graph.padding import as_planned
     from autopar.report.words import describe
     from autopar.solver.fix import parse_fix
-    from autopar.solver.search import search as solve
+    from autopar.solver.objectives import search_parts
 
     for what, value, kind in (("job", job, Job), ("cluster", cluster, Cluster)):
         if not isinstance(value, kind):
             raise BadInputError(f"{what} must be an autopar.{kind.__name__}, not {value!r}")
-    choices = parse_fix(fix).given()
+    choices, sought = parse_fix(fix).given(), Objective.of(objective)
+    limits = Limits(gap, time_limit, work_limit, progress)
+    sought.check(cluster)
     begin = time.perf_counter()
     graph = _graph_of(model, inputs, loss)
     traced = time.perf_counter() - begin
-    plan = solve(graph, job, cluster, choices)
+    plan = search_parts(graph, job, cluster, sought, choices, limits)
     decisions = {name: candidate.decision for name, candidate in plan.candidates.items()}
     return replace(
         plan,

@@ -1,4 +1,4 @@
-"""The ``autopar`` command: search, predict, emit, verify, report.
+"""The ``autopar`` command: search, predict, emit, verify, report, explain, diff.
 
 Exit status: 0 done, 1 verification failed, 2 bad input, 3 infeasible, 130 interrupted. A deliberate error is one
 message on standard error. Nothing heavy is imported before it is needed: ``autopar --help`` loads no torch.
@@ -11,9 +11,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,9 @@ from autopar.errors import AutoparError, BadInputError
 if TYPE_CHECKING:
     from autopar.cluster import Cluster
     from autopar.job import Job
+    from autopar.objective import Objective
     from autopar.plan import Plan
+    from autopar.solver.limits import Progress
 
 app = typer.Typer(
     name="autopar",
@@ -54,6 +56,27 @@ FixOption = Annotated[
     list[str] | None,
     typer.Option("--fix", metavar="KEY=VALUE", help="Fix a part of the plan, such as tp=8; may be repeated."),
 ]
+ObjectiveOption = Annotated[
+    str,
+    typer.Option("--objective", help="What is sought: step-time, throughput (per device), devices, cost or energy."),
+]
+WithinOption = Annotated[
+    float | None, typer.Option("--within", metavar="SECONDS", help="For devices: the step time to reach.")
+]
+PriceOption = Annotated[
+    list[str] | None,
+    typer.Option("--price", metavar="DEVICE=MONEY", help="For cost: money per device-hour, such as h100=2.5."),
+]
+GapOption = Annotated[
+    float | None, typer.Option("--gap", help="Stop at a plan this close to the bound; default 0.01, which is 1 %.")
+]
+TimeOption = Annotated[
+    float | None, typer.Option("--time-limit", metavar="SECONDS", help="Take the best plan found by then.")
+]
+WorkOption = Annotated[
+    int | None,
+    typer.Option("--work-limit", metavar="STEPS", help="The same in steps of the search, equal on every machine."),
+]
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Folder for the emitted code, or a file ending in .json for the plan alone."),
@@ -82,11 +105,22 @@ def search(
     dtype: DtypeOption = "bf16",
     optimizer: OptimizerOption = "adamw",
     fix: FixOption = None,
+    objective: ObjectiveOption = "step-time",
+    within: WithinOption = None,
+    price: PriceOption = None,
+    gap: GapOption = None,
+    time_limit: TimeOption = None,
+    work_limit: WorkOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search the fastest plan that fits."""
-    _plan_command(model, cluster, _job(global_batch, seq_len, dtype, optimizer), fix or [], out, as_json)
+    """Search the fastest plan that fits, or the plan and the part of the cluster that serve --objective best."""
+    from autopar.objective import Objective, parse_prices
+
+    sought = Objective.of({"kind": objective, "within_s": within, "price": parse_prices(price or [])})
+    limits = {"gap": gap, "time_limit": time_limit, "work_limit": work_limit}
+    job = _job(global_batch, seq_len, dtype, optimizer)
+    _plan_command(model, cluster, job, fix or [], out, as_json, sought, limits)
 
 
 @app.command()
@@ -144,6 +178,51 @@ def report(plan: PlanArgument, as_json: JsonOption = False) -> None:
     _show(_load(plan), as_json)
 
 
+@app.command()
+def explain(
+    plan: PlanArgument,
+    op: Annotated[
+        str | None,
+        typer.Option("--op", metavar="NAME", help="An operator (self_attn.q_proj): all it could do, and at what cost."),
+    ] = None,
+    block: Annotated[
+        str | None,
+        typer.Option("--block", metavar="KIND", help="A block kind: its operators, seconds, bytes, recompute."),
+    ] = None,
+    why_not: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--why-not", metavar="KEY=VALUE", help="Search again with this fixed, and compare; may be repeated."
+        ),
+    ] = None,
+    model: MadeForModel = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why a saved plan is as it is."""
+    if sum(map(bool, (op, block, why_not))) > 1:
+        raise BadInputError("explain: one question at a time: --op, --block or --why-not")
+    loaded = _load(plan)
+    from autopar.report.answer import answer
+
+    with _quiet(as_json), _busy(f"asking about {loaded.model}"):
+        name = _model_of(loaded, model) if op or block or why_not else None
+        found = answer(loaded, name, op=op, block=block, why_not=why_not or ())
+    typer.echo(json.dumps(found.record) if as_json else found.text)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A saved plan, or an emitted folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what two saved plans decide differently, and where their seconds and bytes differ."""
+    from autopar.report.answer import difference
+
+    found = difference(_load(first), _load(second))
+    typer.echo(json.dumps(found.record) if as_json else found.text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: every deliberate error becomes one message and a status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -197,18 +276,28 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _plan_command(model: str, cluster: str, job: Job, fix: list[str], out: Path | None, as_json: bool) -> None:
+def _plan_command(
+    model: str,
+    cluster: str,
+    job: Job,
+    fix: list[str],
+    out: Path | None,
+    as_json: bool,
+    objective: Objective | None = None,
+    limits: dict[str, float | int | None] | None = None,
+) -> None:
     from autopar.solver.fix import parse_fix
 
     choices = parse_fix(fix).given()
     machine = _cluster(cluster)
+    given: dict[str, Any] = {name: value for name, value in (limits or {}).items() if value is not None}
     alone = out is not None and out.suffix == ".json"
     if out is not None:
         _check_out(out, file=alone)
     from autopar import api
 
-    with _quiet(as_json), _busy(f"planning {model} on {machine}"):
-        plan = api.search(model, job, machine, fix=choices)
+    with _quiet(as_json), _busy(f"planning {model} on {machine}") as told:
+        plan = api.search(model, job, machine, fix=choices, objective=objective, progress=told, **given)
         if alone and out is not None:
             plan.save(out)
         elif out is not None:
@@ -232,15 +321,15 @@ def _quiet(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _busy(what: str) -> Iterator[None]:
-    """A sign of life on standard error while someone watches it."""
+def _busy(what: str) -> Iterator[Callable[[Progress], None] | None]:
+    """A sign of life on standard error while someone watches it, which tells how far a search is."""
     if not sys.stderr.isatty():
-        yield
+        yield None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(what):
-        yield
+    with Console(stderr=True).status(what) as status:
+        yield lambda progress: status.update(f"{what}: {progress} (Ctrl-C takes the best so far)")
 
 
 def _job(global_batch: int, seq_len: int, dtype: str, optimizer: str) -> Job:

@@ -74,6 +74,7 @@ class Device:
     * ``host_bandwidth``: bytes/s of a copy between host and device, one way; ``host_memory_bandwidth``: bytes/s of the
       host's memory that fall to this device when all of a node use it. 0 where not known: nothing is offloaded then.
     * ``host_memory_bytes``: of the host's memory, this device's share; 0 where not known: taken to be enough.
+    * ``power_w``: watts the board is built to draw at most (TDP); 0 where not known: energy is not told then.
     * ``sources``: where each figure is from, by name. ``origin``: "catalog" or "measured".
     """
 
@@ -95,6 +96,7 @@ class Device:
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
+    power_w: float = 0.0
     origin: str = "catalog"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
 
@@ -105,7 +107,7 @@ class Device:
         texts = ("name", "title", "backend", "peak_flops", "origin", "sources")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in texts}
         unknown = ("cache_bytes", "cache_bandwidth", "host_bandwidth", "host_memory_bandwidth", "host_memory_bytes")
-        _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", *unknown))
+        _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", "power_w", *unknown))
         if not self.peak_flops:
             raise BadInputError(f"{owner}: peak_flops is empty; give the dense FLOP/s of at least one dtype")
         _check_positive(owner, {f"peak_flops.{dtype}": value for dtype, value in self.peak_flops.items()})

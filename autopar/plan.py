@@ -13,6 +13,7 @@ from typing import Any
 from autopar.cluster import Cluster
 from autopar.errors import BadInputError
 from autopar.job import Job
+from autopar.objective import ObjectiveValue
 from autopar.schedule import SCHEDULES
 from autopar.sharding.decision import BlockDecision
 
@@ -163,6 +164,8 @@ class Plan:
     `autopar.graph.padding.as_planned`). ``bound``: a valid lower bound in seconds on the
     step time of every plan in the searched space; ``gap`` = (found - bound) / bound. ``described``: for each candidate
     its sharding in words, a line per operator with parameters, written when the plan was made.
+    ``objective``: what else than the step time of the whole cluster was sought, and what of it was reached; ``cluster``
+    is then the part of the cluster that serves it best, and ``bound``, ``gap`` and ``status`` are those of this part.
     """
 
     model: str
@@ -189,6 +192,7 @@ class Plan:
     vpp: int = 1
     offload: str = "none"
     pad_heads: int = 1
+    objective: ObjectiveValue | None = None
 
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that stage ``stage`` sits on."""
@@ -215,6 +219,8 @@ class Plan:
                 value = value.to_json()
             elif name in ("mesh", "predicted"):
                 value = asdict(value)
+            elif name == "objective":
+                value = value and value.to_json()
             elif name == "candidates":
                 value = {key: _candidate_json(candidate) for key, candidate in value.items()}
             elif name == "stages":
@@ -229,7 +235,9 @@ class Plan:
             found = data.get("version") if isinstance(data, dict) else type(data).__name__
             raise BadInputError(f"not a version-{PLAN_VERSION} plan (found {found!r}): run `autopar search` again")
         try:
-            fields = {name: data[name] for name in Plan.__dataclass_fields__}
+            fields = {name: data[name] for name in Plan.__dataclass_fields__ if name != "objective"}
+            told = data.get("objective")  # plans made before there were objectives have none
+            fields["objective"] = ObjectiveValue.from_json(told) if told else None
             fields["cluster"] = Cluster.from_json(data["cluster"])
             fields["job"] = Job.from_json(data["job"])
             fields["mesh"] = Mesh(**{**data["mesh"], "tp_parts": tuple(data["mesh"]["tp_parts"])})

@@ -11,6 +11,7 @@ dualpipev    two stages a rank in a V, forward and backward overlapped (DeepSeek
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,13 @@ class Schedule:
         """The pipeline rank of stage ``stage`` among ``ranks``."""
         lap, place = divmod(stage, ranks)
         return ranks - 1 - place if self.placement == "v" and lap % 2 else place
+
+
+@lru_cache(maxsize=4096)
+def stages_of(schedule: str, ranks: int, vpp: int) -> tuple[tuple[int, ...], ...]:
+    """The stages of each of so many ranks, in the model's order."""
+    place = [SCHEDULES[schedule].rank_of(stage, ranks) for stage in range(ranks * vpp)]
+    return tuple(tuple(stage for stage, rank in enumerate(place) if rank == mine) for mine in range(ranks))
 
 
 SCHEDULES = {

@@ -37,7 +37,17 @@ ROWS = (
     Row("llama3-405b", "2048x8:h100", 2048, 131072, 20.0),
 )
 PEAK_BYTES = 1.5e9
-PHASES = ("trace", "strategies", "saved bytes", "intra-block ILP", "stage ILP", "bounds", "simulation", "reprice")
+PHASES = (
+    "trace",
+    "strategies",
+    "relaxations",
+    "saved bytes",
+    "intra-block ILP",
+    "bounds",
+    "stages",
+    "simulation",
+    "reprice",
+)
 
 
 def yardstick() -> float:
@@ -64,6 +74,7 @@ def yardstick() -> float:
 
 def measure(row: Row) -> dict[str, object]:
     """One search in this process."""
+
     import autopar
     from autopar.models import model_graph
 
@@ -76,7 +87,7 @@ def measure(row: Row) -> dict[str, object]:
         "cpu_s": time.process_time() - begin,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": {"trace": traced, **{name: value for name, value in plan.seconds.items() if name != "trace"}},
-        "plan": f"{plan.mesh}, micro_batch={plan.micro_batch}, zero={plan.zero}",
+        "plan": f"{plan.mesh}, micro_batch={plan.micro_batch}, zero={plan.zero}, {plan.schedule}",
         "step_time_s": plan.predicted.step_time,
         "gap": plan.gap,
     }

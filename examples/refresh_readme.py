@@ -15,6 +15,7 @@ from autopar.solver.capabilities import CAPABILITIES, LIMITS
 
 README = Path(__file__).parent.parent / "README.md"
 JOB = ("llama3-8b", "--cluster", "8x8:h100", "--global-batch", "512", "--seq-len", "8192")
+SOUGHT = ("--objective", "devices", "--within", "30")
 GIVEN = ("tp=8", "pp=2", "micro_batch=1", "recompute=full", "sp=true")
 
 
@@ -64,20 +65,39 @@ def with_capabilities(text: str) -> str:
     return text
 
 
+def reasons(free: Path, given: Path) -> dict[str, str]:
+    """Answers to why: of the plan found freely and of the folder of the one given, parts left out."""
+    operator = autopar("explain", str(given), "--op", "attention").split("\n\n")
+    other = autopar("explain", str(free), "--why-not", "tp=4")
+    first, _, rest = other.partition("\nPrologue: ")
+    seconds = between(rest, "seconds of a step", "GiB of the fullest rank")
+    table = rest[rest.index("GiB of the fullest rank") :]
+    return {
+        "explain": "$ autopar explain out --op attention\n" + "\n\n".join([*operator[:4], "...", operator[-1]]),
+        "why-not": f"$ autopar explain plan.json --why-not tp=4\n{first}\n...\n\n{seconds}\n\n{table}",
+    }
+
+
 def shown() -> dict[str, str]:
     """The text of each marked place of README.md."""
     autopar("search", *JOB)  # so that the seconds shown are those of a traced model
-    searched = autopar("search", *JOB)
     fixed = [part for choice in GIVEN for part in ("--fix", choice)]
     with tempfile.TemporaryDirectory() as folder:
-        predicted = autopar("predict", *JOB, *fixed, "-o", str(Path(folder) / "out"))
-        module = (Path(folder) / "out" / "module.py").read_text()
+        free, given = Path(folder) / "plan.json", Path(folder) / "out"
+        searched = autopar("search", *JOB, "-o", str(free)).rpartition("\n\n")[0]
+        predicted = autopar("predict", *JOB, *fixed, "-o", str(given)).rpartition("\n\n")[0]
+        module = (given / "module.py").read_text()
+        answers = reasons(free, given)
+    fewest = autopar("search", *JOB, *SOUGHT)
+    asked = f"$ autopar search {' '.join(JOB)} \\\n      {' '.join(SOUGHT)}"
     typed = f"$ autopar predict {' '.join(JOB)} \\\n      {' '.join(fixed)}"
     head = predicted[: predicted.index("\n\n")]
     block = between(predicted, "LlamaDecoderLayer, blocks", "Epilogue, block")
     return {
         "plan": f"$ autopar search {' '.join(JOB)}\n{searched}",
         "predict": f"{typed}\n{head}\n...\n{block}\n...",
+        **answers,
+        "objective": f"{asked}\n{fewest[: fewest.index(chr(10) + 'searched')]}\n...",
         "module": textwrap.dedent(between(module, "    def forward(self, hidden", "\n\n\n")),
     }
 

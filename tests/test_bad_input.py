@@ -71,9 +71,9 @@ def test_bad_arguments(refuse, arguments, told):
 
 
 def test_what_does_not_fit_says_where_and_by_how_much(refuse, tmp_path):
-    status, message = refuse(*search(cluster="1x1:h100"), "-o", tmp_path / "out")
+    status, message = refuse(*search(cluster="1x1:h100"), "--fix", "offload=none", "-o", tmp_path / "out")
     assert status == 3
-    for part in ("stage 0 of 1", "bytes", "4x1:h100"):
+    for part in ("stage 0 of 1", "bytes", "It would fit with offload not fixed to none"):
         assert part in message
 
 
@@ -218,7 +218,7 @@ def test_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
 
 
 def test_a_batch_that_fits_no_mesh(refuse):
-    status, message = refuse(*search(batch=7))
+    status, message = refuse(*search(batch=7), "--fix", "pp=1", "--fix", "tp=1", "--fix", "cp=1")
     assert status == 2
     assert "global_batch 7" in message
     assert "64" in message

@@ -11,6 +11,7 @@ import pytest
 from small_plan import small_plan
 
 from autopar import api, cli, errors
+from autopar.objective import Objective
 
 SEARCH = ("search", "tiny", "--cluster", "2x4:h100", "--global-batch", "16", "--seq-len", "4096")
 
@@ -32,9 +33,9 @@ def searched(monkeypatch):
     """Searches answer the hand-written plan at once; what they were asked is returned."""
     asked = {}
 
-    def search(model, job, cluster, inputs=None, loss=None, fix=None):
+    def search(model, job, cluster, inputs=None, loss=None, fix=None, objective=None, progress=None, **limits):
         print("a library prints")
-        asked.update(model=model, job=job, cluster=str(cluster), fix=fix)
+        asked.update(model=model, job=job, cluster=str(cluster), fix=fix, objective=objective, limits=limits)
         return replace(small_plan(model), job=job)
 
     monkeypatch.setattr(api, "search", search)
@@ -75,6 +76,20 @@ def test_search_prints_the_plan(command, searched):
     assert "step time" in out
     assert searched["fix"] == {"tp": 2, "recompute": "full"}
     assert (searched["job"].global_batch, searched["job"].seq_len) == (16, 4096)
+
+
+def test_search_takes_an_objective(command, searched):
+    command(*SEARCH, "--objective", "devices", "--within", "2.5")
+    assert searched["objective"] == Objective("devices", within_s=2.5)
+    command(*SEARCH, "--objective", "cost", "--price", "h100=2.5", "--price", "a100-80g=1")
+    assert searched["objective"] == Objective("cost", price={"h100": 2.5, "a100-80g": 1.0})
+    command(*SEARCH)
+    assert searched["objective"] == Objective()
+
+
+def test_search_takes_limits(command, searched):
+    command(*SEARCH, "--gap", "0.002", "--time-limit", "9.5", "--work-limit", "7")
+    assert searched["limits"] == {"gap": 0.002, "time_limit": 9.5, "work_limit": 7}
 
 
 def test_json_is_one_object_and_nothing_else(command, searched):

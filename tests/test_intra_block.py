@@ -6,7 +6,7 @@ import random
 import pytest
 
 from autopar.errors import AutoparError
-from autopar.solver.intra_block import solve
+from autopar.solver.intra_block import relaxed_bound, solve
 from autopar.solver.problem import Choice, Op, Output, Problem, Source, path, price, shortest
 
 LAYOUTS = ("R", "P", "S0", "S1")
@@ -127,6 +127,17 @@ def test_agrees_with_enumeration(seed):
     assert answer.bound <= best * (1 + 1e-12)
     assert answer.bound == pytest.approx(best, rel=1e-6)
     assert price(problem, answer) == (answer.seconds, answer.bytes)
+
+
+def test_the_relaxation_is_a_bound_and_often_the_optimum():
+    ratios = []
+    for seed in range(60):
+        problem = random_problem(seed)
+        if enumerate_best(problem) is not None:
+            ratios.append(relaxed_bound(problem) / solve(problem).seconds)
+    assert len(ratios) > 20
+    assert max(ratios) <= 1.0 + 1e-9
+    assert sum(ratio > 0.999 for ratio in ratios) > len(ratios) / 4
 
 
 def test_two_conversions_cannot_justify_each_other():

@@ -221,7 +221,7 @@ def test_the_stage_ilp_never_counts_fewer_bytes_than_the_plan(tied, fix):
             problem, costs_of = stage_problem(context, config, [answer])
             found = solve_stages(problem, balance=False)
             counted = rank_bytes(problem, found.counts)
-            exact = assess(context, config, spread(found, costs_of, config.stages), answer.boundary).memory
+            exact = assess(context, config, spread(found.counts, costs_of), answer.boundary).memory
             for rank, told in enumerate(counted):
                 assert told >= sum(sum(exact[stage].values()) for stage in problem.own(rank)) - 8
             seen.add(config.zero)

@@ -27,7 +27,7 @@ from autopar.solver.plan_of import plan_of
 from autopar.solver.reprice import check_price
 from autopar.solver.search import explore, search
 from autopar.solver.shardings import Context
-from autopar.solver.space import configs
+from autopar.solver.space import configs, shapes
 from tests.test_padding import gpt2, grouped
 
 LONG = 2**15
@@ -60,7 +60,7 @@ def best(graph: ModelGraph, job: Job, tp: int, fix: Fix, pads: bool) -> Plan:
     """The fastest plan of those that pad heads, or that do not."""
     cluster = Cluster.parse(f"1x{tp}:h100")
     context = Context.of(graph, job, cluster, fix)
-    found = explore(context, [c for c in configs(graph, job, cluster, fix) if (c.pad_heads > 1) == pads])
+    found = explore(context, [s for s in shapes(graph, job, cluster, fix) if (s.outline.pad_heads > 1) == pads])
     assert found.best is not None
     plan = plan_of(context, found.best, found.best.step_time, 1.0, {})
     check_price(plan, graph)

@@ -88,7 +88,8 @@ def test_plan_is_whole(small):
     assert small.stages[-1].runs[-1].stop == 6
     assert 0 < small.predicted.mfu < 1
     assert {"search", "intra-block ILP", "reprice"} <= set(small.seconds)
-    assert small.searched["configurations"] >= small.searched["priced"] > 0
+    assert small.searched["shapes"] >= small.searched["meshes"] > 0
+    assert small.searched["priced"] > 0
 
 
 def test_same_inputs_same_plan(small):
@@ -155,7 +156,7 @@ def test_bounds_hold_for_every_configuration():
             fitted += 1
             cheap = quick_bound(context, config, shardings.cheap_bound())
             sharp = quick_bound(context, config, shardings.bound())
-            assert cheap <= sharp * (1 + 1e-9)
+            assert cheap <= sharp * (1 + 1e-6)
             assert sharp <= assessed.step_time
             for closer in (False, True):
                 assert stage_bound(context, config, shardings, closer) <= assessed.step_time
@@ -189,7 +190,7 @@ def test_nothing_fits_and_says_what_would():
     [
         ({"dp": 8}, 12, "global_batch 12 does not divide by dp=8"),
         ({"dp": 8, "micro_batch": 4}, 16, "micro_batch=4 does not divide"),
-        ({"pp": 4, "dp": 2, "micro_batch": 8}, 16, "1F1B needs at least pp"),
+        ({"pp": 4, "dp": 2, "micro_batch": 8, "schedule": "1f1b"}, 16, "1F1B needs at least pp"),
         ({"fsdp": 3}, 16, "fsdp=3 does not divide the number of data ranks"),
         ({"tp": 16}, 16, "makes 16 ranks, but the cluster has 8 devices"),
     ],
@@ -243,8 +244,8 @@ def test_state_on_the_host_fits_what_did_not_fit():
     room = int((free.stages[0].total_bytes - memory["reserve"] - 0.8 * memory["optimizer"]) / 0.95)
     tight = with_memory(Cluster.parse("1x2:h100"), room)
     with pytest.raises(InfeasibleError):
-        search(model, job, tight, fix)
-    plan = search(model, job, tight, {**fix, "offload": "state"})
+        search(model, job, tight, {**fix, "offload": "none"})
+    plan = search(model, job, tight, fix)
     assert plan.offload == "state"
     assert plan.stages[0].memory["optimizer"] == 0
     assert plan.predicted.step_time > free.predicted.step_time

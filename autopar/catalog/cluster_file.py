@@ -3,7 +3,7 @@
     device = "h100"              # a catalog device, or a table with every figure (as `Cluster.save` writes)
     nodes = 8
     devices_per_node = 8
-    memory_bytes = 80e9          # optional; so is reserve_bytes
+    memory_bytes = 80e9          # optional; so are reserve_bytes and power_w (watts)
     [inter_node]                 # optional; so is [intra_node]
     bandwidth = 25e9             # bytes/s per port and direction
     latency_s = 5e-6
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from autopar.catalog.devices_file import LINKS, load_group
 from autopar.cluster import Cluster, Device, Link, NodeGroup
@@ -84,6 +84,7 @@ class DeviceFile(_Model):
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
+    power_w: float = 0.0
     origin: str
     sources: dict[str, str]
 
@@ -96,6 +97,7 @@ class GroupFile(_Model):
     devices_per_node: PositiveInt
     memory_bytes: Bytes | None = None
     reserve_bytes: Bytes | None = None
+    power_w: PositiveFloat | None = None
     intra_node: LinkFile | None = None
     inter_node: LinkFile | None = None
 
@@ -197,11 +199,11 @@ def _group(group: GroupFile, path: Path) -> NodeGroup:
                     raise BadInputError(f"key '{name}.{figure}' is missing; a device of your own has no usual links")
         intra, inter = (Link(**figures[name]) for name in LINKS)
         nodes = NodeGroup(device, group.nodes, group.devices_per_node, intra, inter)
-    given = {name: getattr(group, name) for name in ("memory_bytes", "reserve_bytes")}
-    memory = {name: value for name, value in given.items() if value is not None}
-    if memory:
-        sources = {**nodes.device.sources, **dict.fromkeys(memory, told)}
-        nodes = replace(nodes, device=replace(nodes.device, **memory, sources=sources))
+    given = {name: getattr(group, name) for name in ("memory_bytes", "reserve_bytes", "power_w")}
+    changed = {name: value for name, value in given.items() if value is not None}
+    if changed:
+        sources = {**nodes.device.sources, **dict.fromkeys(changed, told)}
+        nodes = replace(nodes, device=replace(nodes.device, **changed, sources=sources))
     return nodes
 
 

@@ -122,6 +122,8 @@ def size_at(value: int | Size, batch: int, seq: int) -> int:
 
 def divide(value: int | Size, by: int | Size) -> int | Size | None:
     """``value / by`` when it is a whole polynomial (``by`` a monomial), else None."""
+    if by == 1:
+        return value
     divisor = _terms(by)
     if len(divisor) != 1:
         return 1 if value == by else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from autopar.objective import Objective, ObjectiveValue
 from autopar.plan import Plan
 
 
@@ -11,7 +12,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     """Plain JSON values: seconds, bytes, and counts.
 
     ``cluster`` is the short form (``"8x8:h100"``); ``mesh`` axis sizes, outermost first; ``memory`` bytes per rank by
-    kind, one object per stage; ``searched`` counts; ``seconds`` by phase.
+    kind, one object per stage; ``searched`` counts; ``seconds`` by phase; ``objective`` what was sought and reached.
     """
     predicted = plan.predicted
     return {
@@ -32,6 +33,24 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "status": plan.status,
         "searched": dict(plan.searched),
         "seconds": dict(plan.seconds),
+        "objective": _objective_record(plan),
+    }
+
+
+def _objective_record(plan: Plan) -> dict[str, Any]:
+    reached = plan.objective or ObjectiveValue(
+        Objective(), plan.predicted.step_time, plan.bound, plan.gap, plan.status, plan.cluster.devices
+    )
+    sought = {name: value for name, value in reached.objective.to_json().items() if value is not None}
+    return {
+        **sought,
+        "value": reached.value,
+        "bound": reached.bound,
+        "unit": reached.objective.unit,
+        "gap": reached.gap,
+        "status": reached.status,
+        "devices": plan.cluster.devices,
+        "devices_given": reached.devices,
     }
 
 

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
 
 from autopar.plan import MEMORY_KINDS, Candidate, Plan
-from autopar.report.units import bytes_text, memory_unit, seconds_text
+from autopar.report.columns import counted, item, pairs, percent, span, table, value_text
+from autopar.report.units import bytes_text, memory_unit, seconds_text, significant
 
-WIDTH = 100
-LABEL = 13
-"""Columns of the left-hand labels."""
 HEADS = {"parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "activs"}
 
 
 def plan_text(plan: Plan) -> str:
     """The whole plan: the decision, the prediction, the stages, and how each kind of block is split."""
-    sections = (_decision(plan), _prediction(plan), _stages(plan), _sharding(plan), _notes(plan))
+    sections = (decision_lines(plan), _prediction(plan), _stages(plan), _sharding(plan), _notes(plan))
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def _decision(plan: Plan) -> list[str]:
+def decision_lines(plan: Plan) -> list[str]:
+    """Mesh, micro-batch, schedule and memory, and what of it was fixed."""
     job, mesh, cluster = plan.job, plan.mesh, plan.cluster
     lines = [
         f"{plan.model} on {cluster}: {cluster.devices} x {cluster.device.title}",
-        *_item(
+        *item(
             "job", f"{job.global_batch:,} sequences of {job.seq_len:,} tokens per step, {job.dtype}, {job.optimizer}"
         ),
-        *_item("mesh", f"{mesh} ({'; '.join(_axis_words(plan)) or 'one device'})"),
-        *_item(
+        *item("mesh", f"{mesh} ({'; '.join(_axis_words(plan)) or 'one device'})"),
+        *item(
             "micro-batch",
-            f"{_count(plan.micro_batch, 'sequences')} on each data rank, {plan.micro_batches:,} per step",
+            f"{counted(plan.micro_batch, 'sequences')} on each data rank, {plan.micro_batches:,} per step",
         ),
-        *_item("schedule", _schedule(plan)),
-        *_item("memory", f"ZeRO-{plan.zero}{_shard_groups(plan)}, recompute {_recompute(plan)}{_offload(plan)}"),
+        *item("schedule", schedule_words(plan)),
+        *item("memory", f"ZeRO-{plan.zero}{_shard_groups(plan)}, recompute {recompute_words(plan)}{_offload(plan)}"),
     ]
     if plan.pad_heads > 1:
-        lines += _item("heads", f"padded with zeros to a multiple of {plan.pad_heads}")
+        lines += item("heads", f"padded with zeros to a multiple of {plan.pad_heads}")
     if plan.fixed:
-        lines += _item("fixed", _pairs({key: _value(value) for key, value in plan.fixed.items()}))
-        lines += _item("chosen", _pairs(chosen(plan)))
+        lines += item("fixed", pairs({key: value_text(value) for key, value in plan.fixed.items()}))
+        lines += item("chosen", pairs(chosen(plan)))
     return lines
 
 
@@ -55,11 +52,11 @@ def chosen(plan: Plan) -> dict[str, str]:
         "micro_batch": str(plan.micro_batch),
         "zero": str(plan.zero),
         "fsdp": str(plan.fsdp),
-        "recompute": _recompute(plan),
+        "recompute": recompute_words(plan),
         "schedule": plan.schedule,
     }
     if mesh.tp > 1:
-        whole["sp"] = _value("sequence parallel" in _names(plan, next(iter(mesh.tp_axes()))))
+        whole["sp"] = value_text("sequence parallel" in _names(plan, next(iter(mesh.tp_axes()))))
     neutral = {"cp": "1", "fsdp": str(mesh.data if plan.zero else 1)}
     whole = {key: value for key, value in whole.items() if neutral.get(key) != value}
     return {key: value for key, value in whole.items() if key not in plan.fixed and "mesh" not in plan.fixed}
@@ -81,7 +78,8 @@ def _names(plan: Plan, axis: str) -> tuple[str, ...]:
     return plan.described.get(axis, ())
 
 
-def _schedule(plan: Plan) -> str:
+def schedule_words(plan: Plan) -> str:
+    """The schedule, and how many stages a rank has if several."""
     if plan.schedule == "none":
         return "no pipeline"
     return plan.schedule + (f", {plan.vpp} stages on each rank" if plan.vpp > 1 else "")
@@ -94,7 +92,7 @@ def _shard_groups(plan: Plan) -> str:
     return f" over groups of {plan.fsdp} data ranks"
 
 
-def _recompute(plan: Plan) -> str:
+def recompute_words(plan: Plan) -> str:
     """How many blocks are recomputed in backward: ``none``, or the count for each way of it."""
     runs = [run for stage in plan.stages for run in stage.runs]
     total = sum(run.stop - run.start for run in runs)
@@ -123,25 +121,40 @@ def _prediction(plan: Plan) -> list[str]:
     parts = [(name, s) for name, s in found.breakdown.items() if s > 1e-6 * found.step_time]
     per_device = found.tokens_per_second / plan.cluster.devices
     lines = [
-        *_item("step time", f"{seconds_text(found.step_time)} (between {low} and {high})"),
-        *_item(
+        *item("step time", f"{seconds_text(found.step_time)} (between {low} and {high})"),
+        *item(
             "throughput",
-            f"{found.tokens_per_second:,.0f} tokens/s, {per_device:,.0f} per device, MFU {_percent(found.mfu)}",
+            f"{found.tokens_per_second:,.0f} tokens/s, {per_device:,.0f} per device, MFU {percent(found.mfu)}",
         ),
-        *_item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in parts)),
-        *_item("bound", f"{seconds_text(plan.bound)}, gap {_percent(plan.gap)}, {plan.status} in the searched space"),
+        *_objective(plan),
+        *item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in parts)),
+        *item("bound", f"{seconds_text(plan.bound)}, gap {percent(plan.gap)}, {plan.status} in the searched space"),
     ]
     if plan.searched:
-        lines += _item("searched", ", ".join(_count(count, name) for name, count in plan.searched.items()))
+        lines += item("searched", ", ".join(counted(number, name) for name, number in plan.searched.items()))
     if plan.seconds:
-        lines += _item("seconds", ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.seconds.items()))
+        lines += item("seconds", ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.seconds.items()))
     return lines
 
 
-def _percent(share: float) -> str:
-    if share < 1e-6:  # rounding of the solver, not a difference
-        return "0"
-    return f"{100 * share:.1f}%" if share >= 0.001 else f"{100 * share:.2g}%"
+def _objective(plan: Plan) -> list[str]:
+    """What was sought, if not the step time of the whole cluster, and how much of the cluster serves it."""
+    reached = plan.objective
+    if reached is None:
+        return []
+    sought = reached.objective
+    side = "at most" if sought.seeks_most else "at least"
+    text = "{:,.0f}".format if sought.kind == "devices" else significant
+    value, bound = text(reached.value), text(reached.bound)
+    names = {
+        "throughput_per_device": f"most per device: {value} tokens/s",
+        "devices": f"fewest devices within {seconds_text(sought.within_s or 0.0)}: {value}",
+        "cost": f"least cost: {value} per million tokens",
+        "energy": f"least energy: {value} J per token at board power",
+    }
+    used = f"on {plan.cluster.devices:,} of {counted(reached.devices, 'devices')}"
+    sure = f"{side} {bound}, gap {percent(reached.gap)}, {reached.status} over all cluster sizes"
+    return item("objective", f"{names[sought.kind]}, {used} ({sure})")
 
 
 def _stages(plan: Plan) -> list[str]:
@@ -162,22 +175,18 @@ def _stages(plan: Plan) -> list[str]:
     for index, stage in enumerate(plan.stages):
         sizes = [*(stage.memory.get(kind, 0) for kind in MEMORY_KINDS), stage.total_bytes]
         times = [seconds_text(value) for value in (stage.forward_s, stage.backward_s, stage.step_s)]
-        span = _span(stage.runs[0].start, stage.runs[-1].stop)
+        blocks = span(stage.runs[0].start, stage.runs[-1].stop)
         rank = [str(plan.rank_of(index))] if several else []
-        rows.append([*rank, str(index), span, *times, *(bytes_text(size, scale) for size in sizes)])
+        rows.append([*rank, str(index), blocks, *times, *(bytes_text(size, scale) for size in sizes)])
     limit = bytes_text(plan.cluster.device.memory_bytes, scale)
     title = f"time per micro-batch and once per step; memory per rank in {unit}, of {limit}:"
-    return [title, *_table(head, rows)]
-
-
-def _span(start: int, stop: int) -> str:
-    return f"{start}-{stop - 1}" if stop - start > 1 else str(start)
+    return [title, *table(head, rows)]
 
 
 def _sharding(plan: Plan) -> list[str]:
     runs: dict[str, list[str]] = {}
     for run in (run for stage in plan.stages for run in stage.runs):
-        runs.setdefault(run.candidate, []).append(_span(run.start, run.stop))
+        runs.setdefault(run.candidate, []).append(span(run.start, run.stop))
     lines: list[str] = []
     printed: dict[tuple[str, ...], str] = {}
     for name, spans in runs.items():
@@ -195,37 +204,4 @@ def _sharding(plan: Plan) -> list[str]:
 
 
 def _notes(plan: Plan) -> list[str]:
-    return [line for note in plan.notes for line in _item("note", note)]
-
-
-def _item(label: str, text: str) -> list[str]:
-    """A labelled paragraph, wrapped to the width under its own start."""
-    lines = [""]
-    for word in re.split(r" (?!(?:s|ms|µs)\b)", text):
-        if lines[-1] and LABEL + len(lines[-1]) + 1 + len(word) > WIDTH:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return [f"{label if index == 0 else '':<{LABEL}}{line}".rstrip() for index, line in enumerate(lines)]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Right-aligned columns, two spaces apart."""
-    whole = [list(head), *map(list, rows)]
-    widths = [max(len(row[column]) for row in whole) for column in range(len(head))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in whole]
-
-
-def _pairs(values: dict[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
-
-
-def _value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _count(number: int, plural: str) -> str:
-    """``12 meshes``, ``1 mesh``, for a plural written with spaces or underscores."""
-    noun = plural.replace("_", " ")
-    if number == 1:
-        noun = noun.removesuffix("es") if noun.endswith("shes") else noun.removesuffix("s")
-    return f"{number:,} {noun}"
+    return [line for note in plan.notes for line in item("note", note)]

@@ -10,8 +10,8 @@ def seconds_text(value: float) -> str:
     """Three significant digits in s, ms or µs: ``9.41 s``, ``12.3 ms``."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms")):
         if abs(value) >= scale:
-            return f"{_digits(value / scale)} {unit}"
-    return "0 s" if value == 0 else f"{_digits(value / 1e-6)} µs"
+            return f"{significant(value / scale)} {unit}"
+    return "0 s" if value == 0 else f"{significant(value / 1e-6)} µs"
 
 
 def memory_unit(largest: float) -> tuple[str, int]:
@@ -29,7 +29,7 @@ def bytes_text(value: float, unit: int = GIB) -> str:
     return f"{scaled:.1f}" if scaled >= 1 else f"{scaled:.2f}"
 
 
-def _digits(value: float, digits: int = 3) -> str:
+def significant(value: float, digits: int = 3) -> str:
     """``value`` to ``digits`` significant digits, never in powers of ten."""
     if value == 0:
         return "0"

@@ -86,6 +86,26 @@ def block_lines(kind: BlockKind, decision: BlockDecision) -> tuple[str, ...]:
     return (*(line.rstrip() for line in lines), *_collective_lines(kind.graph, decision))
 
 
+def operator_name(node: Node, graph: OpGraph) -> str:
+    """What reports call an operator: the module that owns its first parameter, "attention", "loss", else its node."""
+    use = _use_under(node, graph, strategy_of(node, graph, "R"))
+    named = use.values and (use.weights or node.op in (ATTENTION, LOSS))
+    return _name(node, use) if named else node.name
+
+
+def strategy_words(node: Node, graph: OpGraph, strategy: Strategy) -> str:
+    """A strategy on one axis, such as ``column n: R, S(0) -> S(2)``: how it splits, the factor, the types it reads and
+    makes."""
+    types = f"{', '.join(map(str, strategy.inputs))} -> {strategy.output}"
+    if strategy.name in ("R", "I"):
+        return f"whole: {types}"
+    if strategy.extent is None:
+        return f"summands: {types}"
+    use = _use_under(node, graph, strategy)
+    verb = _verb(node, use)
+    return f"{'split' if verb == 'whole' else verb} {strategy.name}: {types}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Use:
     """What an operator reads on one axis: other values with their types; parameters as (operand, parameter, type)."""
@@ -95,8 +115,12 @@ class _Use:
 
 
 def _use(node: Node, graph: OpGraph, decision: BlockDecision, axis: str) -> _Use:
+    return _use_under(node, graph, _strategy(node, graph, decision, axis))
+
+
+def _use_under(node: Node, graph: OpGraph, strategy: Strategy) -> _Use:
     values, weights = [], []
-    for name, kind in zip(node.operands(), _strategy(node, graph, decision, axis).inputs, strict=True):
+    for name, kind in zip(node.operands(), strategy.inputs, strict=True):
         parameter = _parameter(graph, name)
         if parameter is None:
             values.append((graph.nodes[name], kind))

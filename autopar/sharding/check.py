@@ -105,11 +105,12 @@ def refusal(
     for factor, split in by_factor.items():
         extent, sizes = choice[split[0]].extent, [axes[axis] for axis in split]
         if extent is not None and _uneven(extent, math.prod(sizes), batch, seq):
-            over = f"over {math.prod(sizes)} ranks ({', '.join(split)})"
+            size = f"{extent} = {size_at(extent, batch, seq)}" if isinstance(extent, Size) and batch and seq else extent
+            over = f"of size {size} over {math.prod(sizes)} ranks ({', '.join(split)})"
             if not choice[split[0]].uneven:
-                return f"splits factor {factor} of size {extent} {over}: does not divide"
+                return f"splits factor {factor} {over}: does not divide"
             if least_part(size_at(extent, 1, 1), sizes) < 1:
-                return f"splits factor {factor} of size {extent} {over}: some would hold nothing"
+                return f"splits factor {factor} {over}: some would hold nothing"
     variants = {strategy.variant for strategy in choice.values() if strategy.variant}
     if len(variants) > 1:
         return f"has one local implementation only, not {' and '.join(sorted(variants))} at once"
@@ -206,9 +207,11 @@ def fits(
             continue
         if _uneven(inner, axes[axis], batch, seq):
             return False
-        if _uneven(size, math.prod(axes[other] for other in splits), batch, seq):
+        if kind.blocks == 1 and len(splits) == 1:
+            continue
+        if _uneven(size, math.prod([axes[other] for other in splits]), batch, seq):
             return False
-        if isinstance(kind.blocks, int) or (batch and seq):
+        if kind.blocks != 1 and (isinstance(kind.blocks, int) or (batch and seq)):
             try:
                 blocks_at(layout, axis, axes, batch or 1, seq or 1)
             except VerificationError:

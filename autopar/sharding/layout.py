@@ -14,7 +14,7 @@ part: each rank holds its slice of each of the n blocks (a fused q/k/v projectio
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autopar.graph.size import Size
 
@@ -29,10 +29,18 @@ class SpmdType:
     kind: str
     dim: int = -1
     blocks: int | Size = 1
+    _hash: int = field(init=False, repr=False, compare=False)  # a search looks types and layouts up millions of times
 
     def __post_init__(self) -> None:
         if self.kind not in ("R", "I", "P", "S") or (self.kind == "S") != (self.dim >= 0):
             raise ValueError(f"not an SPMD type: kind {self.kind!r}, dim {self.dim}")
+        object.__setattr__(self, "_hash", hash((self.kind, self.dim, self.blocks)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[SpmdType], tuple[str, int, int | Size]]:
+        return SpmdType, (self.kind, self.dim, self.blocks)  # hashes of strings differ between processes
 
     def __str__(self) -> str:
         if self.kind != "S":
@@ -73,6 +81,16 @@ class Layout:
     """
 
     types: tuple[tuple[str, SpmdType], ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.types))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Layout], tuple[tuple[tuple[str, SpmdType], ...]]]:
+        return Layout, (self.types,)
 
     @staticmethod
     def of(**types: SpmdType) -> Layout:
@@ -86,7 +104,10 @@ class Layout:
         return Layout(tuple((axis, SpmdType.parse(kind)) for axis, kind in pairs))
 
     def __getitem__(self, axis: str) -> SpmdType:
-        return dict(self.types).get(axis, I)
+        for name, kind in self.types:
+            if name == axis:
+                return kind
+        return I
 
     def with_type(self, axis: str, kind: SpmdType) -> Layout:
         """This layout with ``axis`` changed; a changed axis becomes the innermost split."""

@@ -202,11 +202,9 @@ def split_order(choice: Mapping[str, Strategy]) -> tuple[str, ...]:
 def standard(types: Mapping[str, SpmdType], shape: Sequence[int | Size]) -> Layout:
     """One type per axis of a tensor of ``shape``, listed in the order of splits that `split_order` gives a tensor."""
     kind = types.get(CONTEXT)
-    order = list(types)
-    if kind is not None and kind.kind == "S" and not depends_on_sequence(shape[kind.dim]):
-        order.remove(CONTEXT)
-        order.append(CONTEXT)
-    return Layout(tuple((axis, types[axis]) for axis in order))
+    if kind is None or kind.kind != "S" or depends_on_sequence(shape[kind.dim]):
+        return Layout(tuple(types.items()))
+    return Layout((*[pair for pair in types.items() if pair[0] != CONTEXT], (CONTEXT, kind)))
 
 
 def depends_on_sequence(size: int | Size) -> bool:

@@ -64,19 +64,35 @@ def check_axes(model: ModelGraph, axes: Mapping[str, int], seq: int, sequence: b
         )
 
 
-def choices_of(
-    node: Node, graph: OpGraph, axes: Mapping[str, int], batch: int, seq: int, split_matmuls: bool = False
-) -> list[AxesChoice]:
-    """The choices of an op node that divide. ``split_matmuls``: of a matmul, those that split a feature factor, if
-    any."""
+def splits_sequences(model: ModelGraph, axes: Mapping[str, int], seq: int, sequence: bool | None = None) -> bool:
+    """Whether `check_axes` lets the model's sequences be split so."""
+    try:
+        check_axes(model, axes, seq, sequence)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def considered(
+    node: Node, graph: OpGraph, axes: Mapping[str, int], batch: int, seq: int
+) -> list[tuple[AxesChoice, str]]:
+    """What an op node may do on all axes, each with the reason why it cannot (`sharding.check.refusal`; "": it can)."""
     strategies = strategies_of(node, graph)
     split = _on_tensor_axes([s for s in strategies if s.variant != "context"], tensor_axes(axes))
     found = []
     for first in _on_context(node, graph, strategies, axes, batch, seq):
         for rest in split:
             choice = settled({**first, **rest}, axes)
-            if not refusal(node, graph, choice, axes, batch, seq):
-                found.append(choice)
+            found.append((choice, refusal(node, graph, choice, axes, batch, seq)))
+    return found
+
+
+def choices_of(
+    node: Node, graph: OpGraph, axes: Mapping[str, int], batch: int, seq: int, split_matmuls: bool = False
+) -> list[AxesChoice]:
+    """The choices of an op node that divide. ``split_matmuls``: of a matmul, those that split a feature factor, if
+    any."""
+    found = [choice for choice, reason in considered(node, graph, axes, batch, seq) if not reason]
     return _featured(node, found, axes) if split_matmuls else found
 
 

@@ -29,22 +29,22 @@ class Capability:
 
 CAPABILITIES: dict[str, Capability] = {
     "dp": Capability("size", None, searched="all"),
-    "fsdp": Capability("size", None, searched="all data ranks; those of one node"),
+    "fsdp": Capability("size", None, searched="whole nodes, or parts of one"),
     "zero": Capability("level", (0, 1, 2, 3), searched="all"),
     "tp": Capability("axis", None, searched="sizes that divide a node"),
     "sp": Capability("switch", (True, False), searched="both, tensor by tensor"),
-    "cp": Capability("size", None, searched="1 (sequences are split on tp where that pays)"),
+    "cp": Capability("size", None, searched="sizes that leave a rank 1,024 positions or more"),
     "ep": Capability("size", (1,), "expert parallelism is not emitted yet; leave ep=1"),
     "pp": Capability("size", None, searched="all"),
-    "vpp": Capability("size", None, searched="1"),
-    "schedule": Capability("schedule", tuple(SCHEDULES), searched="1f1b"),
-    "micro_batch": Capability("size", None, searched="all"),
+    "vpp": Capability("size", None, searched="1, 2, 3, 4, 6, 8, 12, 16, 24, 32"),
+    "schedule": Capability("schedule", tuple(SCHEDULES), searched="all"),
+    "micro_batch": Capability("size", None, searched="one sample, or up to 131,072 tokens"),
     "recompute": Capability(
         "recompute",
         ("none", "selective", "full"),
         searched="none, full, selective where memory is short; for each block",
     ),
-    "offload": Capability("offload", ("none", "state", "activations", "all"), searched="none"),
+    "offload": Capability("offload", ("none", "state", "activations", "all"), searched="none, state"),
     "mesh": Capability("mesh", None),
     "stages": Capability("counts", None, searched="all contiguous splits"),
 }

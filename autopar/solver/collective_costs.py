@@ -128,6 +128,14 @@ class CollectiveCosts:
 
 def _placement(size: int, stride: int, per_node: int) -> Placement:
     """The worst group of an axis; groups repeat after lcm(size * stride, per_node) ranks."""
+    if stride % per_node == 0:
+        return Placement(size, size, 1)
+    if per_node % stride == 0:  # nodes hold whole strides, so that groups lie alike if they fill nodes or parts of one
+        inside = per_node // stride
+        if inside % size == 0:
+            return Placement(size, 1, size)
+        if size % inside == 0:
+            return Placement(size, size // inside, inside)
     span = size * stride
     nodes, fewest = 1, size
     for start in range(0, span * per_node // gcd(span, per_node), span):

@@ -1,23 +1,87 @@
 """Bounds for a whole configuration: no sharding, recomputation or spread over stages takes less, or fits in less.
 
-`quick_bound` adds up; `fits_at_best` counts bytes; `stage_bound` solves the stage ILP over the least seconds and the
-least bytes of every kind of block, as if one decision had both.
+`shape_bound` divides work evenly; `quick_bound` adds up what a configuration surely waits for; `stage_bound` spreads
+the least seconds and the least bytes of every kind of block over stages, as if one decision had both.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from math import prod
+from typing import cast
 
+from autopar.graph.ir import TensorMeta
 from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import spread_bound
 from autopar.solver.data_axis import DataAxis
+from autopar.solver.decisions import whole_decisions
 from autopar.solver.evaluate import assess, placed
 from autopar.solver.groups import root_blocks
+from autopar.solver.halves import sure_halves
+from autopar.solver.laps import laps_bound
+from autopar.solver.op_costs import LocalTensor
+from autopar.solver.path_bound import path_bound, program_bound
+from autopar.solver.prices import element_bytes
+from autopar.solver.reach import reach
 from autopar.solver.shardings import Context, Shardings
-from autopar.solver.space import Config
+from autopar.solver.space import Config, Outline, Shape
 from autopar.solver.spread import block_runs, overheads, staged
 from autopar.solver.stages import BlockRun, Option, StageProblem, solve_stages
+
+
+def shape_bound(context: Context, shape: Shape, work: float | None = None) -> float:
+    """No plan of any configuration of the shape takes less. ``work``: least seconds of all blocks per micro-batch;
+    without it, those of the arithmetic alone, evenly shared out."""
+    outline, m = shape.outline, shape.outline.micro_batches
+    share = outline.micro_batch / outline.ranks
+    forward, both = (seconds * share for seconds in _arithmetic_s(context))
+    work = both if work is None else work
+    # A micro-batch passes all stages, there and back; halved backwards may leave the weights' half for later.
+    through = forward if SCHEDULES[shape.schedule].splits_backward else work
+    return max(through, spread_bound(work, outline.pp, m, shape.vpp))
+
+
+def has_room(context: Context, outline: Outline) -> bool:
+    """Whether memory could hold what one block has at hand in its backward, be it saved or made again, evenly split."""
+    if context.fix.offload in ("activations", "all"):
+        return True
+    room = context.cluster.device.memory_bytes - context.cluster.device.reserve_bytes
+    return _saved_bytes(context) * outline.micro_batch / outline.ranks <= room
+
+
+def _saved_bytes(context: Context) -> float:
+    """The most bytes that any block keeps for each sample."""
+    if "sample" not in context.memo:
+        most = 0.0
+        for name, decision in whole_decisions(context.model).items():
+            kind = context.model.kinds[name]
+            one, two = (
+                min(context.costs.saved(kind, decision, n, lean=lean) for lean in (False, True)) for n in (1, 2)
+            )
+            most = max(most, float(two - one))
+        context.memo["sample"] = most
+    return float(context.memo["sample"])
+
+
+def _arithmetic_s(context: Context) -> tuple[float, float]:
+    """Seconds of a sample's arithmetic on one device: forward, and with backward."""
+    if "arithmetic" not in context.memo:
+        seq, job = context.job.seq_len, context.job
+
+        def local(meta: TensorMeta) -> LocalTensor:
+            return LocalTensor(meta.at(1, seq), element_bytes(meta.dtype, job))
+
+        totals = [0.0, 0.0]
+        for name, kind in context.model.kinds.items():
+            for node in kind.graph.of("op"):
+                metas = [kind.graph.nodes[operand].meta for operand in node.operands()]
+                grads = [meta.requires_grad for meta in metas]
+                each = context.ops.arithmetic_seconds(node, [local(meta) for meta in metas], local(node.meta), grads)
+                totals = [total + context.counts[name] * seconds for total, seconds in zip(totals, each, strict=True)]
+        context.memo["arithmetic"] = totals[0] * (1 - 1e-12), sum(totals) * (1 - 1e-12)
+    forward, both = context.memo["arithmetic"]
+    return float(forward), float(both)
 
 
 def quick_bound(context: Context, config: Config, work: float) -> float:
@@ -145,37 +209,52 @@ def _least_communication(context: Context, config: Config, data: DataAxis) -> fl
     return (m if data.gathers_each else 1) * gathers + (1 if data.defers else m) * scatters + replicates
 
 
-def fits_at_best(context: Context, config: Config, shardings: Shardings) -> bool:
-    """Whether a configuration could fit if every kind took its least bytes: the stages together have room for as many
-    blocks of each kind as there are, counted alone and by rank with its own micro-batches in flight. No ILP."""
-    problem = _least_problem(context, config, shardings, timed=False)
-    for run in problem.runs:
-        room = 0.0
-        for rank in range(config.pp):
-            spare = problem.spare(rank)
-            # Whenever most is in flight, a block keeps at least what it would on some stage of the rank.
-            flying = max(min(alive for alive, _ in held) for held in problem.held(rank))
-            room += max(
-                max(0.0, spare - option.transient) // max(option.resident + flying * option.inflight, 1.0)
-                for option in run.options
-            )
-        if room < run.count:
-            return False
-    return True
+def loose_bound(context: Context, configs: Sequence[Config], shardings: Shardings, paths: bool = True) -> float:
+    """A valid bound for all configurations of one shape together: every kind of seconds and bytes the least of any.
+    ``paths``: with `path_bound`, which takes longer."""
+    return _spread_bound(context, configs, shardings, paths) if configs else float("inf")
 
 
-def stage_bound(context: Context, config: Config, shardings: Shardings, sharp: bool = False) -> float:
-    """A valid bound for one configuration: the stage ILP over the least seconds and the least bytes of every kind, as
-    if one decision had both. Infinite when even that does not fit. ``sharp``: see `Shardings.kind_bounds`."""
-    begin = time.perf_counter()
-    problem = _least_problem(context, config, shardings, timed=True, sharp=sharp)
-    answer = solve_stages(problem, work_limit=1.0, balance=False, gap=3e-4)
-    context.clock.add("bounds", begin)
-    context.clock.counts["bound ILPs"] += 1
-    if answer is None:
-        return float("inf")
+def stage_bound(
+    context: Context, config: Config, shardings: Shardings, sharp: bool = False, paths: bool = True
+) -> float:
+    """A valid bound for one configuration: stages over the least seconds and the least bytes of every kind, as if one
+    decision had both. Infinite when even that does not fit. ``sharp``: see `Shardings.kind_bounds`, and with
+    `program_bound`; ``paths``: with `path_bound`; both take longer."""
+    found = _spread_bound(context, [config], shardings, paths, sharp)
     each, once = _least_exposed(context, config, placed(context, config, 0).data)
-    return max(answer.bound + config.micro_batches * each + once, _only_bound(context, config, shardings))
+    return max(found + config.micro_batches * each + once, _only_bound(context, config, shardings))
+
+
+def _smallest_block(context: Context, config: Config) -> tuple[int, int]:
+    """The fewest elements of any block per rank when all of them are split; and of those that train."""
+    if "smallest block" not in context.memo:
+        blocks = range(len(context.model.blocks))
+        context.memo["smallest block"] = tuple(
+            min(_whole_elements(context, i, i == len(blocks) - 1, trains) for i in blocks) for trains in (False, True)
+        )
+    held, trained = context.memo["smallest block"]
+    return held // config.tp, trained // config.tp
+
+
+def _spread_bound(
+    context: Context, configs: Sequence[Config], shardings: Shardings, paths: bool, sharp: bool = False
+) -> float:
+    begin = time.perf_counter()
+    problem = least_problem(context, configs, shardings, sharp)
+    if configs[0].vpp == 1:
+        reached = reach(problem, even=False)
+        found = reached.bound if reached else float("inf")
+    else:
+        found = laps_bound(problem)
+    if found < float("inf") and configs[0].pp == 1 and sharp:
+        answer = solve_stages(problem, work_limit=0.5, balance=False)
+        found = max(found, answer.bound) if answer else found  # none within the limit proves nothing
+    if found < float("inf") and configs[0].pp > 1 and paths:
+        found = max(found, path_bound(problem), program_bound(problem) if sharp else 0.0)
+    context.clock.add("bounds", begin)
+    context.clock.counts["stage bounds"] += 1
+    return found
 
 
 def _only_bound(context: Context, config: Config, shardings: Shardings) -> float:
@@ -191,27 +270,38 @@ def _only_bound(context: Context, config: Config, shardings: Shardings) -> float
     return assess(context, config, [blocks], shardings.fastest().boundary).step_time * (1 - 1e-12)
 
 
-def _least_problem(
-    context: Context, config: Config, shardings: Shardings, timed: bool, sharp: bool = False
+def least_problem(
+    context: Context, configs: Sequence[Config], shardings: Shardings, sharp: bool = False
 ) -> StageProblem:
+    """Stages of the least bytes and seconds of every kind, and of every configuration (all of one shape)."""
+    if (tuple(configs), sharp) == context.memo.get("last problem", (None, None))[0]:
+        return cast(StageProblem, context.memo["last problem"][1])
+    problem = _least_problem(context, configs, shardings, sharp)
+    context.memo["last problem"] = (tuple(configs), sharp), problem
+    return problem
+
+
+def _least_problem(context: Context, configs: Sequence[Config], shardings: Shardings, sharp: bool) -> StageProblem:
     bytes_of = shardings.kind_bytes()
     # Whatever passes between stages is split at most over the whole model axis.
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
-    place = placed(context, config, handed)
+    places = [placed(context, config, handed) for config in configs]
+    config, pairs = configs[0], list(zip(configs, places, strict=True))
     runs = []
     for run in block_runs(context, config, extended=True):
         kind = run.kind
         elements = float(_least_elements(context, config, run.start))
         trains = float(_least_elements(context, config, run.start, trains=True))
         frozen = elements - trains
-        seconds, reduce, optimizer, forward = dict.fromkeys(run.choices, 0.0), 0.0, 0.0, 0.0
-        if timed:
-            passes = context.model.kinds[kind].passes_gradient or (run.root and config.pp == 1)
-            copies = place.data.least_copies_s(elements, run.root, frozen, 0.0 if passes else elements)
-            seconds = {choice: shardings.least_seconds(kind, choice, sharp) + copies for choice in run.choices}
-            optimizer = _least_optimizer(context, config, trains / place.memory.shards)
-            reduce = place.data.reduce_s(int(trains)) if place.data.exposes else 0.0
-            forward = _least_forward(config, shardings, kind)
+        passes = context.model.kinds[kind].passes_gradient or (run.root and config.pp == 1)
+        still = 0.0 if passes else elements
+        copies = min(place.data.least_copies_s(elements, run.root, frozen, still) for place in places)
+        seconds = {choice: shardings.least_seconds(kind, choice, sharp) + copies for choice in run.choices}
+        optimizer = min(_least_optimizer(context, one, trains / place.memory.shards) for one, place in pairs)
+        reduce = min(place.data.reduce_s(int(trains)) if place.data.exposes else 0.0 for place in places)
+        resident = min(place.memory.least_resident(elements, run.root and run.sure, frozen) for place in places)
+        forward, backward = _least_forward(config, shardings, kind), shardings.kind_bounds(False)[kind].backward_s
+        sure = _sure_halves(context, config, kind) if SCHEDULES[config.schedule].splits_backward else (0.0, 0.0)
         options = []
         # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
         is_last = run.start + run.count == len(context.model.blocks)
@@ -221,15 +311,57 @@ def _least_problem(
             if shardings.size == 1:  # there is one decision, and these are its bytes
                 cost = shardings.fastest().costs[kind][choice]
                 kept, needed = float(cost.inflight), float(cost.transient) if first_back else 0.0
-            resident = place.memory.least_resident(elements, run.root and run.sure, frozen)
             ahead = min(forward, seconds[choice])
             back = seconds[choice] - ahead
             # Nothing is known of the halves of a backward: all of it may wait.
-            options.append(Option(choice, ahead, back, resident, kept, needed, reduce, optimizer, weight_s=back))
+            options.append(
+                Option(
+                    choice,
+                    ahead,
+                    back,
+                    resident,
+                    kept,
+                    needed,
+                    reduce,
+                    optimizer,
+                    weight_s=back,
+                    either_s=max(0.0, back - backward),
+                    sure_input_s=sure[0],
+                    sure_weight_s=sure[1],
+                )
+            )
         runs.append(BlockRun(kind, run.count, tuple(options)))
-    return staged(
-        context, config, place, runs, overheads(place, config, least=True), context.cluster.device.memory_bytes
-    )
+    room = context.cluster.device.memory_bytes
+    overhead = overheads(places[0], config, least=True)
+    beside = [least_stage(context, one, place.data) for one, place in pairs]
+    least = [min(seconds) for seconds in zip(*beside, strict=True)]
+    return staged(context, config, places[0], runs, overhead, room, least)
+
+
+def least_stage(context: Context, config: Config, data: DataAxis) -> tuple[float, float, float]:
+    """Network seconds of one stage of several that nothing can hide, (each micro-batch, in the first forward, in the
+    last backward): what is gathered before the first block begins, and what the block whose backward ends last
+    reduces. It is not known which blocks these are: the smallest count."""
+    if config.pp == 1:
+        return 0.0, 0.0, 0.0
+    held, trained = _smallest_block(context, config)
+    gather = data.gather_s(held)
+    scatter, replicate = data.scatter_s(trained), data.replicate_s(trained)
+    # A root group, which may be all that a stage has, is not gathered again for the backward.
+    each = gather if data.gathers_each else 0.0
+    once = 0.0 if data.gathers_each else gather
+    if data.exposes:
+        return each, once, 0.0  # what is reduced after the last backward counts with the blocks
+    return (each, once, scatter + replicate) if data.defers else (each + scatter, once, replicate)
+
+
+def _sure_halves(context: Context, config: Config, kind: str) -> tuple[float, float]:
+    key = ("sure halves", kind, config.micro_batch, config.cp * config.tp)
+    if key not in context.memo:
+        seq, ranks = context.job.seq_len, config.cp * config.tp
+        context.memo[key] = sure_halves(context.ops, context.model.kinds[kind], config.micro_batch, seq, ranks)
+    first, second = context.memo[key]
+    return float(first), float(second)
 
 
 def _least_forward(config: Config, shardings: Shardings, kind: str) -> float:

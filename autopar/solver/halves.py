@@ -62,6 +62,27 @@ class HalvedBackward:
         return seconds, kept
 
 
+def sure_halves(ops: OpCosts, kind: BlockKind, batch: int, seq: int, ranks: int) -> tuple[float, float]:
+    """Seconds that are surely in the first half of a block's backward, and in the second, however it is sharded over
+    so many ranks: the arithmetic of operators that are bound by it even if every rank moves all of their bytes."""
+    first = second = 0.0
+    graph = kind.graph
+    readers = {node.name: of_weight for node, of_weight in _readers(kind)}
+    for node in graph.of("op"):
+        metas = [graph.nodes[name].meta for name in node.operands()]
+        whole = [LocalTensor(meta.at(batch, seq), element_bytes(meta.dtype, ops.job)) for meta in metas]
+        output = LocalTensor(node.meta.at(batch, seq), element_bytes(node.meta.dtype, ops.job))
+        grads = [meta.requires_grad for meta in metas]
+        of_weight = readers.get(node.name, [False] * len(grads))
+        rest = [grad and not weight for grad, weight in zip(grads, of_weight, strict=True)]
+        both, one = (ops.arithmetic_seconds(node, whole, output, wanted)[1] for wanted in (grads, rest))
+        if any(of_weight) and ops.moving_seconds(node, whole, output, rest) > one / ranks:
+            continue
+        first += one / ranks
+        second += (both - one) / ranks
+    return first, second
+
+
 def _readers(kind: BlockKind) -> Iterator[tuple[Node, list[bool]]]:
     """Operators with a gradient for some parameter, and which of their operands come from parameters alone."""
     graph = kind.graph

@@ -3,8 +3,9 @@ the nearest thing that fits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from heapq import nsmallest
 from math import sqrt
 from typing import Any
 
@@ -22,8 +23,9 @@ TRIES = 6
 """Configurations looked at to find the closest, those with the smallest micro-batches and most sharding first."""
 
 
-def explain(context: Context, space: list[Config]) -> str:
+def explain(context: Context) -> str:
     """The message of an `InfeasibleError`."""
+    space = configs(context.model, context.job, context.cluster, context.fix)
     known: dict[Key, Shardings] = {}
     closest = min(
         (a for config in _leanest(space) for a in _least_memory(context, config, known)), key=_most, default=None
@@ -54,8 +56,8 @@ def _most(assessment: Assessment) -> int:
     return max(sum(memory.values()) for memory in assessment.memory)
 
 
-def _leanest(space: list[Config], tries: int = TRIES) -> list[Config]:
-    return sorted(space, key=lambda c: (c.micro_batch, -c.zero, -c.pp * c.tp, c))[:tries]
+def _leanest(space: Iterable[Config], tries: int = TRIES) -> list[Config]:
+    return nsmallest(tries, space, key=lambda c: (c.vpp, c.micro_batch, -c.zero, -c.fsdp, -c.pp * c.tp, c))
 
 
 def _answers(context: Context, config: Config, known: dict[Key, Shardings]) -> list[list[Answered]]:
@@ -81,7 +83,7 @@ def _least_memory(context: Context, config: Config, known: dict[Key, Shardings])
                 low = room
             else:
                 found, high = answer, min(room, max(rank_bytes(problem, answer.counts)))
-        yield assess(context, config, spread(found, costs_of, config.stages), boundary)
+        yield assess(context, config, spread(found.counts, costs_of), boundary)
 
 
 def _way_out(context: Context) -> str:
@@ -127,7 +129,7 @@ def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> C
     """A configuration that fits, among those that take least memory."""
     other = Context.of(context.model, context.job, cluster, fix)
     known: dict[Key, Shardings] = {}
-    for config in _leanest(list(configs(context.model, context.job, cluster, fix)), tries):
+    for config in _leanest(configs(context.model, context.job, cluster, fix), tries):
         for answers in _answers(other, config, known):
             if best_stages(other, config, answers) is not None:
                 return config

@@ -26,9 +26,13 @@ left out. Costs become integers, rounded down by less than ``unit`` each, hence 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import inf
 from typing import Any
 
+from ortools.linear_solver.python import model_builder
 from ortools.sat.python import cp_model
 
 from autopar.errors import AutoparError
@@ -36,6 +40,12 @@ from autopar.solver.problem import Answer, Layout, Problem, path, price, produce
 
 RESOLUTION = 2**36
 """Integer steps into which the largest sensible objective is cut."""
+
+LP_TOLERANCE = 1e-6
+"""Relative error of an optimum of GLOP, whose feasibility tolerances are 1e-8."""
+
+Sum = tuple[int, ...]
+"""A sum of variables, by their places."""
 
 
 def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -> Answer:
@@ -52,14 +62,15 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
     solver.parameters.max_deterministic_time = work_limit
     solver.parameters.linearization_level = 2
     solver.parameters.cp_model_probing_level = 0
-    status = solver.solve(model.cp)
+    cp, variables = model.booleans()
+    status = solver.solve(cp)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         names = ", ".join(op.name for op in problem.ops[:3])
         raise AutoparError(
             f"no sharding of the block ({names}, ...) found: CP-SAT says {solver.status_name(status)}; "
             "an operator's strategies cannot be reached from its neighbours' layouts"
         )
-    answer = model.read(solver)
+    answer = model.read([solver.boolean_value(variable) for variable in variables])
     seconds, size = price(problem, answer)
     bound = min(solver.best_objective_bound * model.unit + model.offset, seconds + byte_price * size)
     return Answer(
@@ -71,43 +82,107 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
         size,
         bound,
         "optimal" if status == cp_model.OPTIMAL else "feasible",
-        {"booleans": float(solver.num_booleans), "solve_s": solver.wall_time, "variables": float(model.variables)},
+        {"booleans": float(solver.num_booleans), "solve_s": solver.wall_time, "variables": float(len(model.terms))},
     )
+
+
+def relaxed_bound(problem: Problem) -> float:
+    """A lower bound on the seconds of every answer, in a fraction of the time of `solve`: the linear relaxation, by
+    GLOP."""
+    model = _Model(problem, 0.0)
+    scale = model.unit * RESOLUTION
+    linear = model.linear([seconds / scale for seconds, _ in model.terms])
+    solver = model_builder.Solver("GLOP")
+    if solver.solve(linear) != model_builder.SolveStatus.OPTIMAL:
+        return model.offset
+    return solver.objective_value * scale * (1 - LP_TOLERANCE) + model.offset
+
+
+def _sum(expressions: Any, variables: Sequence[Any], plus: Sequence[int], minus: Sequence[int]) -> Any:
+    places = [variables[place] for place in (*plus, *minus)]
+    return expressions.weighted_sum(places, [1] * len(plus) + [-1] * len(minus))
 
 
 @dataclass(slots=True)
 class _Copies:
     """The conversions of one tensor: per depth, (from, to) to variable; transport has the single depth 1."""
 
-    depths: list[dict[tuple[Layout, Layout], Any]] = field(default_factory=list)
+    depths: list[dict[tuple[Layout, Layout], int]] = field(default_factory=list)
+
+
+_NO_PATHS = shortest({})
 
 
 class _Model:
-    """The CP-SAT model of a problem, and how to read its solution."""
+    """Variables and constraints of a problem, for CP-SAT or GLOP, and how to read a solution.
+
+    ``terms``: seconds and place among equals of every variable; ``rows``: low <= the sum of some variables minus that
+    of others <= high. ``unit``, ``offset``: the objective is the seconds of the variables that are one and ``offset``,
+    counted in units."""
 
     def __init__(self, problem: Problem, byte_price: float) -> None:
         self.problem = problem
-        self.cp = cp_model.CpModel()
-        self.variables = 0
-        self.terms: list[tuple[Any, float, int]] = []
+        self.terms: list[tuple[float, int]] = []
+        self.rows: list[tuple[Sum, Sum, int, int]] = []
         self.made = produced(problem)
-        ways = {id(direct): shortest(direct) for direct in problem.conversions.values()}
+        tables = {id(direct): direct for direct in problem.conversions.values()}  # tensors alike share one
+        ways = {each: shortest(direct) for each, direct in tables.items()}
         self.best = {tensor: ways[id(direct)] for tensor, direct in problem.conversions.items()}
-        self.x: dict[str, list[Any]] = {}
-        self.y: dict[str, dict[Layout, Any]] = {}
-        self.z: list[dict[Layout, Any]] = []
+        self.x: dict[str, Sum] = {}
+        self.y: dict[str, dict[Layout, int]] = {}
+        self.z: list[dict[Layout, int]] = []
         self.copies: dict[str, _Copies] = {}
         self.offset = 0.0
         self._choose(byte_price)
         self._arrive(byte_price)
         self._convert()
-        self._minimise()
+        scale = self.offset + max((seconds for seconds, _ in self.terms), default=0.0)
+        self.unit = max(scale, 1e-12) / RESOLUTION
 
-    def _bool(self, seconds: float, tie: int = 0) -> Any:
-        variable = self.cp.new_bool_var("")
-        self.variables += 1
-        self.terms.append((variable, seconds, tie))
-        return variable
+    def booleans(self) -> tuple[cp_model.CpModel, list[Any]]:
+        """The model for CP-SAT and its variables. Seconds are cut into units, which lowers ``offset``."""
+        cp = cp_model.CpModel()
+        variables = [cp.new_bool_var("") for _ in self.terms]
+        for plus, minus, low, high in self.rows:
+            if low == high == 1 and not minus:
+                cp.add_exactly_one([variables[place] for place in plus])
+            else:
+                cp.add_linear_constraint(_sum(cp_model.LinearExpr, variables, plus, minus), low, high)
+        # A tie step is far below any real difference; it only makes equal answers come out in one order.
+        costs = [int(seconds / self.unit) + tie for seconds, tie in self.terms]
+        cp.minimize(cp_model.LinearExpr.weighted_sum(variables, costs))
+        most_ties = sum(len(op.choices) for op in self.problem.ops) + len(self.terms)
+        self.offset -= self.unit * most_ties
+        return cp, variables
+
+    def linear(self, costs: Sequence[float]) -> Any:
+        """The relaxation for GLOP, which minimises ``costs`` of the variables. Filled through the builder's helper: its
+        expressions take longer to make than the model to solve."""
+        linear: Any = model_builder.Model()  # type: ignore[no-untyped-call]
+        helper = linear.helper
+        places = helper.add_var_array([len(costs)], 0.0, 1.0, False, "")
+        variables = [linear.var_from_index(place) for place in places.tolist()]
+        for plus, minus, low, high in self.rows:
+            row = helper.add_linear_constraint()
+            helper.set_constraint_lower_bound(row, low)
+            helper.set_constraint_upper_bound(row, high)
+            terms = [variables[place] for place in (*plus, *minus)]
+            helper.add_terms_to_constraint(row, terms, [1.0] * len(plus) + [-1.0] * len(minus))
+        helper.set_objective_coefficients([*range(len(costs))], costs)
+        return linear
+
+    def _bool(self, seconds: float, tie: int = 0) -> int:
+        self.terms.append((seconds, tie))
+        return len(self.terms) - 1
+
+    def _one(self, places: Iterable[int]) -> None:
+        self.rows.append((tuple(places), (), 1, 1))
+
+    def _equal(self, plus: Sum, minus: Sum) -> None:
+        self.rows.append((plus, minus, 0, 0))
+
+    def _at_most(self, part: Sum, whole: Sum) -> None:
+        self.rows.append((part, whole, -(2**31), 0))
 
     def _choose(self, byte_price: float) -> None:
         """Constraint (1)."""
@@ -116,12 +191,12 @@ class _Model:
             costs = [weight * (choice.seconds + byte_price * choice.bytes) for choice in op.choices]
             base = min(costs, default=0.0)
             self.offset += base
-            self.x[op.name] = [self._bool(cost - base, index) for index, cost in enumerate(costs)]
-            self.cp.add_exactly_one(self.x[op.name])
+            self.x[op.name] = tuple(self._bool(cost - base, index) for index, cost in enumerate(costs))
+            self._one(self.x[op.name])
 
     def _arrive(self, byte_price: float) -> None:
         """Constraint (2)."""
-        ties: dict[str, dict[Layout, Any]] = {}
+        ties: dict[str, dict[Layout, int]] = {}
         for source in self.problem.sources:
             weight = self.problem.weight(source.name)
             options = {
@@ -135,39 +210,35 @@ class _Model:
             self._tie(options, output.tie, ties)
             self.z.append(options)
 
-    def _tie(self, options: dict[Layout, Any], tie: str, ties: dict[str, dict[Layout, Any]]) -> None:
-        self.cp.add_exactly_one(options.values())
+    def _tie(self, options: dict[Layout, int], tie: str, ties: dict[str, dict[Layout, int]]) -> None:
+        self._one(options.values())
         first = ties.setdefault(tie, options) if tie else options
         if first is not options:
             for layout in dict.fromkeys((*first, *options)):
-                self.cp.add(options.get(layout, 0) == first.get(layout, 0))
+                here, there = (((way[layout],) if layout in way else ()) for way in (options, first))
+                self._equal(here, there)
 
-    def _made(self) -> dict[str, dict[Layout, Any]]:
-        """For each tensor and layout, the expression that says it is produced so."""
-        made: dict[str, dict[Layout, Any]] = {name: dict(options) for name, options in self.y.items()}
+    def _made(self) -> dict[str, dict[Layout, Sum]]:
+        """For each tensor and layout, the sum that says it is produced so."""
+        made: dict[str, dict[Layout, Sum]] = {
+            name: {layout: (place,) for layout, place in options.items()} for name, options in self.y.items()
+        }
         for op in self.problem.ops:
-            by_layout: dict[Layout, list[Any]] = {}
-            for choice, variable in zip(op.choices, self.x[op.name], strict=True):
-                by_layout.setdefault(choice.output, []).append(variable)
-            made[op.name] = {layout: sum(variables) for layout, variables in by_layout.items()}
+            made[op.name] = _by_layout(((choice.output for choice in op.choices)), self.x[op.name])
         return made
 
-    def _readers(self) -> dict[str, list[dict[Layout, Any]]]:
-        """For each tensor, its readers: layout to the expression that says it is read so; equal ones once."""
-        readers: dict[str, list[dict[Layout, Any]]] = {}
+    def _readers(self) -> dict[str, list[dict[Layout, Sum]]]:
+        """For each tensor, its readers: layout to the sum that says it is read so; equal ones once."""
+        readers: dict[str, list[dict[Layout, Sum]]] = {}
         for op in self.problem.ops:
             seen: set[tuple[str, tuple[Layout, ...]]] = set()
             for position, tensor in enumerate(op.operands):
                 wanted = tuple(choice.inputs[position] for choice in op.choices)
-                if (tensor, wanted) in seen:
-                    continue
-                seen.add((tensor, wanted))
-                by_layout: dict[Layout, list[Any]] = {}
-                for layout, variable in zip(wanted, self.x[op.name], strict=True):
-                    by_layout.setdefault(layout, []).append(variable)
-                readers.setdefault(tensor, []).append({layout: sum(v) for layout, v in by_layout.items()})
+                if (tensor, wanted) not in seen:
+                    seen.add((tensor, wanted))
+                    readers.setdefault(tensor, []).append(_by_layout(wanted, self.x[op.name]))
         for output, options in zip(self.problem.outputs, self.z, strict=True):
-            readers.setdefault(output.tensor, []).append(dict(options))
+            readers.setdefault(output.tensor, []).append({layout: (place,) for layout, place in options.items()})
         return readers
 
     def _convert(self) -> None:
@@ -179,73 +250,75 @@ class _Model:
                 self.copies[tensor] = self._copies(tensor, made[tensor], readers)
                 self._reads(self.copies[tensor], made[tensor], readers)
 
-    def _transport(self, tensor: str, made: dict[Layout, Any], reader: dict[Layout, Any]) -> _Copies:
+    def _transport(self, tensor: str, made: dict[Layout, Sum], reader: dict[Layout, Sum]) -> _Copies:
         """Constraint (6)."""
-        best = self.best.get(tensor, {})
-        moves: dict[tuple[Layout, Layout], Any] = {}
-        for a in made:
-            for b in reader:
-                if a == b:
-                    moves[a, b] = self._bool(0.0)
-                elif (a, b) in best:
-                    moves[a, b] = self._bool(self.problem.weight(tensor) * best[a, b][0], 1)
-        for a, expression in made.items():
-            self.cp.add(sum(v for (p, _), v in moves.items() if p == a) == expression)
-        for b, expression in reader.items():
-            self.cp.add(sum(v for (_, q), v in moves.items() if q == b) == expression)
-        return _Copies([{pair: v for pair, v in moves.items() if pair[0] != pair[1]}])
+        weight = self.problem.weight(tensor)
+        moves: dict[tuple[Layout, Layout], int] = {}
+        leaving: dict[Layout, list[int]] = {a: [] for a in made}
+        coming: dict[Layout, list[int]] = {b: [] for b in reader}
+        table = self.best.get(tensor, _NO_PATHS).between(made, reader)
+        equal = {b: column for column, b in enumerate(reader)}
+        for (a, left), row in zip(leaving.items(), table, strict=True):
+            stays = equal.get(a)
+            for column, (b, came) in enumerate(coming.items()):
+                seconds = row[column]
+                if column == stays:
+                    place = self._bool(0.0)
+                elif seconds < inf:
+                    place = moves[a, b] = self._bool(weight * seconds, 1)
+                else:
+                    continue
+                left.append(place)
+                came.append(place)
+        for a, sources in made.items():
+            self._equal(tuple(leaving[a]), sources)
+        for b, wanted in reader.items():
+            self._equal(tuple(coming[b]), wanted)
+        return _Copies([moves])
 
-    def _copies(self, tensor: str, made: dict[Layout, Any], readers: list[dict[Layout, Any]]) -> _Copies:
+    def _copies(self, tensor: str, made: dict[Layout, Sum], readers: list[dict[Layout, Sum]]) -> _Copies:
         """Constraints (3) and (4)."""
-        best = self.best.get(tensor, {})
+        best = self.best.get(tensor, _NO_PATHS)
+        weight = self.problem.weight(tensor)
         targets = tuple(dict.fromkeys([b for reader in readers for b in reader]))
         hubs = self.problem.hubs.get(tensor)
-        via = tuple(dict.fromkeys([*targets, *(b for _, b in best if hubs is None or b in hubs)]))
+        via = tuple(dict.fromkeys([*targets, *(b for b in best.ends() if hubs is None or b in hubs)]))
+        table = best.between(made, via)
+        straight = {b: [row[column] for row in table] for column, b in enumerate(via)}
+        onward = dict(zip(via, best.between(via, via), strict=True))
         copies = _Copies()
-        reached: dict[Layout, list[Any]] = {}
+        reached: dict[Layout, list[int]] = {}
         for depth in range(1, len(readers) + 1):
-            level: dict[tuple[Layout, Layout], Any] = {}
+            level: dict[tuple[Layout, Layout], int] = {}
             last = depth == len(readers)
-            for b in targets if last else via:
-                for a in made if depth == 1 else reached:
-                    if (a, b) not in best or (depth > 1 and not self._helps(tensor, made, a, b)):
+            for column, b in enumerate(targets if last else via):
+                for row, a in enumerate(made if depth == 1 else reached):
+                    seconds = straight[b][row] if depth == 1 else onward[a][column]
+                    if a == b or seconds == inf or (depth > 1 and not _helps(made, straight[b], a, b, seconds)):
                         continue
-                    level[a, b] = self._bool(self.problem.weight(tensor) * best[a, b][0], 1)
-                    self.cp.add(level[a, b] <= (made[a] if depth == 1 else sum(reached[a])))
+                    level[a, b] = self._bool(weight * seconds, 1)
+                    self._at_most((level[a, b],), made[a] if depth == 1 else tuple(reached[a]))
             copies.depths.append(level)
             reached = {}
-            for (_, b), variable in level.items():
-                reached.setdefault(b, []).append(variable)
+            for (_, b), place in level.items():
+                reached.setdefault(b, []).append(place)
         return copies
 
-    def _helps(self, tensor: str, made: dict[Layout, Any], a: Layout, b: Layout) -> bool:
-        """Whether a copy b from copy a can be cheaper than straight from what is produced, for some product."""
-        best = self.best[tensor]
-        return any(p not in (a, b) and ((p, b) not in best or best[a, b][0] < best[p, b][0]) for p in made)
-
-    def _reads(self, copies: _Copies, made: dict[Layout, Any], readers: list[dict[Layout, Any]]) -> None:
+    def _reads(self, copies: _Copies, made: dict[Layout, Sum], readers: list[dict[Layout, Sum]]) -> None:
         """Constraint (5)."""
-        there: dict[Layout, list[Any]] = {}
+        there: dict[Layout, list[int]] = {}
         for level in copies.depths:
-            for (_, b), variable in level.items():
-                there.setdefault(b, []).append(variable)
+            for (_, b), place in level.items():
+                there.setdefault(b, []).append(place)
         for reader in readers:
-            for layout, expression in reader.items():
-                self.cp.add(expression <= made.get(layout, 0) + sum(there.get(layout, [])))
+            for layout, wanted in reader.items():
+                self._at_most(wanted, (*made.get(layout, ()), *there.get(layout, ())))
 
-    def _minimise(self) -> None:
-        scale = self.offset + max((seconds for _, seconds, _ in self.terms), default=0.0)
-        self.unit = max(scale, 1e-12) / RESOLUTION
-        # A tie step is far below any real difference; it only makes equal answers come out in one order.
-        self.cp.minimize(sum((int(s / self.unit) + tie) * variable for variable, s, tie in self.terms))
-        most_ties = sum(len(op.choices) for op in self.problem.ops) + self.variables
-        self.offset -= self.unit * most_ties
-
-    def read(self, solver: cp_model.CpSolver) -> Answer:
+    def read(self, chosen: Sequence[bool]) -> Answer:
         """The solution, with conversions that are composed of several steps spelt out and none repeated."""
-        strategies = {name: [bool(solver.value(v)) for v in x].index(True) for name, x in self.x.items()}
-        sources = {name: next(l for l, v in y.items() if solver.value(v)) for name, y in self.y.items()}
-        outputs = tuple(next(l for l, v in z.items() if solver.value(v)) for z in self.z)
+        strategies = {name: [chosen[place] for place in x].index(True) for name, x in self.x.items()}
+        sources = {name: next(l for l, place in y.items() if chosen[place]) for name, y in self.y.items()}
+        outputs = tuple(next(l for l, place in z.items() if chosen[place]) for z in self.z)
         start = dict(sources)
         for op in self.problem.ops:
             start[op.name] = op.choices[strategies[op.name]].output
@@ -253,11 +326,24 @@ class _Model:
         for tensor, copies in self.copies.items():
             held = {start[tensor]}
             for level in copies.depths:
-                for (a, b), variable in level.items():
-                    if not solver.value(variable) or b in held:
+                for (a, b), place in level.items():
+                    if not chosen[place] or b in held:
                         continue
-                    for p, q in zip(*(lambda way: (way, way[1:]))(path(self.best[tensor], a, b)), strict=False):
+                    for p, q in pairwise(path(self.best[tensor], a, b)):
                         if q not in held:
                             conversions.append((tensor, p, q))
                             held.add(q)
         return Answer(strategies, sources, outputs, tuple(conversions), 0.0, 0.0, 0.0)
+
+
+def _helps(made: Iterable[Layout], straight: Sequence[float], a: Layout, b: Layout, seconds: float) -> bool:
+    """Whether a copy b from copy a can be cheaper than straight from what is produced, for some product. ``straight``:
+    seconds to b from each layout of ``made``; infinite where no path leads."""
+    return any(seconds < each and p not in (a, b) for p, each in zip(made, straight, strict=True))
+
+
+def _by_layout(layouts: Iterable[Layout], places: Sum) -> dict[Layout, Sum]:
+    found: dict[Layout, list[int]] = {}
+    for layout, place in zip(layouts, places, strict=True):
+        found.setdefault(layout, []).append(place)
+    return {layout: tuple(some) for layout, some in found.items()}

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 
 from autopar.job import Job
 from autopar.plan import MEMORY_KINDS
-from autopar.schedule import SCHEDULES, Schedule
+from autopar.schedule import SCHEDULES, Schedule, stages_of
 from autopar.solver.orders import Held, Moment, is_steady, moments, peaks
 from autopar.solver.stage_peaks import Beside, StageBackward
 
@@ -135,7 +135,7 @@ class MemoryModel:
 
     def in_flight(self, stage: int) -> int:
         """The most micro-batches whose saved tensors a stage holds at once."""
-        own = [other for other in range(self.stages) if self.rank_of(other) == self.rank_of(stage)]
+        own = stages_of(self._rule.name, self.pp, self.vpp)[self.rank_of(stage)]
         return max(held[own.index(stage)][0] for held in self.held(self.rank_of(stage)))
 
     def per_element(self, root: bool = False) -> dict[str, float]:
@@ -208,7 +208,8 @@ class MemoryModel:
 
     def least_buffers(self, stage: int) -> int:
         """`buffers` that are there whenever most micro-batches are in flight, without what blocks save."""
-        return self._received(stage) - (self.in_flight(stage) * self.boundary if self._crosses(stage) else 0)
+        flying = self.in_flight(stage) if self.vpp == 1 else self.micro_batches
+        return self._received(stage) - (flying * self.boundary if self._crosses(stage) else 0)
 
     def _crosses(self, stage: int) -> bool:
         """Whether what a stage gets comes from another rank."""

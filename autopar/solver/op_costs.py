@@ -86,6 +86,26 @@ class OpCosts:
             self._ops[key] = found
         return found
 
+    def arithmetic_seconds(
+        self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]
+    ) -> tuple[float, float]:
+        """Of `seconds` forward and backward, the arithmetic alone at the rate of the best of shapes: proportional to
+        FLOP, so that n ranks that share it take an n-th each, or more."""
+        width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
+        peak = self._peak.get(width, self._peak[self.job.compute_bytes])
+        forward, backward = (
+            sum(matmul.flops for matmul in part.matmuls) / (peak * self.device.matmul_efficiency)
+            + (part.attention.flops / (peak * self.device.attention_efficiency) if part.attention else 0.0)
+            for part in work(node, inputs, output, grads)
+        )
+        return forward, backward
+
+    def moving_seconds(
+        self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]
+    ) -> float:
+        """What the operands of the arithmetic of its backward take to read and write."""
+        return self._moved(work(node, inputs, output, grads)[1].matmul_bytes)
+
     def stream_seconds(self, nbytes: float, kernels: int = 1) -> float:
         """Time of ``kernels`` kernels that read and write ``nbytes`` bytes together."""
         return self._moved(nbytes) + kernels * self.device.launch_s if nbytes else 0.0

@@ -19,11 +19,18 @@ dualpipev    2(p - r - 1) times Fa; r + 1 times Fa Fb; p - r - 1 times Ib W Fb; 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from autopar.schedule import SCHEDULES
+
+_Numbers = TypeVar("_Numbers", bound=tuple[tuple[int, ...], ...])
+
+
+MOST_ACTIONS = 4_000
 
 
 class Action(NamedTuple):
@@ -176,11 +183,35 @@ Held = tuple[tuple[int, int], ...]
 weight gradients are still to come (after "I")."""
 
 
+@lru_cache(maxsize=4096)
+def warm_up(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[Held, ...]:
+    """For each rank, what its stages hold when its first backward begins, halves that wait left out: never more than
+    one of its `peaks`, and all there is of them with one stage a rank. No order is walked through for it."""
+    found: list[Held] = []
+    for rank in range(ranks):
+        if schedule == "none":
+            counts = [1]
+        elif schedule == "gpipe":
+            counts = [micro_batches]
+        elif schedule == "1f1b":
+            counts = [ranks - rank]
+        elif schedule == "interleaved":
+            each = micro_batches // max(1, micro_batches // ranks)
+            rounds, rest = divmod((vpp - 1) * each + 2 * (ranks - 1 - rank) + 1, each * vpp)
+            counts = [rounds * each + min(max(rest - lap * each, 0), each) for lap in range(vpp)]
+        else:
+            counts = [2 * ranks - rank - 1, rank + 1]
+        found.append(tuple((min(count, micro_batches), 0) for count in counts))
+    return tuple(found)
+
+
 @lru_cache(maxsize=256)
 def peaks(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tuple[Held, ...], ...]:
     """For each rank, all that its stages hold at once at some time of the step and that is not exceeded, stage by
     stage, at another time. "I" frees nothing: autograd keeps the graph of a stage until its "W"; on stage 0 torch
     leaves all of the backward to "W", so that nothing waits there."""
+    if vpp == 1:
+        return tuple((one,) for one in warm_up(schedule, ranks, vpp, micro_batches))
     place = SCHEDULES[schedule].rank_of
     found = []
     for rank, order in enumerate(orders(schedule, ranks, vpp, micro_batches)):
@@ -196,7 +227,7 @@ def peaks(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tupl
             else:
                 seen.add(tuple(held.values()))
                 held[stage] = (alive - 1, waiting - (kind == "W" and stage > 0))
-        found.append(tuple(sorted(one for one in seen if not any(_exceeds(other, one) for other in seen))))
+        found.append(tuple(_largest(seen)))
     return tuple(found)
 
 
@@ -215,6 +246,8 @@ class Moment(NamedTuple):
 @lru_cache(maxsize=256)
 def moments(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tuple[Moment, ...], ...]:
     """For each rank, the backwards of a step, without those that begin as another does with more in flight."""
+    if vpp == 1:
+        return tuple(_moments(one[0][0], micro_batches) for one in warm_up(schedule, ranks, vpp, micro_batches))
     place_of = SCHEDULES[schedule].rank_of
     found = []
     for rank, order in enumerate(orders(schedule, ranks, vpp, micro_batches)):
@@ -236,19 +269,29 @@ def moments(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tu
                 held[stage] = (alive - 1, waiting - (kind == "W" and stage > 0))
                 done[stage] += 1
         found.append(
-            tuple(
-                moment._replace(held=one)
-                for moment, all_held in seen.items()
-                for one in sorted(all_held)
-                if not any(_exceeds(other, one) for other in all_held)
-            )
+            tuple(moment._replace(held=one) for moment, all_held in seen.items() for one in _largest(all_held))
         )
     return tuple(found)
 
 
+def _moments(most: int, micro_batches: int) -> tuple[Moment, ...]:
+    """`moments` of a rank of one stage, that holds ``most`` whenever it begins a backward, until forwards run out."""
+    found: dict[tuple[str, bool], Moment] = {}
+    for done in sorted({0, min(1, micro_batches - 1), min(2, micro_batches - 1), micro_batches - 1}):
+        share, last = _share(done, micro_batches), done == micro_batches - 1
+        moment = Moment("B", 0, ((min(most, micro_batches - done), 0, done),), (share,), last)
+        found.setdefault((share, last), moment)
+    return tuple(found.values())
+
+
 @lru_cache(maxsize=256)
 def is_steady(schedule: str, ranks: int, vpp: int, micro_batches: int) -> bool:
-    """Whether all that a rank ever holds at its `peaks`, it also holds when each of its stages has done a backward."""
+    """Whether all that a rank ever holds at its `peaks`, it also holds when each of its stages has done a backward; not
+    looked into for schedules of more actions than `MOST_ACTIONS`, which are said not to be."""
+    if vpp > 1 and 2 * ranks * vpp * micro_batches > MOST_ACTIONS:
+        return False
+    if vpp == 1:
+        return all(most[0][0] < micro_batches for most in warm_up(schedule, ranks, vpp, micro_batches))
     found = moments(schedule, ranks, vpp, micro_batches)
     for rank, most in enumerate(peaks(schedule, ranks, vpp, micro_batches)):
         later = {
@@ -267,6 +310,10 @@ def _share(count: int, whole: int) -> str:
     return ("none", "one")[count] if count < 2 else "some"
 
 
-def _exceeds(held: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...]) -> bool:
-    pairs = [(a, b) for one, two in zip(held, other, strict=True) for a, b in zip(one, two, strict=True)]
-    return held != other and all(a >= b for a, b in pairs)
+def _largest(held: Collection[_Numbers]) -> list[_Numbers]:
+    """Of different tuples of tuples of numbers, in order, those that no other is at least equal to everywhere."""
+    ordered = sorted(held)
+    rows = np.array([[number for one in row for number in one] for row in ordered])
+    if len(ordered) == 1:
+        return ordered
+    return [row for row, values in zip(ordered, rows, strict=True) if (rows >= values).all(axis=1).sum() == 1]

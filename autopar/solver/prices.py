@@ -14,13 +14,16 @@ A conversion costs its collectives, and the copies that `codegen/runtime/collect
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import NamedTuple
 
 from autopar.graph.ir import Node, OpGraph, TensorMeta
+from autopar.graph.size import Size
 from autopar.job import Job
 from autopar.sharding.conversions import COMMUNICATES, Step
+from autopar.sharding.factors import Inner
 from autopar.sharding.layout import Layout, SpmdType
 from autopar.sharding.local import produced_layouts
 from autopar.sharding.rules import Strategy
@@ -81,6 +84,37 @@ def strides(axes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+class Part(NamedTuple):
+    """What ranks hold of a tensor of ``shape``, whatever the sizes of the axes: ``splits`` names (dim, axis)."""
+
+    shape: tuple[int | Size, ...]
+    dtype: str
+    splits: tuple[tuple[int, str], ...]
+
+    @staticmethod
+    def of(meta: TensorMeta, types: Iterable[tuple[str, SpmdType]]) -> Part:
+        """The part of a tensor of these types, one for each axis that may split it."""
+        dims = len(meta.shape)
+        splits = [(kind.dim, axis) for axis, kind in types if kind.kind == "S" and kind.dim < dims]
+        return Part(meta.shape, meta.dtype, tuple(splits))
+
+
+class Inside(NamedTuple):
+    """A collective inside an operator, on ``axis``, of a tensor of which the ranks of that axis hold ``part``."""
+
+    collective: str
+    part: Part
+    axis: str
+    backward: bool
+
+    @staticmethod
+    def of(inner: Inner, axis: str, layout: Layout) -> Inside:
+        """``inner`` of a strategy on ``axis``; the other axes split its tensor as ``layout`` says."""
+        others = [(other, kind) for other, kind in layout.types if other != axis]
+        part = Part.of(TensorMeta(inner.shape, inner.dtype), others)
+        return Inside(inner.collective, part, axis, inner.backward)
+
+
 class AxisPrices:
     """Prices on model axes (name to size, outermost first), for ``batch`` samples a micro-batch."""
 
@@ -91,7 +125,7 @@ class AxisPrices:
         self.strides = strides(axes)
         self.batch = batch
         self.job = ops.job
-        self._moves: dict[object, Price] = {}
+        self._actions: dict[tuple[str, LocalTensor, str, bool], tuple[float, float]] = {}
         self._wholes: dict[TensorMeta, LocalTensor] = {}
 
     @property
@@ -111,6 +145,14 @@ class AxisPrices:
         """What the first rank, whose part is the largest, holds of a tensor in this layout."""
         return self._split(self.whole(meta), layout.types)
 
+    def held(self, part: Part) -> LocalTensor:
+        """What the first rank holds of a part."""
+        seq = self.job.seq_len
+        shape = [size if isinstance(size, int) else size.at(self.batch, seq) for size in part.shape]
+        for dim, axis in part.splits:
+            shape[dim] = ceil(shape[dim] / self.axes[axis])
+        return LocalTensor(tuple(shape), element_bytes(part.dtype, self.job))
+
     def _split(self, whole: LocalTensor, types: Iterable[tuple[str, SpmdType]]) -> LocalTensor:
         shape = list(whole.shape)
         for axis, kind in types:
@@ -123,14 +165,28 @@ class AxisPrices:
         operands = [graph.nodes[name].meta for name in node.operands()]
         layouts, made = produced_layouts(node, choice)
         inputs = [self.local(meta, layout) for meta, layout in zip(operands, layouts, strict=True)]
-        time = self.ops.seconds(node, inputs, self.local(node.meta, made), [meta.requires_grad for meta in operands])
+        inside = [
+            (each, self.held(each.part))
+            for axis, strategy in choice.items()
+            for each in (Inside.of(inner, axis, layouts[inner.like]) for inner in strategy.inner)
+        ]
+        return self.timed(node, inputs, self.local(node.meta, made), [m.requires_grad for m in operands], inside)
+
+    def timed(
+        self,
+        node: Node,
+        inputs: Sequence[LocalTensor],
+        output: LocalTensor,
+        grads: Sequence[bool],
+        inside: Iterable[tuple[Inside, LocalTensor]],
+    ) -> tuple[Price, str]:
+        """An op node on local tensors with the collectives ``inside`` it on what they move, and where the figure is
+        from. ``grads``: which inputs want a gradient."""
+        time = self.ops.seconds(node, inputs, output, grads)
         price = Price(time.forward, time.backward)
-        for axis, strategy in choice.items():
-            for inner in strategy.inner:
-                others = [(other, kind) for other, kind in layouts[inner.like].types if other != axis]
-                moved = self._split(self.whole(TensorMeta(inner.shape, inner.dtype)), others)
-                seconds = self.collective(inner.collective, moved.nbytes, axis)
-                price += Price(0.0, seconds, seconds) if inner.backward else Price(seconds, 0.0, seconds)
+        for each, moved in inside:
+            seconds = self.collective(each.collective, moved.nbytes, each.axis)
+            price += Price(0.0, seconds, seconds) if each.backward else Price(seconds, 0.0, seconds)
         return price, time.source
 
     def collective(self, kind: str, nbytes: float, axis: str) -> float:
@@ -147,14 +203,10 @@ class AxisPrices:
 
     def moved(self, tensor: LocalTensor, axis: str, step: Step) -> Price:
         """One direct conversion on ``axis`` of what is ``tensor`` when it is whole there."""
-        key = (tensor, axis, step)
-        found = self._moves.get(key)
-        if found is None:
-            forward, sent = self._action(step.forward, tensor, axis, step.source, step.target)
-            back = (step.target.gradient, step.source.gradient)
-            backward, returned = self._action(step.backward, tensor, axis, *back)
-            found = self._moves[key] = Price(forward, backward, sent + returned)
-        return found
+        forward, sent = self._action(step.forward, tensor, axis, step.source, step.target)
+        source, target = step.target.gradient, step.source.gradient
+        backward, returned = self._action(step.backward, tensor, axis, source, target)
+        return Price(forward, backward, sent + returned)
 
     def _action(
         self, action: str, tensor: LocalTensor, axis: str, source: SpmdType, target: SpmdType
@@ -162,11 +214,19 @@ class AxisPrices:
         """(seconds, those in the collective) of an action on a value or gradient that is ``tensor`` in full."""
         if action == "none":
             return 0.0, 0.0
-        whole = tensor.nbytes
+        split = source if action == "all_gather" else target
+        ordered = action in ("all_gather", "reduce_scatter") and _in_order(tensor, split)
+        key = (action, tensor, axis, ordered)
+        found = self._actions.get(key)
+        if found is None:
+            found = self._actions[key] = self._act(action, tensor.nbytes, axis, ordered)
+        return found
+
+    def _act(self, action: str, whole: int, axis: str, ordered: bool) -> tuple[float, float]:
         part = whole / self.axes[axis]
         copied = {
-            "all_gather": 0 if _in_order(tensor, source) else 2 * whole,
-            "reduce_scatter": 0 if _in_order(tensor, target) else 2 * whole,
+            "all_gather": 0 if ordered else 2 * whole,
+            "reduce_scatter": 0 if ordered else 2 * whole,
             "all_to_all": 4 * part,
             "all_reduce": 0,
             "slice": 2 * part,

@@ -6,7 +6,7 @@ such a problem of a block kind, `intra_block` solves it, tests solve small ones 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
@@ -106,32 +106,71 @@ def produced(problem: Problem) -> dict[str, tuple[Layout, ...]]:
     return made
 
 
-def shortest(direct: Mapping[tuple[Layout, Layout], float]) -> dict[tuple[Layout, Layout], tuple[float, Layout]]:
-    """All cheapest conversion paths (Floyd-Warshall): (from, to) to (seconds, the layout before ``to``)."""
-    nodes = tuple(dict.fromkeys(layout for pair in direct for layout in pair))
+class Paths(Mapping[tuple[Layout, Layout], tuple[float, Layout]]):
+    """All cheapest conversion paths: (from, to) to (seconds, the layout before ``to``); no pair of equal layouts.
+
+    ``place``: of each layout in the rows and columns of ``seconds``, which are infinite where no path leads.
+    """
+
+    __slots__ = ("_before", "_layouts", "place", "seconds")
+
+    def __init__(self, layouts: tuple[Layout, ...], seconds: list[list[float]], before: list[list[int]]) -> None:
+        self._layouts, self._before = layouts, before
+        self.place = {layout: index for index, layout in enumerate(layouts)}
+        self.seconds = seconds
+
+    def __getitem__(self, pair: tuple[Layout, Layout]) -> tuple[float, Layout]:
+        i, j = self.place[pair[0]], self.place[pair[1]]
+        if i == j or self.seconds[i][j] == inf:
+            raise KeyError(pair)
+        return self.seconds[i][j], self._layouts[self._before[i][j]]
+
+    def __iter__(self) -> Iterator[tuple[Layout, Layout]]:
+        for a, row in zip(self._layouts, self.seconds, strict=True):
+            for b, each in zip(self._layouts, row, strict=True):
+                if each < inf and a is not b:
+                    yield a, b
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def ends(self) -> dict[Layout, None]:
+        """The layouts that some path leads to, in order."""
+        return dict.fromkeys(b for _, b in self)
+
+    def between(self, starts: Iterable[Layout], ends: Iterable[Layout]) -> list[list[float]]:
+        """Seconds from each of some layouts to each of others: zero for equal ones, infinite where no path leads."""
+        place, none = self.place, len(self._layouts)
+        columns = [place.get(b, none) for b in ends]
+        found = []
+        for a in starts:
+            index = place.get(a, none)
+            row = [*self.seconds[index], inf] if index < none else [inf] * (none + 1)
+            found.append([row[column] for column in columns])
+        return found
+
+
+def shortest(direct: Mapping[tuple[Layout, Layout], float]) -> Paths:
+    """All cheapest conversion paths (Floyd-Warshall); seconds are not negative."""
+    nodes = tuple(dict.fromkeys([layout for pair in direct for layout in pair]))
     place = {layout: index for index, layout in enumerate(nodes)}
     seconds = [[inf] * len(nodes) for _ in nodes]
     before = [[index] * len(nodes) for index in range(len(nodes))]
     for (a, b), each in direct.items():
-        if a != b:
-            seconds[place[a]][place[b]] = each
+        seconds[place[a]][place[b]] = each
+    for index, row in enumerate(seconds):
+        row[index] = 0.0
     for via, (tails, last) in enumerate(zip(seconds, before, strict=True)):
-        reached = [index for index, tail in enumerate(tails) if tail < inf]
-        for start, row in enumerate(seconds):
+        reached = [(end, tail) for end, tail in enumerate(tails) if tail < inf and end != via]
+        for row, ends in zip(seconds, before, strict=True):
             head = row[via]
-            if head == inf:
+            if head == inf or row is tails:
                 continue
-            ends = before[start]
-            for end in reached:
-                if head + tails[end] < row[end] and end != start:
-                    row[end] = head + tails[end]
+            for end, tail in reached:
+                if head + tail < row[end]:
+                    row[end] = head + tail
                     ends[end] = last[end]
-    return {
-        (a, b): (seconds[i][j], nodes[before[i][j]])
-        for i, a in enumerate(nodes)
-        for j, b in enumerate(nodes)
-        if seconds[i][j] < inf
-    }
+    return Paths(nodes, seconds, before)
 
 
 def path(best: Mapping[tuple[Layout, Layout], tuple[float, Layout]], a: Layout, b: Layout) -> list[Layout]:

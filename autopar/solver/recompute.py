@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import BlockKind, Node
@@ -80,6 +81,7 @@ class Recompute:
     offload: bool
 
     @staticmethod
+    @lru_cache(maxsize=1024)
     def of(name: str) -> Recompute:
         how, _, where = name.partition("/")
         kept = re.fullmatch(r"selective\((.*)\)", how)

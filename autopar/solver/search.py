@@ -1,22 +1,37 @@
-"""The outer search: branch and bound over meshes, micro-batch sizes and ZeRO levels.
+"""The outer search: branch and bound over meshes, micro-batches, schedules, ZeRO levels, shard groups and offload.
 
-A configuration's bound is refined in steps, each valid: (1) every operator at its fastest, conversions free; (2) the
-intra-block ILP's proved optimum; then, where it matters, (3) the stage ILP over the least seconds and the least
-bytes of every block kind. Configurations are taken in the order of their bounds; one whose bound is not below the
-best plan found is never priced. Pricing one in full means: the fastest sharding of every kind (and leaner
-ones where memory makes them pay), stages by the stage ILP, seconds by the simulator. The stages of the best plan are
-then polished by the simulator alone.
+What is to be decided hangs together as a tree: a shape (`space.Shape`: sizes of axes and micro-batches, schedule) has
+families (ZeRO level, offload), and these have configurations (shard groups). A bound is refined in steps, each valid
+and dearer than the one before:
 
-The plan's bound is the least bound of all configurations, so the gap covers the whole space: all of them, with every
-sharding of every block, generated or not.
+    shape          (0) its arithmetic, evenly shared out, and what its schedule surely waits
+                   (1) the sharding ILP's linear relaxation
+                   (2) every kind of block at the optimum of its own ILP
+                   (3) stages over the least seconds and the least bytes of every kind, whatever the data ranks do
+    family         (4) the same, at one ZeRO level, its state offloaded or not
+    configuration  (5) as (2), and what its data ranks surely add
+                   (6) as (3), with the bytes and seconds of its data ranks
+                   (7) priced in full
+
+First what is likely to be fastest is refined and priced, by an estimate that adds what bounds cannot (`estimates`),
+until better plans stop coming; then what has the least bound, until the plan is within the gap asked for, or the least
+bound is one that only a priced configuration could raise. What does not promise more than the gap is left alone.
+
+Pricing in full means: the fastest sharding of every kind (and leaner ones where memory makes them pay), stages that
+fit, seconds by the simulator. The stages of the best plan are then polished by the simulator alone.
+
+The plan's bound is the least of all bounds that stand, so the gap covers the whole space: all configurations, with
+every sharding of every block, generated or not.
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autopar.cluster import Cluster
@@ -25,40 +40,74 @@ from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
-from autopar.solver.config_bounds import fits_at_best, quick_bound, stage_bound
+from autopar.solver.config_bounds import has_room, loose_bound, quick_bound, shape_bound, stage_bound
+from autopar.solver.estimates import estimate
 from autopar.solver.evaluate import Assessment
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.infeasible import explain
+from autopar.solver.limits import OPTIMAL, Limits, Progress, Watch
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.reprice import check_price
 from autopar.solver.shardings import Context, Key, Shardings
-from autopar.solver.space import Config, check_space, configs
+from autopar.solver.space import Config, Family, Shape, check_space, configs_of, shapes
 from autopar.solver.spread import best_stages, compatible
 
-GAP = 1e-3
-"""A plan this close to the bound is called optimal, and configurations that promise less than this are left alone."""
+INFINITE = float("inf")
+
+Item = Shape | Family | Config
+"""What the queue holds."""
+
+STAGED, PRICED = 3, 7
+"""The first step that looks at stages; the last one."""
+
+PATIENCE = 24
+"""Configurations priced one after the other that are no better, after which no better ones are sought."""
+
+HOPE = 0.05
+"""How much above the best plan an estimate may be that is still worth a look."""
 
 
 @dataclass(slots=True)
 class Found:
-    """The state of a search: the best plan so far and a valid bound for every configuration."""
+    """The state of a search: the best plan so far, and bounds of all that is not refined further: ``priced``
+    configurations each with its own, and ``rest``, the least of all others."""
 
+    gap: float
     best: Assessment | None = None
-    bounds: dict[Config, float] = field(default_factory=dict)
-    priced: list[Config] = field(default_factory=list)
+    priced: dict[Config, float] = field(default_factory=dict)
+    rest: float = INFINITE
     shardings: dict[Key, Shardings] = field(default_factory=dict)
 
     def promising(self, bound: float) -> bool:
-        """Whether a configuration of this bound may beat the best plan by more than `GAP`."""
-        return self.best is None or bound * (1 + GAP) < self.best.step_time
+        """Whether what has this bound may beat the best plan by more than the gap."""
+        return self.best is None or bound * (1 + self.gap) < self.best.step_time
+
+    def keep(self, assessed: Assessment | None) -> None:
+        """Take a plan if it is the best so far."""
+        if assessed is not None and (self.best is None or assessed.step_time < self.best.step_time * (1 - 1e-9)):
+            self.best = assessed
+
+    @property
+    def bound(self) -> float:
+        """No plan in the space takes less."""
+        known = min(self.rest, min(self.priced.values(), default=INFINITE))
+        return known if self.best is None else min(known, self.best.step_time)
 
 
-def search(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix | Mapping[str, Any] | None = None) -> Plan:
-    """The fastest plan that fits.
+def search(
+    model: ModelGraph,
+    job: Job,
+    cluster: Cluster,
+    fix: Fix | Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    explained: bool = True,
+) -> Plan:
+    """The fastest plan that fits. ``explained``: whether an InfeasibleError is to say why, which takes a while.
 
-    Deterministic. Raises BadInputError (a fix or job that contradicts the cluster or model), UnsupportedError (what
-    cannot be executed), InfeasibleError (nothing fits: where, what is short, by how much, and what would fit).
+    Deterministic, unless ``limits`` give it a time. Ctrl-C ends it with the best plan so far, if there is one. Raises
+    BadInputError (a fix or job that contradicts the cluster or model), UnsupportedError (what cannot be executed),
+    InfeasibleError (nothing fits: where, what is short, by how much, and what would fit).
     """
     begin = time.perf_counter()
     fixed = parse_fix(fix)
@@ -66,20 +115,23 @@ def search(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix | Mapping[str
     check_space(model, job, cluster, fixed)
     check_data_parallel(model)
     context = Context.of(model, job, cluster, fixed)
-    space = list(configs(model, job, cluster, fixed))
-    found = explore(context, space)
+    watch = Watch(limits or Limits())
+    space = list(shapes(model, job, cluster, fixed))
+    with _uncollected():
+        found = explore(context, space, watch)
     if found.best is None:
-        raise InfeasibleError(explain(context, space))
-    bound = prove(context, found)
+        raise InfeasibleError(explain(context) if explained else f"{model.name} does not fit on {cluster}")
     best = polished(context, found.best)
     seconds = dict(context.clock.seconds)
     counts = {
-        "meshes": len({config.mesh for config in space}),
-        "configurations": len(space),
+        "meshes": len({_mesh(shape) for shape in space}),
+        "shapes": len(space),
         "priced": len(found.priced),
+        "steps": watch.steps,
         **context.clock.counts,
+        **({f"stopped by {watch.stopped}": 1} if watch.stopped else {}),
     }
-    plan = plan_of(context, best, min(bound, best.step_time), GAP, counts)
+    plan = plan_of(context, best, min(found.bound, best.step_time), OPTIMAL, counts)
     later = time.perf_counter()
     check_price(plan, model)
     seconds["reprice"] = time.perf_counter() - later
@@ -88,71 +140,210 @@ def search(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix | Mapping[str
     return plan
 
 
-def explore(context: Context, space: list[Config]) -> Found:
-    """Branch and bound."""
-    found = Found()
-    known = found.shardings
-    queue: list[tuple[float, int, Config, bool]] = []
-    for order, config in enumerate(space):
-        key = config.sharding
-        shardings = known.setdefault(key, Shardings(context, *key))
-        bound = quick_bound(context, config, shardings.cheap_bound())
-        found.bounds[config] = bound
-        heapq.heappush(queue, (bound, order, config, False))
-    while queue:
-        bound, order, config, sharp = heapq.heappop(queue)
-        if not found.promising(bound):
-            break
-        shardings = known[config.sharding]
-        if not sharp:
-            if not fits_at_best(context, config, shardings):
-                found.bounds[config] = float("inf")
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: it would go through all of torch again and again, and find nothing."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Something to refine, after ``step`` steps: a valid ``bound``, a likely ``estimate``, its place in ``order``."""
+
+    bound: float
+    estimate: float
+    order: int
+    step: int
+    item: Item
+    proved: bool = False
+
+
+def explore(
+    context: Context,
+    space: Iterable[Shape],
+    watch: Watch | None = None,
+    wanted: Callable[[Config], bool] = lambda _: True,
+) -> Found:
+    """Branch and bound over the configurations of these shapes (those that are ``wanted``)."""
+    walk = _Walk(context, watch or Watch(Limits()), wanted)
+    for shape in space:
+        if has_room(context, shape.outline):
+            walk.add(shape_bound(context, shape), 0, shape)
+    walk.meshes = len(walk.left)
+    try:
+        walk.find()
+        walk.prove()
+    except KeyboardInterrupt:
+        if walk.found.best is None:
+            raise
+        walk.watch.stopped = "Ctrl-C"
+    walk.found.rest = min([walk.found.rest, *(entry.bound for entry in walk.entries.values())])
+    return walk.found
+
+
+class _Walk:
+    """The entries of a search that stand, by their order, and how they are worked off."""
+
+    def __init__(self, context: Context, watch: Watch, wanted: Callable[[Config], bool]) -> None:
+        self.context, self.watch, self.wanted = context, watch, wanted
+        self.found = Found(watch.limits.gap)
+        self.entries: dict[int, _Entry] = {}
+        self.left: dict[tuple[int, ...], int] = {}
+        self.likely: list[tuple[float, int]] = []
+        self.made = self.meshes = 0
+
+    def add(self, bound: float, step: int, item: Item) -> list[_Entry]:
+        """A new entry, if it may be of use."""
+        if bound == INFINITE:
+            return []
+        if not self.found.promising(bound):
+            self.found.rest = min(self.found.rest, bound)
+            return []
+        shardings = self.shardings(item)
+        entry = _Entry(bound, max(bound, estimate(self.context, item, shardings, step)), self.made, step, item)
+        self.made += 1
+        self.entries[entry.order] = entry
+        self.left[_mesh(item)] = self.left.get(_mesh(item), 0) + 1
+        heapq.heappush(self.likely, (entry.estimate, entry.order))
+        return [entry]
+
+    def shardings(self, item: Item) -> Shardings:
+        key = item.sharding if isinstance(item, Config) else _shape(item).outline.sharding
+        if key not in self.found.shardings:
+            self.found.shardings[key] = Shardings(self.context, *key)
+        return self.found.shardings[key]
+
+    def find(self) -> None:
+        """Work off what is likely to be fastest, until as many priced configurations as `PATIENCE` are no better."""
+        found, waited = self.found, 0
+        while self.likely and waited < PATIENCE:
+            guess, order = heapq.heappop(self.likely)
+            entry = self.entries.get(order)
+            if entry is None or not found.promising(entry.bound):
                 continue
-            bound = max(bound, quick_bound(context, config, shardings.bound()))
-            found.bounds[config] = bound
-            heapq.heappush(queue, (bound, order, config, True))
-            continue
-        price(context, config, shardings, found)
-    return found
+            if found.best is not None and guess > found.best.step_time * (1 + HOPE):
+                break
+            if self.watch.over(found.best is not None):
+                return
+            best = found.best
+            self.refine(entry)
+            if entry.step == PRICED - 1 and best is not None:
+                waited = 0 if found.best is not best else waited + 1
+
+    def prove(self) -> None:
+        """Refine what has the least bound, until no bound stands in the way of the gap, or one that can't be raised."""
+        found = self.found
+        queue = [(entry.bound, entry.order) for entry in self.entries.values()]
+        heapq.heapify(queue)
+        while queue and found.best is not None and found.promising(queue[0][0]) and not self.watch.over(True):
+            entry = self.entries[heapq.heappop(queue)[1]]
+            if not entry.proved and entry.step >= STAGED:
+                bound = self.sharper(entry.item, entry.step, entry.bound)
+                entry = self.entries[entry.order] = replace(entry, bound=bound, proved=True)
+                heapq.heappush(queue, (bound, entry.order))
+                continue
+            if entry.step == PRICED - 1 and entry.estimate > found.best.step_time * (1 + HOPE):
+                break
+            for child in self.refine(entry):
+                heapq.heappush(queue, (child.bound, child.order))
+            if entry.step == PRICED - 1 and found.promising(entry.bound):
+                break
+        for config, bound in sorted(found.priced.items(), key=lambda pair: (pair[1], pair[0])):
+            if not found.promising(bound) or self.watch.over(True):
+                break
+            found.priced[config] = self.sharper(config, PRICED - 1, bound)
+
+    def sharper(self, item: Item, step: int, bound: float) -> float:
+        """A bound raised by the paths of its schedule; at the end by recomputation's own ILP and the program of stages
+        as well. Infinite if nothing fits."""
+        shardings = self.shardings(item)
+        if isinstance(item, Config):
+            return max(bound, stage_bound(self.context, item, shardings, sharp=step == PRICED - 1))
+        return max(bound, loose_bound(self.context, self.space(item), shardings))
+
+    def space(self, item: Shape | Family) -> list[Config]:
+        """The configurations of an item."""
+        context = self.context
+        space = configs_of(_shape(item), context.job, context.cluster, context.fix)
+        return [
+            one
+            for one in space
+            if self.wanted(one) and (isinstance(item, Shape) or (one.zero, one.offload) == (item.zero, item.offload))
+        ]
+
+    def refine(self, entry: _Entry) -> list[_Entry]:
+        """One step: the entry goes, and what it becomes takes its place."""
+        del self.entries[entry.order]
+        self.left[_mesh(entry.item)] -= 1
+        children = [
+            child
+            for bound, item in self._refined(entry)
+            for child in self.add(max(bound, entry.bound), entry.step + 1, item)
+        ]
+        report = self.watch.limits.progress
+        if report:
+            report(
+                Progress(
+                    time.perf_counter() - self.watch.begin,
+                    self.watch.steps,
+                    self.found.best.step_time if self.found.best else None,
+                    entry.bound,
+                    sum(not number for number in self.left.values()),
+                    self.meshes,
+                )
+            )
+        return children
+
+    def _refined(self, entry: _Entry) -> list[tuple[float, Item]]:
+        """Itself with a sharper bound, what it consists of, or, once it is priced, nothing."""
+        context, item, shardings = self.context, entry.item, self.shardings(entry.item)
+        if isinstance(item, Config):
+            if entry.step == PRICED - 2:
+                return [(stage_bound(context, item, shardings, paths=False), item)]
+            self.found.priced[item] = entry.bound
+            price(context, item, shardings, self.found)
+            return []
+        if entry.step == 0:
+            return [(shape_bound(context, _shape(item), shardings.cheap_bound()), item)]
+        if entry.step == 1:
+            return [(shape_bound(context, _shape(item), shardings.least_work()), item)]
+        space = self.space(item)
+        if isinstance(item, Family):
+            return [(quick_bound(context, config, shardings.least_work()), config) for config in space]
+        if entry.step == STAGED - 1:
+            return [(loose_bound(context, space, shardings, paths=False), item)]
+        families: dict[Family, list[Config]] = {}
+        for one in space:
+            families.setdefault(Family(item, one.zero, one.offload), []).append(one)
+        return [(loose_bound(context, some, shardings, paths=False), family) for family, some in families.items()]
+
+
+def _shape(item: Item) -> Shape:
+    return item if isinstance(item, Shape) else item.shape
+
+
+def _mesh(item: Item) -> tuple[int, ...]:
+    sizes = item if isinstance(item, Config) else _shape(item).outline
+    return sizes.pp, sizes.dp, sizes.cp, sizes.tp
 
 
 def price(context: Context, config: Config, shardings: Shardings, found: Found) -> None:
     """Price a configuration in full and keep it if it is the best so far."""
-    found.priced.append(config)
-    cutoff = found.best.step_time if found.best else float("inf")
-    assessed = best_stages(context, config, [shardings.fastest()], cutoff)
-    _keep(assessed, found)
-    short = assessed is None or any(cost.again_s for stage in assessed.stages for cost in stage)
-    if short:
-        bound = max(found.bounds[config], stage_bound(context, config, shardings))
-        found.bounds[config] = bound
-        short = found.promising(bound)
-    if short:
-        # Memory is short: leaner shardings, and blocks that keep some results and not others.
-        more = context.freedom(True) != context.freedom()
-        for answers in compatible([shardings.fastest(), *shardings.lean()]):
-            if len(answers) == 1 and answers[0] is shardings.fastest() and not more:
-                continue
-            cutoff = found.best.step_time if found.best else float("inf")
-            _keep(best_stages(context, config, answers, cutoff, extended=True), found)
-
-
-def _keep(assessed: Assessment | None, found: Found) -> None:
-    if assessed is not None and (found.best is None or assessed.step_time < found.best.step_time * (1 - 1e-9)):
-        found.best = assessed
-
-
-def prove(context: Context, found: Found) -> float:
-    """A bound over the whole space: the configurations whose bounds stand in the way of the gap get a sharper one."""
-    assert found.best is not None
-    known = found.shardings
-    ranked = sorted(found.bounds.items(), key=lambda item: (item[1], item[0]))
-    for config, bound in ranked:
-        if not found.promising(bound):
-            break
-        shardings = known[config.sharding]
-        for sharp in (False, True):
-            if found.promising(bound):
-                bound = max(bound, stage_bound(context, config, shardings, sharp))
-        found.bounds[config] = bound
-    return min(found.best.step_time, min(found.bounds.values()))
+    assessed = best_stages(context, config, [shardings.fastest()])
+    found.keep(assessed)
+    if assessed is not None and not any(cost.again_s for stage in assessed.stages for cost in stage):
+        return
+    if not found.promising(found.priced[config]):
+        return
+    # Memory is short: leaner shardings, and blocks that keep some results and not others.
+    more = context.freedom(True) != context.freedom()
+    for answers in compatible([shardings.fastest(), *shardings.lean()]):
+        if len(answers) == 1 and answers[0] is shardings.fastest() and not more:
+            continue
+        found.keep(best_stages(context, config, answers, extended=True))

@@ -33,7 +33,7 @@ from autopar.solver.decision_costs import boundary_bytes, decision_price, local_
 from autopar.solver.decisions import decisions_of, whole_decisions
 from autopar.solver.fix import Fix
 from autopar.solver.halves import HalvedBackward
-from autopar.solver.intra_block import solve
+from autopar.solver.intra_block import relaxed_bound, solve
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Problem
@@ -111,13 +111,15 @@ class Context:
     def freedom(self, extended: bool = False) -> list[tuple[str, tuple[str, ...]]]:
         """For each block its kind and the recompute choices the fix leaves. ``extended``: with those that only pay
         where memory is short (`recompute.choices`)."""
-        found: list[tuple[str, tuple[str, ...]]] = []
-        for index, block in enumerate(self.model.blocks):
-            repeated = self.repeated(block)
-            fixed = self.fix.recompute_of(index, block.kind, repeated)
-            moves = repeated and self.fix.offload in ("activations", "all")
-            found.append((block.kind, choices(fixed, moves, extended and repeated)))
-        return found
+        if ("freedom", extended) not in self.memo:
+            found: list[tuple[str, tuple[str, ...]]] = []
+            for index, block in enumerate(self.model.blocks):
+                repeated = self.repeated(block)
+                fixed = self.fix.recompute_of(index, block.kind, repeated)
+                moves = repeated and self.fix.offload in ("activations", "all")
+                found.append((block.kind, choices(fixed, moves, extended and repeated)))
+            self.memo["freedom", extended] = found
+        return list(self.memo["freedom", extended])
 
     def choices_of(self, kind: str) -> tuple[str, ...]:
         """All recompute choices that some block of the kind has."""
@@ -153,11 +155,12 @@ class Answered:
 @dataclass(frozen=True, slots=True)
 class KindBound:
     """No decision for the kind needs fewer seconds per rank and micro-batch: nothing recomputed, all recomputed, and
-    of the first those of its forward."""
+    of the first those of its forward and of its backward."""
 
     none_s: float
     full_s: float
     forward_s: float
+    backward_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +184,13 @@ class Shardings:
         self._decisions: dict[str, BlockDecision] = {}
         self._fastest: Answered | None = None
         self._lean: list[Answered] | None = None
+        self._relaxed: float | None = None
+        self._least_work: float | None = None
         self._total_bound: float | None = None
         self._kind_bounds: dict[bool, dict[str, KindBound]] = {}
         self._least_of: dict[tuple[str, frozenset[str]], float] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
+        self._least_seconds: dict[tuple[str, str, bool], float] = {}
         self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
 
     def built(self, again: frozenset[str]) -> ModelProblem:
@@ -194,21 +200,25 @@ class Shardings:
             begin = time.perf_counter()
             context = self.context
             price = context.gradient_price()
-            found = model_problem(context.model, self.prices, context.ties, context.demands(), price, again)
+            found = model_problem(
+                context.model, self.prices, context.ties, context.demands(), price, again, context.memo
+            )
             self._built[again] = found
             context.clock.add("strategies", begin)
             context.clock.counts["sharding problems"] += 1
         return found
 
     def cheap_bound(self) -> float:
-        """Seconds of all blocks for one micro-batch, each operator at its fastest, no conversions."""
+        """Seconds of all blocks for one micro-batch by the ILP's linear relaxation: no sharding needs fewer."""
         if self.size == 1:
             return self.bound()
-        problem = self.built(self.context.always_again()).problem
-        total = sum(problem.weight(op.name) * min(c.seconds for c in op.choices) for op in problem.ops)
-        for source in problem.sources:
-            total += problem.weight(source.name) * min(seconds for seconds, _ in source.layouts.values())
-        return total
+        if self._relaxed is None:
+            problem = self.built(self.context.always_again()).problem
+            begin = time.perf_counter()
+            self._relaxed = relaxed_bound(problem)
+            self.context.clock.add("relaxations", begin)
+            self.context.clock.counts["relaxations"] += 1
+        return self._relaxed
 
     def bound(self) -> float:
         """Seconds of all blocks for one micro-batch: no sharding on this axis needs fewer."""
@@ -238,23 +248,23 @@ class Shardings:
             self._fastest = self._answered("", self._decisions)
         return self._fastest
 
+    def ways(self) -> list[tuple[float, frozenset[str]]]:
+        """What each answer is the best for: the price of a byte, the kinds that are recomputed. The fastest first."""
+        fast, counts = self.fastest(), self.context.counts
+        plainly = {k: fast.costs[k]["none"] for k in counts}
+        seconds = sum(n * (plainly[k].forward_s + plainly[k].backward_s) for k, n in counts.items())
+        saved = sum(n * plainly[k].inflight for k, n in counts.items())
+        plain, every = self.context.always_again(), frozenset(self.context.model.kinds)
+        return [(0.0, plain), (0.0, every), *((share * seconds / max(saved, 1), plain) for share in LEAN)]
+
     def lean(self) -> list[Answered]:
         """Answers that keep fewer bytes, not all different."""
         if self._lean is None:
             self._lean = []
-            if self.size > 1:
-                fast = self.fastest()
-                counts = self.context.counts
-                plainly = {k: fast.costs[k]["none"] for k in counts}
-                seconds = sum(n * (plainly[k].forward_s + plainly[k].backward_s) for k, n in counts.items())
-                saved = sum(n * plainly[k].inflight for k, n in counts.items())
-                plain, every = self.context.always_again(), frozenset(self.context.model.kinds)
-                ways = [(0.0, every), *((share, plain) for share in LEAN)]
-                for index, (share, again) in enumerate(ways):
-                    decisions, _ = self._solve(share * seconds / max(saved, 1), again)
-                    answer = self._answered(f"lean{index}", decisions)
-                    if all(answer.costs != known.costs for known in (fast, *self._lean)):
-                        self._lean.append(answer)
+            for index, (byte_price, again) in enumerate(self.ways()[1:] if self.size > 1 else ()):
+                answer = self._answered(f"lean{index}", self._solve(byte_price, again)[0])
+                if all(answer.costs != known.costs for known in (self.fastest(), *self._lean)):
+                    self._lean.append(answer)
         return self._lean
 
     def kind_bytes(self) -> dict[str, KindBytes]:
@@ -288,29 +298,45 @@ class Shardings:
     def _kind_bound(self, name: str, sharp: bool) -> KindBound:
         context = self.context
         forward = self._fastest_forward(name) * (1 - 1e-12)
+        backward = self._fastest_part(name, "backward_s") * (1 - 1e-12)
         again = self._fastest_forward(name, runs_again(context.model.kinds[name]).runs) * (1 - 1e-12)
         if self.size == 1:
             cost = self.fastest().costs[name]["none"]
             seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.trains)
             none = seconds * (1 - 1e-12)
-            return KindBound(none, none + again, forward)
+            return KindBound(none, none + again, forward, backward)
         ways = {Recompute.of(choice).recompute for choice in context.choices_of(name)}
         if ways == {"full"}:
-            return KindBound(float("inf"), self._least(name, context.always_again()), forward)
+            return KindBound(float("inf"), self._least(name, context.always_again()), forward, backward)
         none = self._least(name, frozenset())
         if sharp and "full" in ways:
-            return KindBound(none, self._least(name, frozenset(context.model.kinds)), forward)
-        return KindBound(none, none + again, forward)
+            return KindBound(none, self._least(name, frozenset(context.model.kinds)), forward, backward)
+        return KindBound(none, none + again, forward, backward)
 
     def least_seconds(self, name: str, choice: str, sharp: bool = False) -> float:
         """Seconds that no decision for the kind can undercut under a recompute choice."""
-        bound, way = self.kind_bounds(sharp)[name], Recompute.of(choice)
-        if way.recompute == "full":
-            return bound.full_s
-        if way.recompute == "none":
-            return bound.none_s
-        run = self._rerun(name, way.saved)
-        return bound.none_s + self._fastest_forward(name, frozenset(run.again)) * (1 - 1e-12)
+        key = (name, choice, sharp)
+        if key not in self._least_seconds:
+            bound, way = self.kind_bounds(sharp)[name], Recompute.of(choice)
+            if way.recompute == "full":
+                found = bound.full_s
+            elif way.recompute == "none":
+                found = bound.none_s
+            else:
+                again = frozenset(self._rerun(name, way.saved).again)
+                found = bound.none_s + self._fastest_forward(name, again) * (1 - 1e-12)
+            self._least_seconds[key] = found
+        return self._least_seconds[key]
+
+    def least_work(self) -> float:
+        """Seconds of a micro-batch of all blocks, each kind at its own optimum under the best it may choose."""
+        if self._least_work is None:
+            freedom = Counter(self.context.freedom())
+            self._least_work = sum(
+                count * min(self.least_seconds(kind, choice) for choice in choices)
+                for (kind, choices), count in freedom.items()
+            )
+        return self._least_work
 
     def least_kept(self, name: str, choice: str) -> float:
         """Bytes on the device that no decision for the kind can undercut under a recompute choice."""
@@ -335,13 +361,17 @@ class Shardings:
 
     def _fastest_forward(self, name: str, of: frozenset[str] | None = None) -> float:
         """The fastest forward of each operator (those of these names), conversions free."""
+        return self._fastest_part(name, "forward_s", of)
+
+    def _fastest_part(self, name: str, part: str, of: frozenset[str] | None = None) -> float:
+        """The least of a part of the `Price` of each operator (those of these names), conversions free."""
         graph = self.context.model.kinds[name].graph
         nodes = [node for node in graph.of("op") if of is None or node.name in of]
         if self.size == 1:
-            return sum(self.prices.operator(node, graph, {})[0].forward_s for node in nodes)
+            return float(sum(getattr(self.prices.operator(node, graph, {})[0], part) for node in nodes))
         ways = self.built(frozenset()).choices
         return sum(
-            min(self.prices.operator(node, graph, way)[0].forward_s for way in ways[f"{name}/{node.name}"])
+            min(float(getattr(self.prices.operator(node, graph, way)[0], part)) for way in ways[f"{name}/{node.name}"])
             for node in nodes
         )
 

@@ -16,11 +16,22 @@ from autopar.job import Job
 from autopar.plan import Mesh
 from autopar.schedule import SCHEDULES
 from autopar.sharding.rules import strategies_of
-from autopar.solver.axis_choices import check_axes
+from autopar.solver.axis_choices import check_axes, splits_sequences
 from autopar.solver.block_problem import feature_splits
 from autopar.solver.capabilities import Chosen, executes, refusals, schedule_of
 from autopar.solver.fix import Fix
 from autopar.solver.work import flops
+
+LEAST_POSITIONS = 1024
+"""Positions that a context axis leaves each rank at least, unless it is fixed."""
+
+MOST_TOKENS = 2**17
+"""Tokens of a micro-batch at most, unless it is fixed or a single sample has more."""
+
+LAPS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Stages on each rank that are tried under schedules that take any number."""
+
+SEARCHED_SCHEDULES = ("1f1b", "gpipe", "interleaved", "zbv", "dualpipev")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,6 +69,21 @@ class Config:
         return tuple(self.mesh.model_axes().items()), self.micro_batch, self.pad_heads
 
     @property
+    def shape(self) -> Shape:
+        """What is decided before the data ranks."""
+        outline = Outline(
+            self.pp,
+            self.dp,
+            self.tp,
+            self.cp,
+            self.micro_batch,
+            self.micro_batches,
+            self.tp_parts,
+            self.pad_heads,
+        )
+        return Shape(outline, self.schedule, self.vpp)
+
+    @property
     def choice(self) -> Chosen:
         """What the capability table judges."""
         return Chosen(self.mesh, self.schedule, self.vpp, self.micro_batches, self.zero, self.fsdp, self.offload)
@@ -70,11 +96,57 @@ class Config:
         return text + (f", offload={self.offload}" if self.offload != "none" else "")
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Outline:
+    """What is decided first of a configuration: the sizes of the axes and micro-batches, and the padding of heads."""
+
+    pp: int
+    dp: int
+    tp: int
+    cp: int
+    micro_batch: int
+    micro_batches: int
+    tp_parts: tuple[int, ...] = ()
+    pad_heads: int = 1
+
+    @property
+    def sharding(self) -> tuple[tuple[tuple[str, int], ...], int, int]:
+        """`Config.sharding` of all its configurations."""
+        return tuple(Mesh(1, 1, self.cp, self.tp, self.tp_parts).model_axes().items()), self.micro_batch, self.pad_heads
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that a block is sharded over."""
+        return self.cp * self.tp
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """An outline under a schedule: what is decided next. Data ranks are still free to share state out or not."""
+
+    outline: Outline
+    schedule: str
+    vpp: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Family:
+    """A shape at one ZeRO level, its state on the device or not; shard groups are still free."""
+
+    shape: Shape
+    zero: int
+    offload: str
+
+
 def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
     """All that the capability table lets be executed, in a fixed order."""
-    for config in wished(model, job, cluster, fix):
-        if executes(judged(config, job, fix)):
-            yield config
+    for shape in shapes(model, job, cluster, fix):
+        yield from configs_of(shape, job, cluster, fix)
+
+
+def configs_of(shape: Shape, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
+    """Of these, the ones of a shape."""
+    return (config for config in _wished_of(shape, cluster, fix) if executes(judged(config, job, fix)))
 
 
 def judged(config: Config, job: Job, fix: Fix) -> Chosen:
@@ -84,7 +156,20 @@ def judged(config: Config, job: Job, fix: Fix) -> Chosen:
 
 
 def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
-    """All that the fix asks for and the cluster has room for. A model axis stays inside a node unless it is fixed."""
+    """All that the fix asks for and the cluster has room for, executable or not."""
+    for shape in shapes(model, job, cluster, fix):
+        yield from _wished_of(shape, cluster, fix)
+
+
+def shapes(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Shape]:
+    """All sizes of axes and micro-batches under all schedules."""
+    for outline in outlines(model, job, cluster, fix):
+        for schedule, vpp in _schedules(outline.pp, len(model.blocks), fix):
+            yield Shape(outline, schedule, vpp)
+
+
+def outlines(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Outline]:
+    """All sizes of axes and micro-batches. A tensor axis stays inside a node unless it is fixed."""
     devices, node = cluster.devices, cluster.devices_per_node
     for pp in _divisors(devices):
         if fix.pp not in (None, pp) or pp * (fix.vpp or 1) > len(model.blocks):
@@ -93,59 +178,91 @@ def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
             inside = tp <= node and node % tp == 0
             if fix.tp not in (None, tp) or not (inside or fix.tp == tp):
                 continue
-            cp = fix.cp or 1
             paddings = (1, tp) if can_pad(model, tp) else (1,)
-            if devices // pp // tp % cp:
-                continue
-            dp = devices // pp // tp // cp
-            if fix.dp not in (None, dp) or job.global_batch % dp:
-                continue
-            for micro_batch in _divisors(job.global_batch // dp):
-                count = job.global_batch // dp // micro_batch
-                if fix.micro_batch not in (None, micro_batch):
+            for cp in _contexts(model, job, devices // pp // tp, tp, fix):
+                dp = devices // pp // tp // cp
+                if fix.dp not in (None, dp) or job.global_batch % dp:
                     continue
-                for schedule, vpp in _schedules(pp, fix):
-                    for (zero, fsdp), pad_heads in product(_levels(dp * cp, node // tp, fix), paddings):
-                        yield Config(
-                            pp=pp,
-                            dp=dp,
-                            tp=tp,
-                            micro_batch=micro_batch,
-                            micro_batches=count,
-                            zero=zero,
-                            fsdp=fsdp,
-                            cp=cp,
-                            schedule=schedule,
-                            vpp=vpp,
-                            offload="state" if fix.offload in ("state", "all") else "none",
-                            tp_parts=fix.tp_parts,
-                            pad_heads=pad_heads,
-                        )
+                for micro_batch in _divisors(job.global_batch // dp):
+                    small = micro_batch == 1 or micro_batch * job.seq_len <= MOST_TOKENS
+                    if fix.micro_batch == micro_batch or (fix.micro_batch is None and small):
+                        count = job.global_batch // dp // micro_batch
+                        for pad_heads in paddings:
+                            yield Outline(pp, dp, tp, cp, micro_batch, count, fix.tp_parts, pad_heads)
 
 
-def _schedules(pp: int, fix: Fix) -> Iterator[tuple[str, int]]:
+def _contexts(model: ModelGraph, job: Job, ranks: int, tp: int, fix: Fix) -> list[int]:
+    """Sizes of the context axis: the fixed one; else those that leave each rank `LEAST_POSITIONS` or more."""
+    if fix.cp is not None:
+        return [fix.cp] if ranks % fix.cp == 0 else []
+    most = job.seq_len // LEAST_POSITIONS
+    found = [1]
+    for cp in _divisors(ranks)[1:]:
+        if cp <= most and job.seq_len % cp == 0 and splits_sequences(model, {"cp": cp, "tp": tp}, job.seq_len, fix.sp):
+            found.append(cp)
+    return found
+
+
+def _wished_of(shape: Shape, cluster: Cluster, fix: Fix) -> Iterator[Config]:
+    outline = shape.outline
+    data, inside = outline.dp * outline.cp, max(1, cluster.devices_per_node // outline.tp)
+    for (zero, fsdp), offload in product(_levels(data, inside, outline.cp, fix), _offloads(cluster, fix)):
+        yield Config(
+            pp=outline.pp,
+            dp=outline.dp,
+            tp=outline.tp,
+            micro_batch=outline.micro_batch,
+            micro_batches=outline.micro_batches,
+            zero=zero,
+            fsdp=fsdp,
+            cp=outline.cp,
+            schedule=shape.schedule,
+            vpp=shape.vpp,
+            offload=offload,
+            tp_parts=outline.tp_parts,
+            pad_heads=outline.pad_heads,
+        )
+
+
+def _schedules(pp: int, blocks: int, fix: Fix) -> Iterator[tuple[str, int]]:
     """Schedules and stages on each rank."""
     vpp = fix.vpp
     if fix.stages:
         if len(fix.stages) % pp or vpp not in (None, len(fix.stages) // pp):
             return
         vpp = len(fix.stages) // pp
-    wished = fix.schedule or (schedule_of(pp) if vpp in (None, 1) else "interleaved")
-    fixed = SCHEDULES[wished].stages
-    yield wished, vpp or (2 if fixed is None else fixed)
+    if pp == 1:
+        yield fix.schedule or schedule_of(pp), vpp or 1
+        return
+    for schedule in (fix.schedule,) if fix.schedule else SEARCHED_SCHEDULES:
+        number = SCHEDULES[schedule].stages
+        for laps in (vpp,) if vpp else (number,) if number else LAPS:
+            if pp * laps <= blocks:
+                yield schedule, laps
 
 
-def _levels(data: int, inside: int, fix: Fix) -> Iterator[tuple[int, int]]:
+def _levels(data: int, inside: int, cp: int, fix: Fix) -> Iterator[tuple[int, int]]:
     """ZeRO levels and shard-group sizes that differ on this many data ranks, ``inside`` of them in one node."""
     if data == 1:
         if fix.fsdp in (None, 1):
             yield fix.zero or 0, 1
         return
     for level in range(4) if fix.zero is None else (fix.zero,):
-        groups: tuple[int, ...] = (1,) if level == 0 else (data, inside) if 1 < inside < data else (data,)
+        nested = [n for n in _divisors(data) if n % inside == 0 or inside % n == 0 or n == data]
+        groups = [n for n in nested if n > 1 and n % cp == 0]
+        if level == 0:
+            groups = [1]
         if fix.fsdp is not None:
-            groups = (fix.fsdp,) if (fix.fsdp == 1) == (level == 0) else ()
+            groups = [fix.fsdp] if (fix.fsdp == 1) == (level == 0) else []
         yield from ((level, group) for group in groups if data % group == 0)
+
+
+def _offloads(cluster: Cluster, fix: Fix) -> tuple[str, ...]:
+    """Where the state waits."""
+    if fix.offload is not None:
+        return ("state",) if fix.offload in ("state", "all") else ("none",)
+    device = cluster.device
+    return ("none", "state") if device.host_bandwidth and device.host_memory_bandwidth else ("none",)
 
 
 def _divisors(n: int) -> list[int]:

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.candidates import BlockCost
+from autopar.solver.chain import fastest
 from autopar.solver.evaluate import Assessment, Placed, assess, halves, host_shortage, placed, tied_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
+from autopar.solver.laps import even_borders, laps_bound
 from autopar.solver.memory import BlockBytes
+from autopar.solver.mixes import mixed
+from autopar.solver.reach import reach
 from autopar.solver.recompute import Recompute
 from autopar.solver.shardings import Answered, Context
 from autopar.solver.space import Config
-from autopar.solver.stages import BlockRun, Option, StageAnswer, StageProblem, solve_stages
+from autopar.solver.stages import BlockRun, Counts, Option, StageProblem, solve_stages
 
-STAGE_GAP = 1e-4
+STAGE_GAP = 1e-3
 """How close to its optimum the stage ILP is solved; the simulator tells spreads apart afterwards."""
+
+WORK = 0.5
+"""Deterministic seconds that it may take."""
+
+ROOM, HALVINGS = 1.64, 6
+"""The largest share of the memory that stages may be counted to take, and how often the range is halved."""
+
+CAPACITIES = (1.0, 0.98, 0.94, 0.88)
+"""Shares of the memory for which borders are sought: whole blocks may not fit where parts of blocks would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +127,16 @@ def overheads(place: Placed, config: Config, least: bool = False) -> list[float]
 
 
 def staged(
-    context: Context, config: Config, place: Placed, runs: Sequence[BlockRun], overhead: Sequence[float], room: float
+    context: Context,
+    config: Config,
+    place: Placed,
+    runs: Sequence[BlockRun],
+    overhead: Sequence[float],
+    room: float,
+    least: Sequence[float] | None = None,
 ) -> StageProblem:
-    """The stage ILP of a configuration over these runs."""
+    """The stage problem of a configuration over these runs; ``least``: for bounds, with `StageProblem.stage_s`,
+    ``stage_first_s`` and ``stage_last_s``."""
     return StageProblem(
         tuple(runs),
         config.pp,
@@ -127,6 +147,8 @@ def staged(
         config.schedule,
         config.vpp,
         context.fix.stages,
+        least is not None,
+        *(least or ()),
     )
 
 
@@ -191,30 +213,91 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
 
 
 def best_stages(
-    context: Context,
-    config: Config,
-    answers: Sequence[Answered],
-    cutoff: float = float("inf"),
-    extended: bool = False,
+    context: Context, config: Config, answers: Sequence[Answered], extended: bool = False
 ) -> Assessment | None:
-    """The fastest stages that fit, over compatible answers; None if none fit, or what waits on the host does not fit
-    there. ``cutoff``: a step time that is of no use
-    any more; stages that cannot be faster are found less carefully. ``extended``: see `Context.freedom`."""
-    begin = time.perf_counter()
+    """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
+    fit there. ``extended``: see `Context.freedom`.
+
+    The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
+    short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit."""
     problem, costs_of = stage_problem(context, config, answers, extended=extended)
-    # The ILP's V counts what blocks hide of each other's communication a little too high.
-    answer = solve_stages(problem, gap=STAGE_GAP, cutoff=cutoff * 1.02)
-    context.clock.add("stage ILP", begin)
-    context.clock.counts["stage ILPs"] += 1
-    if answer is None:
-        return None
-    found = assess(context, config, spread(answer, costs_of, config.stages), max(a.boundary for a in answers))
-    return None if host_shortage(context, found) else found
+    room = context.cluster.device.memory_bytes
+    boundary = max(answer.boundary for answer in answers)
+    tried: dict[Counts, Assessment | None] = {}
+
+    def fitting(share: float) -> tuple[Counts | None, Assessment | None]:
+        """The stages for a share of the memory, and what they take if they fit."""
+        begin = time.perf_counter()
+        counts = quick_stages(replace(problem, capacity=share * problem.capacity), share == 1.0)
+        context.clock.add("stages", begin)
+        if counts is None:
+            return None, None
+        if counts not in tried:
+            found = assess(context, config, spread(counts, costs_of), boundary)
+            fits = max(found.rank_bytes()) <= room and not host_shortage(context, found)
+            tried[counts] = found if fits else None
+        return counts, tried[counts]
+
+    counts, best = fitting(1.0)
+    if counts is not None and best is not None and _at_ease(problem, counts):
+        return best
+    # Between most that fits and least that does not, closer and closer.
+    fits, not_fits = 1.0, ROOM
+    for _ in range(HALVINGS):
+        share = (fits + not_fits) / 2
+        found = fitting(share)[1]
+        if found is None:
+            not_fits = share
+            continue
+        fits = share
+        if best is None or found.step_time < best.step_time:
+            best = found
+    return best
 
 
-def spread(answer: StageAnswer, costs_of: list[list[BlockCost]], stages: int) -> list[list[BlockCost]]:
+def _at_ease(problem: StageProblem, counts: Counts) -> bool:
+    """Whether every block runs under its fastest option: memory forces nothing."""
+    return all(
+        not n or option == fastest(run)
+        for stage in counts
+        for run, some in zip(problem.runs, stage, strict=True)
+        for option, n in enumerate(some)
+    )
+
+
+def quick_stages(problem: StageProblem, thorough: bool = True) -> Counts | None:
+    """Stages that fit and load ranks evenly, or None: borders by `reach` (one stage a rank) or `laps` (several), the
+    options of blocks by `mixes`; if ``thorough``, the ILP where these find nothing that fits though there may be
+    something."""
+    if problem.stages == 1:  # small, and solved exactly
+        answer = solve_stages(problem, work_limit=WORK, gap=0.0)
+        return answer.counts if answer else None
+    if problem.vpp == 1:
+        for share in CAPACITIES:
+            reached = reach(replace(problem, capacity=share * problem.capacity))
+            if reached is None and share == 1.0:
+                return None
+            counts = mixed(problem, reached.borders) if reached else None
+            if counts is not None:
+                return counts
+    else:
+        if laps_bound(problem) == float("inf"):
+            return None
+        counts = mixed(problem, even_borders(problem))
+        if counts is not None:
+            return counts
+    answer = solve_stages(problem, work_limit=WORK, balance=False, gap=STAGE_GAP) if thorough else None
+    return answer.counts if answer else None
+
+
+def spread(counts: Counts, costs_of: list[list[BlockCost]]) -> list[list[BlockCost]]:
     """Block costs per stage, in chain order."""
-    found: list[list[BlockCost]] = [[] for _ in range(stages)]
-    for stage, run, option, count in answer.runs():
-        found[stage] += [costs_of[run][option]] * count
-    return found
+    return [
+        [
+            cost
+            for run, costs in zip(stage, costs_of, strict=True)
+            for n, cost in zip(run, costs, strict=True)
+            for _ in range(n)
+        ]
+        for stage in counts
+    ]

@@ -33,9 +33,9 @@ from typing import Any
 
 from ortools.sat.python import cp_model
 
-from autopar.schedule import SCHEDULES
+from autopar.schedule import SCHEDULES, stages_of
 from autopar.solver.bounds import crossings_of, pipeline_bound, waits_of
-from autopar.solver.orders import Held, peaks
+from autopar.solver.orders import Held, peaks, warm_up
 from autopar.solver.simulate import StageTimes
 
 RESOLUTION = 2**30
@@ -47,7 +47,9 @@ was 7 % off (found by comparing with enumeration; a test holds the case)."""
 class Option:
     """One candidate for the blocks of a run, per block: seconds per micro-batch (``weight_s``: of the backward, what
     gives weight gradients alone), ``reduce_s`` once when the stage has run its last micro-batch, ``optimizer_s`` once
-    when all have; bytes as in `plan.Candidate`, and ``waiting`` per micro-batch between the halves of a backward."""
+    when all have; bytes as in `plan.Candidate`, and ``waiting`` per micro-batch between the halves of a backward.
+    Only in bounds: ``either_s``, seconds of the backward that may be forward as well; ``sure_input_s``,
+    ``sure_weight_s``, those that are surely of one half of it."""
 
     name: str
     forward_s: float
@@ -59,6 +61,9 @@ class Option:
     optimizer_s: float = 0.0
     weight_s: float = 0.0
     waiting: float = 0.0
+    either_s: float = 0.0
+    sure_input_s: float = 0.0
+    sure_weight_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,10 @@ class BlockRun:
 @dataclass(frozen=True, slots=True)
 class StageProblem:
     """Spread ``runs`` over ``vpp`` stages on each of ``pp`` ranks of ``capacity`` bytes; ``overhead``: bytes per stage
-    beside its blocks. ``transfer_s``: one transfer between ranks. ``fixed``: blocks in each stage, or nothing."""
+    beside its blocks. ``transfer_s``: one transfer between ranks. ``fixed``: blocks in each stage, or nothing.
+    ``least``: for bounds, whose memory counts what ranks hold after their first forwards, not at every time; only then,
+    seconds that every stage takes beside its blocks, in each micro-batch (``stage_s``), and in its first forward and
+    its last backward."""
 
     runs: tuple[BlockRun, ...]
     pp: int
@@ -84,6 +92,10 @@ class StageProblem:
     schedule: str = "1f1b"
     vpp: int = 1
     fixed: tuple[int, ...] = ()
+    least: bool = False
+    stage_s: float = 0.0
+    stage_first_s: float = 0.0
+    stage_last_s: float = 0.0
 
     @property
     def stages(self) -> int:
@@ -94,14 +106,16 @@ class StageProblem:
         """Whether the schedule halves backwards."""
         return SCHEDULES[self.schedule].splits_backward
 
-    def own(self, rank: int) -> list[int]:
+    def own(self, rank: int) -> tuple[int, ...]:
         """The stages of a rank."""
-        place = SCHEDULES[self.schedule].rank_of
-        return [stage for stage in range(self.stages) if place(stage, self.pp) == rank]
+        return stages_of(self.schedule, self.pp, self.vpp)[rank]
 
     def held(self, rank: int) -> tuple[Held, ...]:
         """Micro-batches in flight on a rank's stages at the times when they are most."""
-        return peaks(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)[rank]
+        schedule = self.schedule if self.pp > 1 else "none"
+        if self.least:
+            return (warm_up(schedule, self.pp, self.vpp, self.micro_batches)[rank],)
+        return peaks(schedule, self.pp, self.vpp, self.micro_batches)[rank]
 
     def spare(self, rank: int) -> float:
         """Bytes for the blocks of a rank."""

@@ -1,0 +1,125 @@
+"""The stage problem for several stages a rank: a bound from what ranks can hold together, and an even spread.
+
+Constraint (5) of `stages` says of rank q, whatever its stages are: V >= idle_q + m w_q + o, where idle_q is the way
+there and, if backwards are not halved, back through at least the first q blocks of the chain, and what its stages take
+beside their blocks, and o at least the even share of the optimizer. Summed over ranks, with W the fastest seconds of
+all blocks and R those that memory forces on top (a knapsack over all ranks' bytes, each block with the fewest
+micro-batches in flight that any stage has at some time when most is):
+
+    p V >= m (W + R) + sum_q idle_q + p o
+
+and since ranks hold whole blocks, of the run with most work, of w seconds a block and n blocks:
+
+    sum_q floor((V - idle_q - o) / (m w)) >= n
+
+The spread: stages as even as whole blocks allow (least squares, by dynamic programming), then blocks moved from ranks
+with more work to ranks with less.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from autopar.solver.bounds import crossings_of
+from autopar.solver.chain import Chain, Floats, bytes_of, fastest, work_of
+from autopar.solver.stages import StageProblem
+
+
+def laps_bound(problem: StageProblem) -> float:
+    """No spread has a lower V; infinite if memory is too small for any."""
+    chain = Chain(problem)
+    ranks, m, c = problem.pp, problem.micro_batches, problem.transfer_s
+    forced = forced_seconds(problem, chain)
+    optimizer = float(chain.optimizer[-1]) / ranks
+    place = np.arange(ranks)
+    idle = chain.forward[place] + place * c
+    first = float(chain.after[1])
+    if not problem.halves:
+        idle = idle + np.where(place > 0, place * c + (chain.work - chain.forward)[place] + first, 0.0)
+    idle = idle + problem.vpp * (m * problem.stage_s + problem.stage_first_s + problem.stage_last_s)
+    work = float(chain.work[-1])
+    bound = (m * (work + forced) + float(idle.sum())) / ranks + optimizer
+    crossings = crossings_of(problem.schedule, ranks, problem.vpp)
+    if not problem.halves:
+        bound = max(bound, work + 2 * crossings * c + first + optimizer)
+    bound = max(bound, _whole(problem, chain, idle) + optimizer)
+    return bound * (1 - 1e-12)
+
+
+def forced_seconds(problem: StageProblem, chain: Chain) -> float:
+    """R of the docstring, for one stage a rank or several; infinite if memory is too small for any spread."""
+    flying = min(max(min(alive for alive, _ in moment) for moment in problem.held(rank)) for rank in range(problem.pp))
+    room = sum(max(0.0, problem.spare(rank)) for rank in range(problem.pp))
+    lacking = sum(run.count * bytes_of(run.options[fastest(run)], flying) for run in problem.runs) - room
+    seconds = 0.0
+    for step in chain.hull(flying):
+        taken = min(max(lacking, 0.0), problem.runs[step.run].count * step.nbytes)
+        seconds += taken * step.seconds / step.nbytes
+        lacking -= taken
+    return seconds if lacking <= 1.0 else float("inf")
+
+
+def _whole(problem: StageProblem, chain: Chain, idle: Floats) -> float:
+    """The least V at which ranks have room in time for the whole blocks of the run with most work."""
+    run = max(problem.runs, key=lambda run: run.count * work_of(run.options[fastest(run)]))
+    each = problem.micro_batches * work_of(run.options[fastest(run)])
+    if each <= 0.0:
+        return 0.0
+    low, high = 0.0, float(idle.max()) + each * run.count
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        held = np.floor(np.maximum(middle - idle, 0.0) / each * (1 + 1e-12))
+        low, high = (low, middle) if held.sum() >= run.count else (middle, high)
+    return low
+
+
+def even_borders(problem: StageProblem) -> tuple[int, ...]:
+    """Where the stages of an even spread end."""
+    if problem.fixed:
+        return tuple(int(end) for end in np.cumsum(problem.fixed))
+    chain = Chain(problem)
+    n, stages = chain.blocks, problem.stages
+    squares = np.square(chain.pieces(chain.work)) + np.tril(np.full((n + 1, n + 1), np.inf))
+    total = np.full(n + 1, np.inf)
+    total[0] = 0.0
+    starts = []
+    for _ in range(stages):
+        sums = total[:, None] + squares
+        starts.append(np.argmin(sums, axis=0))
+        total = np.min(sums, axis=0)
+    borders = [n]
+    for start in reversed(starts):
+        borders.append(int(start[borders[-1]]))
+    return _balanced(problem, chain, borders[-2::-1])
+
+
+def _balanced(problem: StageProblem, chain: Chain, borders: list[int]) -> tuple[int, ...]:
+    """Blocks of the rank with most work moved to the one with least, as long as that evens their work out."""
+    owners = [problem.own(rank) for rank in range(problem.pp)]
+    loads = _loads(chain, borders, owners)
+    for _ in range(2 * problem.stages):
+        heaviest, lightest = int(np.argmax(loads)), int(np.argmin(loads))
+        best: tuple[float, list[int]] | None = None
+        for giver in owners[heaviest]:
+            for taker in owners[lightest]:
+                moved = list(borders)
+                for stage in range(min(giver, taker), max(giver, taker)):
+                    moved[stage] += -1 if giver < taker else 1
+                if any(end <= start for start, end in pairwise((0, *moved))):
+                    continue
+                found = float(np.square(_loads(chain, moved, owners)).sum())
+                if best is None or found < best[0]:
+                    best = found, moved
+        if best is None or best[0] >= float(np.square(loads).sum()) * (1 - 1e-9):
+            break
+        borders = best[1]
+        loads = _loads(chain, borders, owners)
+    return tuple(borders)
+
+
+def _loads(chain: Chain, borders: list[int], owners: list[tuple[int, ...]]) -> Floats:
+    """Seconds of work of every rank."""
+    stages = np.diff(chain.work[[0, *borders]])
+    return np.array([stages[list(own)].sum() for own in owners])

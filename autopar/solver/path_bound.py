@@ -1,0 +1,139 @@
+"""The bound of the longest path (`paths`) for a stage problem: what its blocks take together, and every stage at least.
+
+Blocks are whole, no stage is empty and the chain keeps its order, so that stage s of S has one of the blocks s to
+N - S + s at least. Of a block's seconds some may fall to its forward or to its backward (``Option.either_s``), of a
+halved backward only some are sure to be of one half; the others count with whichever the path passes less often. What
+memory forces blocks to run again (`laps.forced_seconds`) is backward.
+
+`program_bound` is the linear program of all that: how many blocks of each run are in each stage, under which option, in
+parts, so that every rank fits after its first forwards, and the step is as long as every path found, and as every
+rank's own work. It leaves out that stages are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ortools.linear_solver.python import model_builder
+
+from autopar.solver.chain import Chain, Floats, bytes_of, fastest, work_of
+from autopar.solver.laps import forced_seconds
+from autopar.solver.paths import Weights, weights
+from autopar.solver.stages import BlockRun, Option, StageProblem
+
+LEVELS = (0.9, 0.5, 0.0)
+"""Shares of the work that stages surely have, for which paths are sought."""
+
+ONCE = (1.0, 0.3, 0.1, 0.03, 0.0)
+"""What first forwards and last backwards take more, against a micro-batch's work, for which paths are sought."""
+
+
+BYTES = 2.0**30
+"""The unit of bytes in the program."""
+
+
+def path_bound(problem: StageProblem) -> float:
+    """No spread over the stages is faster under the problem's schedule; 0 where nothing is known."""
+    chain = Chain(problem)
+    found = _weights(problem, chain)
+    if found is None:
+        return 0.0
+    ahead, inputs, weight, first, last = found.average
+    loose = np.minimum(inputs, weight) if found.halved else inputs
+    either = np.minimum(ahead, loose)
+    total = float(loose.min()) * forced_seconds(problem, chain) + float(either.sum()) * problem.stage_s
+    for counts, part in (
+        (ahead, "ahead"),
+        (inputs, "inputs"),
+        (weight, "weight"),
+        (loose, "loose"),
+        (either, "either"),
+    ):
+        values = np.array([_parts(problem, run)[part] for run in problem.runs])[chain.run_of]
+        least = _least(values, problem.stages)
+        total += float(counts @ least) + float(counts.min()) * max(0.0, float(values.sum() - least.sum()))
+    total += float(first.sum()) * problem.stage_first_s + float(last.sum()) * problem.stage_last_s
+    return total * (1 - 1e-9) + float(chain.optimizer[-1]) / problem.pp
+
+
+def _parts(problem: StageProblem, run: BlockRun) -> dict[str, float]:
+    """Seconds of a block's fastest option by what they surely are: forward (the least of any option), either half of
+    the backward, backward of no certain half, forward or backward."""
+    option = run.options[fastest(run)]
+    return _split(problem, option, min(o.forward_s for o in run.options), work_of(option))
+
+
+def _split(problem: StageProblem, option: Option, ahead: float, work: float) -> dict[str, float]:
+    either = min(option.either_s, work - ahead)
+    inputs = weight = 0.0
+    loose = work - ahead - either
+    if problem.halves:
+        inputs = min(option.sure_input_s, loose)
+        weight = min(option.sure_weight_s, loose - inputs)
+        loose -= inputs + weight
+    return {"ahead": ahead, "inputs": inputs, "weight": weight, "loose": loose, "either": either}
+
+
+def _least(values: Floats, stages: int) -> Floats:
+    """What each of so many stages has at least of what single blocks have."""
+    windows = np.lib.stride_tricks.sliding_window_view(values, len(values) - stages + 1)
+    return np.asarray(windows.min(axis=1))
+
+
+def _weights(problem: StageProblem, chain: Chain) -> Weights | None:
+    """The paths that suit a problem."""
+    works = np.array([work_of(run.options[fastest(run)]) for run in problem.runs])[chain.run_of]
+    total = float(works.sum()) + problem.stages * problem.stage_s
+    sure = float(_least(works, problem.stages).sum()) + problem.stages * problem.stage_s
+    ends = problem.stages * (problem.stage_first_s + problem.stage_last_s)
+    level = next(level for level in LEVELS if level * total <= sure)
+    once = next(share for share in ONCE if share * total <= ends)
+    return weights(problem.schedule, problem.pp, problem.vpp, problem.micro_batches, level, once)
+
+
+def program_bound(problem: StageProblem) -> float:
+    """The optimum of the linear program, infinite where it has none; 0 where no paths are known."""
+    chain = Chain(problem)
+    found = _weights(problem, chain)
+    if found is None:
+        return 0.0
+    linear: Any = model_builder.Model()  # type: ignore[no-untyped-call]
+    weighted = model_builder.LinearExpr.weighted_sum
+    step = linear.new_num_var(0.0, float("inf"), "")
+    options = [(r, option) for r, run in enumerate(problem.runs) for option in run.options]
+    counts = [
+        [linear.new_num_var(0.0, float(problem.runs[r].count), "") for r, _ in options] for _ in range(problem.stages)
+    ]
+    for r, run in enumerate(problem.runs):
+        mine = [one for row in counts for one, (other, _) in zip(row, options, strict=True) if other == r]
+        linear.add(model_builder.LinearExpr.sum(mine) == float(run.count))
+    for row in counts:
+        linear.add(model_builder.LinearExpr.sum(row) >= 1.0)
+    optimizer = float(chain.optimizer[-1]) / problem.pp
+    m, ends = problem.micro_batches, problem.stage_first_s + problem.stage_last_s
+    works = [work_of(option) for _, option in options]
+    for rank in range(problem.pp):
+        own = problem.own(rank)
+        mine = [one for stage in own for one in counts[stage]]
+        own_s = m * problem.stage_s * len(own) + ends * len(own)
+        linear.add(weighted([step, *mine], [1.0, *([-m * w for w in works] * len(own))]) >= own_s + optimizer)
+        for held in problem.held(rank):
+            held_bytes = [bytes_of(option, alive) / BYTES for alive, _ in held for _, option in options]
+            linear.add(weighted(mine, held_bytes) <= problem.spare(rank) / BYTES)
+    everything = [one for row in counts for one in row]
+    parts = [_split(problem, option, option.forward_s, work_of(option)) for _, option in options]
+    sizes = np.array([[part[name] for part in parts] for name in ("ahead", "inputs", "weight", "loose", "either")])
+    for ahead, inputs, weight, first, last in found.every:
+        loose = np.minimum(inputs, weight) if found.halved else inputs
+        either = np.minimum(ahead, loose)
+        row = np.stack([ahead, inputs, weight, loose, either], axis=1) @ sizes
+        known = float(either.sum() * problem.stage_s + first.sum() * problem.stage_first_s)
+        known += float(last.sum() * problem.stage_last_s)
+        linear.add(weighted([step, *everything], [1.0, *(-row.ravel()).tolist()]) >= known + optimizer)
+    linear.minimize(step)
+    solver = model_builder.Solver("GLOP")
+    status = solver.solve(linear)
+    if status == model_builder.SolveStatus.INFEASIBLE:
+        return float("inf")
+    return float(solver.objective_value) * (1 - 1e-6) if status == model_builder.SolveStatus.OPTIMAL else 0.0

@@ -1,0 +1,60 @@
+"""Structures that sizes share: a problem priced from a shared one is the problem found on its own."""
+
+import random
+from itertools import product
+
+import pytest
+from traced import gpt2, llama
+
+from autopar.cluster import Cluster
+from autopar.errors import UnsupportedError
+from autopar.graph.ir import ModelGraph
+from autopar.graph.trace import trace
+from autopar.job import Job
+from autopar.solver.block_problem import Demands, ModelProblem, model_problem, ties_of
+from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.op_costs import OpCosts
+from autopar.solver.prices import AxisPrices
+
+MODELS = {
+    "grouped": lambda: llama(1),
+    "uneven": lambda: llama(1, hidden_size=48, num_attention_heads=6, num_key_value_heads=3, intermediate_size=90),
+    "fused": lambda: gpt2(1),
+}
+AXES = [
+    dict(zip(names, sizes, strict=True))
+    for names in (("tp",), ("cp",), ("cp", "tp"), ("tp0", "tp1"), ("cp", "tp0", "tp1"))
+    for sizes in product((2, 3, 4, 6), repeat=len(names))
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "demands"), [*((name, Demands()) for name in MODELS), ("grouped", Demands(True, True))], ids=str
+)
+def test_a_shared_structure_is_the_one_found_alone(model: str, demands: Demands) -> None:
+    graph = trace(MODELS[model]())
+    memo: dict[object, object] = {}
+    cases = [(axes, batch) for axes in AXES[:24] for batch in (1, 2, 3, 4)]  # sizes of one axis and of cp with tp
+    rare = [(axes, batch) for axes in AXES[24:] for batch in (1, 2)]
+    draw = random.Random(0)
+    for axes, batch in [*draw.sample(cases, 20), *draw.sample(rare, 3)]:
+        try:
+            shared = problem(graph, axes, batch, demands, memo)
+        except UnsupportedError:
+            continue
+        alone = problem(graph, axes, batch, demands, {})
+        assert shared == alone, (axes, batch)
+        assert ordered(shared) == ordered(alone), "the order of conversions breaks ties"
+
+
+def ordered(built: ModelProblem) -> list[list[object]]:
+    return [list(table) for table in built.problem.conversions.values()]
+
+
+def problem(
+    graph: ModelGraph, axes: dict[str, int], batch: int, demands: Demands, memo: dict[object, object]
+) -> ModelProblem:
+    job, cluster = Job(global_batch=8, seq_len=24), Cluster.parse("2x8:h100")
+    prices = AxisPrices(OpCosts(cluster.device, job), CollectiveCosts(cluster), axes, batch)
+    again = frozenset(list(graph.kinds)[1:2])
+    return model_problem(graph, prices, ties_of(graph), demands, 1e-12, again, memo)
