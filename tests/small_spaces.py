@@ -20,13 +20,13 @@ from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.schedule import SCHEDULES
 from autopar.solver.candidates import BlockCost
+from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes
 from autopar.solver.decisions import whole_decisions
 from autopar.solver.evaluate import assess
 from autopar.solver.fix import parse_fix
 from autopar.solver.prices import AxisPrices
 from autopar.solver.recompute import choices
-from autopar.solver.shardings import Context
 from autopar.solver.space import Config, configs
 
 MOST = 300

@@ -29,6 +29,7 @@ from autopar.sharding.local import produced_layouts
 from autopar.solver.axis_choices import boundary_layouts, choices_of, stored_layouts
 from autopar.solver.block_problem import model_problem, ties_of
 from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, decision_price
 from autopar.solver.decisions import decisions_of
 from autopar.solver.fix import parse_fix
@@ -37,7 +38,7 @@ from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices, strides
 from autopar.solver.problem import price
 from autopar.solver.reprice import _block_seconds
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Shardings
 
 CLUSTER = Cluster.parse("2x8:h100")
 

@@ -23,13 +23,14 @@ from autopar.plan import Plan
 from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.layout import Layout
 from autopar.solver.candidates import BlockCost
+from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
 from autopar.solver.decisions import whole_decisions
 from autopar.solver.evaluate import Assessment, assess
 from autopar.solver.fix import parse_fix
 from autopar.solver.problem import path, shortest
 from autopar.solver.search import search
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, configs
 
 PROBLEMS = 50

@@ -12,6 +12,7 @@ from autopar.graph.saved import saved_for_backward
 from autopar.job import Job
 from autopar.sharding.execute import local_shape, run_local
 from autopar.solver.candidates import BlockCosts
+from autopar.solver.context import Context
 from autopar.solver.decision_costs import local_elements
 from autopar.solver.decisions import whole_decisions
 from autopar.solver.evaluate import assess
@@ -21,7 +22,7 @@ from autopar.solver.liveness import dtype_of
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.orders import peaks
 from autopar.solver.search import search
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Shardings
 from autopar.solver.space import configs
 from autopar.solver.spread import spread, stage_problem
 from autopar.solver.stages import rank_bytes, solve_stages

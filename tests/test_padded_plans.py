@@ -22,11 +22,11 @@ from autopar.graph.trace import trace
 from autopar.job import Job
 from autopar.plan import Plan
 from autopar.report.words import block_lines
+from autopar.solver.context import Context
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.plan_of import plan_of
 from autopar.solver.reprice import check_price
 from autopar.solver.search import explore, search
-from autopar.solver.shardings import Context
 from autopar.solver.space import configs, shapes
 from tests.test_padding import gpt2, grouped
 

@@ -33,12 +33,13 @@ from autopar.job import Job
 from autopar.plan import SAVEABLE, Mesh, Plan
 from autopar.solver.candidates import BlockCosts
 from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, priced_pieces
 from autopar.solver.fix import parse_fix
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
 from autopar.solver.recompute import SELECTIVE, Recompute, choices, rerun, runs_again, selective_name
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Shardings
 
 Call = Callable[..., Any]
 

@@ -13,9 +13,10 @@ from autopar.plan import Plan
 from autopar.sharding.check import check_decision
 from autopar.sharding.layout import I, S
 from autopar.solver.config_bounds import quick_bound, stage_bound
+from autopar.solver.context import Context
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.search import search
-from autopar.solver.shardings import Context, Key, Shardings
+from autopar.solver.shardings import Key, Shardings
 from autopar.solver.space import configs
 from autopar.solver.spread import best_stages
 

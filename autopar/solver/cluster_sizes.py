@@ -28,8 +28,9 @@ from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.solver.config_bounds import has_room, loose_bound, shape_bound
+from autopar.solver.context import Context
 from autopar.solver.fix import Fix
-from autopar.solver.shardings import Context, Key, Shardings
+from autopar.solver.shardings import Key, Shardings
 from autopar.solver.space import Shape, configs_of, shapes
 
 LAST = 2

@@ -14,6 +14,7 @@ from typing import cast
 from autopar.graph.ir import TensorMeta
 from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import spread_bound
+from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
 from autopar.solver.decisions import whole_decisions
 from autopar.solver.evaluate import assess, placed
@@ -24,7 +25,7 @@ from autopar.solver.op_costs import LocalTensor
 from autopar.solver.path_bound import path_bound, program_bound
 from autopar.solver.prices import element_bytes
 from autopar.solver.reach import reach
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Outline, Shape
 from autopar.solver.spread import block_runs, overheads, staged
 from autopar.solver.stages import BlockRun, Option, StageProblem, solve_stages

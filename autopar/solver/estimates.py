@@ -6,11 +6,12 @@ from math import log2
 
 from autopar.solver.chain import work_of
 from autopar.solver.config_bounds import least_problem, least_stage, shape_bound
+from autopar.solver.context import Context
 from autopar.solver.evaluate import placed
 from autopar.solver.laps import even_borders
 from autopar.solver.mixes import mixed
 from autopar.solver.reach import reach
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Family, Shape
 from autopar.solver.stages import StageProblem
 

@@ -15,12 +15,12 @@ from autopar.errors import UnsupportedError
 from autopar.schedule import SCHEDULES
 from autopar.sharding.local import local_shape
 from autopar.solver.candidates import BlockCost
+from autopar.solver.context import Context
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events
 from autopar.solver.decision_costs import tail_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.memory import BlockBytes, MemoryModel
-from autopar.solver.shardings import Context
 from autopar.solver.simulate import simulate
 from autopar.solver.space import Config
 

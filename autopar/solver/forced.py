@@ -15,11 +15,12 @@ from autopar.graph.ir import ModelGraph
 from autopar.plan import Candidate, Plan
 from autopar.sharding.decision import BlockDecision
 from autopar.solver.block_problem import ModelProblem, name_now
+from autopar.solver.context import Context
 from autopar.solver.decisions import decisions_of
 from autopar.solver.fix import parse_fix
 from autopar.solver.intra_block import solve
 from autopar.solver.problem import Answer, Op, Problem, price
-from autopar.solver.shardings import Context, Shardings
+from autopar.solver.shardings import Shardings
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ from math import sqrt
 from typing import Any
 
 from autopar.cluster import Cluster
+from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, assess, host_shortage
 from autopar.solver.fix import Fix
-from autopar.solver.shardings import Answered, Context, Key, Shardings
+from autopar.solver.shardings import Answered, Key, Shardings
 from autopar.solver.space import Config, configs
 from autopar.solver.spread import best_stages, compatible, spread, stage_problem
 from autopar.solver.stages import rank_bytes, solve_stages

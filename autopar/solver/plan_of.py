@@ -8,9 +8,9 @@ from itertools import groupby
 from autopar.plan import Candidate, Plan, Predicted, Run, Stage
 from autopar.sharding.rules import has_rule
 from autopar.solver.candidates import BlockCost
+from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, Placed, placed
 from autopar.solver.interval import interval_of
-from autopar.solver.shardings import Context
 from autopar.solver.space import model_flops
 from autopar.solver.spread import block_runs
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from itertools import accumulate, permutations
 
 from autopar.solver.candidates import BlockCost
+from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, assess, host_shortage
-from autopar.solver.shardings import Context
 
 MOST = 400
 """Spreads that are tried at most."""

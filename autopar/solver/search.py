@@ -41,6 +41,7 @@ from autopar.job import Job
 from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
 from autopar.solver.config_bounds import has_room, loose_bound, quick_bound, shape_bound, stage_bound
+from autopar.solver.context import Context
 from autopar.solver.estimates import estimate
 from autopar.solver.evaluate import Assessment
 from autopar.solver.fix import Fix, parse_fix
@@ -49,7 +50,7 @@ from autopar.solver.limits import OPTIMAL, Limits, Progress, Watch
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.reprice import check_price
-from autopar.solver.shardings import Context, Key, Shardings
+from autopar.solver.shardings import Key, Shardings
 from autopar.solver.space import Config, Family, Shape, check_space, configs_of, shapes
 from autopar.solver.spread import best_stages, compatible
 

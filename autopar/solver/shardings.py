@@ -1,8 +1,8 @@
 """Sharding answers for model axes and a micro-batch size: the fastest, leaner ones, and proved lower bounds.
 
 One answer shards every block kind, with one layout between blocks and one storage of each tied parameter. Answers are
-found on demand and kept; `Shardings.cheap_bound` needs no ILP, `bound` the fastest answer's, `kind_bounds` one
-small ILP per kind.
+found on demand and kept; `Shardings.cheap_bound` needs a linear program, `bound` the fastest answer's ILP,
+`kind_bounds` one small ILP per kind.
 """
 
 from __future__ import annotations
@@ -10,134 +10,25 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
-from autopar.cluster import Cluster
-from autopar.graph.ir import Block, ModelGraph
-from autopar.graph.padding import padded
-from autopar.job import Job
 from autopar.sharding.decision import BlockDecision
-from autopar.solver.block_problem import (
-    Demands,
-    ModelProblem,
-    Ties,
-    model_problem,
-    ties_of,
-)
-from autopar.solver.candidates import BlockCost, BlockCosts
-from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.data_axis import stream_seconds
+from autopar.solver.block_problem import ModelProblem, model_problem
+from autopar.solver.candidates import BlockCost
+from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
 from autopar.solver.decisions import decisions_of, whole_decisions
-from autopar.solver.fix import Fix
-from autopar.solver.halves import HalvedBackward
 from autopar.solver.intra_block import relaxed_bound, solve
-from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Problem
-from autopar.solver.recompute import Recompute, Rerun, choices, rerun, runs_again
+from autopar.solver.recompute import Recompute, Rerun, rerun, runs_again
 
 LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
 
-
 Key = tuple[tuple[tuple[str, int], ...], int, int]
 """Model axes with their sizes, samples per micro-batch, and padding of heads."""
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds by phase and counts of what was done."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, phase: str, begin: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
-
-
-@dataclass(slots=True)
-class Context:
-    """What every part of one search shares. ``paddings``: its like for the model with padded heads."""
-
-    model: ModelGraph
-    job: Job
-    cluster: Cluster
-    fix: Fix
-    ops: OpCosts
-    collectives: CollectiveCosts
-    ties: Ties
-    costs: BlockCosts
-    clock: Clock
-    counts: dict[str, int]
-    halved: HalvedBackward
-    paddings: dict[int, Context] = field(default_factory=dict)
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-    @staticmethod
-    def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
-        counts = Counter(block.kind for block in model.blocks)
-        ops = OpCosts(cluster.device, job)
-        return Context(
-            model,
-            job,
-            cluster,
-            fix,
-            ops,
-            CollectiveCosts(cluster),
-            ties_of(model),
-            BlockCosts(job),
-            Clock(),
-            counts,
-            HalvedBackward(ops),
-        )
-
-    def padded(self, ranks: int) -> Context:
-        """The context of the model whose heads are padded to a multiple of ``ranks``."""
-        model = padded(self.model, ranks)
-        if model is self.model:
-            return self
-        if ranks not in self.paddings:
-            self.paddings[ranks] = replace(
-                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}, memo={}
-            )
-        return self.paddings[ranks]
-
-    def demands(self) -> Demands:
-        return Demands(split_matmuls=self.fix.tp is not None, sequence=self.fix.sp)
-
-    def freedom(self, extended: bool = False) -> list[tuple[str, tuple[str, ...]]]:
-        """For each block its kind and the recompute choices the fix leaves. ``extended``: with those that only pay
-        where memory is short (`recompute.choices`)."""
-        if ("freedom", extended) not in self.memo:
-            found: list[tuple[str, tuple[str, ...]]] = []
-            for index, block in enumerate(self.model.blocks):
-                repeated = self.repeated(block)
-                fixed = self.fix.recompute_of(index, block.kind, repeated)
-                moves = repeated and self.fix.offload in ("activations", "all")
-                found.append((block.kind, choices(fixed, moves, extended and repeated)))
-            self.memo["freedom", extended] = found
-        return list(self.memo["freedom", extended])
-
-    def choices_of(self, kind: str) -> tuple[str, ...]:
-        """All recompute choices that some block of the kind has."""
-        return tuple(dict.fromkeys(choice for name, some in self.freedom(True) if name == kind for choice in some))
-
-    def repeated(self, block: Block) -> bool:
-        """Whether the block is one of the model's layers (all are, if it has none): what "recompute" without a place
-        and "offload" speak of. A layer that differs from the others is one too."""
-        return bool(block.path) or not any(other.path for other in self.model.blocks)
-
-    def always_again(self) -> frozenset[str]:
-        """Kinds all of whose blocks are fixed to be recomputed."""
-        free = {kind for kind, some in self.freedom() if any(Recompute.of(name).recompute != "full" for name in some)}
-        return frozenset(self.model.kinds) - free
-
-    def gradient_price(self) -> float:
-        """Seconds per micro-batch that each parameter element that trains costs at least: its gradient is handed on."""
-        return stream_seconds(self.ops, self.job.compute_bytes + self.job.master_bytes)
 
 
 @dataclass(frozen=True, slots=True)

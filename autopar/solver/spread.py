@@ -10,6 +10,7 @@ from itertools import groupby
 from autopar.schedule import SCHEDULES
 from autopar.solver.candidates import BlockCost
 from autopar.solver.chain import fastest
+from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, Placed, assess, halves, host_shortage, placed, tied_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
@@ -18,7 +19,7 @@ from autopar.solver.memory import BlockBytes
 from autopar.solver.mixes import mixed
 from autopar.solver.reach import reach
 from autopar.solver.recompute import Recompute
-from autopar.solver.shardings import Answered, Context
+from autopar.solver.shardings import Answered
 from autopar.solver.space import Config
 from autopar.solver.stages import BlockRun, Counts, Option, StageProblem, solve_stages
 
