@@ -186,6 +186,23 @@ def test_nothing_fits_and_says_what_would():
         search(model, job, with_memory(cluster, 2**22))
 
 
+def test_the_smallest_conflict_is_named():
+    """Of all that is fixed, what does not fit together; what has no part in it is left out."""
+    model, job = decoder(4, hidden=256, ffn=1024), Job(8, 1024)
+    fix = {"dp": 2, "zero": 0, "micro_batch": 4, "recompute": "none", "offload": "none"}
+    stage = search(model, job, Cluster.parse("1x2:h100"), fix).stages[0]
+    tight = with_memory(Cluster.parse("1x2:h100"), int(0.9 * (stage.total_bytes - stage.memory["reserve"])))
+    with pytest.raises(InfeasibleError, match=r"cannot hold together with [\d,]+ bytes a device: ([^.]*)\.") as error:
+        search(model, job, tight, fix)
+    told = str(error.value).partition("bytes a device: ")[2].partition(". ")[0]
+    named = dict(item.split("=") for item in told.split(", "))
+    assert 0 < len(named) < len(fix)
+    with pytest.raises(InfeasibleError):
+        search(model, job, tight, named)
+    for key in named:
+        search(model, job, tight, {k: v for k, v in named.items() if k != key})
+
+
 @pytest.mark.parametrize(
     ("fix", "batch", "message"),
     [

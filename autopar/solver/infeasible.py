@@ -1,5 +1,5 @@
-"""Why nothing fits: which stage of the configuration that comes closest, what is short there, by how many bytes, and
-the nearest thing that fits."""
+"""Why nothing fits: which stage of the configuration that comes closest, what is short there, by how many bytes, what
+of the fix cannot hold together, and the nearest thing that fits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def explain(context: Context) -> str:
     return (
         f"{told}: stage {worst} of {len(sizes)} needs {sizes[worst]:,} bytes per device, {sizes[worst] - room:,} bytes "
         f"({(sizes[worst] - room) / GIB:.2f} GiB) more than the {room:,} it has, in the closest plan "
-        f"({closest.config}); GiB by kind: {bytes_told}. {_way_out(context)}"
+        f"({closest.config}); GiB by kind: {bytes_told}. {_conflict_text(context)}{_way_out(context)}"
     )
 
 
@@ -102,28 +102,57 @@ def _way_out(context: Context) -> str:
     return "No number of these devices tried (up to 64 times as many) fits it."
 
 
-def _looser(fix: Fix) -> Iterator[tuple[Fix, str]]:
-    """The fix with one thing less fixed, then with less and less."""
+FREED: dict[str, dict[str, Any]] = {
+    "offload": {"offload": None},
+    "recompute": {"recompute": ()},
+    "micro_batch": {"micro_batch": None},
+    "zero": {"zero": None, "fsdp": None},
+    "sp": {"sp": None},
+    "schedule": {"schedule": None, "vpp": None},
+    "cp": {"cp": None},
+    "tp": {"tp": None, "tp_parts": ()},
+    "dp": {"dp": None},
+    "pp": {"pp": None, "schedule": None, "vpp": None},
+}
+"""What is no longer fixed where a key is let go."""
+
+
+def _freed(fix: Fix) -> list[str]:
+    """The keys that can be let go."""
     given = fix.given()
-    if not given:
+    return [key for key in FREED if key in given or (key == "zero" and "fsdp" in given)]
+
+
+def _looser(fix: Fix) -> Iterator[tuple[Fix, str]]:
+    """The fix with one thing less fixed, then with all of them."""
+    given, keys = fix.given(), _freed(fix)
+    if not keys:
         return
-    changes: dict[str, dict[str, Any]] = {
-        "offload": {"offload": None},
-        "recompute": {"recompute": ()},
-        "micro_batch": {"micro_batch": None},
-        "zero": {"zero": None, "fsdp": None},
-        "sp": {"sp": None},
-        "schedule": {"schedule": None},
-        "tp": {"tp": None},
-        "dp": {"dp": None},
-        "pp": {"pp": None, "schedule": None},
-    }
-    together: dict[str, Any] = {}
-    for key, change in changes.items():
-        if key in given or (key == "zero" and "fsdp" in given):
-            yield replace(fix, **change), f"{key} not fixed to {given.get(key, given.get('fsdp'))}"
-            together |= change
+    for key in keys:
+        yield replace(fix, **FREED[key]), f"{key} not fixed to {given.get(key, given.get('fsdp'))}"
+    together = {name: value for key in keys for name, value in FREED[key].items()}
     yield replace(fix, **together), "nothing of this fixed"
+
+
+def conflict(context: Context) -> Fix:
+    """Of what is fixed, as much as cannot hold together in this memory: nothing of it can be left out. Keys are let go
+    one after the other; one without which it still does not fit has no part in it."""
+    left = context.fix
+    for key in _freed(left):
+        without = replace(left, **FREED[key])
+        if _fits(context, without, context.cluster) is None:
+            left = without
+    return left
+
+
+def _conflict_text(context: Context) -> str:
+    if len(_freed(context.fix)) < 2:
+        return ""
+    left = conflict(context).given()
+    room = f"{context.cluster.device.memory_bytes:,} bytes a device"
+    if not left:
+        return f"Nothing of what is fixed is to blame: {room} are too few. "
+    return f"These cannot hold together with {room}: {', '.join(f'{k}={v}' for k, v in left.items())}. "
 
 
 def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> Config | None:
