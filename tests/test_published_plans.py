@@ -77,6 +77,7 @@ def test_records_are_chosen_or_counted():
     assert left["fp8 or narrower"] == 1
 
 
+@pytest.mark.proof  # a minute and a half
 @pytest.mark.parametrize("identity", ["vtrain_single_0479", "internevo_tgs_tp2_z4_16"])
 def test_theirs_is_never_predicted_faster(identity):
     (entry,) = compare([BY_ID[identity]])
