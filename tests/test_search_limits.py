@@ -1,5 +1,7 @@
 """Searches that are stopped: the plan so far, with what is honestly known of it."""
 
+from itertools import permutations
+
 import pytest
 from dense_decoder import decoder
 
@@ -7,8 +9,15 @@ import autopar
 from autopar.cluster import Cluster
 from autopar.errors import BadInputError
 from autopar.job import Job
-from autopar.solver.limits import OPTIMAL, Limits, Progress
-from autopar.solver.search import search
+from autopar.objective import Objective
+from autopar.solver import search as search_module
+from autopar.solver.config_bounds import quick_bound
+from autopar.solver.context import Context
+from autopar.solver.fix import Fix
+from autopar.solver.limits import OPTIMAL, Limits, Progress, Watch
+from autopar.solver.objectives import search_parts
+from autopar.solver.search import explore, search
+from autopar.solver.space import configs_of, shapes
 
 MODEL, JOB, CLUSTER = decoder(4), Job(16, 64), Cluster.parse("2x4:h100")
 
@@ -44,6 +53,44 @@ def test_interrupts_take_the_best_so_far():
     assert plan.bound <= plan.predicted.step_time
     assert str(told[-1]).startswith(f"{told[-1].done} of {told[-1].meshes} meshes, best ")
     assert str(told[0]) == f"0 of {told[0].meshes} meshes, nothing that fits yet"
+
+
+def test_the_bound_of_what_an_interrupt_cuts_short_still_stands(monkeypatch):
+    """Of two configurations the first is priced, and the second interrupted in the middle of its refinement."""
+    context = Context.of(MODEL, JOB, CLUSTER, Fix())
+    real, cut = search_module.stage_bound, []
+
+    def interrupted(of, config, shardings, **options):
+        if not options.get("paths", True) and config == second and told[-1].best is not None:
+            cut.append(max(real(of, config, shardings), quick_bound(of, config, shardings.least_work())))
+            raise KeyboardInterrupt
+        return real(of, config, shardings, **options)
+
+    monkeypatch.setattr(search_module, "stage_bound", interrupted)
+    space = [shape for shape in shapes(MODEL, JOB, CLUSTER, Fix()) if shape.outline.micro_batch == 1]
+    some = [config for shape in space for config in configs_of(shape, JOB, CLUSTER, Fix())][::7]
+    checked = 0
+    for first, second in permutations(some[:12], 2):
+        told: list[Progress] = [Progress(0.0, 0, None, 1.0, 0, 1)]
+        pair = {first, second}
+        try:
+            found = explore(context, space, Watch(Limits(gap=0.0, progress=told.append)), pair.__contains__)
+        except KeyboardInterrupt:
+            continue
+        if found.priced.keys() == {first} and cut:
+            assert found.bound <= cut.pop() * (1 + 1e-9)
+            checked += 1
+    assert checked
+
+
+def test_an_interrupt_ends_the_search_of_parts():
+    def interrupt(progress: Progress) -> None:
+        if progress.best is not None:
+            raise KeyboardInterrupt
+
+    plan = search_parts(MODEL, JOB, CLUSTER, Objective("throughput_per_device"), limits=Limits(progress=interrupt))
+    assert plan.searched["cluster sizes searched"] == 1
+    assert plan.objective.gap >= 0.0
 
 
 def test_an_interrupt_before_any_plan_is_one():

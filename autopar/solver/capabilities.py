@@ -193,8 +193,3 @@ def check_executable(plan: Plan) -> None:
     for limit in refusals(Chosen.of(plan)):
         told = limit.reason + (f" (it avoids: {limit.avoids})" if limit.avoids else "")
         raise UnsupportedError(f"the plan for {plan.model} cannot be executed: {limit.name}: {told}")
-
-
-def schedule_of(stages: int) -> str:
-    """The schedule that runs this many stages, one a rank, where none is fixed."""
-    return "none" if stages == 1 else "1f1b"

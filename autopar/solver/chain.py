@@ -8,7 +8,9 @@ save the same bytes in fewer seconds, so the seconds of a piece are a valid boun
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +75,24 @@ def hull(problem: StageProblem, alive: int) -> list[Saving]:
     return [step for step, _ in steps]
 
 
+def least_borders(costs: Iterable[Floats]) -> tuple[int, ...]:
+    """Where stages end whose costs add up to least: ``costs``: for every stage, those of each piece from a to b; the
+    first stage starts at 0, the last ends where the chain does (dynamic programming)."""
+    total: Floats | None = None
+    starts = []
+    for cost in costs:
+        if total is None:
+            total = np.full(len(cost), np.inf)
+            total[0] = 0.0
+        sums = total[:, None] + cost
+        starts.append(np.argmin(sums, axis=0))
+        total = np.min(sums, axis=0)
+    borders = [len(starts[-1]) - 1]
+    for start in reversed(starts):
+        borders.append(int(start[borders[-1]]))
+    return tuple(borders[-2::-1])
+
+
 class Chain:
     """Prefix sums over the chain of a problem, and the pieces between any two borders (matrices by a and b)."""
 
@@ -122,3 +142,9 @@ class Chain:
             lacking = lacking - taken
         # A part of a byte is rounding.
         return np.where(lacking > 1.0, np.inf, found)
+
+
+@lru_cache(maxsize=8)
+def chain_of(problem: StageProblem) -> Chain:
+    """The arrays of a problem; the bounds of one problem share them."""
+    return Chain(problem)

@@ -6,12 +6,7 @@ all ranks sit on that node, whichever part of it they take. So one `Context`, th
 configurations of every part, and everything it learns of shardings serves all of them.
 
 The bound of a part is the least of its shapes' bounds (`space.Shape`: sizes of axes and micro-batches, schedule), each
-refined in the steps of the search itself, valid by themselves:
-
-(0) `shape_bound` of the arithmetic alone;
-(1) `shape_bound` of the sharding ILP's linear relaxation;
-(2) `shape_bound` of the optimum of every kind of block;
-(3) `loose_bound`: stages in memory, whatever the data ranks do.
+refined in the steps of the search itself, valid by themselves (`steps`), up to `Step.STAGES`.
 
 A shape is refined only while it has the least bound of its part: the others can only be slower. The last step is taken
 only to rule a part out, and ends with the first shape that it leaves in.
@@ -27,13 +22,14 @@ from math import inf, prod
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
-from autopar.solver.config_bounds import has_room, loose_bound, shape_bound
+from autopar.solver.config_bounds import has_room, loose_bound, refined_shape_bound, shape_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix
-from autopar.solver.shardings import Key, Shardings
+from autopar.solver.shardings import KnownShardings
 from autopar.solver.space import Shape, configs_of, shapes
+from autopar.solver.steps import Step
 
-LAST = 2
+LAST = Step.KINDS
 """The last refinement that every part may take."""
 
 
@@ -70,7 +66,7 @@ class SizeBounds:
 
     def __init__(self, model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None:
         self.context = Context.of(model, job, cluster, fix)
-        self._shardings: dict[Key, Shardings] = {}
+        self._shardings = KnownShardings(self.context)
         sizes = [(prod(meta.at(1, 1)), meta.requires_grad) for meta in model.parameters.values()]
         kept = sum(elements * (1 + job.moments * trains) for elements, trains in sizes) * job.master_bytes
         self._kept_bytes = 0 if fix.offload in ("state", "all") else kept
@@ -114,11 +110,8 @@ class SizeBounds:
         return size.bound >= seconds
 
     def _refined(self, shape: Shape, level: int) -> float:
-        context, key = self.context, shape.outline.sharding
-        if key not in self._shardings:
-            self._shardings[key] = Shardings(context, *key)
-        shardings = self._shardings[key]
-        if level == 3:
+        context, shardings = self.context, self._shardings.of(shape.outline.sharding)
+        if level == Step.STAGES:
             space = list(configs_of(shape, context.job, context.cluster, context.fix))
             return loose_bound(context, space, shardings)  # infinite where not even that fits
-        return shape_bound(context, shape, shardings.cheap_bound() if level == 1 else shardings.least_work())
+        return refined_shape_bound(context, shape, shardings, Step(level))

@@ -29,6 +29,7 @@ from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Outline, Shape
 from autopar.solver.spread import block_runs, overheads, staged
 from autopar.solver.stages import BlockRun, Option, StageProblem, solve_stages
+from autopar.solver.steps import Step
 
 
 def shape_bound(context: Context, shape: Shape, work: float | None = None) -> float:
@@ -41,6 +42,11 @@ def shape_bound(context: Context, shape: Shape, work: float | None = None) -> fl
     # A micro-batch passes all stages, there and back; halved backwards may leave the weights' half for later.
     through = forward if SCHEDULES[shape.schedule].splits_backward else work
     return max(through, spread_bound(work, outline.pp, m, shape.vpp))
+
+
+def refined_shape_bound(context: Context, shape: Shape, shardings: Shardings, step: Step) -> float:
+    """`shape_bound` as sharp as `Step.RELAXED` or `Step.KINDS`."""
+    return shape_bound(context, shape, shardings.cheap_bound() if step == Step.RELAXED else shardings.least_work())
 
 
 def has_room(context: Context, outline: Outline) -> bool:

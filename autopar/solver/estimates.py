@@ -5,15 +5,15 @@ from __future__ import annotations
 from math import log2
 
 from autopar.solver.chain import work_of
-from autopar.solver.config_bounds import least_problem, least_stage, shape_bound
+from autopar.solver.config_bounds import least_problem, least_stage
 from autopar.solver.context import Context
 from autopar.solver.evaluate import placed
-from autopar.solver.laps import even_borders
 from autopar.solver.mixes import mixed
-from autopar.solver.reach import reach
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Family, Shape
-from autopar.solver.stages import StageProblem
+from autopar.solver.spread import likely_borders
+from autopar.solver.stages import StageProblem, used
+from autopar.solver.steps import Step
 
 BUBBLE = {"zbv": 1 / 3, "dualpipev": 1 / 2}
 """Of the bubble of even stages, what schedules leave that fill it with weight gradients; others leave all of it."""
@@ -22,19 +22,23 @@ TENSOR, SEQUENCE = 0.05, 0.03
 """What each doubling of a tensor or context axis is likely to add, before any sharding was looked at."""
 
 
-def estimate(context: Context, item: Shape | Family | Config, shardings: Shardings, step: int) -> float:
-    """Seconds of a step: even stages that wait as even stages do, and pass first forwards and last backwards one by
-    one. ``step``: how many bounds of it are known (`search`)."""
+def estimate(context: Context, item: Shape | Family | Config, shardings: Shardings, step: Step, bound: float) -> float:
+    """Seconds of a step, not below the ``bound`` that is known at this ``step``: even stages that wait as even stages
+    do, and pass first forwards and last backwards one by one."""
+    return max(bound, _guess(context, item, shardings, step, bound))
+
+
+def _guess(context: Context, item: Shape | Family | Config, shardings: Shardings, step: Step, bound: float) -> float:
     shape = item if isinstance(item, Shape) else item.shape
     outline = shape.outline
     pp, m, stages = outline.pp, outline.micro_batches, outline.pp * shape.vpp
-    if step == 0:
-        guess = 1 + TENSOR * log2(outline.tp) + SEQUENCE * log2(outline.cp)
-        return shape_bound(context, shape) * guess * (1 + _bubble(shape.schedule, pp, shape.vpp, m))
+    if step == Step.ARITHMETIC:
+        sharded = 1 + TENSOR * log2(outline.tp) + SEQUENCE * log2(outline.cp)
+        return bound * sharded * (1 + _bubble(shape.schedule, pp, shape.vpp, m))
     each = once = 0.0
-    if isinstance(item, Config) and step == 6 and pp > 1:
+    if isinstance(item, Config) and step == Step.SPREAD and pp > 1:
         return _spread(least_problem(context, [item], shardings))
-    work = shardings.cheap_bound() if step == 1 else shardings.least_work()
+    work = shardings.cheap_bound() if step == Step.RELAXED else shardings.least_work()
     if isinstance(item, Config) and pp > 1:
         each, first, last = least_stage(context, item, placed(context, item, 0).data)
         once = first + last
@@ -48,21 +52,11 @@ def _bubble(schedule: str, pp: int, vpp: int, micro_batches: int) -> float:
 
 def _spread(problem: StageProblem) -> float:
     """The same for an even spread of blocks under options that fit, by the rank with most work."""
-    reached = reach(problem) if problem.vpp == 1 else None
-    if problem.vpp == 1 and reached is None:
-        return float("inf")
-    counts = mixed(problem, reached.borders if reached else even_borders(problem))
+    borders = likely_borders(problem)
+    counts = mixed(problem, borders) if borders else None
     if counts is None:
         return float("inf")
-    stages = [
-        sum(
-            n * work_of(option)
-            for run, some in zip(problem.runs, stage, strict=True)
-            for n, option in zip(some, run.options, strict=True)
-        )
-        + problem.stage_s
-        for stage in counts
-    ]
+    stages = [sum(n * work_of(option) for n, option in used(problem, stage)) + problem.stage_s for stage in counts]
     slowest = max(sum(stages[stage] for stage in problem.own(rank)) for rank in range(problem.pp))
     waits = BUBBLE.get(problem.schedule, 1.0) * (problem.pp - 1) * sum(stages) / problem.stages
     once = problem.stages * (problem.stage_first_s + problem.stage_last_s)

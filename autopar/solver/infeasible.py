@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from heapq import nsmallest
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 from autopar.cluster import Cluster
 from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, assess, host_shortage
 from autopar.solver.fix import Fix
-from autopar.solver.shardings import Answered, Key, Shardings
+from autopar.solver.shardings import Answered, KnownShardings
 from autopar.solver.space import Config, configs
 from autopar.solver.spread import best_stages, compatible, spread, stage_problem
 from autopar.solver.stages import rank_bytes, solve_stages
@@ -27,7 +27,7 @@ TRIES = 6
 def explain(context: Context) -> str:
     """The message of an `InfeasibleError`."""
     space = configs(context.model, context.job, context.cluster, context.fix)
-    known: dict[Key, Shardings] = {}
+    known = KnownShardings(context)
     closest = min(
         (a for config in _leanest(space) for a in _least_memory(context, config, known)), key=_most, default=None
     )
@@ -61,15 +61,14 @@ def _leanest(space: Iterable[Config], tries: int = TRIES) -> list[Config]:
     return nsmallest(tries, space, key=lambda c: (c.vpp, c.micro_batch, -c.zero, -c.fsdp, -c.pp * c.tp, c))
 
 
-def _answers(context: Context, config: Config, known: dict[Key, Shardings]) -> list[list[Answered]]:
-    key = config.sharding
-    shardings = known.setdefault(key, Shardings(context, *key))
+def _answers(config: Config, known: KnownShardings) -> list[list[Answered]]:
+    shardings = known.of(config.sharding)
     return compatible([shardings.fastest(), *shardings.lean()])
 
 
-def _least_memory(context: Context, config: Config, known: dict[Key, Shardings]) -> Iterator[Assessment]:
+def _least_memory(context: Context, config: Config, known: KnownShardings) -> Iterator[Assessment]:
     """Stages that use the least memory, whatever the room."""
-    for answers in _answers(context, config, known):
+    for answers in _answers(config, known):
         problem, costs_of = stage_problem(context, config, answers)
         boundary = max(answer.boundary for answer in answers)
         found = solve_stages(replace(problem, capacity=UNLIMITED), balance=False)
@@ -157,10 +156,11 @@ def _conflict_text(context: Context) -> str:
 
 def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> Config | None:
     """A configuration that fits, among those that take least memory."""
-    other = Context.of(context.model, context.job, cluster, fix)
-    known: dict[Key, Shardings] = {}
-    for config in _leanest(configs(context.model, context.job, cluster, fix), tries):
-        for answers in _answers(other, config, known):
-            if best_stages(other, config, answers) is not None:
-                return config
-    return None
+    key = ("fits", fix, str(cluster), tries)  # what is in conflict and what would fit ask alike
+    if key not in context.memo:
+        other = Context.of(context.model, context.job, cluster, fix)
+        known = KnownShardings(other)
+        leanest = _leanest(configs(context.model, context.job, cluster, fix), tries)
+        fitting = (c for c in leanest if any(best_stages(other, c, answers) for answers in _answers(c, known)))
+        context.memo[key] = next(fitting, None)
+    return cast(Config | None, context.memo[key])

@@ -32,17 +32,14 @@ from itertools import pairwise
 from math import inf
 from typing import Any
 
-from ortools.linear_solver.python import model_builder
 from ortools.sat.python import cp_model
 
 from autopar.errors import AutoparError
+from autopar.solver.linear import OPTIMAL, TOLERANCE, linear_program, solve_linear
 from autopar.solver.problem import Answer, Layout, Problem, path, price, produced, shortest
 
 RESOLUTION = 2**36
 """Integer steps into which the largest sensible objective is cut."""
-
-LP_TOLERANCE = 1e-6
-"""Relative error of an optimum of GLOP, whose feasibility tolerances are 1e-8."""
 
 Sum = tuple[int, ...]
 """A sum of variables, by their places."""
@@ -92,10 +89,10 @@ def relaxed_bound(problem: Problem) -> float:
     model = _Model(problem, 0.0)
     scale = model.unit * RESOLUTION
     linear = model.linear([seconds / scale for seconds, _ in model.terms])
-    solver = model_builder.Solver("GLOP")
-    if solver.solve(linear) != model_builder.SolveStatus.OPTIMAL:
+    solver, status = solve_linear(linear)
+    if status != OPTIMAL:
         return model.offset
-    return solver.objective_value * scale * (1 - LP_TOLERANCE) + model.offset
+    return float(solver.objective_value) * scale * (1 - TOLERANCE) + model.offset
 
 
 def _sum(expressions: Any, variables: Sequence[Any], plus: Sequence[int], minus: Sequence[int]) -> Any:
@@ -158,7 +155,7 @@ class _Model:
     def linear(self, costs: Sequence[float]) -> Any:
         """The relaxation for GLOP, which minimises ``costs`` of the variables. Filled through the builder's helper: its
         expressions take longer to make than the model to solve."""
-        linear: Any = model_builder.Model()  # type: ignore[no-untyped-call]
+        linear = linear_program()
         helper = linear.helper
         places = helper.add_var_array([len(costs)], 0.0, 1.0, False, "")
         variables = [linear.var_from_index(place) for place in places.tolist()]

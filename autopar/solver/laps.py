@@ -23,13 +23,13 @@ from itertools import pairwise
 import numpy as np
 
 from autopar.solver.bounds import crossings_of
-from autopar.solver.chain import Chain, Floats, bytes_of, fastest, work_of
+from autopar.solver.chain import Chain, Floats, bytes_of, chain_of, fastest, least_borders, work_of
 from autopar.solver.stages import StageProblem
 
 
 def laps_bound(problem: StageProblem) -> float:
     """No spread has a lower V; infinite if memory is too small for any."""
-    chain = Chain(problem)
+    chain = chain_of(problem)
     ranks, m, c = problem.pp, problem.micro_batches, problem.transfer_s
     forced = forced_seconds(problem, chain)
     optimizer = float(chain.optimizer[-1]) / ranks
@@ -79,20 +79,9 @@ def even_borders(problem: StageProblem) -> tuple[int, ...]:
     """Where the stages of an even spread end."""
     if problem.fixed:
         return tuple(int(end) for end in np.cumsum(problem.fixed))
-    chain = Chain(problem)
-    n, stages = chain.blocks, problem.stages
-    squares = np.square(chain.pieces(chain.work)) + np.tril(np.full((n + 1, n + 1), np.inf))
-    total = np.full(n + 1, np.inf)
-    total[0] = 0.0
-    starts = []
-    for _ in range(stages):
-        sums = total[:, None] + squares
-        starts.append(np.argmin(sums, axis=0))
-        total = np.min(sums, axis=0)
-    borders = [n]
-    for start in reversed(starts):
-        borders.append(int(start[borders[-1]]))
-    return _balanced(problem, chain, borders[-2::-1])
+    chain = chain_of(problem)
+    squares = np.square(chain.pieces(chain.work)) + np.tril(np.full((chain.blocks + 1, chain.blocks + 1), np.inf))
+    return _balanced(problem, chain, list(least_borders([squares] * problem.stages)))
 
 
 def _balanced(problem: StageProblem, chain: Chain, borders: list[int]) -> tuple[int, ...]:

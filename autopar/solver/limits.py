@@ -61,6 +61,10 @@ class Limits:
             raise BadInputError(f"work limit: {self.work!r} is not a positive number of steps; leave it out for none")
 
 
+INTERRUPTED = "stopped by Ctrl-C"
+"""Stands in `Plan.searched` of a search that was."""
+
+
 @dataclass(slots=True)
 class Watch:
     """Counts the steps of one search against its limits. ``stopped``: what stopped it early, or ""."""
@@ -74,10 +78,15 @@ class Watch:
         """One more step; whether the search has to stop before it. ``found``: there is a plan."""
         limits = self.limits
         if found and limits.work is not None and self.steps >= limits.work:
-            self.stopped = "work limit"
+            self.stopped = "stopped by work limit"
         elif found and limits.time_s is not None and time.perf_counter() - self.begin >= limits.time_s:
-            self.stopped = "time limit"
+            self.stopped = "stopped by time limit"
         if self.stopped:
             return True
         self.steps += 1
         return False
+
+    @property
+    def told(self) -> dict[str, int]:
+        """For `Plan.searched`: the steps, and what stopped them early."""
+        return {"steps": self.steps, **({self.stopped: 1} if self.stopped else {})}

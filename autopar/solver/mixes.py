@@ -14,7 +14,7 @@ from math import ceil
 
 from autopar.solver.chain import bytes_of, fastest, savings, work_of
 from autopar.solver.orders import Held
-from autopar.solver.stages import BlockRun, Counts, Option, StageProblem
+from autopar.solver.stages import BlockRun, Counts, Option, StageProblem, used
 
 Row = tuple[int, ...]
 """Blocks of every run in a stage."""
@@ -76,7 +76,7 @@ class _Rank:
     def __init__(
         self, problem: StageProblem, allowed: dict[int, list[int]], held: Sequence[Held], room: float, rows: list[Row]
     ) -> None:
-        self.runs, self.allowed, self.held = problem.runs, allowed, held
+        self.problem, self.runs, self.allowed, self.held = problem, problem.runs, allowed, held
         self.blocks = [[[0] * len(run.options) for run in problem.runs] for _ in rows]
         self.lacks = [-room] * len(held)
         for place, row in enumerate(rows):
@@ -86,12 +86,7 @@ class _Rank:
 
     def seconds(self) -> float:
         """Seconds per micro-batch of all blocks."""
-        return sum(
-            n * work_of(option)
-            for stage in self.blocks
-            for run, counts in zip(self.runs, stage, strict=True)
-            for n, option in zip(counts, run.options, strict=True)
-        )
+        return sum(n * work_of(option) for stage in self.blocks for n, option in used(self.problem, stage))
 
     def fill(self) -> bool:
         """Change blocks until they fit; whether they do."""

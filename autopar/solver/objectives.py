@@ -10,8 +10,9 @@ search for the shortest step (`autopar.solver.search`): on a given number of dev
   which is likely the first to reach the limit; what is smaller than a part that does is then refuted or
   found, the most promising first.
 
-At most `SEARCHES` parts are searched. What is left unsearched counts with its bound, so that bound, gap and status say
-what is known of all parts. A part on which the search finds nothing that fits counts as one where nothing fits.
+At most `SEARCHES` parts are searched, and none after a Ctrl-C. What is left unsearched counts with its bound, so that
+bound, gap and status say what is known of all parts. A part on which the search finds nothing that fits counts as one
+where nothing fits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
 from autopar.solver.cluster_sizes import LAST, Size, SizeBounds, parts
 from autopar.solver.fix import Fix, parse_fix
-from autopar.solver.limits import GAP, OPTIMAL, Limits
+from autopar.solver.limits import GAP, INTERRUPTED, OPTIMAL, Limits
 from autopar.solver.search import search
 from autopar.solver.space import check_space, configs
 
@@ -95,6 +96,7 @@ class PartSearch:
     def __init__(self, bounds: SizeBounds, sizes: list[Size], limits: Limits | None, searches: int) -> None:
         self.sizes, self.plans = sizes, dict[int, Plan | None]()
         self._bounds, self._limits, self._searches = bounds, limits, searches
+        self.interrupted = False
 
     def within(self, size: Size, limit: float) -> bool:
         """Whether the part's bound leaves a step of ``limit`` seconds possible."""
@@ -108,7 +110,7 @@ class PartSearch:
 
     def spent(self, size: Size) -> bool:
         """Whether the part may not be searched any more."""
-        return size.devices not in self.plans and len(self.plans) >= self._searches
+        return size.devices not in self.plans and (self.interrupted or len(self.plans) >= self._searches)
 
     def plan(self, size: Size) -> Plan | None:
         """The fastest plan of the part; its bound becomes the part's."""
@@ -117,6 +119,7 @@ class PartSearch:
             try:
                 found = search(context.model, context.job, size.cluster, context.fix, self._limits, explained=False)
                 size.bound = max(size.bound, found.bound)
+                self.interrupted = INTERRUPTED in found.searched
             except InfeasibleError:
                 found, size.bound = None, inf
             self.plans[size.devices] = found
@@ -141,7 +144,8 @@ class PartSearch:
             if best is not None and self.rules_out(size, least / (1 + GAP) / weight(size)):
                 continue
             # Without any plan there is nothing to return: the limit waits for the first.
-            found = None if best is not None and self.spent(size) else self.plan(size)
+            waits = best is not None or self.interrupted
+            found = None if waits and self.spent(size) else self.plan(size)
             if found is None:
                 continue
             worth = weight(size) * _seconds(found)

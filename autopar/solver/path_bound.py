@@ -12,13 +12,11 @@ rank's own work. It leaves out that stages are contiguous.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from ortools.linear_solver.python import model_builder
 
-from autopar.solver.chain import Chain, Floats, bytes_of, fastest, work_of
+from autopar.solver.chain import Chain, Floats, bytes_of, chain_of, fastest, work_of
 from autopar.solver.laps import forced_seconds
+from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, LinearExpr, linear_program, solve_linear
 from autopar.solver.paths import Weights, weights
 from autopar.solver.stages import BlockRun, Option, StageProblem
 
@@ -28,14 +26,13 @@ LEVELS = (0.9, 0.5, 0.0)
 ONCE = (1.0, 0.3, 0.1, 0.03, 0.0)
 """What first forwards and last backwards take more, against a micro-batch's work, for which paths are sought."""
 
-
 BYTES = 2.0**30
 """The unit of bytes in the program."""
 
 
 def path_bound(problem: StageProblem) -> float:
     """No spread over the stages is faster under the problem's schedule; 0 where nothing is known."""
-    chain = Chain(problem)
+    chain = chain_of(problem)
     found = _weights(problem, chain)
     if found is None:
         return 0.0
@@ -94,12 +91,11 @@ def _weights(problem: StageProblem, chain: Chain) -> Weights | None:
 
 def program_bound(problem: StageProblem) -> float:
     """The optimum of the linear program, infinite where it has none; 0 where no paths are known."""
-    chain = Chain(problem)
+    chain = chain_of(problem)
     found = _weights(problem, chain)
     if found is None:
         return 0.0
-    linear: Any = model_builder.Model()  # type: ignore[no-untyped-call]
-    weighted = model_builder.LinearExpr.weighted_sum
+    linear, weighted = linear_program(), LinearExpr.weighted_sum
     step = linear.new_num_var(0.0, float("inf"), "")
     options = [(r, option) for r, run in enumerate(problem.runs) for option in run.options]
     counts = [
@@ -107,9 +103,9 @@ def program_bound(problem: StageProblem) -> float:
     ]
     for r, run in enumerate(problem.runs):
         mine = [one for row in counts for one, (other, _) in zip(row, options, strict=True) if other == r]
-        linear.add(model_builder.LinearExpr.sum(mine) == float(run.count))
+        linear.add(LinearExpr.sum(mine) == float(run.count))
     for row in counts:
-        linear.add(model_builder.LinearExpr.sum(row) >= 1.0)
+        linear.add(LinearExpr.sum(row) >= 1.0)
     optimizer = float(chain.optimizer[-1]) / problem.pp
     m, ends = problem.micro_batches, problem.stage_first_s + problem.stage_last_s
     works = [work_of(option) for _, option in options]
@@ -132,8 +128,7 @@ def program_bound(problem: StageProblem) -> float:
         known += float(last.sum() * problem.stage_last_s)
         linear.add(weighted([step, *everything], [1.0, *(-row.ravel()).tolist()]) >= known + optimizer)
     linear.minimize(step)
-    solver = model_builder.Solver("GLOP")
-    status = solver.solve(linear)
-    if status == model_builder.SolveStatus.INFEASIBLE:
+    solver, status = solve_linear(linear)
+    if status == INFEASIBLE:
         return float("inf")
-    return float(solver.objective_value) * (1 - 1e-6) if status == model_builder.SolveStatus.OPTIMAL else 0.0
+    return float(solver.objective_value) * (1 - TOLERANCE) if status == OPTIMAL else 0.0

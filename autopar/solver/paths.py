@@ -21,10 +21,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from ortools.linear_solver.python import model_builder
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.chain import Floats
+from autopar.solver.linear import OPTIMAL, LinearExpr, linear_program, solve_linear
 from autopar.solver.orders import orders
 
 MOST_ACTIONS = 8_000
@@ -168,26 +168,26 @@ class _Program:
 
     def __init__(self, totals: Floats, least: Floats) -> None:
         self.least, self.free = least, _FIRST * (len(least) // _LANES)
-        self.linear: Any = model_builder.Model()  # type: ignore[no-untyped-call]
+        self.linear = linear_program()
         self.seconds = [self.linear.new_num_var(float(low), 1.0, "") for low in least[: self.free]]
         self.step = self.linear.new_num_var(0.0, float("inf"), "")
         self.rows: list[Any] = []
         stages = len(least) // _LANES
         for lane, total in enumerate(totals[:_FIRST].tolist()):
-            self.linear.add(model_builder.LinearExpr.sum(self.seconds[lane * stages : (lane + 1) * stages]) == total)
+            self.linear.add(LinearExpr.sum(self.seconds[lane * stages : (lane + 1) * stages]) == total)
         self.linear.minimize(self.step)
 
     def add(self, path: Floats) -> None:
         """One more path that the step is at least as long as."""
         known = float(path[self.free :] @ self.least[self.free :])
         factors = [1.0, *(-path[: self.free]).tolist()]
-        length = model_builder.LinearExpr.weighted_sum([self.step, *self.seconds], factors)
+        length = LinearExpr.weighted_sum([self.step, *self.seconds], factors)
         self.rows.append(self.linear.add(length >= known))
 
     def solve(self, paths: Floats) -> tuple[Floats, Floats]:
         """The fastest spread if these were all paths; and the average of the paths that shows it."""
-        solver = model_builder.Solver("GLOP")
-        if solver.solve(self.linear) != model_builder.SolveStatus.OPTIMAL:
+        solver, status = solve_linear(self.linear)
+        if status != OPTIMAL:
             return self.least, paths.mean(axis=0)
         spread = np.concatenate([[max(0.0, solver.value(one)) for one in self.seconds], self.least[self.free :]])
         parts = np.array([max(0.0, solver.dual_value(row)) for row in self.rows])

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.solver.bounds import waits_of
-from autopar.solver.chain import Chain, Floats
+from autopar.solver.chain import Floats, chain_of, least_borders
 from autopar.solver.stages import StageProblem
 
 SLACK = 1e-4
@@ -39,7 +39,7 @@ class Reached:
 
 def reach(problem: StageProblem, even: bool = True) -> Reached | None:
     """None if nothing fits. ``even`` False: the bound alone is of use, and no borders are found."""
-    chain = Chain(problem)
+    chain = chain_of(problem)
     ranks, n, m, c = problem.pp, chain.blocks, problem.micro_batches, problem.transfer_s
     first = float(chain.after[1])
     after = chain.pieces(chain.after)
@@ -88,18 +88,7 @@ def _allowed(problem: StageProblem, cost: Floats, rank: int) -> Floats:
 
 def _even(problem: StageProblem, costs: list[Floats], works: list[Floats], limit: float) -> tuple[int, ...]:
     """The ends of the stages of the most even spread of those with V up to ``limit``."""
-    n = costs[0].shape[0] - 1
-    total = np.full(n + 1, np.inf)
-    total[0] = 0.0
-    starts = []
-    for rank, (cost, work) in enumerate(zip(costs, works, strict=True)):
-        possible = _allowed(
-            problem, np.where(cost <= limit, np.square(np.where(cost <= limit, work, 0.0)), np.inf), rank
-        )
-        sums = total[:, None] + possible
-        starts.append(np.argmin(sums, axis=0))
-        total = np.min(sums, axis=0)
-    borders = [n]
-    for start in reversed(starts):
-        borders.append(int(start[borders[-1]]))
-    return tuple(borders[-2::-1])
+    return least_borders(
+        _allowed(problem, np.where(cost <= limit, np.square(np.where(cost <= limit, work, 0.0)), np.inf), rank)
+        for rank, (cost, work) in enumerate(zip(costs, works, strict=True))
+    )

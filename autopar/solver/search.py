@@ -2,16 +2,7 @@
 
 What is to be decided hangs together as a tree: a shape (`space.Shape`: sizes of axes and micro-batches, schedule) has
 families (ZeRO level, offload), and these have configurations (shard groups). A bound is refined in steps, each valid
-and dearer than the one before:
-
-    shape          (0) its arithmetic, evenly shared out, and what its schedule surely waits
-                   (1) the sharding ILP's linear relaxation
-                   (2) every kind of block at the optimum of its own ILP
-                   (3) stages over the least seconds and the least bytes of every kind, whatever the data ranks do
-    family         (4) the same, at one ZeRO level, its state offloaded or not
-    configuration  (5) as (2), and what its data ranks surely add
-                   (6) as (3), with the bytes and seconds of its data ranks
-                   (7) priced in full
+and dearer than the one before (`steps`), until it is priced in full.
 
 First what is likely to be fastest is refined and priced, by an estimate that adds what bounds cannot (`estimates`),
 until better plans stop coming; then what has the least bound, until the plan is within the gap asked for, or the least
@@ -40,27 +31,32 @@ from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
-from autopar.solver.config_bounds import has_room, loose_bound, quick_bound, shape_bound, stage_bound
+from autopar.solver.config_bounds import (
+    has_room,
+    loose_bound,
+    quick_bound,
+    refined_shape_bound,
+    shape_bound,
+    stage_bound,
+)
 from autopar.solver.context import Context
 from autopar.solver.estimates import estimate
 from autopar.solver.evaluate import Assessment
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.infeasible import explain
-from autopar.solver.limits import OPTIMAL, Limits, Progress, Watch
+from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.reprice import check_price
-from autopar.solver.shardings import Key, Shardings
+from autopar.solver.shardings import KnownShardings, Shardings
 from autopar.solver.space import Config, Family, Shape, check_space, configs_of, shapes
 from autopar.solver.spread import best_stages, compatible
+from autopar.solver.steps import Step
 
 INFINITE = float("inf")
 
 Item = Shape | Family | Config
 """What the queue holds."""
-
-STAGED, PRICED = 3, 7
-"""The first step that looks at stages; the last one."""
 
 PATIENCE = 24
 """Configurations priced one after the other that are no better, after which no better ones are sought."""
@@ -78,7 +74,6 @@ class Found:
     best: Assessment | None = None
     priced: dict[Config, float] = field(default_factory=dict)
     rest: float = INFINITE
-    shardings: dict[Key, Shardings] = field(default_factory=dict)
 
     def promising(self, bound: float) -> bool:
         """Whether what has this bound may beat the best plan by more than the gap."""
@@ -128,9 +123,8 @@ def search(
         "meshes": len({_mesh(shape) for shape in space}),
         "shapes": len(space),
         "priced": len(found.priced),
-        "steps": watch.steps,
+        **watch.told,
         **context.clock.counts,
-        **({f"stopped by {watch.stopped}": 1} if watch.stopped else {}),
     }
     plan = plan_of(context, best, min(found.bound, best.step_time), OPTIMAL, counts)
     later = time.perf_counter()
@@ -160,7 +154,7 @@ class _Entry:
     bound: float
     estimate: float
     order: int
-    step: int
+    step: Step
     item: Item
     proved: bool = False
 
@@ -175,7 +169,7 @@ def explore(
     walk = _Walk(context, watch or Watch(Limits()), wanted)
     for shape in space:
         if has_room(context, shape.outline):
-            walk.add(shape_bound(context, shape), 0, shape)
+            walk.add(shape_bound(context, shape), Step.ARITHMETIC, shape)
     walk.meshes = len(walk.left)
     try:
         walk.find()
@@ -183,7 +177,7 @@ def explore(
     except KeyboardInterrupt:
         if walk.found.best is None:
             raise
-        walk.watch.stopped = "Ctrl-C"
+        walk.watch.stopped = INTERRUPTED
     walk.found.rest = min([walk.found.rest, *(entry.bound for entry in walk.entries.values())])
     return walk.found
 
@@ -193,21 +187,22 @@ class _Walk:
 
     def __init__(self, context: Context, watch: Watch, wanted: Callable[[Config], bool]) -> None:
         self.context, self.watch, self.wanted = context, watch, wanted
+        self.known = KnownShardings(context)
         self.found = Found(watch.limits.gap)
         self.entries: dict[int, _Entry] = {}
         self.left: dict[tuple[int, ...], int] = {}
         self.likely: list[tuple[float, int]] = []
         self.made = self.meshes = 0
 
-    def add(self, bound: float, step: int, item: Item) -> list[_Entry]:
+    def add(self, bound: float, step: Step, item: Item) -> list[_Entry]:
         """A new entry, if it may be of use."""
         if bound == INFINITE:
             return []
         if not self.found.promising(bound):
             self.found.rest = min(self.found.rest, bound)
             return []
-        shardings = self.shardings(item)
-        entry = _Entry(bound, max(bound, estimate(self.context, item, shardings, step)), self.made, step, item)
+        likely = estimate(self.context, item, self.shardings(item), step, bound)
+        entry = _Entry(bound, likely, self.made, step, item)
         self.made += 1
         self.entries[entry.order] = entry
         self.left[_mesh(item)] = self.left.get(_mesh(item), 0) + 1
@@ -215,10 +210,7 @@ class _Walk:
         return [entry]
 
     def shardings(self, item: Item) -> Shardings:
-        key = item.sharding if isinstance(item, Config) else _shape(item).outline.sharding
-        if key not in self.found.shardings:
-            self.found.shardings[key] = Shardings(self.context, *key)
-        return self.found.shardings[key]
+        return self.known.of(item.sharding if isinstance(item, Config) else _shape(item).outline.sharding)
 
     def find(self) -> None:
         """Work off what is likely to be fastest, until as many priced configurations as `PATIENCE` are no better."""
@@ -234,7 +226,7 @@ class _Walk:
                 return
             best = found.best
             self.refine(entry)
-            if entry.step == PRICED - 1 and best is not None:
+            if entry.step == Step.SPREAD and best is not None:
                 waited = 0 if found.best is not best else waited + 1
 
     def prove(self) -> None:
@@ -244,28 +236,28 @@ class _Walk:
         heapq.heapify(queue)
         while queue and found.best is not None and found.promising(queue[0][0]) and not self.watch.over(True):
             entry = self.entries[heapq.heappop(queue)[1]]
-            if not entry.proved and entry.step >= STAGED:
+            if not entry.proved and entry.step >= Step.STAGES:
                 bound = self.sharper(entry.item, entry.step, entry.bound)
                 entry = self.entries[entry.order] = replace(entry, bound=bound, proved=True)
                 heapq.heappush(queue, (bound, entry.order))
                 continue
-            if entry.step == PRICED - 1 and entry.estimate > found.best.step_time * (1 + HOPE):
+            if entry.step == Step.SPREAD and entry.estimate > found.best.step_time * (1 + HOPE):
                 break
             for child in self.refine(entry):
                 heapq.heappush(queue, (child.bound, child.order))
-            if entry.step == PRICED - 1 and found.promising(entry.bound):
+            if entry.step == Step.SPREAD and found.promising(entry.bound):
                 break
         for config, bound in sorted(found.priced.items(), key=lambda pair: (pair[1], pair[0])):
             if not found.promising(bound) or self.watch.over(True):
                 break
-            found.priced[config] = self.sharper(config, PRICED - 1, bound)
+            found.priced[config] = self.sharper(config, Step.SPREAD, bound)
 
-    def sharper(self, item: Item, step: int, bound: float) -> float:
+    def sharper(self, item: Item, step: Step, bound: float) -> float:
         """A bound raised by the paths of its schedule; at the end by recomputation's own ILP and the program of stages
         as well. Infinite if nothing fits."""
         shardings = self.shardings(item)
         if isinstance(item, Config):
-            return max(bound, stage_bound(self.context, item, shardings, sharp=step == PRICED - 1))
+            return max(bound, stage_bound(self.context, item, shardings, sharp=step == Step.SPREAD))
         return max(bound, loose_bound(self.context, self.space(item), shardings))
 
     def space(self, item: Shape | Family) -> list[Config]:
@@ -279,14 +271,12 @@ class _Walk:
         ]
 
     def refine(self, entry: _Entry) -> list[_Entry]:
-        """One step: the entry goes, and what it becomes takes its place."""
+        """One step: what the entry becomes takes its place, which it keeps until then: a Ctrl-C loses no bound."""
+        children: list[_Entry] = []
+        for bound, step, item in self._refined(entry):
+            children += self.add(max(bound, entry.bound), step, item)
         del self.entries[entry.order]
         self.left[_mesh(entry.item)] -= 1
-        children = [
-            child
-            for bound, item in self._refined(entry)
-            for child in self.add(max(bound, entry.bound), entry.step + 1, item)
-        ]
         report = self.watch.limits.progress
         if report:
             report(
@@ -301,28 +291,28 @@ class _Walk:
             )
         return children
 
-    def _refined(self, entry: _Entry) -> list[tuple[float, Item]]:
+    def _refined(self, entry: _Entry) -> list[tuple[float, Step, Item]]:
         """Itself with a sharper bound, what it consists of, or, once it is priced, nothing."""
         context, item, shardings = self.context, entry.item, self.shardings(entry.item)
-        if isinstance(item, Config):
-            if entry.step == PRICED - 2:
-                return [(stage_bound(context, item, shardings, paths=False), item)]
+        if entry.step == Step.SPREAD:
+            assert isinstance(item, Config)
             self.found.priced[item] = entry.bound
             price(context, item, shardings, self.found)
             return []
-        if entry.step == 0:
-            return [(shape_bound(context, _shape(item), shardings.cheap_bound()), item)]
-        if entry.step == 1:
-            return [(shape_bound(context, _shape(item), shardings.least_work()), item)]
+        sharper = Step(entry.step + 1)
+        if isinstance(item, Config):
+            return [(stage_bound(context, item, shardings, paths=False), sharper, item)]
+        if sharper in (Step.RELAXED, Step.KINDS):
+            return [(refined_shape_bound(context, _shape(item), shardings, sharper), sharper, item)]
         space = self.space(item)
         if isinstance(item, Family):
-            return [(quick_bound(context, config, shardings.least_work()), config) for config in space]
-        if entry.step == STAGED - 1:
-            return [(loose_bound(context, space, shardings, paths=False), item)]
+            return [(quick_bound(context, config, shardings.least_work()), sharper, config) for config in space]
+        if sharper == Step.STAGES:
+            return [(loose_bound(context, space, shardings, paths=False), sharper, item)]
         families: dict[Family, list[Config]] = {}
         for one in space:
             families.setdefault(Family(item, one.zero, one.offload), []).append(one)
-        return [(loose_bound(context, some, shardings, paths=False), family) for family, some in families.items()]
+        return [(loose_bound(context, some, shardings, paths=False), sharper, one) for one, some in families.items()]
 
 
 def _shape(item: Item) -> Shape:

@@ -62,6 +62,19 @@ class KindBytes:
     inputs: float
 
 
+class KnownShardings:
+    """Of one context, found on demand and kept."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._known: dict[Key, Shardings] = {}
+
+    def of(self, key: Key) -> Shardings:
+        if key not in self._known:
+            self._known[key] = Shardings(self.context, *key)
+        return self._known[key]
+
+
 class Shardings:
     """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch, heads padded
     to a multiple of ``pad_heads``."""

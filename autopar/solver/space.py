@@ -18,7 +18,7 @@ from autopar.schedule import SCHEDULES
 from autopar.sharding.rules import strategies_of
 from autopar.solver.axis_choices import check_axes, splits_sequences
 from autopar.solver.block_problem import feature_splits
-from autopar.solver.capabilities import Chosen, executes, refusals, schedule_of
+from autopar.solver.capabilities import Chosen, executes, refusals
 from autopar.solver.fix import Fix
 from autopar.solver.work import flops
 
@@ -232,7 +232,7 @@ def _schedules(pp: int, blocks: int, fix: Fix) -> Iterator[tuple[str, int]]:
             return
         vpp = len(fix.stages) // pp
     if pp == 1:
-        yield fix.schedule or schedule_of(pp), vpp or 1
+        yield fix.schedule or "none", vpp or 1
         return
     for schedule in (fix.schedule,) if fix.schedule else SEARCHED_SCHEDULES:
         number = SCHEDULES[schedule].stages

@@ -273,22 +273,25 @@ def quick_stages(problem: StageProblem, thorough: bool = True) -> Counts | None:
     if problem.stages == 1:  # small, and solved exactly
         answer = solve_stages(problem, work_limit=WORK, gap=0.0)
         return answer.counts if answer else None
-    if problem.vpp == 1:
-        for share in CAPACITIES:
-            reached = reach(replace(problem, capacity=share * problem.capacity))
-            if reached is None and share == 1.0:
-                return None
-            counts = mixed(problem, reached.borders) if reached else None
-            if counts is not None:
-                return counts
-    else:
-        if laps_bound(problem) == float("inf"):
+    if problem.vpp > 1 and laps_bound(problem) == float("inf"):
+        return None
+    for share in CAPACITIES if problem.vpp == 1 else CAPACITIES[:1]:
+        borders = likely_borders(replace(problem, capacity=share * problem.capacity))
+        if borders is None and share == 1.0:
             return None
-        counts = mixed(problem, even_borders(problem))
+        counts = mixed(problem, borders) if borders else None
         if counts is not None:
             return counts
     answer = solve_stages(problem, work_limit=WORK, balance=False, gap=STAGE_GAP) if thorough else None
     return answer.counts if answer else None
+
+
+def likely_borders(problem: StageProblem) -> tuple[int, ...] | None:
+    """Where stages end that load ranks evenly; None where one stage a rank fits nowhere."""
+    if problem.vpp > 1:
+        return even_borders(problem)
+    reached = reach(problem)
+    return reached.borders if reached else None
 
 
 def spread(counts: Counts, costs_of: list[list[BlockCost]]) -> list[list[BlockCost]]:

@@ -26,7 +26,7 @@ Seconds become integers, rounded down, so that the optimum times the unit stays 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -131,20 +131,13 @@ class StageAnswer:
     bound: float
     status: str
 
-    def runs(self) -> Iterator[tuple[int, int, int, int]]:
-        """(stage, run, candidate, count) of every group of blocks, in chain order."""
-        for s, stage in enumerate(self.counts):
-            for r, run in enumerate(stage):
-                for c, count in enumerate(run):
-                    if count:
-                        yield s, r, c, count
-
 
 Counts = tuple[tuple[tuple[int, ...], ...], ...]
 """Blocks by stage, run and option."""
 
 
-def _used(problem: StageProblem, stage: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, Option]]:
+def used(problem: StageProblem, stage: Sequence[Sequence[int]]) -> Iterator[tuple[int, Option]]:
+    """The options of a stage, each with its number of blocks."""
     for run, counts in zip(problem.runs, stage, strict=True):
         yield from zip(counts, run.options, strict=True)
 
@@ -155,7 +148,7 @@ def stage_seconds(problem: StageProblem, counts: Counts) -> float:
     optimizer = [0.0] * problem.pp
     place = SCHEDULES[problem.schedule].rank_of
     for stage, here in enumerate(counts):
-        items = list(_used(problem, here))
+        items = list(used(problem, here))
         forward, backward, weight, after = (
             sum(n * getattr(o, name) for n, o in items) for name in ("forward_s", "backward_s", "weight_s", "reduce_s")
         )
@@ -170,7 +163,7 @@ def rank_bytes(problem: StageProblem, counts: Counts) -> list[float]:
     totals = []
     for rank in range(problem.pp):
         own = problem.own(rank)
-        items = {stage: list(_used(problem, counts[stage])) for stage in own}
+        items = {stage: list(used(problem, counts[stage])) for stage in own}
         held = max(
             sum(
                 n * (o.resident + alive * o.inflight + waiting * o.waiting)
@@ -189,12 +182,10 @@ def solve_stages(
     work_limit: float = 4.0,
     balance: bool = True,
     gap: float = 1e-5,
-    cutoff: float = float("inf"),
 ) -> StageAnswer | None:
     """The spread with the least V that fits, or None if none fits. Deterministic.
 
-    ``gap``: how close to the optimum is enough (the bound stays valid). ``cutoff``: a V at which the answer is of no
-    use; it is not balanced then. ``work_limit``: CP-SAT's deterministic time.
+    ``gap``: how close to the optimum is enough (the bound stays valid). ``work_limit``: CP-SAT's deterministic time.
     """
     model = _Model(problem, gap)
     # With several stages a rank V only has to show what fits: the balance decides.
@@ -206,7 +197,7 @@ def solve_stages(
         return None
     counts, bound, status = first
     bound = bound * model.unit
-    if balance and problem.stages > 1 and bound < cutoff:
+    if balance and problem.stages > 1:
         # A tenth of a per mille of V buys the balance of every stage that V does not see.
         limit = int(max(stage_seconds(problem, counts) / model.unit, 1) * (1 + 1e-4)) + 1
         second = model.run_balanced(limit, counts, work_limit / 4 if several else work_limit)
