@@ -9,7 +9,7 @@ from autopar.cluster import Cluster
 from autopar.errors import AutoparError, BadInputError
 from autopar.job import Job
 from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward
+from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward, stage_events
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.reprice import check_price, price_plan, reprice
 from autopar.solver.search import search
@@ -188,3 +188,21 @@ def test_the_root_group_is_gathered_once_and_reduced_last():
     # Nothing is gathered in the backward for them, and the reduction of both follows the layer's.
     wait = max(0.0, axis.reduce_copy_s(2 * n) - axis.reduce_s(n))
     assert whole.backward_s - alone.backward_s == pytest.approx(axis.reduce_s(2 * n) + wait, rel=1e-3)
+
+
+def test_stages_gather_ahead_and_leave_their_reductions_behind():
+    alone, staged = (data_axis(1, staged=staged).stage(BLOCKS) for staged in (False, True))
+    axis = data_axis(1, staged=True)
+    # What is left of the first forward are the copies; gathers are through at a certain time after the step begins.
+    assert staged.first_s == pytest.approx(2 * axis.gather_copy_s(N))
+    assert staged.gathers_s == pytest.approx(2 * axis.gather_s(N))
+    assert staged.gathered_s == pytest.approx(2 * axis.gather_s(N) + axis.gather_copy_s(N) + 1e-6, rel=1e-6)
+    assert staged.reduces_s == pytest.approx(2 * axis.reduce_s(N))
+    assert (staged.forward_s, staged.backward_s, staged.last_s) == (alone.forward_s, alone.backward_s, alone.last_s)
+    # The second stage of a rank is gathered after the first.
+    events = stage_events([staged] * 4, "interleaved", 2)
+    assert [e.ready_s - staged.gathered_s for e in events] == pytest.approx([0, 0, staged.gathers_s, staged.gathers_s])
+    # Level 2 reduces in every backward and waits, as does level 3; level 0 has nothing to gather.
+    zero, two, three = (data_axis(level, staged=True).stage(BLOCKS) for level in (0, 2, 3))
+    assert zero.reduces_s == two.reduces_s == three.reduces_s == 0
+    assert zero.gathers_s == three.gathers_s == 0 < two.gathers_s

@@ -153,3 +153,28 @@ def test_what_happens_once_a_step_with_several_stages_on_a_rank():
     plain = simulate([StageTimes(1, 2)] * 4, 4, schedule="interleaved", vpp=2).total
     stages = [StageTimes(1, 2, first_s=0.5, last_s=0.25, after_s=0.125)] * 4
     assert simulate(stages, 4, schedule="interleaved", vpp=2).total > plain + 0.5
+
+
+def test_first_forwards_wait_for_what_is_gathered_ahead():
+    """Gathered by 5 s: the first stage waits for its own, the second not, since its input comes later anyway."""
+    slow = simulate([StageTimes(1, 2, ready_s=5.0), StageTimes(1, 2, ready_s=6.0)], 4)
+    assert slow.total == pytest.approx(simulate([StageTimes(1, 2)] * 2, 4).total + 4)
+    assert slow.exposed == pytest.approx((4.0, 0.0))
+    early = simulate([StageTimes(1, 2, ready_s=1.0), StageTimes(1, 2, ready_s=2.0)], 4)
+    assert early.total == simulate([StageTimes(1, 2)] * 2, 4).total
+
+
+def test_only_the_end_of_the_step_waits_for_reductions_that_drain():
+    plain = simulate([StageTimes(1, 2)] * 2, 4)
+    # The last stage's go on while the first stage goes back; the first's are all that is seen.
+    waits = simulate([StageTimes(1, 2, last_s=0.5)] * 2, 4)
+    drains = simulate([StageTimes(1, 2, last_s=0.5, reduces_s=2.0)] * 2, 4)
+    assert waits.total == pytest.approx(plain.total + 1.0)
+    assert drains.total == pytest.approx(plain.total + 0.5)
+    assert drains.exposed == pytest.approx((0.5, 0.5))
+    # Of several stages a rank, the second's wait for the first's to be through.
+    several = [StageTimes(1, 2, last_s=0.5, reduces_s=9.0)] * 4
+    timeline = simulate(several, 4, schedule="interleaved", vpp=2, record=True)
+    plain = simulate([StageTimes(1, 2)] * 4, 4, schedule="interleaved", vpp=2)
+    begin = max(e.start for e in timeline.events if e.stage == 2 and e.kind == "B")
+    assert timeline.ends[0] == pytest.approx(max(begin + 2.5 + 9.0, plain.ends[0] + 0.5))

@@ -356,9 +356,9 @@ def least_stage(context: Context, config: Config, data: DataAxis) -> tuple[float
     scatter, replicate = data.scatter_s(trained), data.replicate_s(trained)
     # A root group, which may be all that a stage has, is not gathered again for the backward.
     each = gather if data.gathers_each else 0.0
-    once = 0.0 if data.gathers_each else gather
-    if data.exposes:
-        return each, once, 0.0  # what is reduced after the last backward counts with the blocks
+    once = 0.0 if data.gathers_each or data.ahead else gather
+    if data.exposes or data.drains:  # what is reduced after the last backward counts with the blocks, or has no waiter
+        return each, once, 0.0
     return (each, once, scatter + replicate) if data.defers else (each + scatter, once, replicate)
 
 

@@ -21,6 +21,10 @@ reduce after a stage's last backward, exposed.
 
 The root group's gather begins the forward and nothing hides it; its reduction follows the last block's backward.
 
+With stages (``staged``), levels 1 and 2 gather all of a rank's stages as the step begins, one group after the other
+(`DataAxis.ahead`), and level 1 leaves the reductions of a stage's last backward to themselves until the step ends
+(`DataAxis.drains`): the gradient goes on to the stage before, and the rank to its other stages, meanwhile.
+
 Hidden communication has a budget: gathers and reductions of one stage share one channel (one communicator), run in
 the order in which FSDP2 issues them, and a block's compute waits for its gather. A gather is issued when the block
 before it starts. So what is hidden never exceeds the compute it runs beside (`hidden_forward`, `hidden_backward`).
@@ -40,6 +44,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autopar.schedule import SCHEDULES
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.simulate import StageTimes
@@ -70,7 +75,11 @@ class BlockTime:
 class DataTimes:
     """A stage's seconds with the data axis: per micro-batch, extra in the first forward and last backward, reductions
     after the last micro-batch (exposed), optimizer and clipping. ``weight_s``: of the backward, the part that gives
-    weight gradients alone."""
+    weight gradients alone.
+
+    ``gathers_s``, ``gathered_s``: if gathered as the step begins, seconds of all its gathers, and when its first
+    forward can have ended at the earliest after they begin. ``reduces_s``: if they drain, seconds of the last
+    backward's reductions; ``last_s`` is then how long they go on after it."""
 
     forward_s: float
     backward_s: float
@@ -79,12 +88,16 @@ class DataTimes:
     reduce_s: float
     optimizer_s: float
     weight_s: float = 0.0
+    gathers_s: float = 0.0
+    gathered_s: float = 0.0
+    reduces_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class DataAxis:
     """``size`` data ranks ``stride`` ranks apart, under ZeRO level ``zero`` over groups of ``fsdp``; ``halves``:
-    whether the schedule halves backwards; ``offload``: "none" or "state"."""
+    whether the schedule halves backwards; ``offload``: "none" or "state"; ``staged``: whether the model is cut into
+    stages on several ranks."""
 
     ops: OpCosts
     collectives: CollectiveCosts
@@ -95,6 +108,7 @@ class DataAxis:
     micro_batches: int
     halves: bool = False
     offload: str = "none"
+    staged: bool = False
 
     @property
     def shards(self) -> int:
@@ -113,8 +127,8 @@ class DataAxis:
 
     @property
     def exposes(self) -> bool:
-        """Whether reductions follow the last backward of a stage."""
-        return self.halves and self.defers
+        """Whether reductions follow the last backward of a stage, and what comes next waits for them."""
+        return self.halves and self.defers and not self.drains
 
     @property
     def gathers_each(self) -> bool:
@@ -125,6 +139,17 @@ class DataAxis:
     def accumulates(self) -> bool:
         """Whether whole gradients wait for a later micro-batch's."""
         return self.defers and self.micro_batches > 1
+
+    @property
+    def ahead(self) -> bool:
+        """Whether all that a rank keeps whole is gathered as the step begins."""
+        return self.staged and self.zero in (1, 2)
+
+    @property
+    def drains(self) -> bool:
+        """Whether nothing but the end of the step waits for the last reductions. Their inputs, which take the place of
+        whole gradients that waited, are held until then."""
+        return self.staged and self.zero == 1 and (self.halves or self.micro_batches > 1)
 
     def gather_s(self, elements: int) -> float:
         """Network seconds to gather a block's parameters in compute dtype."""
@@ -220,14 +245,22 @@ class DataAxis:
         compute, plain = sum(forward), sum(backward) + root_reduce_copy
         copied = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]
         rooted, hidden = root_gather + root_gather_copy, hidden_forward(copied, gathers)
-        if not self.gathers_each:
+        gathers_s = gathered_s = 0.0
+        if self.ahead:
+            each, first = compute, root_gather_copy + sum(gather_copies)
+            gathers_s = root_gather + sum(gathers)
+            gathered_s = ready_forward([root_gather_copy, *copied], [root_gather, *gathers])
+        elif not self.gathers_each:
             each, first = compute, rooted + hidden - compute
         elif all(block.still for block in blocks):  # the root group is freed by a backward, or at the step's end
             each, first = hidden, rooted
         else:
             each, first = rooted + hidden, 0.0
+        after = sum(reduces) + root_reduce
         if self.exposes:
-            return DataTimes(each, plain, first, 0.0, sum(reduces) + root_reduce, optimizer, weights)
+            return DataTimes(each, plain, first, 0.0, after, optimizer, weights, gathers_s, gathered_s)
+        if self.halves and self.drains:
+            return DataTimes(each, plain, first, after, 0.0, optimizer, weights, gathers_s, gathered_s, after)
         again = none
         if self.gathers_each:
             again = [0.0 if block.still else gather for block, gather in zip(blocks, gathers, strict=True)]
@@ -236,7 +269,8 @@ class DataAxis:
         last = hidden_backward(backward, again, reduces, root_reduce_copy, root_reduce)
         if not self.defers:
             plain = hidden_backward(backward, again, scatters, root_reduce_copy, root_scatter)
-        return DataTimes(each, plain, first, last - plain, 0.0, optimizer, weights)
+        reduces_s = after if self.drains else 0.0
+        return DataTimes(each, plain, first, last - plain, 0.0, optimizer, weights, gathers_s, gathered_s, reduces_s)
 
     def _host_s(self, elements: float) -> float:
         """Seconds to copy this rank's shard of master elements between host and device."""
@@ -251,15 +285,33 @@ class DataAxis:
         return 3 * elements / self.shards * self.ops.job.master_bytes / self.ops.device.host_memory_bandwidth
 
 
-def stage_events(times: Sequence[DataTimes]) -> list[StageTimes]:
-    """What the simulator replays."""
-    return [StageTimes(t.forward_s, t.backward_s, t.weight_s, t.first_s, t.last_s, t.reduce_s) for t in times]
+def stage_events(times: Sequence[DataTimes], schedule: str = "none", ranks: int = 1) -> list[StageTimes]:
+    """What the simulator replays. A rank's stages are gathered one after the other, the first of the model first."""
+    place, before = SCHEDULES[schedule].rank_of, [0.0] * ranks
+    events = []
+    for stage, t in enumerate(times):
+        rank = place(stage, ranks) if ranks > 1 else 0
+        ready = before[rank] + t.gathered_s if t.gathers_s else 0.0
+        before[rank] += t.gathers_s
+        events.append(
+            StageTimes(t.forward_s, t.backward_s, t.weight_s, t.first_s, t.last_s, t.reduce_s, ready, t.reduces_s)
+        )
+    return events
 
 
 def stream_seconds(ops: OpCosts, nbytes: float, kernels: int = 0) -> float:
     """Seconds to read and write ``nbytes`` of memory, caches left out: linear, so that it may stand in bounds."""
     device = ops.device
     return nbytes / (device.memory_bandwidth * device.memory_efficiency) + kernels * device.launch_s
+
+
+def ready_forward(compute: Sequence[float], gathers: Sequence[float]) -> float:
+    """When a forward can have ended at the earliest whose block i waits for gather i, all issued at time 0."""
+    now = channel = 0.0
+    for seconds, gather in zip(compute, gathers, strict=True):
+        channel += gather
+        now = max(now, channel) + seconds
+    return now
 
 
 def hidden_forward(compute: Sequence[float], gathers: Sequence[float]) -> float:

@@ -86,6 +86,7 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         micro_batches=config.micro_batches,
         halves=SCHEDULES[config.schedule].splits_backward,
         offload=config.offload,
+        staged=config.pp > 1,
     )
     memory = MemoryModel(
         context.job,
@@ -203,7 +204,8 @@ def step(
     """
     m, rule = config.micro_batches, SCHEDULES[config.schedule]
     owned = [[s for s in range(len(times)) if rule.rank_of(s, config.pp) == rank] for rank in range(config.pp)]
-    timeline = simulate(stage_events(times), m, (transfer_s,) * (len(times) - 1), config.schedule, config.vpp)
+    events = stage_events(times, config.schedule, config.pp)
+    timeline = simulate(events, m, (transfer_s,) * (len(times) - 1), config.schedule, config.vpp)
     optimizer = max(sum(times[s].optimizer_s for s in own) for own in owned)
     total = timeline.total + tied_s + optimizer
     last = max(range(config.pp), key=lambda rank: (timeline.ends[rank], -rank))
@@ -212,13 +214,14 @@ def step(
     again = sum(block.again_s for block in blocks)
     talk = sum(block.communication_s for block in blocks)
     own = sum(block.forward_s + block.backward_s for block in blocks)
-    busy = sum(m * (t.forward_s + t.backward_s) + t.first_s + t.last_s + t.reduce_s for t in mine)
+    busy = sum(m * (t.forward_s + t.backward_s) + t.first_s + (0.0 if t.reduces_s else t.last_s) for t in mine)
+    exposed = timeline.exposed[last]
     return total, {
         "computation": m * (own - again - talk),
         "recomputation": m * again,
         "model axis communication": m * talk,
-        "data axis": busy - m * own,
-        "pipeline wait": timeline.ends[last] - busy if config.pp > 1 else 0.0,
+        "data axis": busy - m * own + exposed,
+        "pipeline wait": timeline.ends[last] - busy - exposed if config.pp > 1 else 0.0,
         "tied weights": tied_s,
         "optimizer": optimizer,
     }

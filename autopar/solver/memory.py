@@ -14,6 +14,7 @@ optimizer (`Job.moments`), m: micro-batches of a step.
                                                                 line above as it is by then (`stage_peaks`)
     optimizer   k M N       k M N / Z   k M N / Z   k M N / Z
     * M N / Z with a single micro-batch, unless the schedule halves backwards: then nothing waits for a reduction.
+      With stages under zero 1, reduced shards come beside it, M N / Z: inputs of reductions are held to the step's end.
       Schedules that do (zbv, dualpipev) also leave the last weight gradients of a stage but the first in compute
       dtype: C N, if C < M
 
@@ -120,6 +121,11 @@ class MemoryModel:
     def defers(self) -> bool:
         """Whether gradients wait, whole, for the last micro-batch."""
         return self.zero <= 1 and (self.splits or self.micro_batches > 1)
+
+    @property
+    def drains(self) -> bool:
+        """Whether the inputs of the last reductions are held to the end of the step (`DataAxis.drains`)."""
+        return self.defers and self.zero == 1 and self.pp > 1
 
     @property
     def splits(self) -> bool:
@@ -296,7 +302,7 @@ class MemoryModel:
             sent = [self._sent(stage, alive, count) for stage, (alive, _, count) in zip(own, held, strict=True)]
             kept[place] -= saved[place]
             others = sum(
-                one.kept(done[other]) * count
+                one.kept(done[other]) * count + one.draining(done[other])
                 for other, (one, count) in enumerate(zip(backwards, trains, strict=True))
                 if other != place
             )

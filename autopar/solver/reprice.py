@@ -92,7 +92,8 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     seconds = {name: _block_seconds(plan, model, one, ops, collectives) for name, one in plan.candidates.items()}
     boundary = max((_boundary_bytes(plan, model, candidate) for candidate in plan.candidates.values()), default=0)
     halving = SCHEDULES[plan.schedule].splits_backward
-    data = DataAxis(ops, collectives, mesh.data, mesh.tp, plan.zero, plan.fsdp, m, halving, plan.offload)
+    staged = mesh.pp > 1
+    data = DataAxis(ops, collectives, mesh.data, mesh.tp, plan.zero, plan.fsdp, m, halving, plan.offload, staged)
     reserve = cluster.device.reserve_bytes
     bytes_of = MemoryModel(
         plan.job,
@@ -155,7 +156,8 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     tied_s = collectives.seconds("send_recv", crossing * plan.job.master_bytes / bytes_of.shards, mesh.pp, distance)
     transfer = collectives.seconds("send_recv", boundary, mesh.pp, distance)
     owned = [plan.stages_of(rank) for rank in range(mesh.pp)]
-    timeline = simulate(stage_events(times), m, (transfer,) * (len(times) - 1), plan.schedule, plan.vpp)
+    events = stage_events(times, plan.schedule, mesh.pp)
+    timeline = simulate(events, m, (transfer,) * (len(times) - 1), plan.schedule, plan.vpp)
     step_time = timeline.total + tied_s + max(sum(times[stage].optimizer_s for stage in own) for own in owned)
     return Repriced(step_time, tuple(times), bytes_of.ranks(blocks))
 

@@ -11,7 +11,8 @@ not buffer) and takes ``transfer_s``; stages on one rank hand on for nothing. Th
   going round the ranks one action at a time, the sender's is written down: ahead of its use, so that it overlaps.
 
 What follows a stage's last backward (``after_s``): of a schedule of one stage a rank it comes when the last send is
-through, of several stages straight after the last backward of that stage, before what follows.
+through, of several stages straight after the last backward of that stage, before what follows. Reductions that drain
+(``reduces_s``) share one channel of their rank, one after another; only the end of the step waits for them.
 
 Closed forms for transfers that cost nothing: GPipe (m-1)(max f + max b) + sum(f + b) for any stages; 1F1B
 (m+p-1)(f+b) for equal ones.
@@ -37,7 +38,9 @@ _NOTHING = Action("", 0, 0)
 @dataclass(frozen=True, slots=True)
 class StageTimes:
     """Seconds of one stage: per micro-batch (``weight_s``: of the backward, the part that gives weight gradients
-    alone), extra in its first forward and last backward, and once after all."""
+    alone), extra in its first forward and last backward, and once after all. ``ready_s``: the first forward ends no
+    earlier after the step's begin. ``reduces_s``: seconds of reductions that begin under the last backward and that
+    only the step's end waits for; they go on for ``last_s`` after it, if no others are in the way."""
 
     forward_s: float
     backward_s: float
@@ -45,6 +48,8 @@ class StageTimes:
     first_s: float = 0.0
     last_s: float = 0.0
     after_s: float = 0.0
+    ready_s: float = 0.0
+    reduces_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +65,14 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """``ends``: when each rank has finished all it does; ``total``: the last of them. ``events`` if asked for."""
+    """``ends``: when each rank has finished all it does; ``total``: the last of them. ``events`` if asked for.
+    ``exposed``: seconds each rank waits for what its first forwards need beside their input, and at its end for
+    reductions."""
 
     total: float
     ends: tuple[float, ...]
     events: tuple[Event, ...]
+    exposed: tuple[float, ...]
 
 
 def simulate(
@@ -242,6 +250,7 @@ def _replay(
     """Run every program as far as it goes, until all are done; a wait stops where the other end has not posted."""
     count = len(programs)
     clock = [0.0] * count
+    channel, exposed = [0.0] * count, [0.0] * count
     posted: dict[_Transfer, float] = {}
     done: dict[_Transfer, float] = {}
     blocked: list[tuple[_Transfer, ...] | None] = [()] * count
@@ -264,7 +273,17 @@ def _replay(
                     waiting = None
                 elif step[0] == "run":
                     kind, stage, micro, _ = step[1]
-                    end = clock[rank] + _seconds(stages, kind, stage, micro, left)
+                    times = stages[stage]
+                    end = clock[rank] + _seconds(times, kind, stage, micro)
+                    if kind == "F" and micro == 0 and end < times.ready_s:
+                        exposed[rank] += times.ready_s - end
+                        end = times.ready_s
+                    if kind in "BW":
+                        left[stage] -= 1
+                        if not left[stage] and times.reduces_s:
+                            channel[rank] = max(channel[rank] + times.reduces_s, end + times.last_s)
+                        elif not left[stage]:
+                            end += times.last_s
                     if record and kind != "after":
                         events.append(Event(stage, kind, micro, clock[rank], end))
                     clock[rank] = end
@@ -280,7 +299,9 @@ def _replay(
     if any(waiting is not None for waiting in blocked):
         raise AutoparError("the schedule deadlocks: a stage waits for a transfer that nothing sends")
     events.sort(key=lambda event: (event.start, event.stage))
-    return Timeline(max(clock), tuple(clock), tuple(events))
+    exposed = [one + max(0.0, last - end) for one, last, end in zip(exposed, channel, clock, strict=True)]
+    ends = tuple(map(max, clock, channel))
+    return Timeline(max(ends), ends, tuple(events), tuple(exposed))
 
 
 def _link(transfer: _Transfer) -> int:
@@ -288,9 +309,8 @@ def _link(transfer: _Transfer) -> int:
     return transfer[1] if transfer[0] == "F" else transfer[1] - 1
 
 
-def _seconds(stages: Sequence[StageTimes], kind: str, stage: int, micro: int, left: list[int]) -> float:
-    """Seconds of an action. ``left``: backwards still to come, by stage."""
-    times = stages[stage]
+def _seconds(times: StageTimes, kind: str, stage: int, micro: int) -> float:
+    """Seconds of an action, without what is more in a first forward or a last backward's reductions."""
     if kind == "after":
         return times.after_s
     if kind == "F":
@@ -298,5 +318,4 @@ def _seconds(stages: Sequence[StageTimes], kind: str, stage: int, micro: int, le
     weights = times.weight_s if stage else times.backward_s  # torch leaves all of it to "W" on stage 0
     if kind == "I":
         return times.backward_s - weights
-    left[stage] -= 1
-    return (times.backward_s if kind == "B" else weights) + (0.0 if left[stage] else times.last_s)
+    return times.backward_s if kind == "B" else weights

@@ -174,11 +174,14 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
     forward, backward, once = cost.forward_s, cost.backward_s + data.reduce_copy_s(trains), 0.0
     if data.gathers_each:
         forward = forward + copies + gather if root else max(forward + copies, gather)
+    elif data.ahead:
+        once += copies
     else:
         once += copies + (gather if root else max(0.0, gather - forward - copies))
-    if data.exposes or (data.defers and root):
+    # Nothing but the step's end waits for what drains.
+    if data.exposes or (data.defers and root and not data.drains):
         once += scatter + replicate
-    elif root:
+    elif root and not data.defers:
         backward += scatter
         once += replicate
     elif not data.defers:

@@ -9,7 +9,8 @@ runs, there are
   in which are the C n of its own gradients;
 * gradients kept for the optimizer: those of the blocks after it as they are after this micro-batch, of all others as
   they were before (`MemoryModel.kept_gradients`). Those of the root group's blocks after it: C n, until the end;
-* the input of the last reduction, M n of the block after it, until the next one starts;
+* the input of the last reduction, M n of the block after it, until the next one starts; where only the end of the step
+  waits for reductions (`MemoryModel.drains`), the inputs of all so far, until then;
 * under zero 3 its gathered parameters and those of the block before it, on the way.
 
 When it is done, its gradients are reduced (if this backward reduces): the input M n beside them, or beside the M n to
@@ -73,6 +74,11 @@ class StageBackward:
         """Bytes per element of the gradients that are kept."""
         return self.model.kept_gradients(done, self.halved)
 
+    def draining(self, done: str) -> float:
+        """Bytes of what reductions have read and hold to the end of the step."""
+        held = self.model.drains and done == "all"
+        return self.model.job.master_bytes * (self.grouped + self.rooted) if held else 0.0
+
     def _whole(self, done: str, last: bool) -> Iterator[Beside]:
         model = self.model
         master, compute = model.job.master_bytes, model.job.compute_bytes
@@ -82,7 +88,7 @@ class StageBackward:
         fresh = 0 if adds and compute == master else compute
         later = waiting = 0.0  # elements of groups that are done, gradients of root blocks that are
         rest = float(self.grouped)
-        reducing = 0.0
+        reducing = drained = 0.0
         for place in reversed(range(len(self.blocks))):
             block = self.blocks[place]
             ahead = next((other for other in reversed(self.blocks[:place]) if not other.root), None)
@@ -98,23 +104,24 @@ class StageBackward:
             own = fresh * block.trains
             yield Beside(self.saved[place], kept, handed + reducing + own)
             if reduces:
-                reducing = master * block.trains
+                reducing = drained + master * block.trains
                 yield Beside(self.saved[place], kept, handed + reducing + (0 if adds else own))
                 gone = before * block.trains if adds else 0.0
-                held = self._tail(before if adds else fresh, block.tail)
+                held = self._tail(before if adds else fresh, block.tail) + drained
                 yield Beside(self.saved[place], kept - gone, handed + held + self._reduced(block.trains))
+                drained = reducing if model.drains else 0.0
             later, rest = later + block.trains, rest - block.trains
-            yield Beside(self.saved[place], after * later + before * (rest + self.rooted) + waiting, 0.0)
+            yield Beside(self.saved[place], after * later + before * (rest + self.rooted) + waiting, drained)
         kept = after * self.grouped + before * self.rooted
         yield Beside(0.0, kept + waiting, reducing)
         if reduces:
             freed = compute * self.elements_rooted if model.frees_blocks else 0
-            yield Beside(0.0, kept + (0 if adds else waiting), master * self.rooted - freed)
+            yield Beside(0.0, kept + (0 if adds else waiting), drained + master * self.rooted - freed)
             gone = before * self.rooted if adds else 0.0
             tail = next((block.tail for block in reversed(self.blocks) if block.root and block.own_trains), 0)
             held = self._tail(before if adds else fresh, tail)
-            yield Beside(0.0, kept - gone, held + self._reduced(self.rooted) - freed)
-        yield Beside(0.0, after * (self.grouped + self.rooted), 0.0)
+            yield Beside(0.0, kept - gone, drained + held + self._reduced(self.rooted) - freed)
+        yield Beside(0.0, after * (self.grouped + self.rooted), self.draining("all") if reduces else 0.0)
 
     def _tail(self, each: float, elements: int) -> float:
         """The last gradient that a reduction puts in order for its shards is held until the reduction ends (by the
@@ -156,6 +163,7 @@ class StageBackward:
         ready = left
         for elements in groups:
             left -= elements
-            kept = before * left + after * (ready - left - elements)
-            yield Beside(0.0, kept, before * elements + model.job.master_bytes * elements)
-            yield Beside(0.0, kept, self._reduced(elements))
+            done = ready - left - elements
+            kept, drained = before * left + after * done, model.job.master_bytes * done if model.drains else 0.0
+            yield Beside(0.0, kept, drained + before * elements + model.job.master_bytes * elements)
+            yield Beside(0.0, kept, drained + self._reduced(elements))

@@ -83,6 +83,12 @@ PLANS = (
     Sized("pp2 dp2 gpipe zero1", {"pp": 2, "dp": 2, "schedule": "gpipe", "zero": 1, "micro_batch": 2}),
     Sized("pp2 dp2 1f1b zero3", {"pp": 2, "dp": 2, "schedule": "1f1b", "zero": 3, "micro_batch": 2}),
     Sized("pp2 tp2 interleaved", {"pp": 2, "tp": 2, "schedule": "interleaved", "vpp": 2, "micro_batch": 2}),
+    Sized(
+        "pp2 dp2 interleaved zero1",
+        {"pp": 2, "dp": 2, "schedule": "interleaved", "vpp": 2, "zero": 1, "micro_batch": 2},
+    ),
+    Sized("pp2 dp2 zbv zero1", {"pp": 2, "dp": 2, "schedule": "zbv", "zero": 1, "micro_batch": 2}),
+    Sized("pp2 dp2 1f1b zero2", {"pp": 2, "dp": 2, "schedule": "1f1b", "zero": 2, "micro_batch": 2}),
     Sized("pp2 dp2 zbv", {"pp": 2, "dp": 2, "schedule": "zbv", "zero": 0, "micro_batch": 2}),
     Sized("gpt2 pp2 dp2 tied", {"pp": 2, "dp": 2, "schedule": "1f1b", "zero": 0, "micro_batch": 2}, model="gpt2"),
 )

@@ -14,6 +14,10 @@ A block that no gradient passes, because it and all before it are frozen, is gat
 Where shard groups have replicas, these add up their shards of the gradients once, in the last backward. Under schedules
 that split the backward (level 0 and 1 only) the reduction comes after the last backward of the stage. The root group
 (what is in no block) stays whole between a forward and its backward at every level.
+
+In a pipeline levels 1 and 2 gather all stages of a rank as the step begins, while the first micro-batch is on its way,
+and level 1 lets its reductions run on behind the last backwards, so that the gradient goes on to the stage before
+without them (`gather_ahead`, `drains`). PyTorch before 2.13 still has each block wait for the reduction before its own.
 """
 
 import itertools
@@ -79,15 +83,34 @@ def _prefetch_if_backward(stage: FSDPModule, later: FSDPModule, block: FSDPModul
     later.set_modules_to_backward_prefetch([block if passes else stage])
 
 
-def before_backward(stage: FSDPModule, zero: int, is_last: bool) -> None:
-    """Say what the next backward of a stage does with the gradients. ``is_last``: it is the last of the step."""
+def gather_ahead(stage: nn.Module) -> None:
+    """Begin to gather a stage, in the order of use; each group's first forward waits for its own."""
+    for module in _sharded_modules(stage):
+        module.unshard(async_op=True)
+
+
+def drains(zero: int, micro_batches: int, splits_backward: bool) -> bool:
+    """Whether a stage of a pipeline leaves its last reductions to themselves until `after_step`: where whole gradients
+    wait for them anyway, whose place the reductions' inputs take."""
+    return zero == 1 and (micro_batches > 1 or splits_backward)
+
+
+def reduce_in_background(stage: FSDPModule) -> None:
+    """Let a block's reduction begin though the one before it is not through."""
+    if hasattr(stage, "set_reduce_scatter_max_input_buffers"):  # PyTorch 2.13
+        stage.set_reduce_scatter_max_input_buffers(sum(1 for _ in _sharded_modules(stage)))
+
+
+def before_backward(stage: FSDPModule, zero: int, is_last: bool, waits: bool = True) -> None:
+    """Say what the next backward of a stage does with the gradients. ``is_last``: it is the last of the step;
+    ``waits``: it ends when its reductions are through, else `after_step` waits for them."""
     reduce = zero >= 2 or is_last
     stage.set_reshard_after_backward(zero == 3)
     stage.set_requires_gradient_sync(reduce)
     stage.set_requires_all_reduce(is_last)
     # Every backward that reduces ends its reductions, as the last of a step does. Otherwise FSDP2 holds the whole
     # gradients of the root group, its reduction's input, through the next micro-batch.
-    stage.set_is_last_backward(reduce)
+    stage.set_is_last_backward(reduce and waits)
 
 
 def take_up_gradients(stage: nn.Module) -> None:
@@ -98,8 +121,11 @@ def take_up_gradients(stage: nn.Module) -> None:
             group.post_backward()
 
 
-def after_step(stage: nn.Module) -> None:
-    """Free what is still whole of a stage's parameters."""
+def after_step(stage: FSDPModule, waits: bool = True) -> None:
+    """Free what is still whole of a stage's parameters. ``waits``: as its last backward was told."""
+    if not waits:
+        stage.set_is_last_backward(True)
+        fully_shard.state(stage)._root_post_backward_final_callback()
     for module in _sharded_modules(stage):
         module.reshard()
 

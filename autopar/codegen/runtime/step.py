@@ -9,9 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .clipping import clip_gradients
 from .parameters import Tied
-from .pipeline import build_schedule
+from .pipeline import build_schedule, splits_backward
 from .scaling import LossScale, scale_gradients
-from .sharding import after_step, before_backward
+from .sharding import after_step, before_backward, drains, gather_ahead, reduce_in_background
 from .tied import TiedWeights
 
 Batch = dict[str, Tensor]
@@ -60,9 +60,14 @@ class Step:
         self.scale, self.factor = scale, 1.0
         self.targets: Tensor | int = 1
         self.has_last = mesh["pp"].size() * len(stages) - 1 in stages
-        self.schedule = None
+        self.schedule, self.waits = None, True
         if mesh["pp"].size() > 1:
-            self.schedule = build_schedule(schedule, stages, mesh, device, micro_batches, zero, self._mean_loss)
+            self.waits = not drains(zero, micro_batches, splits_backward(schedule))
+            for stage in self.stages if not self.waits else ():
+                reduce_in_background(stage)
+            self.schedule = build_schedule(
+                schedule, stages, mesh, device, micro_batches, zero, self.waits, self._mean_loss
+            )
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Add the gradients of this rank's ``batch`` (all its micro-batches, on dim 0) to the parameters.
@@ -81,7 +86,7 @@ class Step:
             scale_gradients(self.stage.parameters(), self.factor)  # of an earlier call, to be added to
         loss = self._accumulate(batch) if self.schedule is None else self._pipeline(batch)
         for stage in self.stages:
-            after_step(stage)
+            after_step(stage, self.waits)
         for axis in ("dp", "cp", "pp"):
             if self.mesh[axis].size() > 1:
                 dist.all_reduce(loss, group=self.mesh[axis].get_group())
@@ -113,6 +118,8 @@ class Step:
         assert self.schedule is not None
         losses: list[Tensor] = []
         first = next(iter(batch.values()))
+        for stage in self.stages if self.zero in (1, 2) else ():
+            gather_ahead(stage)
         # The stage computes the loss from its keyword arguments; the schedule only has to see some target.
         target = first if self.has_last else None
         self.schedule.step(target=target, losses=losses, return_outputs=False, **batch)

@@ -36,6 +36,11 @@ THERE_AND_BACK = ("zbv", "dualpipev")
 weights are computed later than those of inputs."""
 
 
+def splits_backward(schedule: str) -> bool:
+    """Whether gradients of weights are computed later than those of inputs."""
+    return schedule in THERE_AND_BACK
+
+
 def stages_of_rank(schedule: str, rank: int, ranks: int, per_rank: int) -> list[int]:
     """The stages of pipeline rank ``rank`` of ``ranks``."""
     if schedule in THERE_AND_BACK:
@@ -50,22 +55,24 @@ def build_schedule(
     device: torch.device,
     micro_batches: int,
     zero: int,
+    waits: bool,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """The schedule, ready to step. ``stages``: those of this rank, by index; all ranks have as many.
+    """The schedule, ready to step. ``stages``: those of this rank, by index; all ranks have as many. ``waits``: whether
+    the last backward of a stage waits for its reductions.
 
     Raises InputError for a schedule that splits the backward on a PyTorch that may count gradients twice there.
     """
-    if schedule in THERE_AND_BACK and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    splits = splits_backward(schedule)
+    if splits and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         raise InputError(
             f"schedule {schedule} needs PyTorch 2.13 or newer (this is {torch.__version__}): before it, nothing keeps "
             "a split backward from adding a gradient twice; use another schedule"
         )
     count, group = len(stages) * mesh["pp"].size(), mesh["pp"].get_group()
-    splits = schedule in THERE_AND_BACK
     pieces = [_Piece(_Hidden(stage, splits), index, count, device, group=group) for index, stage in stages.items()]
     for piece in pieces:
-        piece.zero, piece.splits_backward = zero, splits
+        piece.zero, piece.splits_backward, piece.waits = zero, splits, waits
     # Gradients are not divided by the number of micro-batches: the loss is already a part of the whole step's mean.
     options: dict[str, Any] = {"n_microbatches": micro_batches, "loss_fn": loss, "scale_grads": False}
     return SCHEDULES[schedule](pieces[0] if schedule in ONE_STAGE else pieces, **options)
@@ -169,10 +176,11 @@ class _Piece(PipelineStage):
 
     zero: int
     splits_backward: bool
+    waits: bool
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: Any, last_backward: bool = False) -> Any:
         # Where the backward is split, FSDP2's hooks run before the gradients of weights are there.
-        before_backward(self.submod.stage, self.zero, last_backward and not self.splits_backward)
+        before_backward(self.submod.stage, self.zero, last_backward and not self.splits_backward, self.waits)
         if backward_type == "weight":
             weight_gradients(list(self.submod.parameters()), bwd_kwargs["param_groups"])
             return (), None
@@ -189,7 +197,10 @@ class _Piece(PipelineStage):
         # What hooks took up before is in the dtype of the reduction, the last gradients of weights are not yet.
         before_backward(stage, self.zero, is_last=False)
         take_up_gradients(stage)
-        before_backward(stage, self.zero, is_last=True)
+        before_backward(stage, self.zero, is_last=True, waits=self.waits)
+        if not self.waits:
+            take_up_gradients(stage)  # and reduce them
+            return
         self.submod = hidden.stage
         super().perform_reduce_grad(grad_scale_factor)
         self.submod = hidden
