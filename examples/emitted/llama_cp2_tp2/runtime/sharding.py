@@ -98,7 +98,7 @@ def drains(zero: int, micro_batches: int, splits_backward: bool) -> bool:
 def reduce_in_background(stage: FSDPModule) -> None:
     """Let a block's reduction begin though the one before it is not through."""
     if hasattr(stage, "set_reduce_scatter_max_input_buffers"):  # PyTorch 2.13
-        stage.set_reduce_scatter_max_input_buffers(sum(1 for _ in _sharded_modules(stage)))
+        stage.set_reduce_scatter_max_input_buffers(len(list(_sharded_modules(stage))))
 
 
 def before_backward(stage: FSDPModule, zero: int, is_last: bool, waits: bool = True) -> None:
