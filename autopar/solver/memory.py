@@ -44,11 +44,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from autopar.job import Job
 from autopar.plan import MEMORY_KINDS
 from autopar.schedule import SCHEDULES, Schedule, stages_of
-from autopar.solver.orders import Held, Moment, is_steady, moments, peaks
-from autopar.solver.stage_peaks import Beside, StageBackward
+from autopar.solver.moment_table import SHARES, Ints, moment_tables
+from autopar.solver.orders import Held, is_steady, peaks
+from autopar.solver.stage_peaks import StageBackward
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +213,8 @@ class MemoryModel:
 
     def buffers(self, stage: int) -> int:
         """The most that the pipeline runtime holds on a stage beside what blocks save."""
-        return self._received(stage) + self._sent(stage, self.in_flight(stage), self.micro_batches)
+        flying, done = np.array([self.in_flight(stage)]), np.array([self.micro_batches])
+        return self._received(stage) + int(self._sent([stage], flying, done)[0])
 
     def least_buffers(self, stage: int) -> int:
         """`buffers` that are there whenever most micro-batches are in flight, without what blocks save."""
@@ -225,13 +229,15 @@ class MemoryModel:
         """Receive buffers: for inputs, and for the gradients of outputs, of all micro-batches."""
         return self.micro_batches * self.boundary * (self._crosses(stage) + self._crosses(stage + 1))
 
-    def _sent(self, stage: int, alive: int, done: int) -> int:
-        """Outputs of micro-batches in flight, and the gradient of the input last sent. Schedules of several stages wait
-        for what they sent at the end of the step, and hold it until then."""
+    def _sent(self, own: Sequence[int], alive: Ints, done: Ints) -> Ints:
+        """Of each of these stages: outputs of micro-batches in flight, and the gradient of the input last sent.
+        Schedules of several stages wait for what they sent at the end of the step, and hold it until then."""
         several = self.vpp > 1
-        outputs = (alive + done if several else alive) * self._crosses(stage + 1)
-        gradients = (done if several else min(done, 1)) * self._crosses(stage)
-        return (outputs + gradients) * self.boundary
+        ahead = np.array([self._crosses(stage + 1) for stage in own], dtype=np.int64)
+        back = np.array([self._crosses(stage) for stage in own], dtype=np.int64)
+        outputs = (alive + done if several else alive) * ahead
+        gradients = (done if several else np.minimum(done, 1)) * back
+        return np.asarray((outputs + gradients) * self.boundary)
 
     def ranks(self, stages: Sequence[Sequence[BlockBytes]]) -> tuple[dict[str, int], ...]:
         """Bytes by kind (`plan.MEMORY_KINDS`) of every stage of the model."""
@@ -280,42 +286,40 @@ class MemoryModel:
     ) -> tuple[float, list[float], list[float]]:
         """The most bytes of a rank; then, by its stages, those saved for backward at that time, and the most of
         gradients at any time."""
-        still = [sum(self._resident(stages[stage]).values()) + self._received(stage) for stage in own]
-        trains = [sum(block.own_trains for block in stages[stage]) for stage in own]
-        saved = [sum(block.inflight for block in stages[stage]) for stage in own]
-        waiting = [sum(block.waiting for block in stages[stage]) for stage in own]
+        table = moment_tables(self._rule.name, self.pp, self.vpp, self.micro_batches)[rank]
+        still = sum(sum(self._resident(stages[stage]).values()) + self._received(stage) for stage in own)
+        saved = np.array([sum(block.inflight for block in stages[stage]) for stage in own], dtype=float)
+        waiting = np.array([sum(block.waiting for block in stages[stage]) for stage in own], dtype=float)
         backwards = [StageBackward(self, stages[stage], self.boundary, self.splits and stage > 0) for stage in own]
-        known: dict[tuple[str, int, str, bool], list[Beside]] = {}
-        most, flying, standing = 0.0, [0.0] * len(own), [0.0] * len(own)
-        for kind, place, held, done, last in self._moments(rank):
-            key = (kind, place, done[place], last)
-            if key not in known:
-                known[key] = list(backwards[place].times(kind, done[place], last))
-                standing[place] = max([standing[place], *(time.gradients for time in known[key])])
-            if not known[key]:
-                continue
-            kept: list[float] = [
-                # The input a stage saves is its receive buffer.
-                alive * (size - (self.boundary if self._crosses(stage) else 0)) + wait * more
-                for (alive, wait, _), size, more, stage in zip(held, saved, waiting, own, strict=True)
+        times, standing = [], [0.0] * len(own)
+        for kind, place, done, last in table.begun:
+            through = list(backwards[place].times(kind, done, last))
+            standing[place] = max([standing[place], *(time.gradients for time in through)])
+            times.append(max(through, key=lambda time: time.total, default=None))
+        # The input a stage saves is its receive buffer.
+        received = np.array([self.boundary if self._crosses(stage) else 0 for stage in own])
+        kept = table.alive * (saved - received) + table.waiting * waiting
+        rows = np.arange(len(kept))
+        kept[rows, table.place] -= saved[table.place]
+        sent = self._sent(own, table.alive, table.done)
+        trains = [sum(block.own_trains for block in stages[stage]) for stage in own]
+        gradients = np.array(
+            [
+                [one.kept(done) * count + one.draining(done) for done in SHARES]
+                for one, count in zip(backwards, trains, strict=True)
             ]
-            sent = [self._sent(stage, alive, count) for stage, (alive, _, count) in zip(own, held, strict=True)]
-            kept[place] -= saved[place]
-            others = sum(
-                one.kept(done[other]) * count + one.draining(done[other])
-                for other, (one, count) in enumerate(zip(backwards, trains, strict=True))
-                if other != place
-            )
-            time = max(known[key], key=lambda time: time.total)
-            total = sum(still) + sum(kept) + sum(sent) + others + time.total
-            if total > most:
-                kept[place] += time.activations
-                most = total
-                flying = [k + s + self._received(stage) for k, s, stage in zip(kept, sent, own, strict=True)]
-        return most, flying, standing
-
-    def _moments(self, rank: int) -> tuple[Moment, ...]:
-        return moments(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)[rank]
+        )
+        others = gradients[np.arange(len(own)), table.share]
+        others[rows, table.place] = 0.0
+        begun = np.array([-np.inf if time is None else time.total for time in times])
+        total = still + kept.sum(axis=1) + sent.sum(axis=1) + others.sum(axis=1) + begun[table.which]
+        most = int(np.argmax(total))
+        time = times[table.which[most]]
+        if time is None:
+            return 0.0, [0.0] * len(own), standing
+        flying = kept[most] + sent[most] + [self._received(stage) for stage in own]
+        flying[table.place[most]] += time.activations
+        return float(total[most]), flying.tolist(), standing
 
     def _resident(self, blocks: Iterable[BlockBytes]) -> dict[str, int]:
         """Bytes of parameters and optimizer of a stage."""
