@@ -18,13 +18,16 @@ with more work to ranks with less.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.solver.bounds import crossings_of
 from autopar.solver.chain import Chain, Floats, bytes_of, chain_of, fastest, least_borders, work_of
 from autopar.solver.stages import StageProblem
+
+Ints = NDArray[np.int64]
 
 
 def laps_bound(problem: StageProblem) -> float:
@@ -87,28 +90,35 @@ def even_borders(problem: StageProblem) -> tuple[int, ...]:
 def _balanced(problem: StageProblem, chain: Chain, borders: list[int]) -> tuple[int, ...]:
     """Blocks of the rank with most work moved to the one with least, as long as that evens their work out."""
     owners = [problem.own(rank) for rank in range(problem.pp)]
-    loads = _loads(chain, borders, owners)
+    owned = np.zeros((problem.stages, problem.pp))
+    for rank, own in enumerate(owners):
+        owned[list(own), rank] = 1.0
+    found = np.array(borders)
+    loads = _loads(chain, found[None], owned)[0]
     for _ in range(2 * problem.stages):
-        heaviest, lightest = int(np.argmax(loads)), int(np.argmin(loads))
-        best: tuple[float, list[int]] | None = None
-        for giver in owners[heaviest]:
-            for taker in owners[lightest]:
-                moved = list(borders)
-                for stage in range(min(giver, taker), max(giver, taker)):
-                    moved[stage] += -1 if giver < taker else 1
-                if any(end <= start for start, end in pairwise((0, *moved))):
-                    continue
-                found = float(np.square(_loads(chain, moved, owners)).sum())
-                if best is None or found < best[0]:
-                    best = found, moved
-        if best is None or best[0] >= float(np.square(loads).sum()) * (1 - 1e-9):
+        moved = _moved(found, owners[int(np.argmax(loads))], owners[int(np.argmin(loads))])
+        if not len(moved):
             break
-        borders = best[1]
-        loads = _loads(chain, borders, owners)
-    return tuple(borders)
+        after = _loads(chain, moved, owned)
+        squares = np.square(after).sum(axis=1)
+        best = int(np.argmin(squares))
+        if squares[best] >= np.square(loads).sum() * (1 - 1e-9):
+            break
+        found, loads = moved[best], after[best]
+    return tuple(found.tolist())
 
 
-def _loads(chain: Chain, borders: list[int], owners: list[tuple[int, ...]]) -> Floats:
-    """Seconds of work of every rank."""
-    stages = np.diff(chain.work[[0, *borders]])
-    return np.array([stages[list(own)].sum() for own in owners])
+def _moved(borders: Ints, givers: Sequence[int], takers: Sequence[int]) -> Ints:
+    """Borders by which one of these stages has a block less and one of those a block more, no stage empty; a row for
+    each pair that can."""
+    pairs = np.array([(giver, taker) for giver in givers for taker in takers])
+    low, high = pairs.min(axis=1)[:, None], pairs.max(axis=1)[:, None]
+    between = (np.arange(len(borders)) >= low) & (np.arange(len(borders)) < high)
+    moved = borders + np.where(between, np.where(pairs[:, :1] < pairs[:, 1:], -1, 1), 0)
+    return moved[(np.diff(moved, axis=1, prepend=0) > 0).all(axis=1)]
+
+
+def _loads(chain: Chain, borders: Ints, owned: Floats) -> Floats:
+    """Seconds of work of every rank, a row for each row of borders; ``owned``: which stages are whose."""
+    ends = chain.work[borders]
+    return np.asarray(np.diff(ends, axis=1, prepend=0.0) @ owned)

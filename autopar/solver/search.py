@@ -40,6 +40,7 @@ from autopar.solver.config_bounds import (
     stage_bound,
 )
 from autopar.solver.context import Context
+from autopar.solver.crowded import Crowded
 from autopar.solver.estimates import estimate
 from autopar.solver.evaluate import Assessment
 from autopar.solver.fix import Fix, parse_fix
@@ -58,8 +59,9 @@ INFINITE = float("inf")
 Item = Shape | Family | Config
 """What the queue holds."""
 
-PATIENCE = 24
-"""Configurations priced one after the other that are no better, after which no better ones are sought."""
+PATIENCE, BETTER = 24, 1e-3
+"""Configurations priced one after the other that are no better, after which no better ones are sought; and how much
+shorter a step has to be to count as better."""
 
 HOPE = 0.05
 """How much above the best plan an estimate may be that is still worth a look."""
@@ -192,6 +194,7 @@ class _Walk:
         self.entries: dict[int, _Entry] = {}
         self.left: dict[tuple[int, ...], int] = {}
         self.likely: list[tuple[float, int]] = []
+        self.crowded = Crowded()
         self.made = self.meshes = 0
 
     def add(self, bound: float, step: Step, item: Item) -> list[_Entry]:
@@ -213,21 +216,32 @@ class _Walk:
         return self.known.of(item.sharding if isinstance(item, Config) else _shape(item).outline.sharding)
 
     def find(self) -> None:
-        """Work off what is likely to be fastest, until as many priced configurations as `PATIENCE` are no better."""
+        """Work off what is likely to be fastest, until as many priced configurations as `PATIENCE` are no better. What
+        is not likely to fit comes only if nothing else does."""
+        self._find(self.likely)
+        if self.found.best is None:
+            self.crowded = Crowded()
+            self._find([(entry.estimate, entry.order) for entry in self.entries.values()], patient=True)
+
+    def _find(self, likely: list[tuple[float, int]], patient: bool = False) -> None:
         found, waited = self.found, 0
-        while self.likely and waited < PATIENCE:
-            guess, order = heapq.heappop(self.likely)
+        heapq.heapify(likely)
+        self.likely = likely
+        while likely and waited < PATIENCE:
+            guess, order = heapq.heappop(likely)
             entry = self.entries.get(order)
             if entry is None or not found.promising(entry.bound):
+                continue
+            if not patient and isinstance(entry.item, Config) and self.crowded.has(entry.item):
                 continue
             if found.best is not None and guess > found.best.step_time * (1 + HOPE):
                 break
             if self.watch.over(found.best is not None):
                 return
-            best = found.best
+            before = found.best.step_time if found.best else INFINITE
             self.refine(entry)
-            if entry.step == Step.SPREAD and best is not None:
-                waited = 0 if found.best is not best else waited + 1
+            if entry.step == Step.SPREAD and found.best is not None:
+                waited = 0 if found.best.step_time < before * (1 - BETTER) else waited + 1
 
     def prove(self) -> None:
         """Refine what has the least bound, until no bound stands in the way of the gap, or one that can't be raised."""
@@ -247,10 +261,22 @@ class _Walk:
                 heapq.heappush(queue, (child.bound, child.order))
             if entry.step == Step.SPREAD and found.promising(entry.bound):
                 break
-        for config, bound in sorted(found.priced.items(), key=lambda pair: (pair[1], pair[0])):
-            if not found.promising(bound) or self.watch.over(True):
+        self._sharpen()
+
+    def _sharpen(self) -> None:
+        """Raise the bounds of what was priced, the least first, as long as that raises the least of all bounds."""
+        found = self.found
+        limit = min([found.rest, *(entry.bound for entry in self.entries.values())])
+        queue = [(bound, config) for config, bound in found.priced.items()]
+        heapq.heapify(queue)
+        done = set()
+        while queue and found.promising(queue[0][0]) and queue[0][0] < limit and not self.watch.over(True):
+            bound, config = heapq.heappop(queue)
+            if config in done:
                 break
+            done.add(config)
             found.priced[config] = self.sharper(config, Step.SPREAD, bound)
+            heapq.heappush(queue, (found.priced[config], config))
 
     def sharper(self, item: Item, step: Step, bound: float) -> float:
         """A bound raised by the paths of its schedule; at the end by recomputation's own ILP and the program of stages
@@ -297,7 +323,8 @@ class _Walk:
         if entry.step == Step.SPREAD:
             assert isinstance(item, Config)
             self.found.priced[item] = entry.bound
-            price(context, item, shardings, self.found)
+            if not price(context, item, shardings, self.found):
+                self._crowd(item, shardings)
             return []
         sharper = Step(entry.step + 1)
         if isinstance(item, Config):
@@ -314,6 +341,16 @@ class _Walk:
             families.setdefault(Family(item, one.zero, one.offload), []).append(one)
         return [(loose_bound(context, some, shardings, paths=False), sharper, one) for one, some in families.items()]
 
+    def _crowd(self, item: Config, shardings: Shardings) -> None:
+        """Remember that a configuration does not fit, and whether the one like it that needs least memory does."""
+        leanest = max(
+            (one for one in self.space(item.shape) if one.zero == item.zero), key=lambda one: (one.offload, one.fsdp)
+        )
+        known = self.crowded.knows(leanest)
+        self.crowded.add(item)
+        if not known and leanest != item and not price(self.context, leanest, shardings, self.found):
+            self.crowded.add(leanest)
+
 
 def _shape(item: Item) -> Shape:
     return item if isinstance(item, Shape) else item.shape
@@ -324,17 +361,21 @@ def _mesh(item: Item) -> tuple[int, ...]:
     return sizes.pp, sizes.dp, sizes.cp, sizes.tp
 
 
-def price(context: Context, config: Config, shardings: Shardings, found: Found) -> None:
-    """Price a configuration in full and keep it if it is the best so far."""
+def price(context: Context, config: Config, shardings: Shardings, found: Found) -> bool:
+    """Price a configuration in full and keep it if it is the best so far; whether anything fits."""
     assessed = best_stages(context, config, [shardings.fastest()])
     found.keep(assessed)
+    fits = assessed is not None
     if assessed is not None and not any(cost.again_s for stage in assessed.stages for cost in stage):
-        return
-    if not found.promising(found.priced[config]):
-        return
+        return True
+    if not found.promising(found.priced.get(config, 0.0)):
+        return True
     # Memory is short: leaner shardings, and blocks that keep some results and not others.
     more = context.freedom(True) != context.freedom()
     for answers in compatible([shardings.fastest(), *shardings.lean()]):
         if len(answers) == 1 and answers[0] is shardings.fastest() and not more:
             continue
-        found.keep(best_stages(context, config, answers, extended=True))
+        assessed = best_stages(context, config, answers, extended=True)
+        found.keep(assessed)
+        fits = fits or assessed is not None
+    return fits
