@@ -1,4 +1,4 @@
-"""The ``autopar`` command: search, predict, emit, verify, report, explain, diff.
+"""The ``autopar`` command: search, predict, emit, verify, report, explain, diff, profile (`cli_profile`).
 
 Exit status: 0 done, 1 verification failed, 2 bad input, 3 infeasible, 130 interrupted. A deliberate error is one
 message on standard error. Nothing heavy is imported before it is needed: ``autopar --help`` loads no torch.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autopar.cli_profile import app as profile_app
 from autopar.errors import AutoparError, BadInputError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+app.add_typer(profile_app)
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -47,6 +50,9 @@ PlanArgument = Annotated[
 ClusterOption = Annotated[
     str,
     typer.Option("--cluster", "-c", help="NODESxDEVICES:DEVICE, such as 8x8:h100, or a cluster file (TOML)."),
+]
+ProfileOption = Annotated[
+    Path | None, typer.Option("--profile", metavar="FILE", help="Price by what `autopar profile` measured.")
 ]
 BatchOption = Annotated[int, typer.Option("--global-batch", help="Sequences per optimizer step.")]
 SeqOption = Annotated[int, typer.Option("--seq-len", help="Tokens per sequence.")]
@@ -104,6 +110,7 @@ def search(
     seq_len: SeqOption,
     dtype: DtypeOption = "bf16",
     optimizer: OptimizerOption = "adamw",
+    profile: ProfileOption = None,
     fix: FixOption = None,
     objective: ObjectiveOption = "step-time",
     within: WithinOption = None,
@@ -120,7 +127,7 @@ def search(
     sought = Objective.of({"kind": objective, "within_s": within, "price": parse_prices(price or [])})
     limits = {"gap": gap, "time_limit": time_limit, "work_limit": work_limit}
     job = _job(global_batch, seq_len, dtype, optimizer)
-    _plan_command(model, cluster, job, fix or [], out, as_json, sought, limits)
+    _plan_command(model, _cluster(cluster, profile), job, fix or [], out, as_json, sought, limits)
 
 
 @app.command()
@@ -131,12 +138,14 @@ def predict(
     seq_len: SeqOption,
     dtype: DtypeOption = "bf16",
     optimizer: OptimizerOption = "adamw",
+    profile: ProfileOption = None,
     fix: FixOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Price a plan given by --fix; what is not given is chosen, and named."""
-    _plan_command(model, cluster, _job(global_batch, seq_len, dtype, optimizer), fix or [], out, as_json)
+    job = _job(global_batch, seq_len, dtype, optimizer)
+    _plan_command(model, _cluster(cluster, profile), job, fix or [], out, as_json)
 
 
 @app.command()
@@ -278,7 +287,7 @@ def _fail(message: str, status: int) -> None:
 
 def _plan_command(
     model: str,
-    cluster: str,
+    machine: Cluster,
     job: Job,
     fix: list[str],
     out: Path | None,
@@ -289,7 +298,6 @@ def _plan_command(
     from autopar.solver.fix import parse_fix
 
     choices = parse_fix(fix).given()
-    machine = _cluster(cluster)
     given: dict[str, Any] = {name: value for name, value in (limits or {}).items() if value is not None}
     alone = out is not None and out.suffix == ".json"
     if out is not None:
@@ -338,10 +346,12 @@ def _job(global_batch: int, seq_len: int, dtype: str, optimizer: str) -> Job:
     return Job(global_batch, seq_len, dtype, optimizer)
 
 
-def _cluster(text: str) -> Cluster:
+def _cluster(text: str, profile: Path | None = None) -> Cluster:
     from autopar.cluster import Cluster
 
-    return Cluster.load(text) if Path(text).suffix in (".toml", ".json", ".yaml", ".yml") else Cluster.parse(text)
+    a_file = Path(text).suffix in (".toml", ".json", ".yaml", ".yml")
+    cluster = Cluster.load(text) if a_file else Cluster.parse(text)
+    return cluster.with_profile(profile) if profile else cluster
 
 
 def _load(path: Path, cluster: str | None = None, batch: int | None = None, seq: int | None = None) -> Plan:

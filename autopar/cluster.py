@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.errors import BadInputError
+from autopar.measured import Measured
 
 BACKENDS = ("cuda", "cpu")
 LINK_FIGURES = ("bandwidth", "latency_s", "efficiency", "shared_by")
@@ -76,6 +77,7 @@ class Device:
     * ``host_memory_bytes``: of the host's memory, this device's share; 0 where not known: taken to be enough.
     * ``power_w``: watts the board is built to draw at most (TDP); 0 where not known: energy is not told then.
     * ``sources``: where each figure is from, by name. ``origin``: "catalog" or "measured".
+    * ``measured``: operators of a profile, if one is used (`with_profile`): they price before the figures do.
     """
 
     name: str
@@ -99,12 +101,13 @@ class Device:
     power_w: float = 0.0
     origin: str = "catalog"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         owner = f"device {self.name!r}"
         if self.backend not in BACKENDS:
             raise BadInputError(f"{owner}: unknown backend {self.backend!r}; one of {', '.join(BACKENDS)}")
-        texts = ("name", "title", "backend", "peak_flops", "origin", "sources")
+        texts = ("name", "title", "backend", "peak_flops", "origin", "sources", "measured")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in texts}
         unknown = ("cache_bytes", "cache_bandwidth", "host_bandwidth", "host_memory_bandwidth", "host_memory_bytes")
         _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", "power_w", *unknown))
@@ -134,12 +137,16 @@ class Device:
         return self.peak_flops[dtype]
 
     def to_json(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """The figures by name; ``measured`` only where there is a profile."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "measured"}
+        return data | ({"measured": self.measured.to_json()} if self.measured else {})
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Device:
         """Inverse of `to_json`. Raises KeyError or TypeError for missing or unknown fields."""
-        return Device(**{**data, "peak_flops": dict(data["peak_flops"]), "sources": dict(data["sources"])})
+        plain = {**data, "peak_flops": dict(data["peak_flops"]), "sources": dict(data["sources"])}
+        found = data.get("measured")
+        return Device(**{**plain, "measured": Measured.from_json(found) if found else None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +281,17 @@ class Cluster:
         from autopar.catalog.cluster_file import write_cluster
 
         write_cluster(self, Path(path))
+
+    def with_profile(self, path: str | Path) -> Cluster:
+        """The same cluster priced by a profile that `autopar profile` wrote: its operators, launch overhead, memory and
+        host bandwidth, and its links where it has them.
+
+        Raises BadInputError for a file that is no profile, or is of another device than the cluster's.
+        """
+        from autopar.profiler.attach import attached
+        from autopar.profiler.database import Profile
+
+        return attached(self, Profile.load(path), str(path))
 
     def with_links(self, intra_node: Link | None = None, inter_node: Link | None = None) -> Cluster:
         """The same nodes with other links."""

@@ -327,6 +327,13 @@ class Plan:
             raise BadInputError(
                 f"the plan was made for cluster {self.cluster}, not {cluster}: search again for this one"
             )
+        mine, given = self.cluster.device.measured, cluster.device.measured
+        if (mine and mine.digest) != (given and given.digest):
+            told = [f"profile {each.digest} ({each.title})" if each else "no profile" for each in (mine, given)]
+            raise BadInputError(
+                f"the plan was priced by {told[0]}, the cluster given has {told[1]}: search again with this one, or "
+                "name a cluster file with the plan's"
+            )
         origins = {cluster.device.origin, self.cluster.device.origin}
         if origins == {"catalog"} and cluster != self.cluster:
             raise BadInputError(

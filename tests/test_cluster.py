@@ -172,7 +172,7 @@ def test_every_figure_has_a_source(name):
     assert set(figures) == {*nodes.device.sources, *links}
     assert all(f"{tier}.{key}" in links for tier in ("intra_node", "inter_node") for key in LINK_FIGURES)
     for field in Device.__dataclass_fields__:
-        if field in ("name", "title", "backend", "origin", "sources"):
+        if field in ("name", "title", "backend", "origin", "sources", "measured"):
             continue
         keys = [key for key in figures if key == field or key.startswith(field + ".")]
         assert keys, f"{field} of {name} has no figure"

@@ -4,6 +4,7 @@
     nodes = 8
     devices_per_node = 8
     memory_bytes = 80e9          # optional; so are reserve_bytes and power_w (watts)
+    profile = "h200.json"        # optional: what `autopar profile` wrote, beside this file
     [inter_node]                 # optional; so is [intra_node]
     bandwidth = 25e9             # bytes/s per port and direction
     latency_s = 5e-6
@@ -63,6 +64,16 @@ class LinkFile(_Model):
     sources: dict[str, str] | None = None
 
 
+class MeasuredFile(_Model):
+    """The operators of a profile, as `Cluster.save` writes them."""
+
+    digest: str
+    title: str
+    tables: dict[str, str]
+    host_s: float
+    slowdown: float
+
+
 class DeviceFile(_Model):
     """Every figure of a device."""
 
@@ -87,6 +98,7 @@ class DeviceFile(_Model):
     power_w: float = 0.0
     origin: str
     sources: dict[str, str]
+    measured: MeasuredFile | None = None
 
 
 class GroupFile(_Model):
@@ -98,6 +110,7 @@ class GroupFile(_Model):
     memory_bytes: Bytes | None = None
     reserve_bytes: Bytes | None = None
     power_w: PositiveFloat | None = None
+    profile: str | None = None
     intra_node: LinkFile | None = None
     inter_node: LinkFile | None = None
 
@@ -118,7 +131,7 @@ def read_cluster(path: Path) -> Cluster:
         raise BadInputError(f"cluster file {path}: {_first_problem(error)}") from error
     groups = file.groups if isinstance(file, ClusterFile) else [file]
     try:
-        return Cluster(tuple(_group(group, path) for group in groups))
+        return Cluster(tuple(_profiled(_group(group, path), group, path) for group in groups))
     except BadInputError as error:
         raise BadInputError(f"cluster file {path}: {error}") from error
 
@@ -205,6 +218,11 @@ def _group(group: GroupFile, path: Path) -> NodeGroup:
         sources = {**nodes.device.sources, **dict.fromkeys(changed, told)}
         nodes = replace(nodes, device=replace(nodes.device, **changed, sources=sources))
     return nodes
+
+
+def _profiled(nodes: NodeGroup, group: GroupFile, path: Path) -> NodeGroup:
+    """The group priced by the profile it names, whose path is relative to the file's."""
+    return Cluster((nodes,)).with_profile(path.parent / group.profile).groups[0] if group.profile else nodes
 
 
 def _changed(link: Link, figures: dict[str, Any], told: str) -> Link:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,6 +18,14 @@ class Timing:
     spread: float
     repeats: int
 
+    @staticmethod
+    def of(samples: Sequence[float]) -> Timing:
+        """Of the seconds of each run."""
+        ordered = sorted(samples)
+        middle, quarter = median(ordered), len(ordered) // 4
+        spread = (ordered[-1 - quarter] - ordered[quarter]) / middle if middle else 0.0
+        return Timing(middle, ordered[0], spread, len(ordered))
+
 
 def timed(function: Callable[[], object], budget_s: float = 0.1, least: int = 5, most: int = 10_000) -> Timing:
     """Run once to warm up, then between ``least`` and ``most`` times, stopping once ``budget_s`` seconds are spent."""
@@ -28,7 +36,4 @@ def timed(function: Callable[[], object], budget_s: float = 0.1, least: int = 5,
         start = time.perf_counter()
         function()
         samples.append(time.perf_counter() - start)
-    samples.sort()
-    middle = median(samples)
-    quarter = len(samples) // 4
-    return Timing(middle, samples[0], (samples[-1 - quarter] - samples[quarter]) / middle, len(samples))
+    return Timing.of(samples)

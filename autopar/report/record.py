@@ -6,6 +6,7 @@ from typing import Any
 
 from autopar.objective import Objective, ObjectiveValue
 from autopar.plan import Plan
+from autopar.report.text import source_mix
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -13,9 +14,11 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
     ``cluster`` is the short form (``"8x8:h100"``); ``mesh`` axis sizes, outermost first; ``memory`` bytes per rank by
     kind, one object per stage; ``searched`` counts; ``seconds`` by phase; ``objective`` what was sought and reached.
+    ``profile`` is there where a profile had a part in the prices: its digest and title, and the part of the blocks'
+    seconds from each source.
     """
-    predicted = plan.predicted
-    return {
+    predicted, measured = plan.predicted, plan.cluster.device.measured
+    record = {
         "model": plan.model,
         "cluster": str(plan.cluster),
         "job": plan.job.to_json(),
@@ -35,6 +38,9 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "seconds": dict(plan.seconds),
         "objective": _objective_record(plan),
     }
+    if measured:
+        record["profile"] = {"digest": measured.digest, "title": measured.title, "sources": source_mix(plan)}
+    return record
 
 
 def _objective_record(plan: Plan) -> dict[str, Any]:

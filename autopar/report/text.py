@@ -127,6 +127,7 @@ def _prediction(plan: Plan) -> list[str]:
             f"{found.tokens_per_second:,.0f} tokens/s, {per_device:,.0f} per device, MFU {percent(found.mfu)}",
         ),
         *_objective(plan),
+        *_priced_by(plan),
         *item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in parts)),
         *item("bound", f"{seconds_text(plan.bound)}, gap {percent(plan.gap)}, {plan.status} in the searched space"),
     ]
@@ -135,6 +136,27 @@ def _prediction(plan: Plan) -> list[str]:
     if plan.seconds:
         lines += item("seconds", ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.seconds.items()))
     return lines
+
+
+def _priced_by(plan: Plan) -> list[str]:
+    """Where the seconds of operators are from, if a profile had a part in them."""
+    measured = plan.cluster.device.measured
+    if measured is None:
+        return []
+    told = [f"{percent(part)} {name}" for name, part in source_mix(plan).items()]
+    return item("priced by", f"profile {measured.digest} ({measured.title}): {', '.join(told)}")
+
+
+def source_mix(plan: Plan) -> dict[str, float]:
+    """Of the seconds of all blocks, conversions included, the part from each source, the largest first: "measured" (at
+    the very shape), "interpolated" (between measured shapes), "catalog" or "roofline" (by figures of the device)."""
+    seconds: dict[str, float] = {}
+    for run in (run for stage in plan.stages for run in stage.runs):
+        for name, value in plan.candidates[run.candidate].sources.items():
+            seconds[name] = seconds.get(name, 0.0) + (run.stop - run.start) * value
+    total = sum(seconds.values())
+    largest = sorted(seconds.items(), key=lambda entry: -entry[1])
+    return {name: value / total for name, value in largest if total}
 
 
 def _objective(plan: Plan) -> list[str]:

@@ -72,6 +72,12 @@ class CollectiveCosts:
         self._placements: dict[tuple[int, int], Placement] = {}
         self._seconds: dict[tuple[str, float, int, int], float] = {}
 
+    @property
+    def origin(self) -> str:
+        """Where the figures are from, as `op_costs.OpTime` says it of operators."""
+        device = self.cluster.device
+        return "roofline" if device.measured and device.origin == "measured" else device.origin
+
     def seconds(self, kind: str, nbytes: float, size: int, stride: int) -> float:
         """Time of collective ``kind`` over an axis of ``size`` ranks whose neighbours are ``stride`` ranks apart.
 

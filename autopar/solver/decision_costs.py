@@ -25,7 +25,7 @@ def priced_pieces(kind: BlockKind, decision: BlockDecision, prices: AxisPrices) 
         layout = conversion.source
         for place, (axis, step) in enumerate(path(layout, conversion.target, meta.requires_grad)):
             key = step_key(conversion.tensor, conversion.source, conversion.target, place)
-            yield key, prices.conversion(meta, layout, axis, step), prices.collectives.cluster.device.origin
+            yield key, prices.conversion(meta, layout, axis, step), prices.collectives.origin
             layout = layout.with_type(axis, step.target)
 
 

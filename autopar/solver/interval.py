@@ -56,6 +56,10 @@ def ranges(cluster: Cluster) -> Iterator[tuple[Cluster, Cluster]]:
             low, high = min(low, 1.0), min(high, 1.0)
         if low != high:
             yield _set(cluster, name, low), _set(cluster, name, high)
+    measured = cluster.device.measured
+    if measured:  # rates measured alone differ under load
+        fast, slow = (replace(measured, slowdown=measured.slowdown * (1 + part)) for part in (-SPREAD, SPREAD))
+        yield _with_device(cluster, measured=fast), _with_device(cluster, measured=slow)
 
 
 def _catalog_ranges(device: Device) -> dict[str, tuple[float, float]]:
@@ -81,6 +85,9 @@ def _set(cluster: Cluster, name: str, value: float) -> Cluster:
     owner, _, part = name.rpartition(".")
     if owner:
         return cluster.with_links(**{owner: replace(getattr(cluster, owner), **{part: value})})
-    change: dict[str, Any] = {part: value}
+    return _with_device(cluster, **{part: value})
+
+
+def _with_device(cluster: Cluster, **change: Any) -> Cluster:
     device = replace(cluster.device, **change)
     return Cluster(tuple(replace(group, device=device) for group in cluster.groups))

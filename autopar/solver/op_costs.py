@@ -8,6 +8,8 @@ Efficiency of a matmul = the device's figure for large ones, times how well its 
 cut into tiles, tiles run in waves of one per processor, and a last wave that is not full, or tiles that stick out, are
 lost (NVIDIA, "Matrix Multiplication Background User's Guide", sections on tile and wave quantization). The best of the
 tile sizes in `TILES` counts, as a library would choose.
+
+Where the device has a profile, operators that it knows are priced by that instead (`autopar.solver.measured_ops`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from math import ceil, sqrt
 from autopar.cluster import Device
 from autopar.graph.ir import Node
 from autopar.job import Job
+from autopar.solver.measured_ops import MeasuredOps
 from autopar.solver.work import Attention, LocalTensor, Matmul, Work, variant, work
 
 __all__ = ["LocalTensor", "OpCosts", "OpTime"]
@@ -53,7 +56,9 @@ FILL_KEYS = 256
 
 @dataclass(frozen=True, slots=True)
 class OpTime:
-    """Seconds forward and backward; ``source``: "catalog" or "measured" (where the device's figures are from)."""
+    """Seconds forward and backward; ``source``: where the device's figures are from ("catalog" or "measured"). Beside a
+    profile: "measured" (this shape was), "interpolated" (others were), "catalog" or "roofline" (a roofline by figures
+    of the catalog, or of a measured device)."""
 
     forward: float
     backward: float
@@ -72,6 +77,7 @@ class OpCosts:
             if dtype in device.peak_flops:
                 self._peak.setdefault(nbytes, device.peak_flops[dtype])
         self._bandwidth = device.memory_bandwidth * device.memory_efficiency
+        self._measured = MeasuredOps(device.measured, job) if device.measured else None
         self._ops: dict[object, OpTime] = {}
         self._matmuls: dict[tuple[Matmul, int], float] = {}
 
@@ -80,11 +86,20 @@ class OpCosts:
         key = (node.op, variant(node), tuple(inputs), output, tuple(grads))
         found = self._ops.get(key)
         if found is None:
-            forward, backward = work(node, inputs, output, grads)
-            width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
-            found = OpTime(self._time(forward, width), self._time(backward, width), self.device.origin)
-            self._ops[key] = found
+            found = self._ops[key] = self._priced(node, inputs, output, grads)
         return found
+
+    def _priced(self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> OpTime:
+        """By the profile if there is one that knows the operator, else by the roofline."""
+        forward, backward = work(node, inputs, output, grads)
+        source = self.device.origin
+        if self._measured:
+            known = self._measured.seconds(node, inputs, output, grads, (forward, backward), self._time)
+            if known:
+                return OpTime(*known)
+            source = "roofline" if source == "measured" else source
+        width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
+        return OpTime(self._time(forward, width), self._time(backward, width), source)
 
     def arithmetic_seconds(
         self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]
@@ -93,9 +108,13 @@ class OpCosts:
         FLOP, so that n ranks that share it take an n-th each, or more."""
         width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
         peak = self._peak.get(width, self._peak[self.job.compute_bytes])
+        matmul_rate, attention_rate = peak * self.device.matmul_efficiency, peak * self.device.attention_efficiency
+        if self._measured:  # some shapes may have run faster than the catalog thinks
+            matmul_rate = max(matmul_rate, self._measured.best_rate(width))
+            attention_rate = max(attention_rate, self._measured.best_rate(width, attention=True))
         forward, backward = (
-            sum(matmul.flops for matmul in part.matmuls) / (peak * self.device.matmul_efficiency)
-            + (part.attention.flops / (peak * self.device.attention_efficiency) if part.attention else 0.0)
+            sum(matmul.flops for matmul in part.matmuls) / matmul_rate
+            + (part.attention.flops / attention_rate if part.attention else 0.0)
             for part in work(node, inputs, output, grads)
         )
         return forward, backward
@@ -113,6 +132,10 @@ class OpCosts:
     def optimizer_seconds(self, elements: int) -> float:
         """One fused optimizer step over ``elements`` master parameters of this rank: reads the parameter, its gradient
         and moments (AdamW: two), writes all but the gradient."""
+        if self._measured and elements and self.job.optimizer == "adamw" and self.job.master_bytes == 4:
+            known = self._measured.adamw_seconds(elements)
+            if known is not None:
+                return known
         return self.stream_seconds((3 + 2 * self.job.moments) * elements * self.job.master_bytes)
 
     def clip_seconds(self, elements: int) -> float:
