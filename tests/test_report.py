@@ -67,7 +67,7 @@ def test_text_tells_context_ranks_shard_groups_schedule_and_offload():
         "pp=2 x dp=1 x cp=2 x tp=2 (pp: pipeline stages; cp: context (keys gathered) parallel; tp: nothing split)",
         "zbv, 2 stages on each rank",
         "ZeRO-1 over groups of 1 data ranks, recompute selective(matmul+attention) for 2 of 4 blocks",
-        "parameters, gradients, optimizer state, activations on the host",
+        "parameters, gradients, optimizer state, activations of 2 blocks on the host",
         "saved tensors on the host",
     ):
         assert part in " ".join(text.split())

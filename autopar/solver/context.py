@@ -85,13 +85,15 @@ class Context:
 
     def freedom(self, extended: bool = False) -> list[tuple[str, tuple[str, ...]]]:
         """For each block its kind and the recompute choices the fix leaves. ``extended``: with those that only pay
-        where memory is short (`recompute.choices`)."""
+        where memory is short (`recompute.choices`): selective lists, and offload where there is a link to the host."""
         if ("freedom", extended) not in self.memo:
             found: list[tuple[str, tuple[str, ...]]] = []
             for index, block in enumerate(self.model.blocks):
                 repeated = self.repeated(block)
                 fixed = self.fix.recompute_of(index, block.kind, repeated)
-                moves = repeated and self.fix.offload in ("activations", "all")
+                moves: bool | None = repeated and self.fix.offload in ("activations", "all")
+                if repeated and self.fix.offload is None and self.cluster.device.host_bandwidth:
+                    moves = None
                 found.append((block.kind, choices(fixed, moves, extended and repeated)))
             self.memo["freedom", extended] = found
         return list(self.memo["freedom", extended])

@@ -69,8 +69,9 @@ def _answers(config: Config, known: KnownShardings) -> list[list[Answered]]:
 def _least_memory(context: Context, config: Config, known: KnownShardings) -> Iterator[Assessment]:
     """Stages that use the least memory, whatever the room."""
     for answers in _answers(config, known):
-        problem, costs_of = stage_problem(context, config, answers)
+        problem, costs_of = stage_problem(context, config, answers, extended=True)
         boundary = max(answer.boundary for answer in answers)
+        problem = replace(problem, host_room=float("inf"))
         found = solve_stages(replace(problem, capacity=UNLIMITED), balance=False)
         if found is None:
             continue
@@ -161,6 +162,8 @@ def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> C
         other = Context.of(context.model, context.job, cluster, fix)
         known = KnownShardings(other)
         leanest = _leanest(configs(context.model, context.job, cluster, fix), tries)
-        fitting = (c for c in leanest if any(best_stages(other, c, answers) for answers in _answers(c, known)))
+        fitting = (
+            c for c in leanest if any(best_stages(other, c, answers, extended=True) for answers in _answers(c, known))
+        )
         context.memo[key] = next(fitting, None)
     return cast(Config | None, context.memo[key])

@@ -110,13 +110,15 @@ def stage_problem(
             options.append(_option(place, cost, run.root, needed, halves(context, config, cost), passes))
         runs.append(BlockRun(run.kind, run.count, tuple(options)))
     overhead = overheads(place, config)
+    host_room = context.cluster.device.host_memory_bytes or float("inf")
     if config.pp == 1:
         stage = [(costs[0], run.root) for costs, run in zip(costs_of, kinds, strict=True) for _ in range(run.count)]
         doubles = tied_elements(context, [[cost for cost, _ in stage]])[0][0]
         for (double, frozen), (_, root) in zip(doubles, stage, strict=True):
             overhead[0] -= place.memory.resident(double, root, frozen)
+            host_room += place.memory.host_state(double, double - frozen)
     room = context.cluster.device.memory_bytes if capacity is None else capacity
-    return staged(context, config, place, runs, overhead, room), costs_of
+    return replace(staged(context, config, place, runs, overhead, room), host_room=host_room), costs_of
 
 
 def overheads(place: Placed, config: Config, least: bool = False) -> list[float]:
@@ -200,6 +202,8 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
         optimizer_s=data.optimizer_s(trains),
         weight_s=halved[0] + data.reduce_copy_s(trains),
         waiting=halved[1],
+        hosted=cost.hosted,
+        host=place.memory.host_state(elements, trains),
     )
 
 
@@ -207,7 +211,7 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
     """Without those that another is no worse than in every entry (layouts are equal within a set)."""
 
     def entries(cost: BlockCost) -> tuple[float, ...]:
-        return (cost.forward_s, cost.backward_s, cost.elements, cost.inflight, cost.transient)
+        return (cost.forward_s, cost.backward_s, cost.elements, cost.inflight, cost.transient, cost.hosted)
 
     kept: list[BlockCost] = []
     for cost in costs:
