@@ -139,7 +139,10 @@ def _words(words: Mapping[str, str]) -> str:
 
 def block_text(answer: BlockAnswer) -> str:
     """Every candidate of the kind: operators, conversions, seconds, bytes, recomputation."""
-    return "\n\n".join("\n".join(_candidate_lines(answer.kind, one)) for one in answer.candidates)
+    sections = [_candidate_lines(answer.kind, one) for one in answer.candidates]
+    if answer.equal_blocks:
+        sections.append(item("equal blocks", answer.equal_blocks))
+    return "\n\n".join(map("\n".join, sections))
 
 
 def _candidate_lines(kind: str, one: CandidateAnswer) -> list[str]:

@@ -12,7 +12,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     """Plain JSON values: seconds, bytes, and counts.
 
     ``cluster`` is the short form (``"8x8:h100"``); ``mesh`` axis sizes, outermost first; ``memory`` bytes per rank by
-    kind, one object per stage; ``searched`` counts; ``seconds`` by phase; ``objective`` what was sought and reached.
+    kind, one object per stage; ``searched`` counts; ``seconds`` by phase; ``objective`` what was sought and reached;
+    ``equal_blocks`` whether blocks of a kind share one sharding, and what that costs.
     """
     predicted = plan.predicted
     return {
@@ -34,6 +35,21 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "searched": dict(plan.searched),
         "seconds": dict(plan.seconds),
         "objective": _objective_record(plan),
+        "equal_blocks": _equal_blocks_record(plan),
+    }
+
+
+def _equal_blocks_record(plan: Plan) -> dict[str, Any]:
+    """Whether blocks of a kind share one sharding; if so, seconds that freedom would gain: in this configuration, and
+    at most in any."""
+    free, step = plan.free_step_time, plan.predicted.step_time
+    if not plan.equal_blocks or free is None:
+        return {"on": plan.equal_blocks}
+    return {
+        "on": True,
+        "free_step_time_s": free,
+        "gain_s": step - free,
+        "gain_at_most_s": max(0.0, step - plan.bound),
     }
 
 

@@ -150,11 +150,28 @@ def _prediction(plan: Plan) -> list[str]:
         *item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in parts)),
         *item("bound", f"{seconds_text(plan.bound)}, gap {percent(plan.gap)}, {plan.status} in the searched space"),
     ]
+    if told := equal_blocks_words(plan):
+        lines += item("equal blocks", told)
     if plan.searched:
         lines += item("searched", ", ".join(counted(number, name) for name, number in plan.searched.items()))
     if plan.seconds:
         lines += item("seconds", ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.seconds.items()))
     return lines
+
+
+def equal_blocks_words(plan: Plan) -> str:
+    """Whether blocks of a kind share one sharding, and what that costs; "" where nobody looked."""
+    free, step = plan.free_step_time, plan.predicted.step_time
+    if not plan.equal_blocks:
+        return "may be sharded differently"
+    if free is None:
+        return ""
+
+    def told(seconds: float) -> str:
+        return f"{seconds_text(seconds)} ({percent(seconds / step)})" if seconds > 1e-9 * step else "nothing"
+
+    most = told(max(0.0, step - plan.bound))
+    return f"sharded alike; free, they gain {told(step - free)} here, at most {most} anywhere"
 
 
 def _objective(plan: Plan) -> list[str]:

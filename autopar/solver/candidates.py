@@ -39,8 +39,8 @@ class BlockCost:
     """A block kind under a decision and a recompute choice, per rank and micro-batch.
 
     ``saved``: families of operators whose results selective recomputation keeps; ``offload``: what is kept waits on the
-    host. ``again_s``: of the seconds, those of recomputation; ``copies_s``: those that wait for copies to the host and back;
-    ``communication_s``: of the others, those in collectives.
+    host. ``again_s``: of the seconds, those of recomputation; ``copies_s``: those that wait for copies to the host and
+    back; ``communication_s``: of the others, those in collectives.
     ``elements``: parameters held on the model axes, ``frozen``: of these, those that do not train; ``inflight``: bytes
     kept for backward on the device, ``hosted``: on the host; ``transient``: bytes while it runs.
     ``sources``: seconds by where the figure is from.

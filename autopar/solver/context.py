@@ -35,7 +35,8 @@ class Clock:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of one search shares. ``paddings``: its like for the model with padded heads."""
+    """What every part of one search shares. ``equal_blocks``: see there; ``paddings``: its like for the model with
+    padded heads."""
 
     model: ModelGraph
     job: Job
@@ -48,11 +49,12 @@ class Context:
     clock: Clock
     counts: dict[str, int]
     halved: HalvedBackward
+    equal_blocks: bool = True
     paddings: dict[int, Context] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
+    def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True) -> Context:
         counts = Counter(block.kind for block in model.blocks)
         ops = OpCosts(cluster.device, job)
         return Context(
@@ -67,6 +69,7 @@ class Context:
             Clock(),
             counts,
             HalvedBackward(ops),
+            equal_blocks,
         )
 
     def padded(self, ranks: int) -> Context:
