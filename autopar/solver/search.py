@@ -346,7 +346,8 @@ def price(context: Context, config: Config, shardings: Shardings, found: Found) 
         if not place and len(answers) == 1 and not more:
             continue
         if found.best is None or _least_step(context, config, answers) < found.best.step_time:
-            found.keep(best_stages(context, config, answers, extended=True))
+            # Of several answers the first is sought with the ILP as well: which it is seldom decides what fits.
+            found.keep(best_stages(context, config, answers, extended=True, thorough=not place))
 
 
 def _least_step(context: Context, config: Config, answers: Sequence[Answered]) -> float:

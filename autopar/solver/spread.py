@@ -221,10 +221,10 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
 
 
 def best_stages(
-    context: Context, config: Config, answers: Sequence[Answered], extended: bool = False
+    context: Context, config: Config, answers: Sequence[Answered], extended: bool = False, thorough: bool = True
 ) -> Assessment | None:
     """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
-    fit there. ``extended``: see `Context.freedom`.
+    fit there. ``extended``: see `Context.freedom`; ``thorough``: see `quick_stages`.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit."""
@@ -236,7 +236,7 @@ def best_stages(
     def fitting(share: float) -> tuple[Counts | None, Assessment | None]:
         """The stages for a share of the memory, and what they take if they fit."""
         begin = time.perf_counter()
-        counts = quick_stages(replace(problem, capacity=share * problem.capacity), share == 1.0)
+        counts = quick_stages(replace(problem, capacity=share * problem.capacity), thorough and share == 1.0)
         context.clock.add("stages", begin)
         if counts is None:
             return None, None
@@ -277,8 +277,8 @@ def quick_stages(problem: StageProblem, thorough: bool = True) -> Counts | None:
     """Stages that fit and load ranks evenly, or None: borders by `reach` (one stage a rank) or `laps` (several), the
     options of blocks by `mixes`; if ``thorough``, the ILP where these find nothing that fits though there may be
     something."""
-    if problem.stages == 1:  # small, and solved exactly
-        answer = solve_stages(problem, work_limit=WORK, gap=0.0)
+    if problem.stages == 1:  # small, and solved exactly, once
+        answer = solve_stages(problem, work_limit=WORK if thorough else WORK / 10, gap=0.0 if thorough else STAGE_GAP)
         return answer.counts if answer else None
     if problem.vpp > 1 and laps_bound(problem) == float("inf"):
         return None
