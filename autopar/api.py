@@ -42,6 +42,7 @@ def search(
     time_limit: float | None = None,
     work_limit: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    equal_blocks: bool = True,
 ) -> Plan:
     """The fastest plan that fits for training ``model`` on ``cluster``, or the one that serves ``objective`` best.
 
@@ -53,6 +54,8 @@ def search(
     * ``gap``: a plan this close to the bound is close enough. ``time_limit``: seconds after which the best plan so far
       is taken; ``work_limit``: the same in steps of the search, which are equal on every machine. Ctrl-C does the same.
       Whatever ends it, ``plan.bound``, ``plan.gap`` and ``plan.status`` say what is known.
+    * ``equal_blocks``: blocks of one kind share one sharding; what memory decides stage by stage (recomputation, and
+      what waits on the host) may differ all the same. `Plan.free_step_time` says what that costs; False: they may.
     * ``progress``: called after every step of the search with how far it is (`autopar.solver.limits.Progress`).
 
     Raises BadInputError, UnsupportedError, or InfeasibleError when nothing fits or reaches what the objective asks for.
@@ -71,7 +74,7 @@ def search(
     begin = time.perf_counter()
     graph = _graph_of(model, inputs, loss)
     traced = time.perf_counter() - begin
-    plan = search_parts(graph, job, cluster, sought, choices, limits)
+    plan = search_parts(graph, job, cluster, sought, choices, limits, equal_blocks=equal_blocks)
     decisions = {name: candidate.decision for name, candidate in plan.candidates.items()}
     return replace(
         plan,

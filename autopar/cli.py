@@ -83,6 +83,13 @@ WorkOption = Annotated[
     int | None,
     typer.Option("--work-limit", metavar="STEPS", help="The same in steps of the search, equal on every machine."),
 ]
+EqualBlocksOption = Annotated[
+    bool,
+    typer.Option(
+        "--equal-blocks/--no-equal-blocks",
+        help="Blocks of one kind share one sharding (recomputation and what waits on the host may differ).",
+    ),
+]
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Folder for the emitted code, or a file ending in .json for the plan alone."),
@@ -118,6 +125,7 @@ def search(
     gap: GapOption = None,
     time_limit: TimeOption = None,
     work_limit: WorkOption = None,
+    equal_blocks: EqualBlocksOption = True,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -125,9 +133,9 @@ def search(
     from autopar.objective import Objective, parse_prices
 
     sought = Objective.of({"kind": objective, "within_s": within, "price": parse_prices(price or [])})
-    limits = {"gap": gap, "time_limit": time_limit, "work_limit": work_limit}
+    options = {"gap": gap, "time_limit": time_limit, "work_limit": work_limit, "equal_blocks": equal_blocks}
     job = _job(global_batch, seq_len, dtype, optimizer)
-    _plan_command(model, _cluster(cluster, profile), job, fix or [], out, as_json, sought, limits)
+    _plan_command(model, _cluster(cluster, profile), job, fix or [], out, as_json, sought, options)
 
 
 @app.command()
@@ -293,12 +301,12 @@ def _plan_command(
     out: Path | None,
     as_json: bool,
     objective: Objective | None = None,
-    limits: dict[str, float | int | None] | None = None,
+    options: dict[str, float | int | None] | None = None,
 ) -> None:
     from autopar.solver.fix import parse_fix
 
     choices = parse_fix(fix).given()
-    given: dict[str, Any] = {name: value for name, value in (limits or {}).items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in (options or {}).items() if value is not None}
     alone = out is not None and out.suffix == ".json"
     if out is not None:
         _check_out(out, file=alone)

@@ -164,6 +164,8 @@ class Plan:
     `autopar.graph.padding.as_planned`). ``bound``: a valid lower bound in seconds on the
     step time of every plan in the searched space; ``gap`` = (found - bound) / bound. ``described``: for each candidate
     its sharding in words, a line per operator with parameters, written when the plan was made.
+    ``equal_blocks``: whether blocks of one kind were held to one sharding; ``free_step_time``: seconds that this
+    configuration would then take if they were not, None where nobody looked. ``bound`` is of free blocks in any case.
     ``objective``: what else than the step time of the whole cluster was sought, and what of it was reached; ``cluster``
     is then the part of the cluster that serves it best, and ``bound``, ``gap`` and ``status`` are those of this part.
     """
@@ -193,6 +195,8 @@ class Plan:
     offload: str = "none"
     pad_heads: int = 1
     objective: ObjectiveValue | None = None
+    equal_blocks: bool = True
+    free_step_time: float | None = None
 
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that stage ``stage`` sits on."""
@@ -235,8 +239,10 @@ class Plan:
             found = data.get("version") if isinstance(data, dict) else type(data).__name__
             raise BadInputError(f"not a version-{PLAN_VERSION} plan (found {found!r}): run `autopar search` again")
         try:
-            fields = {name: data[name] for name in Plan.__dataclass_fields__ if name != "objective"}
-            told = data.get("objective")  # plans made before there were objectives have none
+            later = {"objective": None, "equal_blocks": True, "free_step_time": None}  # older plans have none of these
+            fields = {name: data[name] for name in Plan.__dataclass_fields__ if name not in later}
+            fields |= {name: data.get(name, default) for name, default in later.items()}
+            told = data.get("objective")
             fields["objective"] = ObjectiveValue.from_json(told) if told else None
             fields["cluster"] = Cluster.from_json(data["cluster"])
             fields["job"] = Job.from_json(data["job"])

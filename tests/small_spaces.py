@@ -48,12 +48,13 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Priced:
-    """One plan of the space: seconds, bytes of its fullest rank, and what it is."""
+    """One plan of the space: seconds, bytes of its fullest rank and of its fullest host, and what it is."""
 
     seconds: float
     nbytes: int
     config: Config
     told: str
+    host: int = 0
 
 
 def drawn_cluster(draw: random.Random, shape: str) -> Cluster:
@@ -88,8 +89,22 @@ def drawn_cluster(draw: random.Random, shape: str) -> Cluster:
     return Cluster((group,))
 
 
-def with_memory(cluster: Cluster, nbytes: int) -> Cluster:
-    device = dataclasses.replace(cluster.device, memory_bytes=nbytes)
+def _linked(cluster: Cluster, seed: int) -> Cluster:
+    """With links to the host that are now and then as fast as the blocks are small."""
+    draw = random.Random(f"host {seed}")
+    device = cluster.device
+    fast = dataclasses.replace(
+        device,
+        host_bandwidth=device.memory_bandwidth * 10 ** draw.uniform(-3, 0),
+        host_memory_bandwidth=device.memory_bandwidth * 10 ** draw.uniform(-2, 0),
+        host_memory_bytes=0,
+    )
+    return Cluster(tuple(dataclasses.replace(group, device=fast) for group in cluster.groups))
+
+
+def with_memory(cluster: Cluster, nbytes: int, host: int = 0) -> Cluster:
+    """``host``: bytes of the host's memory for each device, 0: enough."""
+    device = dataclasses.replace(cluster.device, memory_bytes=nbytes, host_memory_bytes=host)
     return Cluster(tuple(dataclasses.replace(group, device=device) for group in cluster.groups))
 
 
@@ -98,8 +113,9 @@ def model_of(widths: tuple[int, ...], hidden: int, vocab: int, tied: bool, froze
     return chain(widths, hidden, vocab, tied, frozen)
 
 
-def drawn(seed: int) -> Trial:
-    """A problem whose space has at most `MOST` plans: of a larger one more and more is fixed."""
+def drawn(seed: int, offload: bool = False) -> Trial:
+    """A problem whose space has at most `MOST` plans: of a larger one more and more is fixed. ``offload``: with a link
+    to the host, and nothing fixed of what waits there."""
     draw = random.Random(seed)
     layers = draw.choice((0, 1, 1, 2, 2, 2, 3))
     one, other = draw.choice((16, 64)), draw.choice((16, 32, 128))
@@ -111,10 +127,12 @@ def drawn(seed: int) -> Trial:
     batch, length = draw.choice((4, 4, 8, 8, 12)), draw.choice((8, 32, 100))
     job = Job(batch, length, draw.choice(("bf16", "bf16", "fp32")), draw.choice(("adamw", "sgd")))
     trial = Trial(seed, model, job, drawn_cluster(draw, shape), {"tp": 1, "cp": 1, "offload": "none"})
+    if offload:
+        trial = dataclasses.replace(trial, cluster=_linked(trial.cluster, seed), fix={"tp": 1, "cp": 1})
     wishes = ({}, {"schedule": draw.choice(list(SCHEDULES))}, {"pp": draw.choice((2, 4))})
     wished = dataclasses.replace(trial, fix={**trial.fix, **draw.choice(wishes)})
     trial = wished if size(wished) else trial
-    while size(trial) > MOST:
+    while size(trial) > (MOST // 2 if offload else MOST):
         config = draw.choice(space(trial))
         key = draw.choice([k for k in ("zero", "micro_batch", "pp", "schedule", "recompute") if k not in trial.fix])
         value = draw.choice(("none", "full")) if key == "recompute" else getattr(config, key)
@@ -149,13 +167,15 @@ def block_costs(context: Context, config: Config) -> list[list[BlockCost]]:
     found = []
     for block in context.model.blocks:
         repeated = bool(block.path) or not layers
-        names = choices(None, False, extended=repeated) if fixed is None else (fixed if repeated else "none",)
+        given = fixed if repeated or fixed is None else "none"
+        open_too = repeated and context.fix.offload is None and context.cluster.device.host_bandwidth > 0
+        names = choices(given, None if open_too else False, extended=repeated)
         if halved:
-            names = tuple(name for name in names if name == "none")
+            names = tuple(name for name in names if name.startswith("none"))
         key = (block.kind, config.micro_batch, names)
         if key not in context.memo:
             costs = context.costs.of(context.model.kinds[block.kind], whole[block.kind], prices, names)
-            once = {(c.forward_s, c.backward_s, c.inflight, c.transient): c for c in reversed(costs.values())}
+            once = {(c.forward_s, c.backward_s, c.inflight, c.transient, c.hosted): c for c in reversed(costs.values())}
             context.memo[key] = list(once.values())[::-1]
         found.append(context.memo[key])
     return found
@@ -173,4 +193,4 @@ def enumerated(trial: Trial) -> Iterator[Priced]:
                 stages = [way[start:stop] for start, stop in itertools.pairwise((0, *cuts, blocks))]
                 priced = assess(context, config, stages, boundary)
                 told = f"{config}, cut at {cuts}, {[cost.choice for cost in way]}"
-                yield Priced(priced.step_time, max(priced.rank_bytes()), config, told)
+                yield Priced(priced.step_time, max(priced.rank_bytes()), config, told, max(priced.host))

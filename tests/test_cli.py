@@ -89,7 +89,11 @@ def test_search_takes_an_objective(command, searched):
 
 def test_search_takes_limits(command, searched):
     command(*SEARCH, "--gap", "0.002", "--time-limit", "9.5", "--work-limit", "7")
-    assert searched["limits"] == {"gap": 0.002, "time_limit": 9.5, "work_limit": 7}
+    limits = {"gap": 0.002, "time_limit": 9.5, "work_limit": 7}
+    assert searched["limits"] == {**limits, "equal_blocks": True}
+    for given, equal in (("--equal-blocks", True), ("--no-equal-blocks", False)):
+        command(*SEARCH, given)
+        assert searched["limits"] == {"equal_blocks": equal}
 
 
 def test_json_is_one_object_and_nothing_else(command, searched):

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import autopar
+from autopar.cluster import Device
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.ranks import fake_mesh
 from autopar.codegen.runtime import offload as runtime
@@ -25,10 +26,11 @@ from autopar.codegen.runtime.offload import Parcel, Visit, offload
 from autopar.codegen.runtime.recompute import selective
 from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify
-from autopar.errors import InfeasibleError, UnsupportedError
+from autopar.errors import AutoparError, InfeasibleError, UnsupportedError
 from autopar.graph.trace import trace
 from autopar.plan import Mesh, Plan
 from autopar.solver import recompute as pricing
+from autopar.solver import reprice
 from autopar.solver.candidates import BlockCosts, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import OpCosts
@@ -249,6 +251,56 @@ def test_offload_is_priced() -> None:
         assert there.forward_s == pytest.approx(max(here.forward_s, moved / link))
         assert there.backward_s == pytest.approx(max(here.backward_s, moved / link))
     assert found["none", "activations"].forward_s > found["none", "none"].forward_s
+
+
+def test_the_search_offloads_where_that_beats_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found, faster than all that recomputes, and computed right; not where it is fixed, or no link is known."""
+    monkeypatch.setattr(pricing, "SMALL", 0)
+    model = llama(3)
+    graph = graph_of(model)
+    job, fix = autopar.Job(global_batch=8, seq_len=64, dtype="fp64"), {"dp": 2, "tp": 2, "micro_batch": 4, "zero": 1}
+    cluster = autopar.Cluster.parse("1x4:h100")
+    slow = replace(cluster.device, peak_flops={"fp64": 1e9}, reserve_bytes=0, host_bandwidth=1e11)
+
+    def on(device: Device) -> autopar.Cluster:
+        return replace(cluster, groups=(replace(cluster.groups[0], device=device),))
+
+    roomy = search(graph, job, on(slow), fix)
+    assert not any(candidate.offload for candidate in roomy.candidates.values())
+    tight = replace(slow, memory_bytes=int(0.6 * roomy.stages[0].total_bytes))
+    plan, here = search(graph, job, on(tight), fix), search(graph, job, on(tight), {**fix, "offload": "none"})
+    assert any(candidate.offload for candidate in plan.candidates.values())
+    assert any(candidate.recompute != "none" for candidate in here.candidates.values())
+    assert not any(candidate.offload for candidate in here.candidates.values())
+    assert plan.predicted.step_time < 0.95 * here.predicted.step_time
+    assert ", activations on the host" in str(plan)
+    unknown = search(graph, job, on(replace(tight, host_bandwidth=0.0)), fix)
+    assert unknown.predicted.step_time == here.predicted.step_time
+    assert "offload(block" in module_source(plan, graph)
+    assert verify(plan, model).worst[1] <= 1e-10
+
+
+def test_what_comes_back_under_a_split_backward_stays_until_its_weights_are_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between the halves, so that memory counts it; on the first stage all is one half."""
+    torch.manual_seed(0)
+    block = nn.Linear(64, 64, bias=False)
+    x = torch.randn(4, 64, requires_grad=True)
+    result = offload(block, x.sin())
+    (handed,) = torch.autograd.grad(result.sum(), x, retain_graph=True)
+    assert handed.shape == x.shape
+    assert any(parcel.back is not None for parcel in gc.get_objects() if type(parcel) is Parcel)
+    del result
+    monkeypatch.setattr(pricing, "SMALL", 0)
+    graph = graph_of(llama(4))
+    job = autopar.Job(global_batch=8, seq_len=64)
+    fix = {"pp": 2, "schedule": "zbv", "zero": 1, "dp": 2, "micro_batch": 1, "recompute": "none"}
+    plan = search(graph, job, on_host(0), {**fix, "offload": "activations"})
+    check_price(plan, graph)
+    monkeypatch.setattr(reprice, "moved_bytes", lambda *_: 0)
+    with pytest.raises(AutoparError, match="memory of stage"):
+        check_price(plan, graph)
 
 
 def test_offload_without_a_known_link_is_refused() -> None:

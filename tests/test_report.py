@@ -15,7 +15,7 @@ from autopar.report.words import describe
 KEYS = [
     *("model", "cluster", "job", "mesh", "micro_batch", "schedule", "stages"),
     *("step_time_s", "tokens_per_second", "mfu", "interval", "memory", "bound_s", "gap", "status"),
-    *("searched", "seconds", "objective"),
+    *("searched", "seconds", "objective", "equal_blocks"),
 ]
 
 
@@ -67,7 +67,7 @@ def test_text_tells_context_ranks_shard_groups_schedule_and_offload():
         "pp=2 x dp=1 x cp=2 x tp=2 (pp: pipeline stages; cp: context (keys gathered) parallel; tp: nothing split)",
         "zbv, 2 stages on each rank",
         "ZeRO-1 over groups of 1 data ranks, recompute selective(matmul+attention) for 2 of 4 blocks",
-        "parameters, gradients, optimizer state, activations on the host",
+        "parameters, gradients, optimizer state, activations of 2 blocks on the host",
         "saved tensors on the host",
     ):
         assert part in " ".join(text.split())

@@ -176,6 +176,18 @@ def test_offloaded_state_crosses_the_host_link_both_ways():
     assert far.optimizer_s(N) > 10 * near.optimizer_s(N)
 
 
+def test_shards_and_activations_come_back_over_one_link():
+    link, far = Cluster.parse("1x8:h100").device.host_bandwidth, data_axis(3, offload="state")
+    n = 10**8
+    shard, fetched = n / 8 * 4 / link, 0.2
+    plain, moved = (far.stage([BlockTime(0.1, 0.2, n, fetched_s=s)] * 4).backward_s for s in (0.0, fetched))
+    assert moved >= 4 * (fetched + shard)
+    assert moved > plain
+    # Nothing else comes over it where the state is on the device, and the block's own seconds hold its copies.
+    near = data_axis(3)
+    assert near.stage([BlockTime(0.1, 0.2, n, fetched_s=0.2)]) == near.stage([BlockTime(0.1, 0.2, n)])
+
+
 def test_the_root_group_is_gathered_once_and_reduced_last():
     axis, n = data_axis(3), 10**8
     ends = [BlockTime(0.0, 0.0, n, root=True), BlockTime(0.0, 0.0, n, root=True)]

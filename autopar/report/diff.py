@@ -117,6 +117,7 @@ def decided(plan: Plan) -> dict[str, str]:
         "state on the host": value_text(plan.offload == "state"),
         "activations on the host": _by_block(plan, lambda name: value_text(plan.candidates[name].offload)),
         "heads padded to": str(plan.pad_heads),
+        "equal blocks": value_text(plan.equal_blocks),
     }
 
 

@@ -11,6 +11,7 @@ from autopar.plan import Candidate, Plan
 from autopar.report.columns import span
 from autopar.report.find import find_kind
 from autopar.report.recompute_choices import RecomputeChoice, recompute_choices
+from autopar.report.text import equal_blocks_words
 from autopar.report.words import operator_name, strategy_words
 from autopar.sharding.check import chosen
 from autopar.sharding.conversions import COMMUNICATES, path
@@ -94,6 +95,7 @@ class BlockAnswer:
     kind: str
     axes: dict[str, int]
     candidates: tuple[CandidateAnswer, ...]
+    equal_blocks: str = ""
 
 
 def explain_block(plan: Plan, model: ModelGraph, name: str) -> BlockAnswer:
@@ -111,7 +113,9 @@ def explain_block(plan: Plan, model: ModelGraph, name: str) -> BlockAnswer:
             spans.setdefault(run.candidate, []).append((run.start, run.stop))
     prices = AxisPrices(context.ops, context.collectives, plan.mesh.model_axes(), plan.micro_batch)
     answers = [_candidate(plan, model, kind, plan.candidates[name], prices, runs) for name, runs in spans.items()]
-    return BlockAnswer(kind.name, plan.mesh.model_axes(), tuple(answers))
+    several = sum(answer.count for answer in answers) > 1
+    told = equal_blocks_words(plan) if several else ""
+    return BlockAnswer(kind.name, plan.mesh.model_axes(), tuple(answers), told)
 
 
 def _candidate(

@@ -139,7 +139,10 @@ def _words(words: Mapping[str, str]) -> str:
 
 def block_text(answer: BlockAnswer) -> str:
     """Every candidate of the kind: operators, conversions, seconds, bytes, recomputation."""
-    return "\n\n".join("\n".join(_candidate_lines(answer.kind, one)) for one in answer.candidates)
+    sections = [_candidate_lines(answer.kind, one) for one in answer.candidates]
+    if answer.equal_blocks:
+        sections.append(item("equal blocks", answer.equal_blocks))
+    return "\n\n".join(map("\n".join, sections))
 
 
 def _candidate_lines(kind: str, one: CandidateAnswer) -> list[str]:
@@ -225,9 +228,13 @@ def _why(one: CandidateAnswer) -> str:
     unit, scale = memory_unit(best.short)
     return (
         f"{mine.name}, because memory is short: {best.name} would be {seconds_text(-best.step_s)} a step faster, but "
-        f"rank {best.rank} would lack {bytes_text(best.short, scale)} {unit}; there is room for {best.blocks} of "
+        f"{_where(best)} would lack {bytes_text(best.short, scale)} {unit}; there is room for {best.blocks} of "
         f"{one.count} blocks so"
     )
+
+
+def _where(choice: RecomputeChoice) -> str:
+    return f"rank {choice.rank}'s host" if choice.on_host else f"rank {choice.rank}"
 
 
 def _choice_row(choice: RecomputeChoice, scale: int) -> Sequence[str]:
@@ -242,7 +249,7 @@ def _choice_row(choice: RecomputeChoice, scale: int) -> Sequence[str]:
             "refused by the schedule",
         )
     unit, size = memory_unit(choice.short)
-    note = f"rank {choice.rank} short of {bytes_text(choice.short, size)} {unit}" if choice.short else "fits"
+    note = f"{_where(choice)} short of {bytes_text(choice.short, size)} {unit}" if choice.short else "fits"
     return (
         choice.name,
         signed(choice.block_s, seconds_text),

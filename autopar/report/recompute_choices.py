@@ -22,8 +22,9 @@ class RecomputeChoice:
 
     ``block_s``: seconds of a block more than under the plan's choice, forward and backward of one micro-batch;
     ``kept``, ``transient``: bytes of a block that it keeps for backward, and needs while it runs. ``step_s``: seconds
-    of the step more than the plan's; ``short``: bytes that the fullest rank, ``rank``, lacks (0: it fits), ``blocks``:
-    to how many blocks of the candidate it can be given before a rank runs out of memory. ``refused``: why the plan's
+    of the step more than the plan's; ``short``: bytes that the fullest rank, ``rank``, lacks (0: it fits), ``on_host``:
+    whether it lacks them on its host; ``blocks``: to how many blocks of the candidate it can be given before a rank
+    runs out of memory. ``refused``: why the plan's
     schedule does not allow it.
     """
 
@@ -35,6 +36,7 @@ class RecomputeChoice:
     step_s: float = 0.0
     rank: int = 0
     short: int = 0
+    on_host: bool = False
     blocks: int = 0
     refused: str = ""
 
@@ -44,14 +46,13 @@ def recompute_choices(plan: Plan, model: ModelGraph, candidate: Candidate) -> tu
     context = context_of(plan, model).padded(plan.pad_heads)
     prices = AxisPrices(context.ops, context.collectives, candidate.decision.axes, plan.micro_batch)
     kind = context.model.kinds[candidate.decision.kind]
-    mine = recompute_text(candidate) + ("/offload" if candidate.offload else "")
-    others = choices(None, candidate.offload, extended=True)
+    mine = _name(candidate)
+    given = context.fix.offload is not None or not context.cluster.device.host_bandwidth
+    others = choices(None, candidate.offload if given else None, extended=True)
     names = [mine, *sorted(others, key=lambda name: name.startswith("selective"))]  # "full" names what keeps nothing
     costs = context.costs.of(kind, candidate.decision, prices, dict.fromkeys(names))
     base, own = price_plan(plan, model), costs[mine]
-    found = [
-        RecomputeChoice(mine.partition("/")[0], True, 0.0, own.inflight, own.transient, blocks=_count(plan, candidate))
-    ]
+    found = [RecomputeChoice(mine, True, 0.0, own.inflight, own.transient, blocks=_count(plan, candidate))]
     seen = {_entries(own)}
     for name in names:
         cost = costs[name]
@@ -59,12 +60,15 @@ def recompute_choices(plan: Plan, model: ModelGraph, candidate: Candidate) -> tu
             continue
         seen.add(_entries(cost))
         more = cost.forward_s + cost.backward_s - own.forward_s - own.backward_s
-        told = recompute_text(_switched(candidate, cost))
-        one = RecomputeChoice(told, False, more, cost.inflight, cost.transient)
+        one = RecomputeChoice(_name(_switched(candidate, cost)), False, more, cost.inflight, cost.transient)
         recompute = Chosen.of(plan).recompute | {cost.recompute}
         limit = next(refusals(replace(Chosen.of(plan), recompute=recompute)), None)
         found.append(replace(one, refused=limit.reason) if limit else _placed(plan, model, candidate, cost, base, one))
     return tuple(sorted(found, key=lambda one: (not one.chosen, one.block_s)))
+
+
+def _name(candidate: Candidate) -> str:
+    return recompute_text(candidate) + ("/offload" if candidate.offload else "")
 
 
 def _entries(cost: BlockCost) -> tuple[object, ...]:
@@ -77,11 +81,19 @@ def _placed(
     """``one`` with what it means for the plan."""
     every = range(len(model.blocks))
     priced = price_plan(_with(plan, candidate, cost, every), model)
-    held = _rank_bytes(plan, priced)
-    rank = max(range(len(held)), key=held.__getitem__)
-    short = max(0, held[rank] - plan.cluster.device.memory_bytes)
+    lacking = {where: _lacking(plan, priced, where == "host") for where in ("device", "host")}
+    where = "device" if max(lacking["device"]) > 0 else "host"
+    short = max(0, *lacking[where])
+    rank = lacking[where].index(max(lacking[where]))
     blocks = _count(plan, candidate) if not short else _most_blocks(plan, model, candidate, cost)
-    return replace(one, step_s=priced.step_time - base.step_time, rank=rank, short=short, blocks=blocks)
+    return replace(
+        one,
+        step_s=priced.step_time - base.step_time,
+        rank=rank,
+        short=short,
+        on_host=where == "host" and short > 0,
+        blocks=blocks,
+    )
 
 
 def _most_blocks(plan: Plan, model: ModelGraph, candidate: Candidate, cost: BlockCost) -> int:
@@ -93,7 +105,7 @@ def _most_blocks(plan: Plan, model: ModelGraph, candidate: Candidate, cost: Bloc
         while low < high:
             middle = (low + high + 1) // 2
             priced = price_plan(_with(plan, candidate, cost, own[:middle]), model)
-            if _rank_bytes(plan, priced)[rank] <= plan.cluster.device.memory_bytes:
+            if max(_lacking(plan, priced)[rank], _lacking(plan, priced, host=True)[rank]) <= 0:
                 low = middle
             else:
                 high = middle - 1
@@ -101,8 +113,13 @@ def _most_blocks(plan: Plan, model: ModelGraph, candidate: Candidate, cost: Bloc
     return total
 
 
-def _rank_bytes(plan: Plan, priced: Repriced) -> list[int]:
-    return [sum(sum(priced.memory[stage].values()) for stage in plan.stages_of(rank)) for rank in range(plan.mesh.pp)]
+def _lacking(plan: Plan, priced: Repriced, host: bool = False) -> list[int]:
+    """Bytes that each rank lacks, on its device or its ``host``; below zero: has to spare."""
+    device = plan.cluster.device
+    if host:
+        return [held - device.host_memory_bytes if device.host_memory_bytes else 0 for held in priced.host]
+    ranks = (sum(sum(priced.memory[stage].values()) for stage in plan.stages_of(rank)) for rank in range(plan.mesh.pp))
+    return [held - device.memory_bytes for held in ranks]
 
 
 def _blocks(stage: Stage, candidate: Candidate) -> list[int]:
@@ -122,6 +139,7 @@ def _switched(candidate: Candidate, cost: BlockCost) -> Candidate:
         backward_s=cost.backward_s,
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
+        offload=cost.offload,
     )
 
 

@@ -13,9 +13,9 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     """Plain JSON values: seconds, bytes, and counts.
 
     ``cluster`` is the short form (``"8x8:h100"``); ``mesh`` axis sizes, outermost first; ``memory`` bytes per rank by
-    kind, one object per stage; ``searched`` counts; ``seconds`` by phase; ``objective`` what was sought and reached.
-    ``profile`` is there where a profile had a part in the prices: its digest and title, and the part of the blocks'
-    seconds from each source.
+    kind, one object per stage; ``searched`` counts; ``seconds`` by phase; ``objective`` what was sought and reached;
+    ``equal_blocks`` whether blocks of a kind share one sharding, and what that costs. ``profile`` is there where a
+    profile had a part in the prices: its digest and title, and the part of the blocks' seconds from each source.
     """
     predicted, measured = plan.predicted, plan.cluster.device.measured
     record = {
@@ -37,10 +37,25 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "searched": dict(plan.searched),
         "seconds": dict(plan.seconds),
         "objective": _objective_record(plan),
+        "equal_blocks": _equal_blocks_record(plan),
     }
     if measured:
         record["profile"] = {"digest": measured.digest, "title": measured.title, "sources": source_mix(plan)}
     return record
+
+
+def _equal_blocks_record(plan: Plan) -> dict[str, Any]:
+    """Whether blocks of a kind share one sharding; if so, seconds that freedom would gain: in this configuration, and
+    at most in any."""
+    free, step = plan.free_step_time, plan.predicted.step_time
+    if not plan.equal_blocks or free is None:
+        return {"on": plan.equal_blocks}
+    return {
+        "on": True,
+        "free_step_time_s": free,
+        "gain_s": step - free,
+        "gain_at_most_s": max(0.0, step - plan.bound),
+    }
 
 
 def _objective_record(plan: Plan) -> dict[str, Any]:

@@ -54,10 +54,11 @@ def chosen(plan: Plan) -> dict[str, str]:
         "fsdp": str(plan.fsdp),
         "recompute": recompute_words(plan),
         "schedule": plan.schedule,
+        "offload": offload_words(plan),
     }
     if mesh.tp > 1:
         whole["sp"] = value_text("sequence parallel" in _names(plan, next(iter(mesh.tp_axes()))))
-    neutral = {"cp": "1", "fsdp": str(mesh.data if plan.zero else 1)}
+    neutral = {"cp": "1", "offload": "none", "fsdp": str(mesh.data if plan.zero else 1)}
     whole = {key: value for key, value in whole.items() if neutral.get(key) != value}
     return {key: value for key, value in whole.items() if key not in plan.fixed and "mesh" not in plan.fixed}
 
@@ -108,11 +109,30 @@ def recompute_text(candidate: Candidate) -> str:
     return f"selective({'+'.join(candidate.saved)})" if candidate.recompute == "selective" else candidate.recompute
 
 
+def offload_words(plan: Plan) -> str:
+    """What waits on the host, as `fix` writes it, and of how many blocks the activations do, if not of all layers."""
+    activations = _activations(plan)
+    if not activations:
+        return plan.offload
+    return activations.replace("activations", "all", 1) if plan.offload == "state" else activations
+
+
 def _offload(plan: Plan) -> str:
     waiting = ["parameters, gradients, optimizer state"] if plan.offload == "state" else []
-    if any(plan.candidates[run.candidate].offload for stage in plan.stages for run in stage.runs):
-        waiting.append("activations")
+    waiting += filter(None, [_activations(plan)])
     return f", {', '.join(waiting)} on the host" if waiting else ""
+
+
+def _activations(plan: Plan) -> str:
+    """What is said of activations on the host: of how many blocks, where others of their kinds keep them."""
+    counts: dict[str, Counter[bool]] = {}
+    for run in (run for stage in plan.stages for run in stage.runs):
+        candidate = plan.candidates[run.candidate]
+        counts.setdefault(candidate.decision.kind, Counter())[candidate.offload] += run.stop - run.start
+    moving = [count for count in counts.values() if count[True]]
+    if not any(count[False] for count in moving):
+        return "activations" if moving else ""
+    return f"activations of {counted(sum(count[True] for count in moving), 'blocks')}"
 
 
 def _prediction(plan: Plan) -> list[str]:
@@ -131,6 +151,8 @@ def _prediction(plan: Plan) -> list[str]:
         *item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in parts)),
         *item("bound", f"{seconds_text(plan.bound)}, gap {percent(plan.gap)}, {plan.status} in the searched space"),
     ]
+    if told := equal_blocks_words(plan):
+        lines += item("equal blocks", told)
     if plan.searched:
         lines += item("searched", ", ".join(counted(number, name) for name, number in plan.searched.items()))
     if plan.seconds:
@@ -157,6 +179,21 @@ def source_mix(plan: Plan) -> dict[str, float]:
     total = sum(seconds.values())
     largest = sorted(seconds.items(), key=lambda entry: -entry[1])
     return {name: value / total for name, value in largest if total}
+
+
+def equal_blocks_words(plan: Plan) -> str:
+    """Whether blocks of a kind share one sharding, and what that costs; "" where nobody looked."""
+    free, step = plan.free_step_time, plan.predicted.step_time
+    if not plan.equal_blocks:
+        return "may be sharded differently"
+    if free is None:
+        return ""
+
+    def told(seconds: float) -> str:
+        return f"{seconds_text(seconds)} ({percent(seconds / step)})" if seconds > 1e-9 * step else "nothing"
+
+    most = told(max(0.0, step - plan.bound))
+    return f"sharded alike; free, they gain {told(step - free)} here, at most {most} anywhere"
 
 
 def _objective(plan: Plan) -> list[str]:

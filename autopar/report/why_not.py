@@ -49,7 +49,7 @@ def why_not(plan: Plan, model: ModelGraph, asked: Iterable[str]) -> WhyNot:
     except UnsupportedError as error:
         return WhyNot(told, "unavailable", str(error))
     try:
-        found = search(model, plan.job, plan.cluster, fix)
+        found = search(model, plan.job, plan.cluster, fix, equal_blocks=plan.equal_blocks)
     except InfeasibleError as error:
         return WhyNot(told, "unavailable", str(error), short=True)
     except (BadInputError, UnsupportedError) as error:

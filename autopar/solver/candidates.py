@@ -31,7 +31,7 @@ from autopar.solver.decision_costs import (
 )
 from autopar.solver.liveness import Footprint, footprint
 from autopar.solver.prices import AxisPrices
-from autopar.solver.recompute import SMALL, Recompute, exposed_copy, rerun
+from autopar.solver.recompute import Recompute, exposed_copy, moved_of, rerun
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class BlockCost:
     """A block kind under a decision and a recompute choice, per rank and micro-batch.
 
     ``saved``: families of operators whose results selective recomputation keeps; ``offload``: what is kept waits on the
-    host. ``again_s``: of the seconds, those of recomputation; ``communication_s``: of the others, those in collectives.
+    host. ``again_s``: of the seconds, those of recomputation; ``copies_s``: those that wait for copies to the host and
+    back; ``communication_s``: of the others, those in collectives.
     ``elements``: parameters held on the model axes, ``frozen``: of these, those that do not train; ``inflight``: bytes
     kept for backward on the device, ``hosted``: on the host; ``transient``: bytes while it runs.
     ``sources``: seconds by where the figure is from.
@@ -60,6 +61,7 @@ class BlockCost:
     offload: bool = False
     frozen: int = 0
     hosted: int = 0
+    copies_s: float = 0.0
 
     @property
     def trains(self) -> int:
@@ -95,6 +97,7 @@ class BlockCost:
             backward_s=self.backward_s + back,
             inflight=self.inflight - moved,
             hosted=moved,
+            copies_s=out + back,
             transient=self.transient + 2 * moved,
         )
 
@@ -133,18 +136,17 @@ class BlockCosts:
         forward = {key: one.forward_s for key, one, _ in pieces}
         bandwidth = prices.ops.device.host_bandwidth
         found = {}
+        here = {"none": (plain, found_bytes.saved_sizes(batch))}  # on the device, with the tensors kept
         for name in choices:
             choice = Recompute.of(name)
-            if choice.recompute == "none":
-                cost, small = plain, 0
-                if choice.offload:
-                    small = _small(found_bytes.saved_sizes(batch))
-            else:
+            how = replace(choice, offload=False).name
+            if how not in here:
                 run = rerun(kind, decision, choice.saved, batch, self.job)
                 again_s, kept = sum(forward[key] for key in run.again), boundary + sum(run.kept.values())
-                cost = plain.recomputed(choice.recompute, run.families, again_s, kept)
-                small = _small([*boundary_parts(kind, decision, batch, self.job), *run.kept.values()])
-            found[name] = cost.offloaded(cost.inflight - small, bandwidth) if choice.offload else cost
+                sizes = [*boundary_parts(kind, decision, batch, self.job), *run.kept.values()]
+                here[how] = plain.recomputed(choice.recompute, run.families, again_s, kept), sizes
+            cost, sizes = here[how]
+            found[name] = cost.offloaded(moved_of(sizes), bandwidth) if choice.offload else cost
         return found
 
     def saved(self, kind: BlockKind, decision: BlockDecision, batch: int, lean: bool = False) -> int:
@@ -176,8 +178,4 @@ def moved_bytes(kind: BlockKind, candidate: Candidate, batch: int, job: Job) -> 
         sizes = boundary_parts(kind, decision, batch, job)
     if candidate.recompute == "selective":
         sizes += rerun(kind, decision, candidate.saved, batch, job).kept.values()
-    return sum(size for size in sizes if size >= SMALL)
-
-
-def _small(sizes: Iterable[int]) -> int:
-    return sum(size for size in sizes if size < SMALL)
+    return moved_of(sizes)

@@ -44,7 +44,11 @@ CAPABILITIES: dict[str, Capability] = {
         ("none", "selective", "full"),
         searched="none, full, selective where memory is short; for each block",
     ),
-    "offload": Capability("offload", ("none", "state", "activations", "all"), searched="none, state"),
+    "offload": Capability(
+        "offload",
+        ("none", "state", "activations", "all"),
+        searched="state; activations where memory is short, for each block",
+    ),
     "mesh": Capability("mesh", None),
     "stages": Capability("counts", None, searched="all contiguous splits"),
 }

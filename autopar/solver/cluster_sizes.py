@@ -26,7 +26,7 @@ from autopar.solver.config_bounds import has_room, loose_bound, refined_shape_bo
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix
 from autopar.solver.shardings import KnownShardings
-from autopar.solver.space import Shape, configs_of, shapes
+from autopar.solver.space import Shape, configs_of, offloads, shapes
 from autopar.solver.steps import Step
 
 LAST = Step.KINDS
@@ -64,12 +64,12 @@ def parts(cluster: Cluster) -> Iterator[Cluster]:
 class SizeBounds:
     """Bounds for the parts of one cluster."""
 
-    def __init__(self, model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None:
-        self.context = Context.of(model, job, cluster, fix)
+    def __init__(self, model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True) -> None:
+        self.context = Context.of(model, job, cluster, fix, equal_blocks)
         self._shardings = KnownShardings(self.context)
         sizes = [(prod(meta.at(1, 1)), meta.requires_grad) for meta in model.parameters.values()]
         kept = sum(elements * (1 + job.moments * trains) for elements, trains in sizes) * job.master_bytes
-        self._kept_bytes = 0 if fix.offload in ("state", "all") else kept
+        self._kept_bytes = 0 if "state" in offloads(cluster, fix) else kept
 
     def size(self, cluster: Cluster) -> Size | None:
         """A part with the first of its bounds; None if no mesh of the search's space is that large, or master

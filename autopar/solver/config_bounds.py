@@ -50,9 +50,8 @@ def refined_shape_bound(context: Context, shape: Shape, shardings: Shardings, st
 
 
 def has_room(context: Context, outline: Outline) -> bool:
-    """Whether memory could hold what one block has at hand in its backward, be it saved or made again, evenly split."""
-    if context.fix.offload in ("activations", "all"):
-        return True
+    """Whether memory could hold what one block has at hand in its backward, be it saved, made again or
+    brought back from the host, evenly split."""
     room = context.cluster.device.memory_bytes - context.cluster.device.reserve_bytes
     return _saved_bytes(context) * outline.micro_batch / outline.ranks <= room
 
@@ -307,7 +306,6 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
         optimizer = min(_least_optimizer(context, one, trains / place.memory.shards) for one, place in pairs)
         reduce = min(place.data.reduce_s(int(trains)) if place.data.exposes else 0.0 for place in places)
         resident = min(place.memory.least_resident(elements, run.root and run.sure, frozen) for place in places)
-        forward, backward = _least_forward(config, shardings, kind), shardings.kind_bounds(False)[kind].backward_s
         sure = _sure_halves(context, config, kind) if SCHEDULES[config.schedule].splits_backward else (0.0, 0.0)
         options = []
         # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
@@ -318,7 +316,9 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
             if shardings.size == 1:  # there is one decision, and these are its bytes
                 cost = shardings.fastest().costs[kind][choice]
                 kept, needed = float(cost.inflight), float(cost.transient) if first_back else 0.0
-            ahead = min(forward, seconds[choice])
+            forward, backward = shardings.least_parts(kind, choice)
+            # The slowest forward and backward count apart under GPipe: only their sum is known.
+            ahead = min(forward, seconds[choice]) if config.schedule != "gpipe" else 0.0
             back = seconds[choice] - ahead
             # Nothing is known of the halves of a backward: all of it may wait.
             options.append(
@@ -337,7 +337,7 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
                     sure_weight_s=sure[1],
                 )
             )
-        runs.append(BlockRun(kind, run.count, tuple(options)))
+        runs.append(BlockRun(kind, run.count, _unbeaten(options)))
     room = context.cluster.device.memory_bytes
     overhead = overheads(places[0], config, least=True)
     beside = [least_stage(context, one, place.data) for one, place in pairs]
@@ -371,10 +371,21 @@ def _sure_halves(context: Context, config: Config, kind: str) -> tuple[float, fl
     return float(first), float(second)
 
 
-def _least_forward(config: Config, shardings: Shardings, kind: str) -> float:
-    """Of a kind's least seconds, those that surely are forward. None under GPipe, whose slowest forward and backward
-    count apart: only their sum is known."""
-    return shardings.kind_bounds(False)[kind].forward_s if config.schedule != "gpipe" else 0.0
+def _unbeaten(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Without those that another one takes no more seconds and bytes than, of whatever part of the block they are."""
+
+    def entries(option: Option) -> tuple[float, ...]:
+        sure = option.backward_s - option.either_s
+        return option.forward_s, option.backward_s, sure, option.inflight, option.transient
+
+    kept: list[Option] = []
+    for place, option in enumerate(options):
+        mine = entries(option)
+        others = (*kept, *options[place + 1 :])
+        beaten = (all(a <= b for a, b in zip(entries(other), mine, strict=True)) for other in others)
+        if not any(beaten):
+            kept.append(option)
+    return tuple(kept)
 
 
 def _least_optimizer(context: Context, config: Config, share: float) -> float:

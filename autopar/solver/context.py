@@ -35,7 +35,8 @@ class Clock:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of one search shares. ``paddings``: its like for the model with padded heads."""
+    """What every part of one search shares. ``equal_blocks``: see there; ``paddings``: its like for the model with
+    padded heads."""
 
     model: ModelGraph
     job: Job
@@ -48,11 +49,12 @@ class Context:
     clock: Clock
     counts: dict[str, int]
     halved: HalvedBackward
+    equal_blocks: bool = True
     paddings: dict[int, Context] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Context:
+    def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True) -> Context:
         counts = Counter(block.kind for block in model.blocks)
         ops = OpCosts(cluster.device, job)
         return Context(
@@ -67,6 +69,7 @@ class Context:
             Clock(),
             counts,
             HalvedBackward(ops),
+            equal_blocks,
         )
 
     def padded(self, ranks: int) -> Context:
@@ -85,13 +88,15 @@ class Context:
 
     def freedom(self, extended: bool = False) -> list[tuple[str, tuple[str, ...]]]:
         """For each block its kind and the recompute choices the fix leaves. ``extended``: with those that only pay
-        where memory is short (`recompute.choices`)."""
+        where memory is short (`recompute.choices`): selective lists, and offload where there is a link to the host."""
         if ("freedom", extended) not in self.memo:
             found: list[tuple[str, tuple[str, ...]]] = []
             for index, block in enumerate(self.model.blocks):
                 repeated = self.repeated(block)
                 fixed = self.fix.recompute_of(index, block.kind, repeated)
-                moves = repeated and self.fix.offload in ("activations", "all")
+                moves: bool | None = repeated and self.fix.offload in ("activations", "all")
+                if repeated and self.fix.offload is None and self.cluster.device.host_bandwidth:
+                    moves = None
                 found.append((block.kind, choices(fixed, moves, extended and repeated)))
             self.memo["freedom", extended] = found
         return list(self.memo["freedom", extended])

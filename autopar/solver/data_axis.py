@@ -36,7 +36,9 @@ C + M into the reduction, or C + 2M when the gradient is accumulated for a later
 State offload: every gather first brings the shard from the host, and every reduction takes its shard there
 (`Device.host_bandwidth`; both count as part of the channel), and the optimizer runs on the host: memory-bound as on
 the device, at `Device.host_memory_bandwidth`. A shard that is reduced in several micro-batches is added to what waits
-on the host; where replicas still have to add theirs, it stays on the device until the last.
+on the host; where replicas still have to add theirs, it stays on the device until the last. Under zero 3 shards come
+to the device for a backward over the link that brings back what blocks saved: a block's backward is no shorter than
+both.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class BlockTime:
     """One block on one rank: its own seconds per micro-batch, parameter elements held on the model axes, and whether
     it is in the root group. ``weight_s``: of the backward, the part that gives weight gradients alone. ``frozen``: of
     the elements, those that do not train: gathered like the others, but without a gradient to reduce. ``still``: no
-    gradient passes the block (`ir.BlockKind.passes_gradient`), so it has no backward."""
+    gradient passes the block (`ir.BlockKind.passes_gradient`), so it has no backward. ``fetched_s``: seconds in which
+    what it saved comes back from the host."""
 
     forward_s: float
     backward_s: float
@@ -64,6 +67,7 @@ class BlockTime:
     weight_s: float = 0.0
     frozen: int = 0
     still: bool = False
+    fetched_s: float = 0.0
 
     @property
     def trains(self) -> int:
@@ -265,7 +269,11 @@ class DataAxis:
         if self.gathers_each:
             again = [0.0 if block.still else gather for block, gather in zip(blocks, gathers, strict=True)]
             copies = [0.0 if block.still else copy for block, copy in zip(blocks, gather_copies, strict=True)]
-            backward = [b + copy for b, copy in zip(backward, copies, strict=True)]
+            links = [0.0 if block.root or block.still else self._host_s(block.elements) for block in blocks]
+            backward = [
+                max(b + copy, block.fetched_s + link if block.fetched_s else 0.0)
+                for b, copy, block, link in zip(backward, copies, blocks, links, strict=True)
+            ]
         last = hidden_backward(backward, again, reduces, root_reduce_copy, root_reduce)
         if not self.defers:
             plain = hidden_backward(backward, again, scatters, root_reduce_copy, root_scatter)

@@ -106,11 +106,13 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
 
 
 def halves(context: Context, config: Config, cost: BlockCost) -> Halves:
-    """Seconds of a block's weight gradients and bytes that wait for them, if the schedule halves backwards."""
+    """Seconds of a block's weight gradients and bytes that wait for them, if the schedule halves backwards: also what
+    came back from the host, which stays until the graph is gone."""
     if not SCHEDULES[config.schedule].splits_backward:
         return 0.0, 0
     context = context.padded(config.pad_heads)
-    return context.halved.of(context.model.kinds[cost.kind], cost.decision, config.micro_batch)
+    seconds, waiting = context.halved.of(context.model.kinds[cost.kind], cost.decision, config.micro_batch)
+    return seconds, waiting + cost.hosted
 
 
 Shared = tuple[int, int]
@@ -173,6 +175,7 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
                         half[0],
                         c.frozen - still,
                         not context.model.kinds[c.kind].passes_gradient,
+                        c.hosted / context.cluster.device.host_bandwidth if c.hosted else 0.0,
                     )
                     for c, (double, still), root, half in row
                 ]
@@ -213,13 +216,15 @@ def step(
     blocks = [block for s in owned[last] for block in stages[s]]
     again = sum(block.again_s for block in blocks)
     talk = sum(block.communication_s for block in blocks)
+    copies = sum(block.copies_s for block in blocks)
     own = sum(block.forward_s + block.backward_s for block in blocks)
     busy = sum(m * (t.forward_s + t.backward_s) + t.first_s + (0.0 if t.reduces_s else t.last_s) for t in mine)
     exposed = timeline.exposed[last]
     return total, {
-        "computation": m * (own - again - talk),
+        "computation": m * (own - again - talk - copies),
         "recomputation": m * again,
         "model axis communication": m * talk,
+        "host copies": m * copies,
         "data axis": busy - m * own + exposed,
         "pipeline wait": timeline.ends[last] - busy - exposed if config.pp > 1 else 0.0,
         "tied weights": tied_s,

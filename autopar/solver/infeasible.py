@@ -11,11 +11,12 @@ from typing import Any, cast
 
 from autopar.cluster import Cluster
 from autopar.solver.context import Context
+from autopar.solver.equal_blocks import together
 from autopar.solver.evaluate import Assessment, assess, host_shortage
 from autopar.solver.fix import Fix
 from autopar.solver.shardings import Answered, KnownShardings
 from autopar.solver.space import Config, configs
-from autopar.solver.spread import best_stages, compatible, spread, stage_problem
+from autopar.solver.spread import best_stages, spread, stage_problem
 from autopar.solver.stages import rank_bytes, solve_stages
 
 GIB = 2**30
@@ -61,16 +62,17 @@ def _leanest(space: Iterable[Config], tries: int = TRIES) -> list[Config]:
     return nsmallest(tries, space, key=lambda c: (c.vpp, c.micro_batch, -c.zero, -c.fsdp, -c.pp * c.tp, c))
 
 
-def _answers(config: Config, known: KnownShardings) -> list[list[Answered]]:
+def _answers(context: Context, config: Config, known: KnownShardings) -> list[list[Answered]]:
     shardings = known.of(config.sharding)
-    return compatible([shardings.fastest(), *shardings.lean()])
+    return list(together(context, [shardings.fastest(), *shardings.lean()]))
 
 
 def _least_memory(context: Context, config: Config, known: KnownShardings) -> Iterator[Assessment]:
     """Stages that use the least memory, whatever the room."""
-    for answers in _answers(config, known):
-        problem, costs_of = stage_problem(context, config, answers)
+    for answers in _answers(context, config, known):
+        problem, costs_of = stage_problem(context, config, answers, extended=True)
         boundary = max(answer.boundary for answer in answers)
+        problem = replace(problem, host_room=float("inf"))
         found = solve_stages(replace(problem, capacity=UNLIMITED), balance=False)
         if found is None:
             continue
@@ -158,9 +160,12 @@ def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> C
     """A configuration that fits, among those that take least memory."""
     key = ("fits", fix, str(cluster), tries)  # what is in conflict and what would fit ask alike
     if key not in context.memo:
-        other = Context.of(context.model, context.job, cluster, fix)
+        other = Context.of(context.model, context.job, cluster, fix, context.equal_blocks)
         known = KnownShardings(other)
-        leanest = _leanest(configs(context.model, context.job, cluster, fix), tries)
-        fitting = (c for c in leanest if any(best_stages(other, c, answers) for answers in _answers(c, known)))
+        fitting = (
+            config
+            for config in _leanest(configs(context.model, context.job, cluster, fix), tries)
+            if any(best_stages(other, config, some, extended=True) for some in _answers(other, config, known))
+        )
         context.memo[key] = next(fitting, None)
     return cast(Config | None, context.memo[key])

@@ -54,11 +54,13 @@ Law = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """``saved``: each storage kept for backward, the input included; ``peaks``: what is alive at the times that are
-    the peak for some batch; both laws for ``batch`` samples."""
+    the peak for some batch; ``views``: of each storage kept, the smallest tensor in it that is; all of them laws for
+    ``batch`` samples."""
 
     batch: int
     saved: tuple[Law, ...]
     peaks: tuple[Law, ...]
+    views: tuple[Law, ...]
 
     def saved_bytes(self, batch: int) -> int:
         """Bytes kept for backward with ``batch`` samples, the input included."""
@@ -66,11 +68,18 @@ class Footprint:
 
     def saved_sizes(self, batch: int) -> list[int]:
         """`saved_bytes`, storage by storage."""
-        return [fixed + grows * batch // self.batch for fixed, grows in self.saved]
+        return self._at(self.saved, batch)
+
+    def view_sizes(self, batch: int) -> list[int]:
+        """Of each of these storages, the bytes of the smallest tensor in it that is kept."""
+        return self._at(self.views, batch)
+
+    def _at(self, laws: tuple[Law, ...], batch: int) -> list[int]:
+        return [fixed + grows * batch // self.batch for fixed, grows in laws]
 
     def peak_bytes(self, batch: int) -> int:
         """The most bytes alive at once with ``batch`` samples."""
-        return max((fixed + grows * batch // self.batch for fixed, grows in self.peaks), default=0)
+        return max(self._at(self.peaks, batch), default=0)
 
 
 def footprint(kind: BlockKind, decision: BlockDecision, job: Job, lean: bool = False) -> Footprint:
@@ -82,19 +91,24 @@ def footprint(kind: BlockKind, decision: BlockDecision, job: Job, lean: bool = F
         run = _Run(kind, decision, batch, job, lean)
         live.reset(run.outside)
         kept: dict[int, Tensor] = {}
+        least: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            kept.setdefault(storage_key(tensor), tensor)
+            key = storage_key(tensor)
+            kept.setdefault(key, tensor)
+            least[key] = min(least.get(key, tensor.nbytes), tensor.nbytes)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             end = run.forward()
-        made = [key for key in kept if live.knows(key) and key not in run.returned and key not in run.handed]
-        sizes = list(run.handed.values()) + [live.size(key) for key in made]
+        made = [key for key in kept if live.knows(key) and key not in run.returned and not run.is_handed(key)]
+        handed = list(run.handed.values())
+        sizes = handed + [live.size(key) for key in made]
+        views = handed + [least[key] for key in made]
         kept.clear()
         if end is not None and end.requires_grad:
             end.backward()  # type: ignore[no-untyped-call]
-    return Footprint(batch, tuple(map(_law, sizes)), _highest(live.times))
+    return Footprint(batch, tuple(map(_law, sizes)), _highest(live.times), tuple(map(_law, views)))
 
 
 def _law(nbytes: int) -> Law:
@@ -182,6 +196,7 @@ class _Run:
         self.held: dict[str, list[tuple[Layout, Tensor]]] = {}
         self.outside: list[Tensor] = []
         self.handed: dict[int, int] = {}
+        self.arrived: dict[int, Any] = {}
         self.returned: set[int] = set()
         self.arriving: list[Node] = []
         for node in self.graph.nodes.values():
@@ -214,6 +229,7 @@ class _Run:
             parts = [(self._shape(node), dtype_of(node.meta.dtype, self.compute)) for node in self.arriving]
             values = _Handed.apply(torch.empty((), requires_grad=True), parts)  # type: ignore[no-untyped-call]
             self.handed = {storage_key(value): value.untyped_storage().nbytes() for value in values}
+            self.arrived = {storage_key(value): weakref.ref(value.untyped_storage()) for value in values}
             for node, value in zip(self.arriving, values, strict=True):
                 self.held[node.name] = [(self.decision.inputs[node.name], value)]
             del values, value
@@ -238,6 +254,10 @@ class _Run:
         self.returned = {storage_key(x) for x in outputs}
         differentiable = [x for x in outputs if x.requires_grad]
         return _End.apply(*differentiable) if differentiable else None  # type: ignore[no-untyped-call]
+
+    def is_handed(self, key: int) -> bool:
+        """Whether a storage is of what the block before hands in, and not a later one in the same place."""
+        return key in self.arrived and self.arrived[key]() is not None
 
     def _read(self, name: str) -> None:
         self.left[name] -= 1

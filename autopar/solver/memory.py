@@ -259,13 +259,17 @@ class MemoryModel:
     def hosts(self, stages: Sequence[Sequence[BlockBytes]]) -> tuple[int, ...]:
         """Bytes of every rank that wait on the host: with state offload its shards of parameters, gradients and
         optimizer state, and what blocks moved there of the micro-batches in flight."""
-        shard = self.job.master_bytes / self.shards if self.offload == "state" else 0.0
         found = [0.0] * self.pp
         for stage, blocks in enumerate(stages):
-            state = sum(shard * (block.own + (1 + self.job.moments) * block.own_trains) for block in blocks)
+            state = sum(self.host_state(block.own, block.own_trains) for block in blocks)
             moved = sum(block.hosted for block in blocks)
             found[self.rank_of(stage)] += state + (self.in_flight(stage) * moved if moved else 0)
         return tuple(map(round, found))
+
+    def host_state(self, elements: float, trains: float) -> float:
+        """Bytes of so many elements' state that wait on the host; ``trains``: of them, those that train."""
+        shard = self.job.master_bytes / self.shards if self.offload == "state" else 0.0
+        return shard * (elements + (1 + self.job.moments) * trains)
 
     @property
     def _rule(self) -> Schedule:

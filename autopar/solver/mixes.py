@@ -2,7 +2,8 @@
 
 Ranks are independent once the borders stand. A rank starts with every block at its fastest and changes blocks along the
 hull of their options (`chain.savings`), the cheapest bytes first and the stage with most in flight first, until it fits
-at every moment when most is in flight; the last block changes to the cheapest option that will do. Done once for every
+at every moment when most is in flight; the last block changes to the cheapest option that will do. Where the host is
+full before that, the blocks left change along the hull of the options that leave nothing there. Done once for every
 limit that transients may be held to; the fastest is kept.
 """
 
@@ -71,14 +72,16 @@ class _Change:
 
 
 class _Rank:
-    """One rank: ``blocks[place][run][option]``, and ``lacks``: bytes it lacks at every moment."""
+    """One rank: ``blocks[place][run][option]``; ``lacks``: bytes it lacks at every moment; ``host_left``: bytes its
+    host still has; ``most``: micro-batches in flight on each stage when they are most."""
 
     def __init__(
         self, problem: StageProblem, allowed: dict[int, list[int]], held: Sequence[Held], room: float, rows: list[Row]
     ) -> None:
         self.problem, self.runs, self.allowed, self.held = problem, problem.runs, allowed, held
         self.blocks = [[[0] * len(run.options) for run in problem.runs] for _ in rows]
-        self.lacks = [-room] * len(held)
+        self.lacks, self.host_left = [-room] * len(held), problem.host_room
+        self.most = [max(moment[place][0] for moment in held) for place in range(len(rows))]
         for place, row in enumerate(rows):
             for r, count in enumerate(row):
                 if count:
@@ -90,10 +93,21 @@ class _Rank:
 
     def fill(self) -> bool:
         """Change blocks until they fit; whether they do."""
+        self._fill()
+        if max(self.lacks) > 0.0 and self.host_left < float("inf"):
+            options = {r: [c for c in some if not self.runs[r].options[c].hosted] for r, some in self.allowed.items()}
+            if all(options.values()):
+                self.allowed = options
+                self._fill()
+        return max(self.lacks) <= 0.0 and self.host_left >= 0.0
+
+    def _fill(self) -> None:
         for change in self._changes():
             if max(self.lacks) <= 0.0:
                 break
             count = self.blocks[change.place][change.run][change.before]
+            if (more := self._more_hosted(change)) > 0.0:
+                count = int(min(count, max(0.0, self.host_left) / more))
             gains = [-more for more in self._difference(change.place, change.run, change.before, change.after)]
             needed = count
             if all(gain > 0.0 or lack <= 0.0 for lack, gain in zip(self.lacks, gains, strict=True)):
@@ -101,15 +115,15 @@ class _Rank:
             if needed > count:
                 self._move(change, count)
                 continue
-            self._move(change, needed - 1)
-            self._move(self._cheapest(change), 1)
-        return max(self.lacks) <= 0.0
+            if count:
+                self._move(change, needed - 1)
+                self._move(self._cheapest(change), 1)
 
     def _changes(self) -> list[_Change]:
         """Along the hulls of every stage, the cheapest bytes first."""
         found = []
         for place, stage in enumerate(self.blocks):
-            alive = max(moment[place][0] for moment in self.held)
+            alive = self.most[place]
             for r, counts in enumerate(stage):
                 for step in savings(self._sub(r), r, alive) if any(counts) else ():
                     before, after = self._allowed(r, step.before), self._allowed(r, step.after)
@@ -121,9 +135,16 @@ class _Rank:
         run = self.runs[change.run]
         for after in sorted(self.allowed[change.run], key=lambda c: work_of(run.options[c])):
             more = self._difference(change.place, change.run, change.before, after)
-            if all(lack + one <= 0.0 for lack, one in zip(self.lacks, more, strict=True)):
-                return _Change(change.place, change.run, change.before, after, 0.0)
+            to = _Change(change.place, change.run, change.before, after, 0.0)
+            fits = all(lack + one <= 0.0 for lack, one in zip(self.lacks, more, strict=True))
+            if fits and self._more_hosted(to) <= max(0.0, self.host_left):
+                return to
         return change
+
+    def _more_hosted(self, change: _Change) -> float:
+        """Bytes that a block of a change leaves on the host beyond what it does now."""
+        options = self.runs[change.run].options
+        return self.most[change.place] * (options[change.after].hosted - options[change.before].hosted)
 
     def _move(self, change: _Change, count: int) -> None:
         if count:
@@ -132,6 +153,8 @@ class _Rank:
 
     def _add(self, place: int, run: int, option: int, count: int) -> None:
         self.blocks[place][run][option] += count
+        chosen = self.runs[run].options[option]
+        self.host_left -= count * (chosen.host + self.most[place] * chosen.hosted)
         for index, one in enumerate(self._bytes(place, self.runs[run].options[option])):
             self.lacks[index] += count * one
 

@@ -52,9 +52,10 @@ def search_parts(
     fix: Fix | Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     searches: int = SEARCHES,
+    equal_blocks: bool = True,
 ) -> Plan:
     """The plan that serves the objective best, on the part of the cluster on which it does; `Plan.objective` says what
-    it reaches. ``limits``: of each part's search; ``searches``: the most parts to search.
+    it reaches. ``limits``, ``equal_blocks``: of each part's search; ``searches``: the most parts to search.
 
     Deterministic. Raises as `autopar.solver.search.search` does, BadInputError where a price or the power of the device
     is missing, and InfeasibleError where no part reaches the step time that "devices" asks for (with the shortest one
@@ -64,11 +65,11 @@ def search_parts(
     objective.check(cluster)
     fixed = parse_fix(fix)
     if objective.kind == "step_time":
-        return search(model, job, cluster, fixed, limits)
-    bounds = SizeBounds(model, job, cluster, fixed)
+        return search(model, job, cluster, fixed, limits, equal_blocks=equal_blocks)
+    bounds = SizeBounds(model, job, cluster, fixed, equal_blocks)
     there = next((part for part in parts(cluster) if _has_mesh(model, job, part, fixed)), None)
     if there is None:
-        return search(model, job, cluster, fixed, limits)  # raises, saying why
+        return search(model, job, cluster, fixed, limits, equal_blocks=equal_blocks)  # raises, saying why
     fixed.check(there.devices, [block.kind for block in model.blocks])
     check_space(model, job, there, fixed)
     check_data_parallel(model)
@@ -79,7 +80,7 @@ def search_parts(
     else:
         found = parted.least(lambda size: size.devices)
         if found is None:
-            return search(model, job, cluster, fixed, limits)  # raises, saying why
+            return search(model, job, cluster, fixed, limits, equal_blocks=equal_blocks)  # raises, saying why
         plan, least = found
         value, bound = (objective.value(s, job, cluster) for s in (plan.cluster.devices * _seconds(plan), least))
     low, high = sorted((value, bound))
@@ -117,7 +118,15 @@ class PartSearch:
         if size.devices not in self.plans:
             context = self._bounds.context
             try:
-                found = search(context.model, context.job, size.cluster, context.fix, self._limits, explained=False)
+                found = search(
+                    context.model,
+                    context.job,
+                    size.cluster,
+                    context.fix,
+                    self._limits,
+                    explained=False,
+                    equal_blocks=context.equal_blocks,
+                )
                 size.bound = max(size.bound, found.bound)
                 self.interrupted = INTERRUPTED in found.searched
             except InfeasibleError:

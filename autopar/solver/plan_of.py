@@ -15,8 +15,10 @@ from autopar.solver.space import model_flops
 from autopar.solver.spread import block_runs
 
 
-def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts: dict[str, int]) -> Plan:
-    """The plan that ``best`` stands for. ``gap``: up to which it is called optimal."""
+def plan_of(
+    context: Context, best: Assessment, bound: float, gap: float, counts: dict[str, int], free: float | None
+) -> Plan:
+    """The plan that ``best`` stands for. ``gap``: up to which it is called optimal; ``free``: `Plan.free_step_time`."""
     config, job, cluster = best.config, context.job, context.cluster
     names = candidate_names([cost for stage in best.stages for cost in stage])
     place = placed(context, config, 0)
@@ -72,6 +74,8 @@ def plan_of(context: Context, best: Assessment, bound: float, gap: float, counts
         vpp=config.vpp,
         offload=config.offload,
         pad_heads=config.pad_heads,
+        equal_blocks=context.equal_blocks,
+        free_step_time=free,
         notes=(*context.model.notes, *_long(context), *_unruled(context)),
     )
     return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))

@@ -19,7 +19,7 @@ Choices are named "none", "full", "selective(matmul+attention)", and each with "
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,15 +61,18 @@ def selective_name(saved: Sequence[str]) -> str:
     return f"selective({'+'.join(name for name in SAVEABLE if name in saved)})"
 
 
-def choices(fixed: str | None, offload: bool, extended: bool = False) -> tuple[str, ...]:
-    """The choices of a block. ``fixed``: as in `Fix.recompute_of`, None if open; ``offload``: what it keeps waits on
-    the host; ``extended``: an open choice includes selective lists."""
+def choices(fixed: str | None, offload: bool | None, extended: bool = False) -> tuple[str, ...]:
+    """The choices of a block. ``fixed``: as in `Fix.recompute_of`, None if open; ``offload``: whether what it keeps
+    waits on the host, None if that is open; ``extended``: open choices include selective lists and offload."""
     lists = tuple(selective_name(saved) for saved in SELECTIVE)
     if fixed is None:
         found: tuple[str, ...] = ("none", *(lists if extended else ()), "full")
     else:
         found = lists if fixed == "selective" else (fixed,)
-    return tuple(f"{choice}/offload" for choice in found) if offload else found
+    moved = tuple(f"{choice}/offload" for choice in found)
+    if offload is None:
+        return (*found, *moved) if extended else found
+    return moved if offload else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +257,11 @@ class _Pieces:
         for size in local_shape(node.meta.at(self.batch, self.job.seq_len), layout, self.decision.axes):
             count *= size
         return count
+
+
+def moved_of(sizes: Iterable[int]) -> int:
+    """Bytes that go to the host, of tensors of these sizes."""
+    return sum(size for size in sizes if size >= SMALL)
 
 
 def exposed_copy(moved: int, bandwidth: float, busy_s: float) -> float:

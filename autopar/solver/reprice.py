@@ -39,11 +39,12 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Repriced:
-    """What the plan takes: the step, its stages, and bytes per stage by kind."""
+    """What the plan takes: the step, its stages, bytes per stage by kind, and bytes of each rank on the host."""
 
     step_time: float
     times: tuple[DataTimes, ...]
     memory: tuple[dict[str, int], ...]
+    host: tuple[int, ...]
 
 
 def reprice(plan: Plan, model: ModelGraph) -> Predicted:
@@ -82,6 +83,9 @@ def check_price(plan: Plan, model: ModelGraph) -> None:
         needed = sum(sum(priced.memory[stage].values()) for stage in plan.stages_of(rank))
         if needed > room:
             raise AutoparError(f"rank {rank} of the plan needs {needed} bytes of {room}: a defect of autopar")
+    there = plan.cluster.device.host_memory_bytes
+    if there and max(priced.host) > there:
+        raise AutoparError(f"the plan keeps {max(priced.host)} bytes on a host of {there}: a defect of autopar")
 
 
 def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) -> Repriced:
@@ -90,6 +94,10 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     ops, collectives = OpCosts(cluster.device, plan.job), CollectiveCosts(cluster)
     mesh, m = plan.mesh, plan.micro_batches
     seconds = {name: _block_seconds(plan, model, one, ops, collectives) for name, one in plan.candidates.items()}
+    hosted = {
+        name: moved_bytes(model.kinds[one.decision.kind], one, plan.micro_batch, plan.job) if one.offload else 0
+        for name, one in plan.candidates.items()
+    }
     boundary = max((_boundary_bytes(plan, model, candidate) for candidate in plan.candidates.values()), default=0)
     halving = SCHEDULES[plan.schedule].splits_backward
     staged = mesh.pp > 1
@@ -131,9 +139,13 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
             if halving:
                 kind = model.kinds[candidate.decision.kind]
                 weights, waiting = halved.of(kind, candidate.decision, plan.micro_batch)
+                waiting += hosted[candidate.name]
             still = not model.kinds[candidate.decision.kind].passes_gradient
             own = held - doubled
-            block_times.append(BlockTime(forward, backward, own, root, weights, frozen - doubled_frozen, still))
+            fetched = hosted[candidate.name] / cluster.device.host_bandwidth if candidate.offload else 0.0
+            block_times.append(
+                BlockTime(forward, backward, own, root, weights, frozen - doubled_frozen, still, fetched)
+            )
             block_bytes.append(
                 BlockBytes(
                     held,
@@ -145,6 +157,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
                     frozen,
                     doubled_frozen,
                     tail_elements(model.kinds[candidate.decision.kind], candidate.decision),
+                    hosted[candidate.name],
                 )
             )
         for name, elements in here.items():
@@ -159,7 +172,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     events = stage_events(times, plan.schedule, mesh.pp)
     timeline = simulate(events, m, (transfer,) * (len(times) - 1), plan.schedule, plan.vpp)
     step_time = timeline.total + tied_s + max(sum(times[stage].optimizer_s for stage in own) for own in owned)
-    return Repriced(step_time, tuple(times), bytes_of.ranks(blocks))
+    return Repriced(step_time, tuple(times), bytes_of.ranks(blocks), bytes_of.hosts(blocks))
 
 
 def _blocks(plan: Plan, stage: int) -> Iterator[tuple[int, Candidate]]:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import gc
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,6 +42,7 @@ from autopar.solver.config_bounds import (
 )
 from autopar.solver.context import Context
 from autopar.solver.crowded import Crowded
+from autopar.solver.equal_blocks import free_step_time, together
 from autopar.solver.estimates import estimate
 from autopar.solver.evaluate import Assessment
 from autopar.solver.fix import Fix, parse_fix
@@ -49,9 +51,9 @@ from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.reprice import check_price
-from autopar.solver.shardings import KnownShardings, Shardings
+from autopar.solver.shardings import Answered, KnownShardings, Shardings
 from autopar.solver.space import Config, Family, Shape, check_space, configs_of, shapes
-from autopar.solver.spread import best_stages, compatible
+from autopar.solver.spread import best_stages
 from autopar.solver.steps import Step
 
 INFINITE = float("inf")
@@ -73,6 +75,7 @@ class Found:
     configurations each with its own, and ``rest``, the least of all others."""
 
     gap: float
+    known: KnownShardings
     best: Assessment | None = None
     priced: dict[Config, float] = field(default_factory=dict)
     rest: float = INFINITE
@@ -100,8 +103,10 @@ def search(
     fix: Fix | Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     explained: bool = True,
+    equal_blocks: bool = True,
 ) -> Plan:
     """The fastest plan that fits. ``explained``: whether an InfeasibleError is to say why, which takes a while.
+    ``equal_blocks``: whether blocks of one kind share one sharding (`equal_blocks`).
 
     Deterministic, unless ``limits`` give it a time. Ctrl-C ends it with the best plan so far, if there is one. Raises
     BadInputError (a fix or job that contradicts the cluster or model), UnsupportedError (what cannot be executed),
@@ -112,7 +117,7 @@ def search(
     fixed.check(cluster.devices, [block.kind for block in model.blocks])
     check_space(model, job, cluster, fixed)
     check_data_parallel(model)
-    context = Context.of(model, job, cluster, fixed)
+    context = Context.of(model, job, cluster, fixed, equal_blocks)
     watch = Watch(limits or Limits())
     space = list(shapes(model, job, cluster, fixed))
     with _uncollected():
@@ -120,6 +125,7 @@ def search(
     if found.best is None:
         raise InfeasibleError(explain(context) if explained else f"{model.name} does not fit on {cluster}")
     best = polished(context, found.best)
+    free = free_step_time(context, best, found.known.of(best.config.sharding)) if equal_blocks else None
     seconds = dict(context.clock.seconds)
     counts = {
         "meshes": len({_mesh(shape) for shape in space}),
@@ -128,7 +134,9 @@ def search(
         **watch.told,
         **context.clock.counts,
     }
-    plan = plan_of(context, best, min(found.bound, best.step_time), OPTIMAL, counts)
+    # The bound is of free blocks.
+    bound = min(found.bound, best.step_time if free is None else free)
+    plan = plan_of(context, best, bound, OPTIMAL, counts, free)
     later = time.perf_counter()
     check_price(plan, model)
     seconds["reprice"] = time.perf_counter() - later
@@ -190,7 +198,7 @@ class _Walk:
     def __init__(self, context: Context, watch: Watch, wanted: Callable[[Config], bool]) -> None:
         self.context, self.watch, self.wanted = context, watch, wanted
         self.known = KnownShardings(context)
-        self.found = Found(watch.limits.gap)
+        self.found = Found(watch.limits.gap, self.known)
         self.entries: dict[int, _Entry] = {}
         self.left: dict[tuple[int, ...], int] = {}
         self.likely: list[tuple[float, int]] = []
@@ -372,10 +380,23 @@ def price(context: Context, config: Config, shardings: Shardings, found: Found) 
         return True
     # Memory is short: leaner shardings, and blocks that keep some results and not others.
     more = context.freedom(True) != context.freedom()
-    for answers in compatible([shardings.fastest(), *shardings.lean()]):
-        if len(answers) == 1 and answers[0] is shardings.fastest() and not more:
+    for place, answers in enumerate(together(context, [shardings.fastest(), *shardings.lean()])):
+        if not place and len(answers) == 1 and not more:
             continue
-        assessed = best_stages(context, config, answers, extended=True)
+        if found.best is not None and _least_step(context, config, answers) >= found.best.step_time:
+            fits = True  # or would not be better
+            continue
+        # Of several answers the first is sought with the ILP as well: which it is seldom decides what fits.
+        assessed = best_stages(context, config, answers, extended=True, thorough=not place)
         found.keep(assessed)
         fits = fits or assessed is not None
     return fits
+
+
+def _least_step(context: Context, config: Config, answers: Sequence[Answered]) -> float:
+    """Seconds that blocks of these answers take at least, if no rank ever waits."""
+    work = 0.0
+    for (kind, choices), blocks in Counter(context.freedom()).items():
+        costs = [answer.costs[kind][choice] for answer in answers for choice in choices]
+        work += blocks * min(cost.forward_s + cost.backward_s for cost in costs)
+    return config.micro_batches * work / config.pp

@@ -17,12 +17,12 @@ from autopar.sharding.decision import BlockDecision
 from autopar.solver.block_problem import ModelProblem, model_problem
 from autopar.solver.candidates import BlockCost
 from autopar.solver.context import Context
-from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
+from autopar.solver.decision_costs import boundary_bytes, boundary_parts, decision_price, local_elements
 from autopar.solver.decisions import decisions_of, whole_decisions
 from autopar.solver.intra_block import relaxed_bound, solve
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Problem
-from autopar.solver.recompute import Recompute, Rerun, rerun, runs_again
+from autopar.solver.recompute import Recompute, Rerun, moved_of, rerun, runs_again
 
 LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
@@ -96,6 +96,8 @@ class Shardings:
         self._kind_bytes: dict[str, KindBytes] = {}
         self._least_seconds: dict[tuple[str, str, bool], float] = {}
         self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
+        self._again_of: dict[tuple[str, tuple[str, ...] | None], float] = {}
+        self._least_moved: dict[tuple[str, str, tuple[str, ...]], float] = {}
 
     def built(self, again: frozenset[str]) -> ModelProblem:
         """The problem of all kinds; those of ``again`` are recomputed."""
@@ -222,15 +224,37 @@ class Shardings:
         key = (name, choice, sharp)
         if key not in self._least_seconds:
             bound, way = self.kind_bounds(sharp)[name], Recompute.of(choice)
+            found = bound.none_s
             if way.recompute == "full":
                 found = bound.full_s
-            elif way.recompute == "none":
-                found = bound.none_s
-            else:
-                again = frozenset(self._rerun(name, way.saved).again)
-                found = bound.none_s + self._fastest_forward(name, again) * (1 - 1e-12)
+            elif way.recompute == "selective":
+                found += self._again_s(name, way)
+            if way.offload:
+                # Each way takes as long as its copies do, whatever the seconds above are made of.
+                found = max(found, sum(self.least_parts(name, choice)))
             self._least_seconds[key] = found
         return self._least_seconds[key]
+
+    def least_parts(self, name: str, choice: str) -> tuple[float, float]:
+        """Seconds that are surely of the forward, and of the backward, whatever the decision for the kind."""
+        bound, way = self.kind_bounds(False)[name], Recompute.of(choice)
+        forward, backward = bound.forward_s, bound.backward_s + self._again_s(name, way)
+        if not way.offload:
+            return forward, backward
+        copies = self.least_moved(name, choice) / self.context.cluster.device.host_bandwidth * (1 - 1e-12)
+        return max(forward, copies), max(backward, copies)
+
+    def _again_s(self, name: str, way: Recompute) -> float:
+        """The fastest forward of the operators that surely run again."""
+        if way.recompute == "none":
+            return 0.0
+        key = (name, way.saved if way.recompute == "selective" else None)
+        if key not in self._again_of:
+            again = runs_again(self.context.model.kinds[name]).runs
+            if way.recompute == "selective":
+                again = frozenset(self._rerun(name, way.saved).again)
+            self._again_of[key] = self._fastest_forward(name, again) * (1 - 1e-12)
+        return self._again_of[key]
 
     def least_work(self) -> float:
         """Seconds of a micro-batch of all blocks, each kind at its own optimum under the best it may choose."""
@@ -252,6 +276,30 @@ class Shardings:
         if way.recompute == "full":
             return min(least.inputs, least.saved)
         return least.inputs + sum(self._rerun(name, way.saved).kept.values()) / self.size
+
+    def least_moved(self, name: str, choice: str) -> float:
+        """Bytes per micro-batch that every decision for the kind sends to the host under a choice with offload: of the
+        tensors of the whole block those whose even share is large enough to be sent."""
+        way = Recompute.of(choice)
+        key = (name, way.recompute, way.saved)
+        if key not in self._least_moved:
+            context, size = self.context, self.size
+            kind, whole = context.model.kinds[name], whole_decisions(context.model)[name]
+            if way.recompute == "none":
+                ways = [context.costs.footprint(kind, whole, lean) for lean in (False, True)]
+                # What is one storage of the whole block may be several, one of each tensor, where it is split.
+                found = min(
+                    sum(nbytes / size for nbytes, view in sizes if moved_of(((view if size > 1 else nbytes) // size,)))
+                    for one in (ways if size > 1 else ways[:1])
+                    for sizes in [list(zip(one.saved_sizes(self.batch), one.view_sizes(self.batch), strict=True))]
+                )
+            else:
+                parts = boundary_parts(kind, whole, self.batch, context.job)
+                if way.recompute == "selective":
+                    parts += self._rerun(name, way.saved).kept.values()
+                found = sum(nbytes / size for nbytes in parts if moved_of((nbytes // size,)))
+            self._least_moved[key] = found
+        return self._least_moved[key]
 
     def _rerun(self, name: str, saved: tuple[str, ...]) -> Rerun:
         """What runs again of a kind that is not split: of its operators the same run again however it is split, and

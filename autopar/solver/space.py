@@ -206,7 +206,7 @@ def _contexts(model: ModelGraph, job: Job, ranks: int, tp: int, fix: Fix) -> lis
 def _wished_of(shape: Shape, cluster: Cluster, fix: Fix) -> Iterator[Config]:
     outline = shape.outline
     data, inside = outline.dp * outline.cp, max(1, cluster.devices_per_node // outline.tp)
-    for (zero, fsdp), offload in product(_levels(data, inside, outline.cp, fix), _offloads(cluster, fix)):
+    for (zero, fsdp), offload in product(_levels(data, inside, outline.cp, fix), offloads(cluster, fix)):
         yield Config(
             pp=outline.pp,
             dp=outline.dp,
@@ -257,7 +257,7 @@ def _levels(data: int, inside: int, cp: int, fix: Fix) -> Iterator[tuple[int, in
         yield from ((level, group) for group in groups if data % group == 0)
 
 
-def _offloads(cluster: Cluster, fix: Fix) -> tuple[str, ...]:
+def offloads(cluster: Cluster, fix: Fix) -> tuple[str, ...]:
     """Where the state waits."""
     if fix.offload is not None:
         return ("state",) if fix.offload in ("state", "all") else ("none",)

@@ -110,13 +110,15 @@ def stage_problem(
             options.append(_option(place, cost, run.root, needed, halves(context, config, cost), passes))
         runs.append(BlockRun(run.kind, run.count, tuple(options)))
     overhead = overheads(place, config)
+    host_room = context.cluster.device.host_memory_bytes or float("inf")
     if config.pp == 1:
         stage = [(costs[0], run.root) for costs, run in zip(costs_of, kinds, strict=True) for _ in range(run.count)]
         doubles = tied_elements(context, [[cost for cost, _ in stage]])[0][0]
         for (double, frozen), (_, root) in zip(doubles, stage, strict=True):
             overhead[0] -= place.memory.resident(double, root, frozen)
+            host_room += place.memory.host_state(double, double - frozen)
     room = context.cluster.device.memory_bytes if capacity is None else capacity
-    return staged(context, config, place, runs, overhead, room), costs_of
+    return replace(staged(context, config, place, runs, overhead, room), host_room=host_room), costs_of
 
 
 def overheads(place: Placed, config: Config, least: bool = False) -> list[float]:
@@ -200,6 +202,8 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
         optimizer_s=data.optimizer_s(trains),
         weight_s=halved[0] + data.reduce_copy_s(trains),
         waiting=halved[1],
+        hosted=cost.hosted,
+        host=place.memory.host_state(elements, trains),
     )
 
 
@@ -207,7 +211,7 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
     """Without those that another is no worse than in every entry (layouts are equal within a set)."""
 
     def entries(cost: BlockCost) -> tuple[float, ...]:
-        return (cost.forward_s, cost.backward_s, cost.elements, cost.inflight, cost.transient)
+        return (cost.forward_s, cost.backward_s, cost.elements, cost.inflight, cost.transient, cost.hosted)
 
     kept: list[BlockCost] = []
     for cost in costs:
@@ -217,10 +221,10 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
 
 
 def best_stages(
-    context: Context, config: Config, answers: Sequence[Answered], extended: bool = False
+    context: Context, config: Config, answers: Sequence[Answered], extended: bool = False, thorough: bool = True
 ) -> Assessment | None:
     """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
-    fit there. ``extended``: see `Context.freedom`.
+    fit there. ``extended``: see `Context.freedom`; ``thorough``: see `quick_stages`.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit."""
@@ -232,7 +236,7 @@ def best_stages(
     def fitting(share: float) -> tuple[Counts | None, Assessment | None]:
         """The stages for a share of the memory, and what they take if they fit."""
         begin = time.perf_counter()
-        counts = quick_stages(replace(problem, capacity=share * problem.capacity), share == 1.0)
+        counts = quick_stages(replace(problem, capacity=share * problem.capacity), thorough and share == 1.0)
         context.clock.add("stages", begin)
         if counts is None:
             return None, None
@@ -273,8 +277,8 @@ def quick_stages(problem: StageProblem, thorough: bool = True) -> Counts | None:
     """Stages that fit and load ranks evenly, or None: borders by `reach` (one stage a rank) or `laps` (several), the
     options of blocks by `mixes`; if ``thorough``, the ILP where these find nothing that fits though there may be
     something."""
-    if problem.stages == 1:  # small, and solved exactly
-        answer = solve_stages(problem, work_limit=WORK, gap=0.0)
+    if problem.stages == 1:  # small, and solved exactly, once
+        answer = solve_stages(problem, work_limit=WORK if thorough else WORK / 10, gap=0.0 if thorough else STAGE_GAP)
         return answer.counts if answer else None
     if problem.vpp > 1 and laps_bound(problem) == float("inf"):
         return None

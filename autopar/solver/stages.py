@@ -11,6 +11,8 @@ the optimizer; S_q: the stages of rank q. Terms and proofs of (5) are those of `
     (4) each rank fits, at each of the times when most is in flight on its stages (`orders.peaks`):       `_fit`
             sum_{S_q} n·(resident + alive(s)·inflight + waiting(s)·waiting) + t_q <= capacity - overhead,
             t_q >= transient where n > 0
+        and so does what waits on the host, with the most that is in flight on each of its stages at any time:
+            sum_{S_q} n·(host + alive(s)·hosted) <= host_room
     (5) the step takes at least, for every rank q and with the largest o:                                 `_time`
             V >= sum_{j<q} f_j + q c + m sum_{S_q} (f_s + b_s) + waits + sum_{S_q} a_s + o
             V >= sum_{j<q} f_j + 2 q c + m sum_{S_q} (f_s + i_s) + waits + sum_{0<j<q} i_j + b_0 + a_0 + o
@@ -47,7 +49,8 @@ was 7 % off (found by comparing with enumeration; a test holds the case)."""
 class Option:
     """One candidate for the blocks of a run, per block: seconds per micro-batch (``weight_s``: of the backward, what
     gives weight gradients alone), ``reduce_s`` once when the stage has run its last micro-batch, ``optimizer_s`` once
-    when all have; bytes as in `plan.Candidate`, and ``waiting`` per micro-batch between the halves of a backward.
+    when all have; bytes as in `plan.Candidate`, and ``waiting`` per micro-batch between the halves of a backward; of
+    the host ``hosted`` per micro-batch in flight, and ``host`` all the time.
     Only in bounds: ``either_s``, seconds of the backward that may be forward as well; ``sure_input_s``,
     ``sure_weight_s``, those that are surely of one half of it."""
 
@@ -64,6 +67,8 @@ class Option:
     either_s: float = 0.0
     sure_input_s: float = 0.0
     sure_weight_s: float = 0.0
+    hosted: float = 0.0
+    host: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,8 @@ class BlockRun:
 @dataclass(frozen=True, slots=True)
 class StageProblem:
     """Spread ``runs`` over ``vpp`` stages on each of ``pp`` ranks of ``capacity`` bytes; ``overhead``: bytes per stage
-    beside its blocks. ``transfer_s``: one transfer between ranks. ``fixed``: blocks in each stage, or nothing.
+    beside its blocks, ``host_room``: bytes that each rank has on the host. ``transfer_s``: one transfer between ranks.
+    ``fixed``: blocks in each stage, or nothing.
     ``least``: for bounds, whose memory counts what ranks hold after their first forwards, not at every time; only then,
     seconds that every stage takes beside its blocks, in each micro-batch (``stage_s``), and in its first forward and
     its last backward."""
@@ -96,6 +102,7 @@ class StageProblem:
     stage_s: float = 0.0
     stage_first_s: float = 0.0
     stage_last_s: float = 0.0
+    host_room: float = float("inf")
 
     @property
     def stages(self) -> int:
@@ -116,6 +123,10 @@ class StageProblem:
         if self.least:
             return (warm_up(schedule, self.pp, self.vpp, self.micro_batches)[rank],)
         return peaks(schedule, self.pp, self.vpp, self.micro_batches)[rank]
+
+    def most_alive(self, rank: int) -> tuple[int, ...]:
+        """The most micro-batches in flight on each stage of a rank at any time."""
+        return tuple(max(alive for alive, _ in moments) for moments in zip(*self.held(rank), strict=True))
 
     def spare(self, rank: int) -> float:
         """Bytes for the blocks of a rank."""
@@ -267,6 +278,13 @@ class _Model:
                     for count, option, _ in self._items(stage)
                 ]
                 self.cp.add(sum(terms) + peak <= int(problem.spare(rank)))
+            if problem.host_room < float("inf"):
+                terms = [
+                    count * _up(option.host + alive * option.hosted)
+                    for stage, alive in zip(own, problem.most_alive(rank), strict=True)
+                    for count, option, _ in self._items(stage)
+                ]
+                self.cp.add(sum(terms) <= int(problem.host_room))
 
     def _items(self, stage: int) -> Iterator[tuple[Any, Option, int]]:
         """Variables of a stage with their options, and the most they can be."""
