@@ -46,6 +46,7 @@ CAPABILITIES: dict[str, Capability] = {
     ),
     "offload": Capability("offload", ("none", "state", "activations", "all"), searched="none, state"),
     "mesh": Capability("mesh", None),
+    "order": Capability("order", None, searched="which of pp and dp comes next after cp and tp, the innermost"),
     "stages": Capability("counts", None, searched="all contiguous splits"),
 }
 """Every key that may be fixed."""
@@ -173,6 +174,13 @@ LIMITS: tuple[Limit, ...] = (
         ("fsdp", "cp"),
         lambda c: c.fsdp > 1 and c.fsdp % c.mesh.cp != 0,
         "the ranks of cp hold one sequence and are sharded over together: fsdp must be a multiple of cp",
+    ),
+    Limit(
+        "context ranks inside data ranks",
+        ("order", "dp", "cp"),
+        lambda c: min(c.mesh.dp, c.mesh.cp) > 1 and c.mesh.order.index("dp") > c.mesh.order.index("cp"),
+        "the ranks of dp and cp are sharded over together, those of cp first: name cp after dp in order",
+        "parameters are put together in the wrong order, and nothing is raised (torch sorts the ranks of a group)",
     ),
 )
 """What cannot be combined."""

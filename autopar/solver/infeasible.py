@@ -10,6 +10,9 @@ from math import sqrt
 from typing import Any, cast
 
 from autopar.cluster import Cluster
+from autopar.graph.ir import ModelGraph
+from autopar.job import Job
+from autopar.mesh import AXES
 from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, assess, host_shortage
 from autopar.solver.fix import Fix
@@ -26,7 +29,7 @@ TRIES = 6
 
 def explain(context: Context) -> str:
     """The message of an `InfeasibleError`."""
-    space = configs(context.model, context.job, context.cluster, context.fix)
+    space = _space(context.model, context.job, context.cluster, context.fix)
     known = KnownShardings(context)
     closest = min(
         (a for config in _leanest(space) for a in _least_memory(context, config, known)), key=_most, default=None
@@ -55,6 +58,11 @@ def explain(context: Context) -> str:
 
 def _most(assessment: Assessment) -> int:
     return max(sum(memory.values()) for memory in assessment.memory)
+
+
+def _space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
+    """The configurations under one order of the mesh axes each: memory is the same under all."""
+    return (one for one in configs(model, job, cluster, fix) if fix.order or one.order == AXES)
 
 
 def _leanest(space: Iterable[Config], tries: int = TRIES) -> list[Config]:
@@ -108,6 +116,7 @@ FREED: dict[str, dict[str, Any]] = {
     "zero": {"zero": None, "fsdp": None},
     "sp": {"sp": None},
     "schedule": {"schedule": None, "vpp": None},
+    "order": {"order": ()},
     "cp": {"cp": None},
     "tp": {"tp": None, "tp_parts": ()},
     "dp": {"dp": None},
@@ -160,7 +169,7 @@ def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> C
     if key not in context.memo:
         other = Context.of(context.model, context.job, cluster, fix)
         known = KnownShardings(other)
-        leanest = _leanest(configs(context.model, context.job, cluster, fix), tries)
+        leanest = _leanest(_space(context.model, context.job, cluster, fix), tries)
         fitting = (c for c in leanest if any(best_stages(other, c, answers) for answers in _answers(c, known)))
         context.memo[key] = next(fitting, None)
     return cast(Config | None, context.memo[key])

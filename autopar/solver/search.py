@@ -31,6 +31,7 @@ from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
+from autopar.solver.check_space import check_space
 from autopar.solver.config_bounds import (
     has_room,
     loose_bound,
@@ -49,7 +50,7 @@ from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.reprice import check_price
 from autopar.solver.shardings import KnownShardings, Shardings
-from autopar.solver.space import Config, Family, Shape, check_space, configs_of, shapes
+from autopar.solver.space import Config, Family, Shape, in_order, open_configs_of, shapes
 from autopar.solver.spread import best_stages, compatible
 from autopar.solver.steps import Step
 
@@ -261,9 +262,9 @@ class _Walk:
         return max(bound, loose_bound(self.context, self.space(item), shardings))
 
     def space(self, item: Shape | Family) -> list[Config]:
-        """The configurations of an item."""
+        """The configurations of an item, their order open."""
         context = self.context
-        space = configs_of(_shape(item), context.job, context.cluster, context.fix)
+        space = open_configs_of(_shape(item), context.job, context.cluster, context.fix)
         return [
             one
             for one in space
@@ -325,14 +326,23 @@ def _mesh(item: Item) -> tuple[int, ...]:
 
 
 def price(context: Context, config: Config, shardings: Shardings, found: Found) -> None:
-    """Price a configuration in full and keep it if it is the best so far."""
-    assessed = best_stages(context, config, [shardings.fastest()])
-    found.keep(assessed)
-    if assessed is not None and not any(cost.again_s for stage in assessed.stages for cost in stage):
-        return
-    if not found.promising(found.priced[config]):
-        return
-    # Memory is short: leaner shardings, and blocks that keep some results and not others.
+    """Price a configuration in full, under each order of its mesh axes, and keep it if it is the best so far."""
+    before = INFINITE
+    for one in in_order(config, context.cluster):
+        assessed = best_stages(context, one, [shardings.fastest()])
+        found.keep(assessed)
+        if assessed is not None:
+            if assessed.step_time >= before * (1 - 1e-9):
+                continue
+            before = assessed.step_time
+            if not any(cost.again_s for stage in assessed.stages for cost in stage):
+                continue
+        if found.promising(found.priced[config]):
+            _price_leaner(context, one, shardings, found)
+
+
+def _price_leaner(context: Context, config: Config, shardings: Shardings, found: Found) -> None:
+    """Memory is short: leaner shardings, and blocks that keep some results and not others."""
     more = context.freedom(True) != context.freedom()
     for answers in compatible([shardings.fastest(), *shardings.lean()]):
         if len(answers) == 1 and answers[0] is shardings.fastest() and not more:

@@ -143,7 +143,7 @@ def staged(
         config.pp,
         config.micro_batches,
         room,
-        place.transfer_s,
+        place.transfer_s(least is not None),
         tuple(overhead),
         config.schedule,
         config.vpp,

@@ -1,6 +1,7 @@
 """Stock parts of PyTorch together, without autopar, on two pipeline and two data ranks: `torchrun ... stock.py OUT`.
 
-Writes, for each of `CASES`, the error of the worst gradient against one device and how often each block ran.
+Writes, for each of `CASES`, the error of the worst gradient against one device and how often each block ran; for each
+of `JOINED`, the error of the output of a layer that FSDP2 shards.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +31,10 @@ CASES = {
     "1f1b recomputes": ("1f1b", None, True),
     "zbv recomputes": ("zbv", None, True),
 }
+
+
+JOINED = {"ranks rise": [[0, 1], [2, 3]], "ranks do not rise": [[0, 2], [1, 3]]}
+"""Meshes whose two axes FSDP2 shards over as one."""
 
 
 class Block(nn.Module):
@@ -106,6 +111,15 @@ def measured(name: str, frees: bool | None, recompute: bool) -> tuple[float, lis
     return worst, [block.runs // MICRO_BATCHES for block in blocks if id(block) in held]
 
 
+def joined(ranks: list[list[int]]) -> float:
+    """Error of the output of a sharded layer."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(WIDTH, WIDTH).double(), torch.randn(SAMPLES, WIDTH, dtype=torch.float64)
+    right = layer(x)
+    fully_shard(layer, mesh=DeviceMesh("cpu", ranks, mesh_dim_names=("dp", "cp"))["dp", "cp"]._flatten("data"))
+    return float((layer(x) - right).norm() / right.norm())
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -114,6 +128,7 @@ def main() -> None:
         everyone: list[tuple[float, list[int]]] = [(0.0, [])] * dist.get_world_size()
         dist.all_gather_object(everyone, measured(name, frees, recompute))
         found[case] = {"error": max(error for error, _ in everyone), "runs": [n for _, runs in everyone for n in runs]}
+    found |= {case: {"error": joined(ranks)} for case, ranks in JOINED.items()}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()
