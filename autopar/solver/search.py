@@ -42,7 +42,7 @@ from autopar.solver.config_bounds import (
 )
 from autopar.solver.context import Context
 from autopar.solver.estimates import estimate
-from autopar.solver.evaluate import Assessment
+from autopar.solver.evaluate import Assessment, assess
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.infeasible import explain
 from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
@@ -79,6 +79,10 @@ class Found:
     def promising(self, bound: float) -> bool:
         """Whether what has this bound may beat the best plan by more than the gap."""
         return self.best is None or bound * (1 + self.gap) < self.best.step_time
+
+    def near(self, seconds: float) -> bool:
+        """Whether this many may still become the best plan."""
+        return self.best is None or seconds <= self.best.step_time * (1 + HOPE)
 
     def keep(self, assessed: Assessment | None) -> None:
         """Take a plan if it is the best so far."""
@@ -326,25 +330,36 @@ def _mesh(item: Item) -> tuple[int, ...]:
 
 
 def price(context: Context, config: Config, shardings: Shardings, found: Found) -> None:
-    """Price a configuration in full, under each order of its mesh axes, and keep it if it is the best so far."""
-    before = INFINITE
-    for one in in_order(config, context.cluster):
-        assessed = best_stages(context, one, [shardings.fastest()])
-        found.keep(assessed)
-        if assessed is not None:
-            if assessed.step_time >= before * (1 - 1e-9):
-                continue
-            before = assessed.step_time
-            if not any(cost.again_s for stage in assessed.stages for cost in stage):
-                continue
-        if found.promising(found.priced[config]):
-            _price_leaner(context, one, shardings, found)
+    """Price a configuration in full and keep it if it is the best so far: under the default order of its mesh axes, and
+    under each other that at a first look is faster and not far from the best."""
+    first, *others = in_order(config, context.cluster)
+    assessed = _price(context, first, shardings, found, found.priced[config])
+    if assessed is None:  # bytes are the same under all
+        return
+    for other in others:
+        likely = assess(context, other, assessed.stages, assessed.boundary)
+        if found.near(min(likely.step_time, assessed.step_time)):
+            own = best_stages(context, other, [shardings.fastest()], at_once=True)
+            likely = min(likely, own or likely, key=lambda look: look.step_time)
+        found.keep(likely)
+        if likely.step_time < assessed.step_time * (1 - 1e-9) and found.near(likely.step_time):
+            _price(context, other, shardings, found, found.priced[config])
 
 
-def _price_leaner(context: Context, config: Config, shardings: Shardings, found: Found) -> None:
-    """Memory is short: leaner shardings, and blocks that keep some results and not others."""
+def _price(context: Context, config: Config, shardings: Shardings, found: Found, bound: float) -> Assessment | None:
+    """The same under one order: the fastest stages of the fastest sharding, if they fit."""
+    assessed = best_stages(context, config, [shardings.fastest()])
+    found.keep(assessed)
+    if assessed is not None and not any(cost.again_s for stage in assessed.stages for cost in stage):
+        return assessed
+    if not found.promising(bound):
+        return assessed
+    # Memory is short: leaner shardings, and blocks that keep some results and not others.
     more = context.freedom(True) != context.freedom()
     for answers in compatible([shardings.fastest(), *shardings.lean()]):
         if len(answers) == 1 and answers[0] is shardings.fastest() and not more:
             continue
-        found.keep(best_stages(context, config, answers, extended=True))
+        leaner = best_stages(context, config, answers, extended=True)
+        found.keep(leaner)
+        assessed = min((one for one in (assessed, leaner) if one), key=lambda one: one.step_time, default=None)
+    return assessed

@@ -217,10 +217,14 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
 
 
 def best_stages(
-    context: Context, config: Config, answers: Sequence[Answered], extended: bool = False
+    context: Context,
+    config: Config,
+    answers: Sequence[Answered],
+    extended: bool = False,
+    at_once: bool = False,
 ) -> Assessment | None:
     """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
-    fit there. ``extended``: see `Context.freedom`.
+    fit there. ``extended``: see `Context.freedom`. ``at_once``: the first that are found, and no others.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit."""
@@ -232,7 +236,7 @@ def best_stages(
     def fitting(share: float) -> tuple[Counts | None, Assessment | None]:
         """The stages for a share of the memory, and what they take if they fit."""
         begin = time.perf_counter()
-        counts = quick_stages(replace(problem, capacity=share * problem.capacity), share == 1.0)
+        counts = quick_stages(replace(problem, capacity=share * problem.capacity), share == 1.0 and not at_once)
         context.clock.add("stages", begin)
         if counts is None:
             return None, None
@@ -243,7 +247,7 @@ def best_stages(
         return counts, tried[counts]
 
     counts, best = fitting(1.0)
-    if counts is not None and best is not None and _at_ease(problem, counts):
+    if at_once or (counts is not None and best is not None and _at_ease(problem, counts)):
         return best
     # Between most that fits and least that does not, closer and closer.
     fits, not_fits = 1.0, ROOM
