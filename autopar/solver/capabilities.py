@@ -180,7 +180,8 @@ LIMITS: tuple[Limit, ...] = (
         ("order", "dp", "cp"),
         lambda c: min(c.mesh.dp, c.mesh.cp) > 1 and c.mesh.order.index("dp") > c.mesh.order.index("cp"),
         "the ranks of dp and cp are sharded over together, those of cp first: name cp after dp in order",
-        "parameters are put together in the wrong order, and nothing is raised (torch sorts the ranks of a group)",
+        "weights and checkpoints are read into other ranks' shards, and nothing is raised (FSDP2 goes by the sorted "
+        "ranks of a group, DTensor by places of the mesh)",
     ),
 )
 """What cannot be combined."""

@@ -1,7 +1,7 @@
 """Stock parts of PyTorch together, without autopar, on two pipeline and two data ranks: `torchrun ... stock.py OUT`.
 
 Writes, for each of `CASES`, the error of the worst gradient against one device and how often each block ran; for each
-of `JOINED`, the error of the output of a layer that FSDP2 shards.
+of `JOINED`, whether FSDP2 and DTensor mean the same shards.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, BLOCKS, MICRO_BATCHES, SAMPLES = 8, 4, 4, 8
@@ -112,23 +114,29 @@ def measured(name: str, frees: bool | None, recompute: bool) -> tuple[float, lis
 
 
 def joined(ranks: list[list[int]]) -> float:
-    """Error of the output of a sharded layer."""
+    """How far the shard that FSDP2 gives this rank is from the one that DTensor says it has."""
     torch.manual_seed(0)
-    layer, x = nn.Linear(WIDTH, WIDTH).double(), torch.randn(SAMPLES, WIDTH, dtype=torch.float64)
-    right = layer(x)
+    layer = nn.Linear(WIDTH, WIDTH, bias=False).double()
+    whole = layer.weight.detach().clone()
     fully_shard(layer, mesh=DeviceMesh("cpu", ranks, mesh_dim_names=("dp", "cp"))["dp", "cp"]._flatten("data"))
-    return float((layer(x) - right).norm() / right.norm())
+    weight: Any = layer.weight
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, weight.device_mesh, weight.placements)
+    told = whole.narrow(0, offset[0], shape[0])
+    return float((weight.to_local().detach() - told).norm() / told.norm())
 
 
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {}
+    found: dict[str, Any] = {}
     for case, (name, frees, recompute) in CASES.items():
         everyone: list[tuple[float, list[int]]] = [(0.0, [])] * dist.get_world_size()
         dist.all_gather_object(everyone, measured(name, frees, recompute))
         found[case] = {"error": max(error for error, _ in everyone), "runs": [n for _, runs in everyone for n in runs]}
-    found |= {case: {"error": joined(ranks)} for case, ranks in JOINED.items()}
+    for case, ranks in JOINED.items():
+        errors = [0.0] * dist.get_world_size()
+        dist.all_gather_object(errors, joined(ranks))
+        found[case] = {"error": max(errors)}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()

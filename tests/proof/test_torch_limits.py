@@ -153,8 +153,8 @@ def test_split_backward_recomputes_too_often(
     assert set(runs["zbv_full"]) == {2, 2 + 9}, "of nine weights, as the limit's text says"
 
 
-def test_ranks_that_do_not_rise_are_put_together_wrongly(stock: dict[str, dict[str, Any]]) -> None:
-    """By FSDP2 over two axes as one: dp outside cp, as `launch.start` joins them, with cp outside dp in rank order."""
+def test_ranks_that_do_not_rise_hold_other_shards_than_they_say(stock: dict[str, dict[str, Any]]) -> None:
+    """Where two axes are one for FSDP2: dp outside cp, as `launch.start` joins them, while ranks have cp outside dp."""
     assert stock["ranks rise"]["error"] < 1e-12
     assert stock["ranks do not rise"]["error"] > 0.1
     swapped = Chosen(Mesh(dp=2, cp=2, order=("pp", "cp", "dp", "tp")), "none", 1, 1, 3, 4)
