@@ -6,13 +6,14 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from autopar.cluster import Cluster
 from autopar.errors import BadInputError
 from autopar.job import Job
+from autopar.mesh import AXES
+from autopar.mesh import Mesh as Mesh
 from autopar.objective import ObjectiveValue
 from autopar.schedule import SCHEDULES
 from autopar.sharding.decision import BlockDecision
@@ -21,60 +22,6 @@ PLAN_VERSION = 2
 SAVEABLE = ("matmul", "attention", "all_gather", "all_reduce", "reduce_scatter", "all_to_all")
 """Operators whose results selective recomputation may keep."""
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "transient", "reserve")
-
-
-@dataclass(frozen=True, slots=True)
-class Mesh:
-    """Device mesh: axis sizes, outermost first in rank order.
-
-    ``pp``: ranks of the pipeline; ``dp``: ranks that each have samples of their own; ``cp``: context parallel, splits
-    activations by sequence and no parameter; ``tp``: splits operators. ``tp_parts``: the sizes of the mesh axes that
-    tp is made of, outermost first, where operators split it in several ways (8 as 2 x 4); empty where it is one axis.
-    """
-
-    pp: int = 1
-    dp: int = 1
-    cp: int = 1
-    tp: int = 1
-    tp_parts: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.tp_parts and (prod(self.tp_parts) != self.tp or len(self.tp_parts) < 2 or 1 in self.tp_parts):
-            raise BadInputError(f"mesh: tp={self.tp} is not made of the axes {self.tp_parts}")
-
-    @property
-    def size(self) -> int:
-        return self.pp * self.dp * self.cp * self.tp
-
-    @property
-    def data(self) -> int:
-        """Ranks that hold the same parameters on the model axes: data and context ranks."""
-        return self.dp * self.cp
-
-    def axes(self) -> dict[str, int]:
-        """All axes, outermost first."""
-        return {"pp": self.pp, "dp": self.dp, "cp": self.cp, **self._tp_axes()}
-
-    def model_axes(self) -> dict[str, int]:
-        """The axes that block decisions are about: context and tensor parallel ones of more than one rank."""
-        sizes = {"cp": self.cp, **self._tp_axes()}
-        return {axis: size for axis, size in sizes.items() if size > 1}
-
-    def tp_axes(self) -> dict[str, int]:
-        """The model axes that parameters may be split on."""
-        return {axis: size for axis, size in self._tp_axes().items() if size > 1}
-
-    def _tp_axes(self) -> dict[str, int]:
-        if not self.tp_parts:
-            return {"tp": self.tp}
-        return {f"tp{index}": size for index, size in enumerate(self.tp_parts)}
-
-    def __str__(self) -> str:
-        parts = {"pp": str(self.pp), "dp": str(self.dp)}
-        if self.cp > 1:
-            parts["cp"] = str(self.cp)
-        parts["tp"] = "x".join(map(str, self.tp_parts)) or str(self.tp)
-        return " x ".join(f"{axis}={size}" for axis, size in parts.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +193,10 @@ class Plan:
             fields["objective"] = ObjectiveValue.from_json(told) if told else None
             fields["cluster"] = Cluster.from_json(data["cluster"])
             fields["job"] = Job.from_json(data["job"])
-            fields["mesh"] = Mesh(**{**data["mesh"], "tp_parts": tuple(data["mesh"]["tp_parts"])})
+            mesh = data["mesh"]  # plans made before the order of its axes was a choice do not tell it
+            fields["mesh"] = Mesh(
+                **{**mesh, "tp_parts": tuple(mesh["tp_parts"]), "order": tuple(mesh.get("order", AXES))}
+            )
             predicted = data["predicted"]
             fields["predicted"] = Predicted(
                 **{**predicted, "interval": tuple(predicted["interval"]), "memory": tuple(predicted["memory"])}

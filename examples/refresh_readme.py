@@ -35,6 +35,7 @@ FORMS = {
     "axis": "any size, or its parts as in 2x4",
     "counts": "blocks in each stage",
     "mesh": "sizes of all axes",
+    "order": "any order of pp, dp, cp, tp",
 }
 """Values of the keys that take any of their form."""
 

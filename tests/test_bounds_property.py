@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from small_spaces import AMPLE, Priced, drawn, enumerated, with_memory
@@ -19,7 +20,7 @@ from autopar.solver.context import Context
 from autopar.solver.fix import parse_fix
 from autopar.solver.shardings import Shardings
 from autopar.solver.simulate import StageTimes, simulate
-from autopar.solver.space import Config, configs_of
+from autopar.solver.space import OPEN, Config, open_configs_of
 
 EACH = 600
 """Pipelines of each schedule."""
@@ -94,8 +95,11 @@ def test_no_bound_of_a_configuration_is_above_any_of_its_plans(seed: int) -> Non
             assert has_room(context, shape.outline)
             for work in (None, shardings.cheap_bound(), shardings.least_work()):
                 assert 0 < shape_bound(context, shape, work) <= best
-            space = list(configs_of(shape, trial.job, context.cluster, context.fix))
+            space = list(open_configs_of(shape, trial.job, context.cluster, context.fix))
             assert loose_bound(context, space, shardings) <= best
+            left_open = replace(config, order=OPEN)  # stands for the plans under every order
+            assert quick_bound(context, left_open, shardings.bound()) <= best
+            assert stage_bound(context, left_open, shardings, sharp=True) <= best
             cheap = quick_bound(context, config, shardings.cheap_bound())
             close = quick_bound(context, config, shardings.bound())
             assert 0 < cheap <= close * (1 + 1e-6)

@@ -87,7 +87,7 @@ def test_with_ample_memory_the_best_plan_is_found() -> None:
         assert ample.plan.predicted.step_time <= ample.best.seconds * (1 + GAP), f"seed {seed}"
 
 
-@pytest.mark.xfail(strict=True, reason="6 of 315: stages that only just fit are sought by heuristics")
+@pytest.mark.xfail(strict=True, reason="13 of 315: stages that only just fit are sought by heuristics")
 def test_what_fits_is_found() -> None:
     """Where the search says that nothing fits, nothing does."""
     missed = [
@@ -109,6 +109,7 @@ def test_the_draw_is_not_one_sided() -> None:
     for wished in ("pp=2", "pp=4", "dp=4", "zero=0", "zero=3", "gpipe", "interleaved", "zbv", "full", "selective"):
         told = [one.best.told for one in every if one.best and wished in one.best.told]
         assert len(told) >= 3, (wished, len(told))
+    assert any("order=dp,pp,cp,tp" in one.best.told for one in every if one.best)
 
 
 def divisors(n: int) -> list[int]:

@@ -35,6 +35,17 @@ def test_a_model_axis_may_be_made_of_several():
         parse_fix({"tp": "2x1"})
 
 
+def test_an_order_names_every_axis():
+    wanted = Fix(order=("dp", "pp", "cp", "tp"))
+    for order in ("dp,pp,cp,tp", "DP, PP, CP, TP", "dp pp cp tp", ["dp", "pp", "cp", "tp"], wanted.order):
+        assert parse_fix({"order": order}) == wanted
+    assert parse_fix(["order=dp,pp,cp,tp"]).given() == {"order": "dp,pp,cp,tp"}
+    assert parse_fix(wanted.given()) == wanted
+    assert parse_fix({"mesh": Mesh(2, 2, 1, 2, order=wanted.order)}) == Fix(2, 2, 1, 2, order=wanted.order)
+    with pytest.raises(BadInputError, match="order is given twice"):
+        parse_fix({"mesh": Mesh(2, 2, 1, 2, order=wanted.order), "order": "pp,dp,cp,tp"})
+
+
 def test_neutral_values_are_fine():
     assert parse_fix({"ep": 1}) == Fix()
     assert parse_fix({"cp": 1, "vpp": 1, "offload": "none"}) == Fix(cp=1, vpp=1, offload="none")
@@ -53,6 +64,9 @@ def test_neutral_values_are_fine():
         ({"schedule": "fast"}, "schedule must be one of"),
         ({"recompute": "some"}, "recompute must be one of"),
         ({"mesh": "8x8"}, "mesh must name sizes"),
+        ({"order": "dp,pp,tp"}, "order=dp,pp,cp,tp, not 'dp,pp,tp': cp is missing"),
+        ({"order": "dp,pp,cp,ep"}, "outermost first, such as .*: there is no axis 'ep'"),
+        (["order=dp,pp,cp,tp,dp"], "must name each of pp, dp, cp, tp once, .*: an axis is named twice"),
         ({"stages": "2,x"}, "stages must be a positive integer, not 'x'"),
         ({"offload": "disk"}, "offload must be one of none, state"),
         ({"recompute": "selective(gelu)"}, "selective must be one of matmul, attention"),
@@ -133,5 +147,6 @@ def test_every_key_of_the_design_is_in_the_table():
         "offload",
         "mesh",
         "stages",
+        "order",
     ]
     assert sorted(CAPABILITIES) == sorted(keys)

@@ -80,7 +80,7 @@ def data_axis(draw: random.Random, zero: int, halves: bool) -> DataAxis:
     job = Job(64, 64, draw.choice(("bf16", "fp32")))
     count, offload = draw.choice((1, 2, 8)), draw.choice(("none", "none", "state"))
     return DataAxis(
-        OpCosts(cluster.device, job), CollectiveCosts(cluster), size, 1, zero, group, count, halves, offload
+        OpCosts(cluster.device, job), CollectiveCosts(cluster), (((size, 1),),), zero, group, count, halves, offload
     )
 
 

@@ -93,7 +93,7 @@ def test_hidden_communication_stays_within_its_budget():
 def data_axis(zero, size=8, fsdp=None, micro=4, cluster="1x8:h100", **more):
     job, cluster = Job(global_batch=16, seq_len=64), Cluster.parse(cluster)
     group = (fsdp or size) if zero else 1
-    return DataAxis(OpCosts(cluster.device, job), CollectiveCosts(cluster), size, 1, zero, group, micro, **more)
+    return DataAxis(OpCosts(cluster.device, job), CollectiveCosts(cluster), (((size, 1),),), zero, group, micro, **more)
 
 
 N = 10**8

@@ -17,7 +17,7 @@ from autopar.solver.fix import Fix
 from autopar.solver.limits import OPTIMAL, Limits, Progress, Watch
 from autopar.solver.objectives import search_parts
 from autopar.solver.search import explore, search
-from autopar.solver.space import configs_of, shapes
+from autopar.solver.space import open_configs_of, shapes
 
 MODEL, JOB, CLUSTER = decoder(4), Job(16, 64), Cluster.parse("2x4:h100")
 
@@ -68,7 +68,7 @@ def test_the_bound_of_what_an_interrupt_cuts_short_still_stands(monkeypatch):
 
     monkeypatch.setattr(search_module, "stage_bound", interrupted)
     space = [shape for shape in shapes(MODEL, JOB, CLUSTER, Fix()) if shape.outline.micro_batch == 1]
-    some = [config for shape in space for config in configs_of(shape, JOB, CLUSTER, Fix())][::7]
+    some = [config for shape in space for config in open_configs_of(shape, JOB, CLUSTER, Fix())][::7]
     checked = 0
     for first, second in permutations(some[:12], 2):
         told: list[Progress] = [Progress(0.0, 0, None, 1.0, 0, 1)]

@@ -50,6 +50,11 @@ FORCED: dict[str, dict[str, Any]] = {
     },
     "pp2 dp2 zbv zero1": {"pp": 2, "dp": 2, "zero": 1, "fsdp": 2, "schedule": "zbv", "vpp": 2, "micro_batch": 1},
     "pp2 tp2 dualpipev": {"pp": 2, "tp": 2, "schedule": "dualpipev", "vpp": 2, "micro_batch": 2},
+    "pp2 dp2 zero3 stages near": {
+        "pp": 2, "dp": 2, "zero": 3, "fsdp": 2, "schedule": "1f1b", "micro_batch": 1, "order": "dp,pp,cp,tp",
+    },
+    "tp2 dp2 zero3 tp outside": {"dp": 2, "tp": 2, "zero": 3, "fsdp": 2, "micro_batch": 2, "order": "tp,cp,pp,dp"},
+    "cp2 tp2 cp inside": {"cp": 2, "tp": 2, "sp": True, "micro_batch": 2, "order": "tp,pp,dp,cp"},
     "pp4": {"pp": 4, "schedule": "1f1b", "micro_batch": 2},
     "pp2 tp2 recompute": {"pp": 2, "tp": 2, "sp": True, "schedule": "1f1b", "recompute": "full", "micro_batch": 1},
 }  # fmt: skip

@@ -44,7 +44,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, graph: ModelGraph) -> Path:
     tensor = autopar.search(model, fp32, cluster, fix={"tp": 2, "dp": 2, "pp": 1, "zero": 3, "micro_batch": 2})
     stages = autopar.search(model, fp32, cluster, fix={"pp": 2, "dp": 2, "tp": 1, "zero": 0, "micro_batch": 1})
     half = replace(JOB, dtype="fp16", optimizer="sgd")
+    near = {"order": "dp,pp,cp,tp", "recompute": "full"}  # ranks 0 and 1 are the stages of the first data rank
+    ordered = autopar.search(
+        model, fp32, cluster, fix={"pp": 2, "dp": 2, "tp": 1, "zero": 3, "schedule": "1f1b", "micro_batch": 1, **near}
+    )
+    outside = autopar.search(
+        model, fp32, cluster, fix={"tp": 2, "dp": 2, "pp": 1, "zero": 2, "micro_batch": 2, "order": "tp,pp,cp,dp"}
+    )
     plans = {
+        "ordered": replace(ordered, job=JOB),
+        "outside": replace(outside, job=JOB),
         "tp2dp2": replace(tensor, job=JOB),
         "interleaved": in_stages(replace(stages, job=JOB, zero=3, fsdp=2), "interleaved", 2),
         # There and back: the two copies of the tied weight are on the same rank.
@@ -118,6 +127,18 @@ def test_losses_agree_and_checkpoints_change_plans(folder: Path) -> None:
     again = losses(folder, "single", 1, "again.jsonl", "--resume", "--checkpoint-dir", "ck2", "--any-topology")
     assert sorted(again) == [6]
     assert close(again[6], single[6])
+
+
+def test_ranks_in_another_order_train_alike(folder: Path) -> None:
+    """From the start, and from a checkpoint that ranks in yet another order wrote."""
+    single = losses(folder, "single", 1, "first.jsonl", "--any-topology")
+    saving = ("--checkpoint-dir", "ck4", "--save-every", "4")
+    ordered = losses(folder, "ordered", 4, "ordered.jsonl", *saving)
+    assert sorted(ordered) == [1, 2, 3, 4, 5, 6]
+    assert all(close(ordered[step], single[step]) for step in single)
+    outside = losses(folder, "outside", 4, "outside.jsonl", "--resume", "ck4/step_4")
+    assert sorted(outside) == [5, 6]
+    assert all(close(outside[step], single[step]) for step in outside)
 
 
 def test_float16_and_sgd_change_plans(folder: Path) -> None:

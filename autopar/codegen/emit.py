@@ -149,7 +149,7 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "nodes": plan.cluster.nodes,
         "devices_per_node": plan.cluster.devices_per_node,
         "device_type": plan.cluster.device.backend,
-        "mesh": plan.mesh.axes(),
+        "mesh": plan.mesh.ranked_axes(),
         "mesh_text": str(plan.mesh),
         "global_batch": plan.job.global_batch,
         "seq_len": plan.job.seq_len,

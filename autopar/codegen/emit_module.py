@@ -112,7 +112,7 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
     lines.append("from torch.distributed.device_mesh import DeviceMesh")
     if re.search(r"\bcheckpoint[(,]", text):
         lines.append("from torch.utils.checkpoint import checkpoint")
-    lines += ["", f"MESH = {_dict(plan.mesh.axes())}  # outermost first, in rank order"]
+    lines += ["", f"MESH = {_dict(plan.mesh.ranked_axes())}  # outermost first, in rank order"]
     return lines + _tied(model.tied)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 
 from autopar.codegen.positions import is_balanced
 from autopar.graph.ir import ModelGraph
@@ -36,7 +35,7 @@ class Setting:
 
 def setting_of(plan: Plan, model: ModelGraph) -> Setting:
     """The setting of ``plan``."""
-    axes = plan.mesh.model_axes()
+    axes, strides = plan.mesh.model_axes(), plan.mesh.strides()
     try:
         from autopar.solver.collective_costs import CollectiveCosts
 
@@ -45,9 +44,7 @@ def setting_of(plan: Plan, model: ModelGraph) -> Setting:
         costs = None
 
     def seconds(kind: str, nbytes: int, axis: str) -> float | None:
-        inner = list(axes)[list(axes).index(axis) + 1 :]
-        stride = prod(axes[name] for name in inner)
-        return costs.seconds(kind, nbytes, axes[axis], stride) if costs is not None else None
+        return costs.seconds(kind, nbytes, axes[axis], strides[axis]) if costs is not None else None
 
     job = plan.job
     balanced = is_balanced(plan, model)

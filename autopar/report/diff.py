@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from autopar.mesh import AXES
 from autopar.plan import MEMORY_KINDS, Plan
 from autopar.report.columns import span, value_text
 from autopar.report.text import recompute_text, schedule_words
@@ -107,7 +108,8 @@ def _premises(first: Plan, second: Plan) -> list[Pair]:
 def decided(plan: Plan) -> dict[str, str]:
     """The decisions outside the operators, as words."""
     return {
-        "mesh": str(plan.mesh),
+        "mesh": str(replace(plan.mesh, order=AXES)),
+        "order of ranks": ", ".join(plan.mesh.order),
         "micro-batch": f"{plan.micro_batch} x {plan.micro_batches} per step",
         "schedule": schedule_words(plan),
         "ZeRO": str(plan.zero),

@@ -111,7 +111,7 @@ def explain_block(plan: Plan, model: ModelGraph, name: str) -> BlockAnswer:
     for run in (run for stage in plan.stages for run in stage.runs):
         if plan.candidates[run.candidate].decision.kind == kind.name:
             spans.setdefault(run.candidate, []).append((run.start, run.stop))
-    prices = AxisPrices(context.ops, context.collectives, plan.mesh.model_axes(), plan.micro_batch)
+    prices = AxisPrices(context.ops, context.collectives, plan.mesh.model_axes(), plan.micro_batch, plan.mesh.strides())
     answers = [_candidate(plan, model, kind, plan.candidates[name], prices, runs) for name, runs in spans.items()]
     several = sum(answer.count for answer in answers) > 1
     told = equal_blocks_words(plan) if several else ""

@@ -44,7 +44,9 @@ class RecomputeChoice:
 def recompute_choices(plan: Plan, model: ModelGraph, candidate: Candidate) -> tuple[RecomputeChoice, ...]:
     """The plan's choice, then the others, the fastest first. Raises BadInputError for another model."""
     context = context_of(plan, model).padded(plan.pad_heads)
-    prices = AxisPrices(context.ops, context.collectives, candidate.decision.axes, plan.micro_batch)
+    prices = AxisPrices(
+        context.ops, context.collectives, candidate.decision.axes, plan.micro_batch, plan.mesh.strides()
+    )
     kind = context.model.kinds[candidate.decision.kind]
     mine = _name(candidate)
     given = context.fix.offload is not None or not context.cluster.device.host_bandwidth

@@ -22,7 +22,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "cluster": str(plan.cluster),
         "job": plan.job.to_json(),
-        "mesh": plan.mesh.axes(),
+        "mesh": plan.mesh.ranked_axes(),
         "micro_batch": plan.micro_batch,
         "schedule": plan.schedule,
         "stages": [_stage_record(plan, index) for index in range(len(plan.stages))],

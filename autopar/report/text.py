@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+from autopar.mesh import AXES, Mesh
 from autopar.plan import MEMORY_KINDS, Candidate, Plan
 from autopar.report.columns import counted, item, pairs, percent, span, table, value_text
 from autopar.report.units import bytes_text, memory_unit, seconds_text, significant
@@ -25,7 +27,8 @@ def decision_lines(plan: Plan) -> list[str]:
         *item(
             "job", f"{job.global_batch:,} sequences of {job.seq_len:,} tokens per step, {job.dtype}, {job.optimizer}"
         ),
-        *item("mesh", f"{mesh} ({'; '.join(_axis_words(plan)) or 'one device'})"),
+        *item("mesh", f"{replace(mesh, order=AXES)} ({'; '.join(_axis_words(plan)) or 'one device'})"),
+        *(item("ranks", order_words(mesh)) if mesh.order != AXES else ()),
         *item(
             "micro-batch",
             f"{counted(plan.micro_batch, 'sequences')} on each data rank, {plan.micro_batches:,} per step",
@@ -55,10 +58,12 @@ def chosen(plan: Plan) -> dict[str, str]:
         "recompute": recompute_words(plan),
         "schedule": plan.schedule,
         "offload": offload_words(plan),
+        "order": ",".join(mesh.order),
     }
     if mesh.tp > 1:
         whole["sp"] = value_text("sequence parallel" in _names(plan, next(iter(mesh.tp_axes()))))
-    neutral = {"cp": "1", "offload": "none", "fsdp": str(mesh.data if plan.zero else 1)}
+    fsdp = str(mesh.data if plan.zero else 1)
+    neutral = {"cp": "1", "offload": "none", "fsdp": fsdp, "order": ",".join(AXES)}
     whole = {key: value for key, value in whole.items() if neutral.get(key) != value}
     return {key: value for key, value in whole.items() if key not in plan.fixed and "mesh" not in plan.fixed}
 
@@ -73,6 +78,12 @@ def _axis_words(plan: Plan) -> list[str]:
         names = [name.removesuffix(" parallel") for name in _names(plan, axis)]
         words.append(f"{axis}: {' + '.join(names)} parallel" if names else f"{axis}: nothing split")
     return words
+
+
+def order_words(mesh: Mesh) -> str:
+    """In which order ranks go through the axes of more than one rank."""
+    several = [axis for axis in mesh.order if mesh.axes().get(axis, mesh.tp) > 1]
+    return f"in the order {', '.join(several)}, outermost first"
 
 
 def _names(plan: Plan, axis: str) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ CAPABILITIES: dict[str, Capability] = {
         searched="state; activations where memory is short, for each block",
     ),
     "mesh": Capability("mesh", None),
+    "order": Capability("order", None, searched="which of pp and dp comes next after cp and tp, the innermost"),
     "stages": Capability("counts", None, searched="all contiguous splits"),
 }
 """Every key that may be fixed."""
@@ -177,6 +178,14 @@ LIMITS: tuple[Limit, ...] = (
         ("fsdp", "cp"),
         lambda c: c.fsdp > 1 and c.fsdp % c.mesh.cp != 0,
         "the ranks of cp hold one sequence and are sharded over together: fsdp must be a multiple of cp",
+    ),
+    Limit(
+        "context ranks inside data ranks",
+        ("order", "dp", "cp"),
+        lambda c: min(c.mesh.dp, c.mesh.cp) > 1 and c.mesh.order.index("dp") > c.mesh.order.index("cp"),
+        "the ranks of dp and cp are sharded over together, those of cp first: name cp after dp in order",
+        "weights and checkpoints are read into other ranks' shards, and nothing is raised (FSDP2 goes by the sorted "
+        "ranks of a group, DTensor by places of the mesh)",
     ),
 )
 """What cannot be combined."""

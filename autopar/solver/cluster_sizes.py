@@ -26,7 +26,7 @@ from autopar.solver.config_bounds import has_room, loose_bound, refined_shape_bo
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix
 from autopar.solver.shardings import KnownShardings
-from autopar.solver.space import Shape, configs_of, offloads, shapes
+from autopar.solver.space import Shape, offloads, open_configs_of, shapes
 from autopar.solver.steps import Step
 
 LAST = Step.KINDS
@@ -112,6 +112,6 @@ class SizeBounds:
     def _refined(self, shape: Shape, level: int) -> float:
         context, shardings = self.context, self._shardings.of(shape.outline.sharding)
         if level == Step.STAGES:
-            space = list(configs_of(shape, context.job, context.cluster, context.fix))
+            space = list(open_configs_of(shape, context.job, context.cluster, context.fix))
             return loose_bound(context, space, shardings)  # infinite where not even that fits
         return refined_shape_bound(context, shape, shardings, Step(level))

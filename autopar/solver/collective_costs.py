@@ -21,9 +21,10 @@ all-reduce.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, gcd, log2
+from math import ceil, gcd, log2, prod
 
 from autopar.cluster import Cluster
+from autopar.mesh import Span
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 
@@ -71,6 +72,9 @@ class CollectiveCosts:
         self._protocols = GLOO if self._gloo else NCCL
         self._placements: dict[tuple[int, int], Placement] = {}
         self._seconds: dict[tuple[str, float, int, int], float] = {}
+        self._over: dict[tuple[str, float, Span], float] = {}
+        self._handed: dict[tuple[float, int, int], tuple[float, ...]] = {}
+        self._near: dict[tuple[int, int], tuple[bool, ...]] = {}
 
     @property
     def origin(self) -> str:
@@ -96,11 +100,53 @@ class CollectiveCosts:
             self._seconds[key] = found
         return found
 
+    def over(self, kind: str, nbytes: float, span: Span) -> float:
+        """`seconds` of groups that span several axes."""
+        if len(span) == 1:
+            return self.seconds(kind, nbytes, *span[0])
+        if not span or nbytes <= 0:
+            return 0.0
+        key = (kind, nbytes, span)
+        found = self._over.get(key)
+        if found is None:
+            place = self.spread(span)
+            found = self._over[key] = min(self._timed(kind, nbytes, place, each) for each in self._protocols)
+        return found
+
+    def spread(self, span: Span) -> Placement:
+        """`placement` of groups that span several axes: on a node lie so many places of each axis as would of it alone,
+        in every combination (an estimate, where an axis does not fill nodes or equal parts of them)."""
+        each = [self.placement(size, stride) for size, stride in span]
+        return Placement(*map(prod, zip(*((place.ranks, place.nodes, place.per_node) for place in each), strict=True)))
+
+    def handed_on(self, nbytes: float, ranks: int, stride: int) -> tuple[float, ...]:
+        """Seconds in which each of ``ranks`` pipeline ranks, ``stride`` apart, sends so many bytes to the next, the
+        last one to the first: inside a node where every pair of such ranks shares one."""
+        if ranks == 1 or nbytes <= 0:
+            return (0.0,) * ranks
+        key = (nbytes, ranks, stride)
+        found = self._handed.get(key)
+        if found is None:
+            places = {True: Placement(2, 1, 2), False: Placement(2, 2, 1)}
+            times = {
+                near: min(self._timed("send_recv", nbytes, place, protocol) for protocol in self._protocols)
+                for near, place in places.items()
+            }
+            found = self._handed[key] = tuple(times[near] for near in self.near(ranks, stride))
+        return found
+
+    def near(self, ranks: int, stride: int) -> tuple[bool, ...]:
+        """For each place on an axis, whether every group has it on one node with the next (the last with the first)."""
+        found = self._near.get((ranks, stride))
+        if found is None:
+            found = self._near[ranks, stride] = near_of(ranks, stride, self.cluster.devices_per_node)
+        return found
+
     def placement(self, size: int, stride: int) -> Placement:
         """Where the ranks of a group sit, for the group that spans most nodes with fewest ranks on each."""
         found = self._placements.get((size, stride))
         if found is None:
-            found = self._placements[(size, stride)] = _placement(size, stride, self.cluster.devices_per_node)
+            found = self._placements[(size, stride)] = placement_of(size, stride, self.cluster.devices_per_node)
         return found
 
     def _timed(self, kind: str, nbytes: float, place: Placement, protocol: Protocol) -> float:
@@ -132,7 +178,7 @@ class CollectiveCosts:
         return start + 2 * (transfer + (ring if self._gloo else min(ring, tree)))
 
 
-def _placement(size: int, stride: int, per_node: int) -> Placement:
+def placement_of(size: int, stride: int, per_node: int) -> Placement:
     """The worst group of an axis; groups repeat after lcm(size * stride, per_node) ranks."""
     if stride % per_node == 0:
         return Placement(size, size, 1)
@@ -152,3 +198,17 @@ def _placement(size: int, stride: int, per_node: int) -> Placement:
             if (len(where), -min(where.values())) > (nodes, -fewest):
                 nodes, fewest = len(where), min(where.values())
     return Placement(size, nodes, fewest)
+
+
+def near_of(ranks: int, stride: int, per_node: int) -> tuple[bool, ...]:
+    """`CollectiveCosts.near` on nodes of ``per_node`` devices."""
+    if stride >= per_node or ranks == 1:
+        return (ranks == 1,) * ranks
+    span = ranks * stride
+    found = [True] * ranks
+    for start in range(0, span * per_node // gcd(span, per_node), span):
+        for place in range(ranks):
+            here, there = start + place * stride, start + (place + 1) % ranks * stride
+            for offset in range(stride):
+                found[place] &= (here + offset) // per_node == (there + offset) // per_node
+    return tuple(found)

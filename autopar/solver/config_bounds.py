@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import cast
 
@@ -342,7 +343,8 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
     overhead = overheads(places[0], config, least=True)
     beside = [least_stage(context, one, place.data) for one, place in pairs]
     least = [min(seconds) for seconds in zip(*beside, strict=True)]
-    return staged(context, config, places[0], runs, overhead, room, least)
+    problem = staged(context, config, places[0], runs, overhead, room, least)
+    return replace(problem, transfer_s=min(place.transfer_s(least=True) for place in places))
 
 
 def least_stage(context: Context, config: Config, data: DataAxis) -> tuple[float, float, float]:

@@ -2,7 +2,8 @@
 
 As executed (FSDP2 of torch 2.13 on the data ranks, dp x cp flattened; a group per block and a root group, `groups.py`;
 see `codegen/runtime/sharding.py` and `step.py`). What is sharded is so over shard groups, ``fsdp`` neighbouring data
-ranks, ``stride`` (the size of tp) ranks apart; groups are replicas of each other, stride x fsdp ranks apart.
+ranks; groups are replicas of each other. How far apart these ranks are follows from the order of the mesh axes
+(`Mesh.data_span`).
 
     zero  parameters gathered                               gradients reduced
     0     locally (cast and copied), once a step            all-reduce of master dtype over all data ranks, in the last
@@ -45,7 +46,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
+from autopar.mesh import Span, cut
 from autopar.schedule import SCHEDULES
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import OpCosts
@@ -99,14 +102,13 @@ class DataTimes:
 
 @dataclass(frozen=True, slots=True)
 class DataAxis:
-    """``size`` data ranks ``stride`` ranks apart, under ZeRO level ``zero`` over groups of ``fsdp``; ``halves``:
-    whether the schedule halves backwards; ``offload``: "none" or "state"; ``staged``: whether the model is cut into
-    stages on several ranks."""
+    """The data ranks that make a span, under ZeRO level ``zero`` over groups of ``fsdp``; ``halves``: whether the
+    schedule halves backwards; ``offload``: "none" or "state"; ``staged``: whether the model is cut into stages on
+    several ranks. ``spans``: that one, or several for bounds that take the least of any."""
 
     ops: OpCosts
     collectives: CollectiveCosts
-    size: int
-    stride: int
+    spans: tuple[Span, ...]
     zero: int
     fsdp: int
     micro_batches: int
@@ -122,7 +124,7 @@ class DataAxis:
     @property
     def replicas(self) -> int:
         """Ranks that keep the same."""
-        return self.size // self.shards
+        return prod(size for size, _ in self.spans[0]) // self.shards
 
     @property
     def defers(self) -> bool:
@@ -162,7 +164,7 @@ class DataAxis:
         seconds = self._host_s(elements)
         if self.shards > 1:
             nbytes = elements * self.ops.job.compute_bytes
-            seconds += self.collectives.seconds("all_gather", nbytes, self.fsdp, self.stride)
+            seconds += self._shared_s("all_gather", nbytes)
         return seconds
 
     def reduce_s(self, elements: int) -> float:
@@ -176,7 +178,7 @@ class DataAxis:
         nbytes = elements * self.ops.job.master_bytes
         seconds = 0.0
         if self.shards > 1:
-            seconds += self.collectives.seconds("reduce_scatter", nbytes, self.shards, self.stride)
+            seconds += self._shared_s("reduce_scatter", nbytes)
         if self.replicas > 1:
             return seconds
         # A shard that is whole leaves for the host, and is added to what is there if it is not the only one.
@@ -188,7 +190,7 @@ class DataAxis:
         if not elements or self.replicas == 1:
             return 0.0
         nbytes = elements * self.ops.job.master_bytes / self.shards
-        across = self.collectives.seconds("all_reduce", nbytes, self.replicas, self.stride * self.shards)
+        across = min(self.collectives.over("all_reduce", nbytes, cut(span, self.shards)[1]) for span in self.spans)
         return across + self._host_s(elements)
 
     def gather_copy_s(self, elements: int) -> float:
@@ -279,6 +281,10 @@ class DataAxis:
             plain = hidden_backward(backward, again, scatters, root_reduce_copy, root_scatter)
         reduces_s = after if self.drains else 0.0
         return DataTimes(each, plain, first, last - plain, 0.0, optimizer, weights, gathers_s, gathered_s, reduces_s)
+
+    def _shared_s(self, kind: str, nbytes: float) -> float:
+        """Seconds of a collective in every shard group."""
+        return min(self.collectives.over(kind, nbytes, cut(span, self.shards)[0]) for span in self.spans)
 
     def _host_s(self, elements: float) -> float:
         """Seconds to copy this rank's shard of master elements between host and device."""

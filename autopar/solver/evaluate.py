@@ -21,8 +21,9 @@ from autopar.solver.decision_costs import tail_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.memory import BlockBytes, MemoryModel
+from autopar.solver.rank_order import lying, transfers
 from autopar.solver.simulate import simulate
-from autopar.solver.space import Config
+from autopar.solver.space import Config, orders_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +60,24 @@ def host_shortage(context: Context, assessment: Assessment) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """What a configuration's prices depend on."""
+    """What a configuration's prices depend on. ``transfers``: seconds of each stage's handing on to the next."""
 
     data: DataAxis
     memory: MemoryModel
-    transfer_s: float
+    transfers: tuple[float, ...]
+
+    def transfer_s(self, least: bool = False) -> float:
+        """The most seconds of any (``least``: the fewest of those between two ranks)."""
+        sent = [seconds for seconds in self.transfers if seconds]
+        return (min(sent) if least else max(sent)) if sent else 0.0
 
 
 def placed(context: Context, config: Config, boundary: int) -> Placed:
     """The data ranks, memory and stage links of a configuration whose stages hand on ``boundary`` local bytes.
 
     Raises UnsupportedError for state offload on a device whose link to the host is not known."""
-    device, mesh = context.cluster.device, config.mesh
+    device = context.cluster.device
+    spans, apart = lying(config.mesh, orders_in(config, context.cluster))
     if config.offload == "state" and not (device.host_bandwidth and device.host_memory_bandwidth):
         raise UnsupportedError(
             f"fix: offload=state on device {device.name!r}, whose host_bandwidth and host_memory_bandwidth are not "
@@ -79,8 +86,7 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
     data = DataAxis(
         context.ops,
         context.collectives,
-        size=mesh.data,
-        stride=config.tp,
+        spans=spans,
         zero=config.zero,
         fsdp=config.fsdp,
         micro_batches=config.micro_batches,
@@ -101,8 +107,9 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         offload=config.offload,
         replicas=data.replicas,
     )
-    transfer = context.collectives.seconds("send_recv", boundary, config.pp, mesh.data * config.tp)
-    return Placed(data, memory, transfer)
+    every = [context.collectives.handed_on(boundary, config.pp, stride) for stride in apart]
+    links = every[0] if len(every) == 1 else tuple(map(min, *every))
+    return Placed(data, memory, transfers(config.schedule, config.pp, config.stages, links))
 
 
 def halves(context: Context, config: Config, cost: BlockCost) -> Halves:
@@ -191,15 +198,19 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
         )
     memory, host = place.memory.ranks(blocks), place.memory.hosts(blocks)
     exchanged = crossing * context.job.master_bytes / place.memory.shards
-    tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.mesh.data * config.tp)
-    step_time, breakdown = step(times, stages, config, place.transfer_s, tied_s)
+    tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.mesh.strides()["pp"])
+    step_time, breakdown = step(times, stages, config, place.transfers, tied_s)
     context.clock.add("simulation", begin)
     context.clock.counts["simulations"] += 1
     return Assessment(config, tuple(map(tuple, stages)), tuple(times), memory, host, step_time, breakdown, boundary)
 
 
 def step(
-    times: Sequence[DataTimes], stages: Sequence[Sequence[BlockCost]], config: Config, transfer_s: float, tied_s: float
+    times: Sequence[DataTimes],
+    stages: Sequence[Sequence[BlockCost]],
+    config: Config,
+    transfer_s: Sequence[float],
+    tied_s: float,
 ) -> tuple[float, dict[str, float]]:
     """Step time, and where it goes on the rank that decides it (seconds that add up to the step time).
 
@@ -208,7 +219,7 @@ def step(
     m, rule = config.micro_batches, SCHEDULES[config.schedule]
     owned = [[s for s in range(len(times)) if rule.rank_of(s, config.pp) == rank] for rank in range(config.pp)]
     events = stage_events(times, config.schedule, config.pp)
-    timeline = simulate(events, m, (transfer_s,) * (len(times) - 1), config.schedule, config.vpp)
+    timeline = simulate(events, m, transfer_s, config.schedule, config.vpp)
     optimizer = max(sum(times[s].optimizer_s for s in own) for own in owned)
     total = timeline.total + tied_s + optimizer
     last = max(range(config.pp), key=lambda rank: (timeline.ends[rank], -rank))

@@ -19,6 +19,7 @@ recompute      "none" | "selective" | "full" (the repeated blocks; the ends of t
 offload        "none" | "state" (parameters, gradients, optimizer state wait on the host) | "activations" (what the
                repeated blocks save for backward does) | "all"
 mesh           "pp=2,dp=2,cp=1,tp=2", or {"pp": 2, "dp": 2, "tp": 2}: all at once (what is not named is 1)
+order          "dp,pp,cp,tp": the mesh axes as ranks go through them, outermost first; nodes hold neighbouring ranks
 ep             its neutral value only (`capabilities`)
 """
 
@@ -31,12 +32,12 @@ from math import prod
 from typing import Any
 
 from autopar.errors import BadInputError, UnsupportedError
-from autopar.plan import SAVEABLE, Mesh
+from autopar.mesh import AXES, Mesh
+from autopar.plan import SAVEABLE
 from autopar.schedule import SCHEDULES
 from autopar.solver.capabilities import CAPABILITIES
 
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-AXES = ("pp", "dp", "cp", "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Fix:
     offload: str | None = None
     micro_batch: int | None = None
     recompute: tuple[tuple[str, str], ...] = ()
+    order: tuple[str, ...] = ()
 
     def recompute_of(self, index: int, kind: str, repeated: bool = True) -> str | None:
         """What is fixed for block ``index`` of kind ``kind``, or None. ``repeated``: not an end of the model."""
@@ -83,8 +85,8 @@ class Fix:
                     )
             elif name == "tp_parts":
                 values |= {"tp": "x".join(map(str, value))} if value else {}
-            elif name == "stages":
-                values |= {"stages": ",".join(map(str, value))} if value else {}
+            elif name in ("stages", "order"):
+                values |= {name: ",".join(map(str, value))} if value else {}
             elif value is not None:
                 values[name] = value
         return values
@@ -245,6 +247,21 @@ def _recomputation(key: str, given: str) -> str:
     return f"selective({'+'.join(name for name in SAVEABLE if name in names)})"
 
 
+def _order(key: str, given: Any) -> tuple[str, ...]:
+    parts = given if isinstance(given, list | tuple) else re.split(r"[\s,]+", str(given).strip().lower())
+    order = tuple(map(str, parts))
+    if sorted(order) != sorted(AXES):
+        unknown = [axis for axis in order if axis not in AXES]
+        missing = [axis for axis in AXES if axis not in order]
+        told = f"there is no axis {unknown[0]!r}" if unknown else ""
+        told = told or (f"{', '.join(missing)} is missing" if missing else "an axis is named twice")
+        raise BadInputError(
+            f"fix: {key} must name each of {', '.join(AXES)} once, outermost first, such as {key}=dp,pp,cp,tp, not "
+            f"{given!r}: {told}"
+        )
+    return order
+
+
 def _mesh(key: str, given: Any) -> dict[str, Any]:
     if isinstance(given, Mapping):
         pairs: list[tuple[str, Any]] = [(str(axis), size) for axis, size in given.items()]
@@ -256,6 +273,8 @@ def _mesh(key: str, given: Any) -> dict[str, Any]:
     if not pairs or any(axis not in AXES for axis, _ in pairs):
         raise BadInputError(f'fix: {key} must name sizes of pp, dp, cp, tp, such as "pp=2,dp=2,tp=2", not {given!r}')
     sizes: dict[str, Any] = dict.fromkeys(AXES, 1)
+    if isinstance(given, Mesh) and given.order != AXES:
+        sizes["order"] = given.order
     for axis, size in pairs:
         sizes |= _axis(f"{key}.tp", size) if axis == "tp" else {axis: _size(f"{key}.{axis}", size)}
     return sizes
@@ -287,4 +306,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "recompute": _recompute,
     "offload": _offload,
     "mesh": _mesh,
+    "order": _order,
 }

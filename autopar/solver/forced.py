@@ -86,7 +86,9 @@ def most_used(plan: Plan, kind: str) -> Candidate:
 def question_of(plan: Plan, model: ModelGraph, kind: str) -> Question:
     """The question that the plan's sharding of ``kind`` answers. Raises BadInputError for another model."""
     context = context_of(plan, model)
-    shardings = Shardings(context, plan.mesh.model_axes().items(), plan.micro_batch, plan.pad_heads)
+    axes, strides = plan.mesh.model_axes(), plan.mesh.strides()
+    apart = [strides[axis] for axis in axes]
+    shardings = Shardings(context, axes.items(), plan.micro_batch, plan.pad_heads, apart)
     wanted = {name: most_used(plan, name).decision for name in model.kinds}
     for byte_price, again in shardings.ways():
         built = shardings.built(again)

@@ -10,6 +10,9 @@ from math import sqrt
 from typing import Any, cast
 
 from autopar.cluster import Cluster
+from autopar.graph.ir import ModelGraph
+from autopar.job import Job
+from autopar.mesh import AXES
 from autopar.solver.context import Context
 from autopar.solver.equal_blocks import together
 from autopar.solver.evaluate import Assessment, assess, host_shortage
@@ -27,7 +30,7 @@ TRIES = 6
 
 def explain(context: Context) -> str:
     """The message of an `InfeasibleError`."""
-    space = configs(context.model, context.job, context.cluster, context.fix)
+    space = _space(context.model, context.job, context.cluster, context.fix)
     known = KnownShardings(context)
     closest = min(
         (a for config in _leanest(space) for a in _least_memory(context, config, known)), key=_most, default=None
@@ -56,6 +59,11 @@ def explain(context: Context) -> str:
 
 def _most(assessment: Assessment) -> int:
     return max(sum(memory.values()) for memory in assessment.memory)
+
+
+def _space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
+    """The configurations under one order of the mesh axes each: memory is the same under all."""
+    return (one for one in configs(model, job, cluster, fix) if fix.order or one.order == AXES)
 
 
 def _leanest(space: Iterable[Config], tries: int = TRIES) -> list[Config]:
@@ -110,6 +118,7 @@ FREED: dict[str, dict[str, Any]] = {
     "zero": {"zero": None, "fsdp": None},
     "sp": {"sp": None},
     "schedule": {"schedule": None, "vpp": None},
+    "order": {"order": ()},
     "cp": {"cp": None},
     "tp": {"tp": None, "tp_parts": ()},
     "dp": {"dp": None},
@@ -164,7 +173,7 @@ def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> C
         known = KnownShardings(other)
         fitting = (
             config
-            for config in _leanest(configs(context.model, context.job, cluster, fix), tries)
+            for config in _leanest(_space(context.model, context.job, cluster, fix), tries)
             if any(best_stages(other, config, some, extended=True) for some in _answers(other, config, known))
         )
         context.memo[key] = next(fitting, None)

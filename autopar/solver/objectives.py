@@ -31,11 +31,12 @@ from autopar.job import Job
 from autopar.objective import Objective, ObjectiveValue
 from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
+from autopar.solver.check_space import check_space
 from autopar.solver.cluster_sizes import LAST, Size, SizeBounds, parts
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.limits import GAP, INTERRUPTED, OPTIMAL, Limits
 from autopar.solver.search import search
-from autopar.solver.space import check_space, configs
+from autopar.solver.space import configs
 
 SEARCHES = 24
 """The most parts that are searched."""

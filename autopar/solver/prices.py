@@ -1,7 +1,7 @@
 """Seconds of what a block does on its model axes: an operator under strategies, one step of a conversion.
 
 A collective on one axis moves the tensor that is whole on that axis and local on the others; the ranks of an axis are
-as far apart as the axes inside it have ranks.
+as far apart as the axes inside it have ranks: those of the block, unless the order of the mesh has others there.
 
 A conversion costs its collectives, and the copies that `codegen/runtime/collectives.py` makes around them:
 
@@ -116,13 +116,21 @@ class Inside(NamedTuple):
 
 
 class AxisPrices:
-    """Prices on model axes (name to size, outermost first), for ``batch`` samples a micro-batch."""
+    """Prices on model axes (name to size), for ``batch`` samples a micro-batch. ``apart``: how many ranks apart
+    neighbours on each axis are (`Mesh.strides`); by default the axes are innermost, the first outside the others."""
 
-    def __init__(self, ops: OpCosts, collectives: CollectiveCosts, axes: Mapping[str, int], batch: int) -> None:
+    def __init__(
+        self,
+        ops: OpCosts,
+        collectives: CollectiveCosts,
+        axes: Mapping[str, int],
+        batch: int,
+        apart: Mapping[str, int] | None = None,
+    ) -> None:
         self.ops = ops
         self.collectives = collectives
         self.axes = dict(axes)
-        self.strides = strides(axes)
+        self.strides = strides(axes) if apart is None else {axis: apart[axis] for axis in axes}
         self.batch = batch
         self.job = ops.job
         self._actions: dict[tuple[str, LocalTensor, str, bool], tuple[float, float]] = {}

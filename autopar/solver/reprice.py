@@ -30,6 +30,7 @@ from autopar.solver.halves import HalvedBackward
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.op_costs import LocalTensor, OpCosts
 from autopar.solver.prices import AxisPrices, element_bytes
+from autopar.solver.rank_order import transfers
 from autopar.solver.recompute import exposed_copy, operator_key, step_key
 from autopar.solver.simulate import simulate
 from autopar.solver.space import model_flops
@@ -100,8 +101,8 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     }
     boundary = max((_boundary_bytes(plan, model, candidate) for candidate in plan.candidates.values()), default=0)
     halving = SCHEDULES[plan.schedule].splits_backward
-    staged = mesh.pp > 1
-    data = DataAxis(ops, collectives, mesh.data, mesh.tp, plan.zero, plan.fsdp, m, halving, plan.offload, staged)
+    staged, span = mesh.pp > 1, mesh.data_span()
+    data = DataAxis(ops, collectives, (span,), plan.zero, plan.fsdp, m, halving, plan.offload, staged)
     reserve = cluster.device.reserve_bytes
     bytes_of = MemoryModel(
         plan.job,
@@ -165,12 +166,13 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
         times.append(data.stage(block_times))
         blocks.append(block_bytes)
     crossing = sum(sum(elements for _, elements in held[1:]) for name, held in copies.items() if name in trained)
-    distance = mesh.data * mesh.tp
+    distance = mesh.strides()["pp"]
     tied_s = collectives.seconds("send_recv", crossing * plan.job.master_bytes / bytes_of.shards, mesh.pp, distance)
-    transfer = collectives.seconds("send_recv", boundary, mesh.pp, distance)
+    links = collectives.handed_on(boundary, mesh.pp, distance)
+    sent = transfers(plan.schedule, mesh.pp, len(times), links)
     owned = [plan.stages_of(rank) for rank in range(mesh.pp)]
     events = stage_events(times, plan.schedule, mesh.pp)
-    timeline = simulate(events, m, (transfer,) * (len(times) - 1), plan.schedule, plan.vpp)
+    timeline = simulate(events, m, sent, plan.schedule, plan.vpp)
     step_time = timeline.total + tied_s + max(sum(times[stage].optimizer_s for stage in own) for own in owned)
     return Repriced(step_time, tuple(times), bytes_of.ranks(blocks), bytes_of.hosts(blocks))
 
@@ -220,9 +222,8 @@ def _block_seconds(
     kind = model.kinds[decision.kind]
     graph, axes = kind.graph, decision.axes
     produced = check_decision(kind, decision, batch, job.seq_len)
-    prices = AxisPrices(ops, collectives, axes, batch)
-    names = tuple(axes)
-    stride_of = {axis: prod(axes[other] for other in names[place + 1 :]) for place, axis in enumerate(names)}
+    stride_of = plan.mesh.strides()
+    prices = AxisPrices(ops, collectives, axes, batch, stride_of)
     pieces: dict[str, float] = {}  # forward seconds of operators and conversion steps
     backward = 0.0
 

@@ -20,10 +20,9 @@ from __future__ import annotations
 import gc
 import heapq
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autopar.cluster import Cluster
@@ -32,6 +31,7 @@ from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
+from autopar.solver.check_space import check_space
 from autopar.solver.config_bounds import (
     has_room,
     loose_bound,
@@ -42,21 +42,19 @@ from autopar.solver.config_bounds import (
 )
 from autopar.solver.context import Context
 from autopar.solver.crowded import Crowded
-from autopar.solver.equal_blocks import free_step_time, together
+from autopar.solver.equal_blocks import free_step_time
 from autopar.solver.estimates import estimate
-from autopar.solver.evaluate import Assessment
 from autopar.solver.fix import Fix, parse_fix
+from autopar.solver.found import HOPE, INFINITE, Found
 from autopar.solver.infeasible import explain
 from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
+from autopar.solver.price import price
 from autopar.solver.reprice import check_price
-from autopar.solver.shardings import Answered, KnownShardings, Shardings
-from autopar.solver.space import Config, Family, Shape, check_space, configs_of, shapes
-from autopar.solver.spread import best_stages
+from autopar.solver.shardings import KnownShardings, Shardings
+from autopar.solver.space import Config, Family, Shape, open_configs_of, shapes
 from autopar.solver.steps import Step
-
-INFINITE = float("inf")
 
 Item = Shape | Family | Config
 """What the queue holds."""
@@ -64,36 +62,6 @@ Item = Shape | Family | Config
 PATIENCE, BETTER = 24, 1e-3
 """Configurations priced one after the other that are no better, after which no better ones are sought; and how much
 shorter a step has to be to count as better."""
-
-HOPE = 0.05
-"""How much above the best plan an estimate may be that is still worth a look."""
-
-
-@dataclass(slots=True)
-class Found:
-    """The state of a search: the best plan so far, and bounds of all that is not refined further: ``priced``
-    configurations each with its own, and ``rest``, the least of all others."""
-
-    gap: float
-    known: KnownShardings
-    best: Assessment | None = None
-    priced: dict[Config, float] = field(default_factory=dict)
-    rest: float = INFINITE
-
-    def promising(self, bound: float) -> bool:
-        """Whether what has this bound may beat the best plan by more than the gap."""
-        return self.best is None or bound * (1 + self.gap) < self.best.step_time
-
-    def keep(self, assessed: Assessment | None) -> None:
-        """Take a plan if it is the best so far."""
-        if assessed is not None and (self.best is None or assessed.step_time < self.best.step_time * (1 - 1e-9)):
-            self.best = assessed
-
-    @property
-    def bound(self) -> float:
-        """No plan in the space takes less."""
-        known = min(self.rest, min(self.priced.values(), default=INFINITE))
-        return known if self.best is None else min(known, self.best.step_time)
 
 
 def search(
@@ -295,9 +263,9 @@ class _Walk:
         return max(bound, loose_bound(self.context, self.space(item), shardings))
 
     def space(self, item: Shape | Family) -> list[Config]:
-        """The configurations of an item."""
+        """The configurations of an item, their order open."""
         context = self.context
-        space = configs_of(_shape(item), context.job, context.cluster, context.fix)
+        space = open_configs_of(_shape(item), context.job, context.cluster, context.fix)
         return [
             one
             for one in space
@@ -367,36 +335,3 @@ def _shape(item: Item) -> Shape:
 def _mesh(item: Item) -> tuple[int, ...]:
     sizes = item if isinstance(item, Config) else _shape(item).outline
     return sizes.pp, sizes.dp, sizes.cp, sizes.tp
-
-
-def price(context: Context, config: Config, shardings: Shardings, found: Found) -> bool:
-    """Price a configuration in full and keep it if it is the best so far; whether anything fits."""
-    assessed = best_stages(context, config, [shardings.fastest()])
-    found.keep(assessed)
-    fits = assessed is not None
-    if assessed is not None and not any(cost.again_s for stage in assessed.stages for cost in stage):
-        return True
-    if not found.promising(found.priced.get(config, 0.0)):
-        return True
-    # Memory is short: leaner shardings, and blocks that keep some results and not others.
-    more = context.freedom(True) != context.freedom()
-    for place, answers in enumerate(together(context, [shardings.fastest(), *shardings.lean()])):
-        if not place and len(answers) == 1 and not more:
-            continue
-        if found.best is not None and _least_step(context, config, answers) >= found.best.step_time:
-            fits = True  # or would not be better
-            continue
-        # Of several answers the first is sought with the ILP as well: which it is seldom decides what fits.
-        assessed = best_stages(context, config, answers, extended=True, thorough=not place)
-        found.keep(assessed)
-        fits = fits or assessed is not None
-    return fits
-
-
-def _least_step(context: Context, config: Config, answers: Sequence[Answered]) -> float:
-    """Seconds that blocks of these answers take at least, if no rank ever waits."""
-    work = 0.0
-    for (kind, choices), blocks in Counter(context.freedom()).items():
-        costs = [answer.costs[kind][choice] for answer in answers for choice in choices]
-        work += blocks * min(cost.forward_s + cost.backward_s for cost in costs)
-    return config.micro_batches * work / config.pp

@@ -23,12 +23,10 @@ from autopar.solver.intra_block import relaxed_bound, solve
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Problem
 from autopar.solver.recompute import Recompute, Rerun, moved_of, rerun, runs_again
+from autopar.solver.space import Sharding
 
 LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
-
-Key = tuple[tuple[tuple[str, int], ...], int, int]
-"""Model axes with their sizes, samples per micro-batch, and padding of heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +65,9 @@ class KnownShardings:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self._known: dict[Key, Shardings] = {}
+        self._known: dict[Sharding, Shardings] = {}
 
-    def of(self, key: Key) -> Shardings:
+    def of(self, key: Sharding) -> Shardings:
         if key not in self._known:
             self._known[key] = Shardings(self.context, *key)
         return self._known[key]
@@ -77,12 +75,21 @@ class KnownShardings:
 
 class Shardings:
     """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch, heads padded
-    to a multiple of ``pad_heads``."""
+    to a multiple of ``pad_heads``. ``apart``: how far apart neighbours on each axis are (see `space.Sharding`)."""
 
-    def __init__(self, context: Context, axes: Iterable[tuple[str, int]], batch: int, pad_heads: int = 1) -> None:
+    def __init__(
+        self,
+        context: Context,
+        axes: Iterable[tuple[str, int]],
+        batch: int,
+        pad_heads: int = 1,
+        apart: Iterable[int] = (),
+    ) -> None:
         self.axes = dict(axes)
         self.context, self.batch = (context := context.padded(pad_heads)), batch
-        self.prices = AxisPrices(context.ops, context.collectives, self.axes, batch)
+        self.prices = AxisPrices(
+            context.ops, context.collectives, self.axes, batch, dict(zip(self.axes, apart, strict=False)) or None
+        )
         self.size = self.prices.ranks
         self._built: dict[frozenset[str], ModelProblem] = {}
         self._decisions: dict[str, BlockDecision] = {}

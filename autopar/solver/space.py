@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
 from autopar.cluster import Cluster
-from autopar.errors import BadInputError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import can_pad
-from autopar.graph.size import size_at
 from autopar.job import Job
-from autopar.plan import Mesh
+from autopar.mesh import AXES, Mesh, same_ranks
 from autopar.schedule import SCHEDULES
-from autopar.sharding.rules import strategies_of
-from autopar.solver.axis_choices import check_axes, splits_sequences
-from autopar.solver.block_problem import feature_splits
-from autopar.solver.capabilities import Chosen, executes, refusals
+from autopar.solver.axis_choices import splits_sequences
+from autopar.solver.capabilities import Chosen, executes
 from autopar.solver.fix import Fix
+from autopar.solver.rank_order import Order, inside, model_order, orders_of
 from autopar.solver.work import flops
 
 LEAST_POSITIONS = 1024
@@ -34,12 +30,21 @@ LAPS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 SEARCHED_SCHEDULES = ("1f1b", "gpipe", "interleaved", "zbv", "dualpipev")
 
 
+OPEN: Order = ()
+"""No order yet (`Config`)."""
+
+Sharding = tuple[tuple[tuple[str, int], ...], int, int, tuple[int, ...]]
+"""The model axes with their sizes, samples per micro-batch, padding of heads, and how far apart neighbours on each axis
+are; nothing where the axes are the innermost."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Config:
     """One point of the outer search; what is inside the blocks and stages is decided by the ILPs.
 
     ``fsdp``: shard-group size over the dp x cp data ranks; ``vpp``: stages on each pipeline rank; ``offload``: "none"
-    or "state"; ``pad_heads``: see `Plan`."""
+    or "state"; ``pad_heads``: see `Plan`; ``order``: of the mesh axes (`Mesh`). Where it is `OPEN`, seconds are the
+    least of any order that is searched: such a configuration stands for all of these in bounds, and has no price."""
 
     pp: int
     dp: int
@@ -54,19 +59,20 @@ class Config:
     offload: str = "none"
     tp_parts: tuple[int, ...] = ()
     pad_heads: int = 1
+    order: Order = AXES
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts)
+        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order or AXES)
 
     @property
     def stages(self) -> int:
         return self.pp * self.vpp
 
     @property
-    def sharding(self) -> tuple[tuple[tuple[str, int], ...], int, int]:
-        """What shardings of blocks depend on: the model axes, samples per micro-batch, and padding of heads."""
-        return tuple(self.mesh.model_axes().items()), self.micro_batch, self.pad_heads
+    def sharding(self) -> Sharding:
+        """What shardings of blocks depend on."""
+        return _sharding(self.mesh, self.micro_batch, self.pad_heads)
 
     @property
     def shape(self) -> Shape:
@@ -80,6 +86,7 @@ class Config:
             self.micro_batches,
             self.tp_parts,
             self.pad_heads,
+            model_order(self.order or AXES),
         )
         return Shape(outline, self.schedule, self.vpp)
 
@@ -98,7 +105,9 @@ class Config:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Outline:
-    """What is decided first of a configuration: the sizes of the axes and micro-batches, and the padding of heads."""
+    """What is decided first of a configuration: the sizes of the axes and micro-batches, and the padding of heads.
+
+    ``order``: as which the order of the mesh axes places the model axes (`model_order`)."""
 
     pp: int
     dp: int
@@ -108,11 +117,16 @@ class Outline:
     micro_batches: int
     tp_parts: tuple[int, ...] = ()
     pad_heads: int = 1
+    order: Order = AXES
 
     @property
-    def sharding(self) -> tuple[tuple[tuple[str, int], ...], int, int]:
+    def mesh(self) -> Mesh:
+        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order)
+
+    @property
+    def sharding(self) -> Sharding:
         """`Config.sharding` of all its configurations."""
-        return tuple(Mesh(1, 1, self.cp, self.tp, self.tp_parts).model_axes().items()), self.micro_batch, self.pad_heads
+        return _sharding(self.mesh, self.micro_batch, self.pad_heads)
 
     @property
     def ranks(self) -> int:
@@ -138,6 +152,15 @@ class Family:
     offload: str
 
 
+def _sharding(mesh: Mesh, micro_batch: int, pad_heads: int) -> Sharding:
+    axes, apart = mesh.model_axes(), tuple[int, ...]()
+    if mesh.order != AXES:
+        strides = [found.strides() for found in (mesh, replace(mesh, order=AXES))]
+        if any(strides[0][axis] != strides[1][axis] for axis in axes):
+            apart = tuple(strides[0][axis] for axis in axes)
+    return tuple(axes.items()), micro_batch, pad_heads, apart
+
+
 def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
     """All that the capability table lets be executed, in a fixed order."""
     for shape in shapes(model, job, cluster, fix):
@@ -146,7 +169,24 @@ def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator
 
 def configs_of(shape: Shape, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
     """Of these, the ones of a shape."""
+    return (one for config in open_configs_of(shape, job, cluster, fix) for one in in_order(config, cluster))
+
+
+def open_configs_of(shape: Shape, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
+    """The same, their order left `OPEN` where there is a choice."""
     return (config for config in _wished_of(shape, cluster, fix) if executes(judged(config, job, fix)))
+
+
+def in_order(config: Config, cluster: Cluster) -> list[Config]:
+    """The configurations that one with an open order stands for, the default order first; itself, if it has one."""
+    return [config] if config.order else [replace(config, order=order) for order in orders_in(config, cluster)]
+
+
+def orders_in(config: Config, cluster: Cluster) -> tuple[Order, ...]:
+    """The orders that a configuration stands for."""
+    if config.order:
+        return (config.order,)
+    return orders_of(config.pp, config.dp, config.cp * config.tp, cluster.devices_per_node)
 
 
 def judged(config: Config, job: Job, fix: Fix) -> Chosen:
@@ -171,10 +211,10 @@ def shapes(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
 def outlines(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Outline]:
     """All sizes of axes and micro-batches. A tensor axis stays inside a node unless it is fixed."""
     devices, node = cluster.devices, cluster.devices_per_node
-    for pp in _divisors(devices):
+    for pp in divisors(devices):
         if fix.pp not in (None, pp) or pp * (fix.vpp or 1) > len(model.blocks):
             continue
-        for tp in _divisors(devices // pp):
+        for tp in divisors(devices // pp):
             inside = tp <= node and node % tp == 0
             if fix.tp not in (None, tp) or not (inside or fix.tp == tp):
                 continue
@@ -183,12 +223,13 @@ def outlines(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterato
                 dp = devices // pp // tp // cp
                 if fix.dp not in (None, dp) or job.global_batch % dp:
                     continue
-                for micro_batch in _divisors(job.global_batch // dp):
+                for micro_batch in divisors(job.global_batch // dp):
                     small = micro_batch == 1 or micro_batch * job.seq_len <= MOST_TOKENS
                     if fix.micro_batch == micro_batch or (fix.micro_batch is None and small):
                         count = job.global_batch // dp // micro_batch
+                        order = model_order(_fixed_order(pp, dp, cp, tp, fix)) if fix.order else AXES
                         for pad_heads in paddings:
-                            yield Outline(pp, dp, tp, cp, micro_batch, count, fix.tp_parts, pad_heads)
+                            yield Outline(pp, dp, tp, cp, micro_batch, count, fix.tp_parts, pad_heads, order)
 
 
 def _contexts(model: ModelGraph, job: Job, ranks: int, tp: int, fix: Fix) -> list[int]:
@@ -197,16 +238,19 @@ def _contexts(model: ModelGraph, job: Job, ranks: int, tp: int, fix: Fix) -> lis
         return [fix.cp] if ranks % fix.cp == 0 else []
     most = job.seq_len // LEAST_POSITIONS
     found = [1]
-    for cp in _divisors(ranks)[1:]:
+    for cp in divisors(ranks)[1:]:
         if cp <= most and job.seq_len % cp == 0 and splits_sequences(model, {"cp": cp, "tp": tp}, job.seq_len, fix.sp):
             found.append(cp)
     return found
 
 
 def _wished_of(shape: Shape, cluster: Cluster, fix: Fix) -> Iterator[Config]:
-    outline = shape.outline
-    data, inside = outline.dp * outline.cp, max(1, cluster.devices_per_node // outline.tp)
-    for (zero, fsdp), offload in product(_levels(data, inside, outline.cp, fix), offloads(cluster, fix)):
+    outline, node = shape.outline, cluster.devices_per_node
+    fixed = _fixed_order(outline.pp, outline.dp, outline.cp, outline.tp, fix)
+    several = not fixed and len(orders_of(outline.pp, outline.dp, outline.ranks, node)) > 1
+    near = inside(replace(outline.mesh, order=fixed or AXES), node)
+    levels = _levels(outline.dp * outline.cp, near, outline.cp, fix)
+    for (zero, fsdp), offload in product(levels, offloads(cluster, fix)):
         yield Config(
             pp=outline.pp,
             dp=outline.dp,
@@ -221,7 +265,13 @@ def _wished_of(shape: Shape, cluster: Cluster, fix: Fix) -> Iterator[Config]:
             offload=offload,
             tp_parts=outline.tp_parts,
             pad_heads=outline.pad_heads,
+            order=fixed or (OPEN if several else AXES),
         )
+
+
+def _fixed_order(pp: int, dp: int, cp: int, tp: int, fix: Fix) -> Order:
+    """The order that is fixed for a mesh of these sizes, or nothing."""
+    return same_ranks(Mesh(pp, dp, cp, tp, (), fix.order)) if fix.order else ()
 
 
 def _schedules(pp: int, blocks: int, fix: Fix) -> Iterator[tuple[str, int]]:
@@ -248,7 +298,7 @@ def _levels(data: int, inside: int, cp: int, fix: Fix) -> Iterator[tuple[int, in
             yield fix.zero or 0, 1
         return
     for level in range(4) if fix.zero is None else (fix.zero,):
-        nested = [n for n in _divisors(data) if n % inside == 0 or inside % n == 0 or n == data]
+        nested = [n for n in divisors(data) if n % inside == 0 or inside % n == 0 or n == data]
         groups = [n for n in nested if n > 1 and n % cp == 0]
         if level == 0:
             groups = [1]
@@ -265,71 +315,9 @@ def offloads(cluster: Cluster, fix: Fix) -> tuple[str, ...]:
     return ("none", "state") if device.host_bandwidth and device.host_memory_bandwidth else ("none",)
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
     small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
     return sorted({*small, *(n // i for i in small)})
-
-
-def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None:
-    """Why no configuration exists at all, said clearly. Raises BadInputError."""
-    devices = cluster.devices
-    if fix.cp is not None and fix.cp > 1:
-        check_axes(model, {"cp": fix.cp, "tp": fix.tp or 1}, job.seq_len, fix.sp)
-    if fix.tp is not None and fix.tp > 1:
-        _check_model_axis(model, job, fix.tp, bool(fix.sp))
-    if model.max_seq is not None and job.seq_len > model.max_seq:
-        raise BadInputError(
-            f"job: seq_len {job.seq_len} is longer than {model.name} takes ({model.max_seq}); lower seq_len"
-        )
-    if any(True for _ in configs(model, job, cluster, fix)):
-        return
-    pp, tp = fix.pp or 1, fix.tp or 1
-    dps = [fix.dp] if fix.dp else [dp for dp in _divisors(devices) if devices % (dp * pp * tp * (fix.cp or 1)) == 0]
-    batch = job.global_batch
-    if not any(batch % dp == 0 for dp in dps):
-        told = f"dp={dps[0]}" if len(dps) == 1 else f"any dp that {fix.given() or 'the cluster'} leaves ({dps})"
-        raise BadInputError(f"job: global_batch {batch} does not divide by {told}; choose another batch or mesh")
-    if fix.micro_batch and all(batch % (dp * fix.micro_batch) for dp in dps):
-        raise BadInputError(
-            f"fix: micro_batch={fix.micro_batch} does not divide global_batch {batch} over dp in {dps}; "
-            "choose a divisor of global_batch / dp"
-        )
-    cp = fix.cp or 1
-    if fix.fsdp is not None and all(dp * cp % fix.fsdp for dp in dps):
-        raise BadInputError(
-            f"fix: fsdp={fix.fsdp} does not divide the number of data ranks ({[dp * cp for dp in dps]})"
-        )
-    fixed = ", ".join(f"{key}={value}" for key, value in fix.given().items())
-    refused = Counter(
-        limit for config in wished(model, job, cluster, fix) for limit in refusals(judged(config, job, fix))
-    )
-    if refused and fixed:
-        limit = refused.most_common(1)[0][0]
-        raise BadInputError(
-            f"fix: nothing can run {fixed} on {devices} devices with global_batch {batch}: {limit.reason}"
-            + (f" (otherwise {limit.avoids})" if limit.avoids else "")
-        )
-    raise BadInputError(
-        f"job: global_batch {batch} fits no mesh of {devices} devices{f' with {fixed}' if fixed else ''}: dp must "
-        f"divide it, tp stays inside a node of {cluster.devices_per_node} unless it is fixed, and pp takes what is "
-        f"left, with at most {len(model.blocks)} stages and as many micro-batches on each data rank; choose a global "
-        f"batch that is a multiple of {devices}, or fewer devices"
-    )
-
-
-def _check_model_axis(model: ModelGraph, job: Job, size: int, sequence: bool) -> None:
-    """Refuse a ``tp`` that splits nothing, and ``sp`` on sequences that do not divide."""
-    if sequence and job.seq_len % size:
-        raise BadInputError(
-            f"fix: sp=true splits sequences over tp={size}, but seq_len {job.seq_len} does not divide by it; use "
-            "sp=false or another tp or seq_len"
-        )
-    for kind in model.kinds.values():
-        for node in kind.graph.of("op"):
-            splits = feature_splits(node, strategies_of(node, kind.graph))
-            if any(size_at(split.extent or 0, 1, 1) % size == 0 for split in splits):
-                return
-    raise BadInputError(f"fix: tp={size} divides no feature dimension of any matmul of {model.name}; choose another tp")
 
 
 def model_flops(model: ModelGraph, job: Job) -> float:

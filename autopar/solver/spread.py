@@ -145,7 +145,7 @@ def staged(
         config.pp,
         config.micro_batches,
         room,
-        place.transfer_s,
+        place.transfer_s(least is not None),
         tuple(overhead),
         config.schedule,
         config.vpp,
@@ -221,10 +221,16 @@ def _undominated(costs: list[BlockCost]) -> list[BlockCost]:
 
 
 def best_stages(
-    context: Context, config: Config, answers: Sequence[Answered], extended: bool = False, thorough: bool = True
+    context: Context,
+    config: Config,
+    answers: Sequence[Answered],
+    extended: bool = False,
+    thorough: bool = True,
+    at_once: bool = False,
 ) -> Assessment | None:
     """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
-    fit there. ``extended``: see `Context.freedom`; ``thorough``: see `quick_stages`.
+    fit there. ``extended``: see `Context.freedom`; ``thorough``: see `quick_stages`; ``at_once``: the first that are
+    found, and no others.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit."""
@@ -236,7 +242,11 @@ def best_stages(
     def fitting(share: float) -> tuple[Counts | None, Assessment | None]:
         """The stages for a share of the memory, and what they take if they fit."""
         begin = time.perf_counter()
-        counts = quick_stages(replace(problem, capacity=share * problem.capacity), thorough and share == 1.0)
+        smaller, closely = (
+            replace(problem, capacity=share * problem.capacity),
+            thorough and not at_once and share == 1.0,
+        )
+        counts = quick_stages(smaller, thorough and not at_once and share == 1.0)
         context.clock.add("stages", begin)
         if counts is None:
             return None, None
@@ -247,7 +257,7 @@ def best_stages(
         return counts, tried[counts]
 
     counts, best = fitting(1.0)
-    if counts is not None and best is not None and _at_ease(problem, counts):
+    if at_once or (counts is not None and best is not None and _at_ease(problem, counts)):
         return best
     # Between most that fits and least that does not, closer and closer.
     fits, not_fits = 1.0, ROOM

@@ -1,6 +1,7 @@
 """Stock parts of PyTorch together, without autopar, on two pipeline and two data ranks: `torchrun ... stock.py OUT`.
 
-Writes, for each of `CASES`, the error of the worst gradient against one device and how often each block ran.
+Writes, for each of `CASES`, the error of the worst gradient against one device and how often each block ran; for each
+of `JOINED`, whether FSDP2 and DTensor mean the same shards.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, BLOCKS, MICRO_BATCHES, SAMPLES = 8, 4, 4, 8
@@ -30,6 +33,10 @@ CASES = {
     "1f1b recomputes": ("1f1b", None, True),
     "zbv recomputes": ("zbv", None, True),
 }
+
+
+JOINED = {"ranks rise": [[0, 1], [2, 3]], "ranks do not rise": [[0, 2], [1, 3]]}
+"""Meshes whose two axes FSDP2 shards over as one."""
 
 
 class Block(nn.Module):
@@ -106,14 +113,30 @@ def measured(name: str, frees: bool | None, recompute: bool) -> tuple[float, lis
     return worst, [block.runs // MICRO_BATCHES for block in blocks if id(block) in held]
 
 
+def joined(ranks: list[list[int]]) -> float:
+    """How far the shard that FSDP2 gives this rank is from the one that DTensor says it has."""
+    torch.manual_seed(0)
+    layer = nn.Linear(WIDTH, WIDTH, bias=False).double()
+    whole = layer.weight.detach().clone()
+    fully_shard(layer, mesh=DeviceMesh("cpu", ranks, mesh_dim_names=("dp", "cp"))["dp", "cp"]._flatten("data"))
+    weight: Any = layer.weight
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, weight.device_mesh, weight.placements)
+    told = whole.narrow(0, offset[0], shape[0])
+    return float((weight.to_local().detach() - told).norm() / told.norm())
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {}
+    found: dict[str, Any] = {}
     for case, (name, frees, recompute) in CASES.items():
         everyone: list[tuple[float, list[int]]] = [(0.0, [])] * dist.get_world_size()
         dist.all_gather_object(everyone, measured(name, frees, recompute))
         found[case] = {"error": max(error for error, _ in everyone), "runs": [n for _, runs in everyone for n in runs]}
+    for case, ranks in JOINED.items():
+        errors = [0.0] * dist.get_world_size()
+        dist.all_gather_object(errors, joined(ranks))
+        found[case] = {"error": max(errors)}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()

@@ -89,6 +89,12 @@ REFUSED = {
         {"cp": 4, "zero": 3},
         {"fsdp": 2},
     ),
+    "context ranks inside data ranks": Refused(
+        {"dp": 2, "cp": 2, "order": "pp,cp,dp,tp"},
+        "name cp after dp in order",
+        {"dp": 2, "cp": 2},
+        {"mesh": Mesh(dp=2, cp=2, order=("pp", "cp", "dp", "tp"))},
+    ),
 }
 
 

@@ -89,7 +89,12 @@ def test_limits_refuse_no_more_than_torch(name: str) -> None:
                 assert not refused, (name, ranks, count)
 
 
-DOES = ("split backward keeps gradients whole", "split backward recomputes too often", "two tensor axes")
+DOES = (
+    "split backward keeps gradients whole",
+    "split backward recomputes too often",
+    "two tensor axes",
+    "context ranks inside data ranks",
+)
 """The limits whose reason the tests below run."""
 
 
@@ -146,6 +151,15 @@ def test_split_backward_recomputes_too_often(
     assert set(runs["1f1b_none"]) == set(runs["zbv_none"]) == {1}
     assert set(runs["1f1b_full"]) == {2}
     assert set(runs["zbv_full"]) == {2, 2 + 9}, "of nine weights, as the limit's text says"
+
+
+def test_ranks_that_do_not_rise_hold_other_shards_than_they_say(stock: dict[str, dict[str, Any]]) -> None:
+    """Where two axes are one for FSDP2: dp outside cp, as `launch.start` joins them, while ranks have cp outside dp."""
+    assert stock["ranks rise"]["error"] < 1e-12
+    assert stock["ranks do not rise"]["error"] > 0.1
+    swapped = Chosen(Mesh(dp=2, cp=2, order=("pp", "cp", "dp", "tp")), "none", 1, 1, 3, 4)
+    assert [limit.name for limit in refusals(swapped)] == ["context ranks inside data ranks"]
+    assert not list(refusals(replace(swapped, mesh=Mesh(dp=2, cp=2, order=("dp", "tp", "cp", "pp")))))
 
 
 def test_fsdp_takes_two_tensor_axes_at_most() -> None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 
 class InputError(ValueError):
@@ -43,10 +43,11 @@ def start(
 ) -> tuple[DeviceMesh, DeviceMesh, torch.device]:
     """Join the process group; returns the device mesh, the mesh that FSDP2 works on, and this rank's device.
 
-    The device mesh has the axes of ``axes`` (outermost first; rank order is row-major). FSDP2's is made of the ranks of
-    "dp" and "cp" together, which hold the same parameters: groups of ``fsdp`` of them, the innermost, shard, and the
-    groups are replicas of each other. ``device_type``: "cuda" or "cpu"; a machine without GPUs runs a plan made for
-    GPUs on its CPU.
+    ``axes``: the axes as ranks go through them, outermost first; torchrun gives neighbouring ranks to a node, so that
+    the last ones lie inside it. The device mesh has "pp", "dp" and "cp" first, whatever the order of ranks. FSDP2's is
+    made of the ranks of "dp" and "cp" together, which hold the same parameters: groups of ``fsdp`` of them, those of cp
+    first, shard, and the groups are replicas of each other. ``device_type``: "cuda" or "cpu"; a machine without GPUs
+    runs a plan made for GPUs on its CPU.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
@@ -58,7 +59,10 @@ def start(
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s) if timeout_s else None)
-    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    names = sorted(axes, key=lambda axis: ("pp", "dp", "cp").index(axis) if axis in ("pp", "dp", "cp") else 3)
+    ranks = torch.arange(dist.get_world_size()).view(tuple(axes.values()))
+    ranks = ranks.permute([list(axes).index(name) for name in names])
+    mesh = DeviceMesh(device.type, ranks, mesh_dim_names=tuple(names))
     # PyTorch has no public name for joining axes. All meshes must come from one, or FSDP2 cannot combine them.
     data_mesh = mesh["dp", "cp"]._flatten("data")
     if fsdp == data_mesh.size():

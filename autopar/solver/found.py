@@ -1,0 +1,45 @@
+"""The state of a search: the best plan so far, and the bounds of what is not refined further."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autopar.solver.evaluate import Assessment
+from autopar.solver.shardings import KnownShardings
+from autopar.solver.space import Config
+
+INFINITE = float("inf")
+
+HOPE = 0.05
+"""How much above the best plan an estimate may be that is still worth a look."""
+
+
+@dataclass(slots=True)
+class Found:
+    """The state of a search: the best plan so far, and bounds of all that is not refined further: ``priced``
+    configurations each with its own, and ``rest``, the least of all others."""
+
+    gap: float
+    known: KnownShardings
+    best: Assessment | None = None
+    priced: dict[Config, float] = field(default_factory=dict)
+    rest: float = INFINITE
+
+    def promising(self, bound: float) -> bool:
+        """Whether what has this bound may beat the best plan by more than the gap."""
+        return self.best is None or bound * (1 + self.gap) < self.best.step_time
+
+    def near(self, seconds: float) -> bool:
+        """Whether this many may still become the best plan."""
+        return self.best is None or seconds <= self.best.step_time * (1 + HOPE)
+
+    def keep(self, assessed: Assessment | None) -> None:
+        """Take a plan if it is the best so far."""
+        if assessed is not None and (self.best is None or assessed.step_time < self.best.step_time * (1 - 1e-9)):
+            self.best = assessed
+
+    @property
+    def bound(self) -> float:
+        """No plan in the space takes less."""
+        known = min(self.rest, min(self.priced.values(), default=INFINITE))
+        return known if self.best is None else min(known, self.best.step_time)
