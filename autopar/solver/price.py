@@ -1,4 +1,4 @@
-"""A configuration priced in full: the fastest sharding, leaner ones where memory makes them pay, every order of axes."""
+"""A configuration priced in full: the fastest sharding, leaner ones if memory makes them pay, every order of axes."""
 
 from __future__ import annotations
 

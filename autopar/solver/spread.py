@@ -242,10 +242,7 @@ def best_stages(
     def fitting(share: float) -> tuple[Counts | None, Assessment | None]:
         """The stages for a share of the memory, and what they take if they fit."""
         begin = time.perf_counter()
-        smaller, closely = (
-            replace(problem, capacity=share * problem.capacity),
-            thorough and not at_once and share == 1.0,
-        )
+        smaller = replace(problem, capacity=share * problem.capacity)
         counts = quick_stages(smaller, thorough and not at_once and share == 1.0)
         context.clock.add("stages", begin)
         if counts is None:
