@@ -8,29 +8,32 @@ from collections.abc import Sequence
 from autopar.solver.context import Context
 from autopar.solver.equal_blocks import together
 from autopar.solver.evaluate import Assessment, assess
-from autopar.solver.found import Found
+from autopar.solver.found import INFINITE, Found
 from autopar.solver.shardings import Answered, Shardings
 from autopar.solver.space import Config, in_order
 from autopar.solver.spread import best_stages
 
 
-def price(context: Context, config: Config, shardings: Shardings, found: Found) -> bool:
+def price(context: Context, config: Config, shardings: Shardings, found: Found) -> float:
     """Price a configuration in full and keep it if it is the best so far: under the default order of its mesh axes, and
-    under each other that at a first look is faster and not far from the best. Whether anything fits."""
+    under each other that at a first look is faster and not far from the best. Returns the seconds of the fastest plan
+    found of it; infinite if nothing fits."""
     first, *others = in_order(config, context.cluster)
     bound = found.priced.get(config, 0.0)
     fits, assessed = _price(context, first, shardings, found, bound)
     if assessed is None:  # bytes are the same under all
-        return fits
+        return found.best.step_time if fits and found.best else INFINITE
+    seconds = assessed.step_time
     for other in others:
         likely = assess(context, other, assessed.stages, assessed.boundary)
         if found.near(min(likely.step_time, assessed.step_time)):
             own = best_stages(context, other, [shardings.fastest()], at_once=True)
             likely = min(likely, own or likely, key=lambda look: look.step_time)
         found.keep(likely)
+        seconds = min(seconds, likely.step_time)
         if likely.step_time < assessed.step_time * (1 - 1e-9) and found.near(likely.step_time):
             _price(context, other, shardings, found, bound)
-    return True
+    return seconds
 
 
 def _price(

@@ -59,7 +59,7 @@ from autopar.solver.steps import Step
 Item = Shape | Family | Config
 """What the queue holds."""
 
-PATIENCE, BETTER = 24, 1e-3
+PATIENCE, BETTER = 16, 1e-3
 """Configurations priced one after the other that are no better, after which no better ones are sought; and how much
 shorter a step has to be to count as better."""
 
@@ -171,6 +171,7 @@ class _Walk:
         self.left: dict[tuple[int, ...], int] = {}
         self.likely: list[tuple[float, int]] = []
         self.crowded = Crowded()
+        self.missed: dict[Shape, float] = {}
         self.made = self.meshes = 0
 
     def add(self, bound: float, step: Step, item: Item) -> list[_Entry]:
@@ -200,7 +201,7 @@ class _Walk:
             self._find([(entry.estimate, entry.order) for entry in self.entries.values()], patient=True)
 
     def _find(self, likely: list[tuple[float, int]], patient: bool = False) -> None:
-        found, waited = self.found, 0
+        found, waited, told = self.found, 0, set()
         heapq.heapify(likely)
         self.likely = likely
         while likely and waited < PATIENCE:
@@ -209,6 +210,12 @@ class _Walk:
             if entry is None or not found.promising(entry.bound):
                 continue
             if not patient and isinstance(entry.item, Config) and self.crowded.has(entry.item):
+                continue
+            # What was too low for one configuration of a shape is likely to be for another.
+            missed = self.missed.get(entry.item.shape if isinstance(entry.item, Config) else _shape(entry.item), 1.0)
+            if missed > 1.0 and order not in told:
+                told.add(order)
+                heapq.heappush(likely, (guess * missed, order))
                 continue
             if found.best is not None and guess > found.best.step_time * (1 + HOPE):
                 break
@@ -299,8 +306,11 @@ class _Walk:
         if entry.step == Step.SPREAD:
             assert isinstance(item, Config)
             self.found.priced[item] = entry.bound
-            if not price(context, item, shardings, self.found):
+            seconds = price(context, item, shardings, self.found)
+            if seconds == INFINITE:
                 self._crowd(item, shardings)
+            elif entry.estimate < INFINITE:
+                self.missed[item.shape] = max(1.0, seconds / entry.estimate)
             return []
         sharper = Step(entry.step + 1)
         if isinstance(item, Config):
@@ -324,7 +334,7 @@ class _Walk:
         )
         known = self.crowded.knows(leanest)
         self.crowded.add(item)
-        if not known and leanest != item and not price(self.context, leanest, shardings, self.found):
+        if not known and leanest != item and price(self.context, leanest, shardings, self.found) == INFINITE:
             self.crowded.add(leanest)
 
 
