@@ -1,6 +1,7 @@
 """The whole search: what it finds unaided, what fixing means, bounds that hold, answers when nothing fits."""
 
 import dataclasses
+import re
 
 import pytest
 from dense_decoder import decoder, llama3_8b
@@ -184,6 +185,20 @@ def test_nothing_fits_and_says_what_would():
     assert "It would fit with" in str(error.value)
     with pytest.raises(InfeasibleError, match=r"smallest cluster of these nodes|No number of these devices"):
         search(model, job, with_memory(cluster, 2**22))
+
+
+def test_a_rank_of_several_stages_is_short_of_what_all_of_them_need():
+    """Not of what its largest stage needs, which may well fit."""
+    model, job = decoder(4, hidden=256, ffn=1024), Job(8, 1024)
+    fix = {"pp": 2, "schedule": "interleaved", "vpp": 2, "recompute": "none", "micro_batch": 1, "offload": "none"}
+    plan = search(model, job, Cluster.parse("1x2:h100"), fix)
+    ranks = [sum(plan.stages[stage].total_bytes for stage in plan.stages_of(rank)) for rank in range(2)]
+    reserve = plan.stages[0].memory["reserve"]
+    room = int(0.7 * (min(ranks) - reserve))
+    with pytest.raises(InfeasibleError, match=r"rank \d, with stages \d, \d, of 4 needs") as error:
+        search(model, job, with_memory(Cluster.parse("1x2:h100"), room), fix)
+    needed, short = (int(found.replace(",", "")) for found in re.findall(r"([\d,]+) bytes", str(error.value))[:2])
+    assert 0 < short < needed
 
 
 def test_the_smallest_conflict_is_named():

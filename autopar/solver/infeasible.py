@@ -30,35 +30,49 @@ TRIES = 6
 
 def explain(context: Context) -> str:
     """The message of an `InfeasibleError`."""
-    space = _space(context.model, context.job, context.cluster, context.fix)
-    known = KnownShardings(context)
-    closest = min(
-        (a for config in _leanest(space) for a in _least_memory(context, config, known)), key=_most, default=None
-    )
+    closest = least_memory(context)
     if closest is None:
         return f"{context.model.name} cannot be spread over {context.cluster}: no configuration places every block"
     fixed = ", ".join(f"{key}={value}" for key, value in context.fix.given().items())
     told = f"{context.model.name} does not fit on {context.cluster}" + (f" with {fixed}" if fixed else "")
     room, short = context.cluster.device.memory_bytes, host_shortage(context, closest)
-    if short and max(closest.rank_bytes()) <= room:
+    needed = closest.rank_bytes()
+    if short and max(needed) <= room:
         return (
             f"{told}: a pipeline rank keeps {max(closest.host):,} bytes on the host, {short:,} bytes "
             f"({short / GIB:.2f} GiB) more than the {context.cluster.device.host_memory_bytes:,} that each device has "
             f"of its node's memory (host_memory_bytes), in the closest plan ({closest.config}). {_way_out(context)}"
         )
-    sizes = [sum(memory.values()) for memory in closest.memory]
-    worst = max(range(len(sizes)), key=lambda s: sizes[s])
-    kinds = sorted(closest.memory[worst].items(), key=lambda item: -item[1])
+    worst = max(range(len(needed)), key=lambda rank: needed[rank])
+    own = [stage for stage in range(len(closest.memory)) if closest.rank_of(stage) == worst]
+    by_kind = {kind: sum(closest.memory[stage][kind] for stage in own) for kind in closest.memory[own[0]]}
+    kinds = sorted(by_kind.items(), key=lambda item: -item[1])
     bytes_told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in kinds if size)
+    where = f"stage {own[0]}" if len(own) == 1 else f"rank {worst}, with stages {', '.join(map(str, own))},"
     return (
-        f"{told}: stage {worst} of {len(sizes)} needs {sizes[worst]:,} bytes per device, {sizes[worst] - room:,} bytes "
-        f"({(sizes[worst] - room) / GIB:.2f} GiB) more than the {room:,} it has, in the closest plan "
-        f"({closest.config}); GiB by kind: {bytes_told}. {_conflict_text(context)}{_way_out(context)}"
+        f"{told}: {where} of {len(closest.memory)} needs {needed[worst]:,} bytes per device, "
+        f"{needed[worst] - room:,} bytes ({(needed[worst] - room) / GIB:.2f} GiB) more than the {room:,} it has, "
+        f"in the closest plan ({closest.config}); GiB by kind: {bytes_told}. "
+        f"{_conflict_text(context)}{_way_out(context)}"
     )
 
 
-def _most(assessment: Assessment) -> int:
-    return max(sum(memory.values()) for memory in assessment.memory)
+def least_memory(context: Context) -> Assessment | None:
+    """The stages that were found to need least memory, whether they fit or not; None if blocks cannot be placed."""
+    if "least memory" not in context.memo:
+        space = _space(context.model, context.job, context.cluster, context.fix)
+        known = KnownShardings(context)
+        found = (one for config in _leanest(space) for one in _least_memory(context, config, known))
+        context.memo["least memory"] = min(found, key=lambda one: max(one.rank_bytes()), default=None)
+    return cast(Assessment | None, context.memo["least memory"])
+
+
+def fits(context: Context, assessment: Assessment | None) -> bool:
+    """Whether there is a plan, and room for it on devices and hosts."""
+    if assessment is None:
+        return False
+    room = context.cluster.device.memory_bytes
+    return max(assessment.rank_bytes()) <= room and not host_shortage(context, assessment)
 
 
 def _space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:

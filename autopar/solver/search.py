@@ -46,7 +46,7 @@ from autopar.solver.equal_blocks import free_step_time
 from autopar.solver.estimates import estimate
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.found import HOPE, INFINITE, Found
-from autopar.solver.infeasible import explain
+from autopar.solver.infeasible import explain, fits, least_memory
 from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
@@ -90,6 +90,9 @@ def search(
     space = list(shapes(model, job, cluster, fixed))
     with _uncollected():
         found = explore(context, space, watch)
+    if found.best is None and explained:
+        leanest = least_memory(context)  # looked for by memory alone, which takes a while
+        found.keep(leanest if fits(context, leanest) else None)
     if found.best is None:
         raise InfeasibleError(explain(context) if explained else f"{model.name} does not fit on {cluster}")
     best = polished(context, found.best)
