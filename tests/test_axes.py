@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from math import prod
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import Block, BlockKind, ModelGraph, Source
 from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.mesh import Mesh
 from autopar.sharding.check import check_decision, fits
 from autopar.sharding.conversions import convertible, direct, types_of
 from autopar.sharding.decision import BlockDecision, Conversion
@@ -184,7 +186,9 @@ def test_both_ways_of_pricing_agree(name: str, axes: dict[str, int]) -> None:
     ops, collectives = OpCosts(CLUSTER.device, job), CollectiveCosts(CLUSTER)
     kind = BlockKind("Drawn", graph)
     model = SimpleNamespace(kinds={"Drawn": kind})
-    plan = SimpleNamespace(job=job, micro_batch=4)
+    parts = tuple(axes[axis] for axis in ("tp0", "tp1") if axis in axes)
+    mesh = Mesh(1, 1, axes.get("cp", 1), axes.get("tp", prod(parts)), parts)
+    plan = SimpleNamespace(job=job, micro_batch=4, mesh=mesh)
     for seed in range(8):
         decision = draw_decision(graph, axes, random.Random(seed))
         found, _ = decision_price(kind, decision, AxisPrices(ops, collectives, axes, 4))

@@ -131,7 +131,7 @@ def test_a_second_decision_does_not_take_another_kinds_class() -> None:
     variant = Variant("gpt2", False, 64, "half", 4)
     model, graph = build(variant), graph_of(variant)
     fix = {"tp": 4, "sp": True, "micro_batch": 1, "recompute": "2:full"}
-    plan = search(graph, Job(2, SEQ, "fp32", "sgd"), autopar.Cluster.parse("1x4:h100"), fix)
+    plan = search(graph, Job(2, SEQ, "fp32", "sgd"), autopar.Cluster.parse("1x4:h100"), fix, equal_blocks=False)
     layers = [(block.kind, plan.candidate_of(i).decision) for i, block in enumerate(graph.blocks) if block.path]
     different = {(kind, repr(decision.to_json())) for kind, decision in layers}
     assert len(different) > len({kind for kind, _ in layers}), "a kind is sharded in two ways"

@@ -52,11 +52,11 @@ def search_once(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     """The search, which makes each of a test's searches once: it always answers the same."""
     known: dict[str, Plan | InfeasibleError] = {}
 
-    def remembered(model, job, cluster, fix=None, limits=None, explained=True):
+    def remembered(model, job, cluster, fix=None, limits=None, explained=True, **more):
         key = f"{job} {cluster} {explained}"
         if key not in known:
             try:
-                known[key] = search(model, job, cluster, fix, limits, explained)
+                known[key] = search(model, job, cluster, fix, limits, explained, **more)
             except InfeasibleError as error:
                 known[key] = error
         found = known[key]

@@ -62,7 +62,7 @@ def best(graph: ModelGraph, job: Job, tp: int, fix: Fix, pads: bool) -> Plan:
     context = Context.of(graph, job, cluster, fix)
     found = explore(context, [s for s in shapes(graph, job, cluster, fix) if (s.outline.pad_heads > 1) == pads])
     assert found.best is not None
-    plan = plan_of(context, found.best, found.best.step_time, 1.0, {})
+    plan = plan_of(context, found.best, found.best.step_time, 1.0, {}, None)
     check_price(plan, graph)
     return plan
 
