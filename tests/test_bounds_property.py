@@ -15,9 +15,10 @@ from small_spaces import AMPLE, Priced, drawn, enumerated, with_memory
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import pipeline_bound, spread_bound
-from autopar.solver.config_bounds import has_room, loose_bound, quick_bound, shape_bound, stage_bound
+from autopar.solver.config_bounds import loose_bound, quick_bound, shape_bound, stage_bound, state_fits
 from autopar.solver.context import Context
 from autopar.solver.fix import parse_fix
+from autopar.solver.room import has_room
 from autopar.solver.shardings import Shardings
 from autopar.solver.simulate import StageTimes, simulate
 from autopar.solver.space import OPEN, Config, open_configs_of
@@ -93,6 +94,7 @@ def test_no_bound_of_a_configuration_is_above_any_of_its_plans(seed: int) -> Non
             best = min(plan.seconds for plan in some if plan.nbytes <= nbytes) * ROUNDING
             shape = config.shape
             assert has_room(context, shape.outline)
+            assert state_fits(context, config)
             for work in (None, shardings.cheap_bound(), shardings.least_work()):
                 assert 0 < shape_bound(context, shape, work) <= best
             space = list(open_configs_of(shape, trial.job, context.cluster, context.fix))

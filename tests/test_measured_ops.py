@@ -20,7 +20,7 @@ from autopar.measured import Measured
 from autopar.plan import Plan
 from autopar.profiler.attach import attached
 from autopar.report.record import plan_record
-from autopar.solver.config_bounds import has_room, shape_bound, stage_bound
+from autopar.solver.config_bounds import shape_bound, stage_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import parse_fix
 from autopar.solver.halves import sure_halves
@@ -28,6 +28,7 @@ from autopar.solver.interval import interval_of
 from autopar.solver.measured_ops import MeasuredOps
 from autopar.solver.op_costs import LocalTensor, OpCosts
 from autopar.solver.reprice import check_price
+from autopar.solver.room import has_room
 from autopar.solver.search import search
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import configs

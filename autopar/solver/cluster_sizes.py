@@ -22,9 +22,10 @@ from math import inf, prod
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
-from autopar.solver.config_bounds import has_room, loose_bound, refined_shape_bound, shape_bound
+from autopar.solver.config_bounds import loose_bound, refined_shape_bound, shape_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix
+from autopar.solver.room import has_room
 from autopar.solver.shardings import KnownShardings
 from autopar.solver.space import Shape, offloads, open_configs_of, shapes
 from autopar.solver.steps import Step

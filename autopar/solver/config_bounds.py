@@ -17,7 +17,6 @@ from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import spread_bound
 from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
-from autopar.solver.decisions import whole_decisions
 from autopar.solver.evaluate import assess, placed
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import sure_halves
@@ -26,8 +25,9 @@ from autopar.solver.op_costs import LocalTensor
 from autopar.solver.path_bound import path_bound, program_bound
 from autopar.solver.prices import element_bytes
 from autopar.solver.reach import reach
+from autopar.solver.room import holds_state
 from autopar.solver.shardings import Shardings
-from autopar.solver.space import Config, Outline, Shape
+from autopar.solver.space import Config, Shape
 from autopar.solver.spread import block_runs, overheads, staged
 from autopar.solver.stages import BlockRun, Option, StageProblem, solve_stages
 from autopar.solver.steps import Step
@@ -50,27 +50,6 @@ def refined_shape_bound(context: Context, shape: Shape, shardings: Shardings, st
     return shape_bound(context, shape, shardings.cheap_bound() if step == Step.RELAXED else shardings.least_work())
 
 
-def has_room(context: Context, outline: Outline) -> bool:
-    """Whether memory could hold what one block has at hand in its backward, be it saved, made again or
-    brought back from the host, evenly split."""
-    room = context.cluster.device.memory_bytes - context.cluster.device.reserve_bytes
-    return _saved_bytes(context) * outline.micro_batch / outline.ranks <= room
-
-
-def _saved_bytes(context: Context) -> float:
-    """The most bytes that any block keeps for each sample."""
-    if "sample" not in context.memo:
-        most = 0.0
-        for name, decision in whole_decisions(context.model).items():
-            kind = context.model.kinds[name]
-            one, two = (
-                min(context.costs.saved(kind, decision, n, lean=lean) for lean in (False, True)) for n in (1, 2)
-            )
-            most = max(most, float(two - one))
-        context.memo["sample"] = most
-    return float(context.memo["sample"])
-
-
 def _arithmetic_s(context: Context) -> tuple[float, float]:
     """Seconds of a sample's arithmetic on one device: forward, and with backward."""
     if "arithmetic" not in context.memo:
@@ -89,6 +68,11 @@ def _arithmetic_s(context: Context) -> tuple[float, float]:
         context.memo["arithmetic"] = totals[0] * (1 - 1e-12), sum(totals) * (1 - 1e-12)
     forward, both = context.memo["arithmetic"]
     return float(forward), float(both)
+
+
+def state_fits(context: Context, config: Config) -> bool:
+    """Whether parameters, gradients and optimizer state alone leave a configuration a chance (`room`)."""
+    return holds_state(context, config, _total_elements(context)[0], _total_elements(context, trains=True)[0])
 
 
 def quick_bound(context: Context, config: Config, work: float) -> float:

@@ -33,12 +33,12 @@ from autopar.plan import Plan
 from autopar.sharding.check import check_data_parallel
 from autopar.solver.check_space import check_space
 from autopar.solver.config_bounds import (
-    has_room,
     loose_bound,
     quick_bound,
     refined_shape_bound,
     shape_bound,
     stage_bound,
+    state_fits,
 )
 from autopar.solver.context import Context
 from autopar.solver.crowded import Crowded
@@ -52,6 +52,7 @@ from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.price import price
 from autopar.solver.reprice import check_price
+from autopar.solver.room import has_room
 from autopar.solver.shardings import KnownShardings, Shardings
 from autopar.solver.space import Config, Family, Shape, open_configs_of, shapes
 from autopar.solver.steps import Step
@@ -279,7 +280,9 @@ class _Walk:
         return [
             one
             for one in space
-            if self.wanted(one) and (isinstance(item, Shape) or (one.zero, one.offload) == (item.zero, item.offload))
+            if (isinstance(item, Shape) or (one.zero, one.offload) == (item.zero, item.offload))
+            and self.wanted(one)
+            and state_fits(context, one)
         ]
 
     def refine(self, entry: _Entry) -> list[_Entry]:
