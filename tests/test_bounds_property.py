@@ -15,10 +15,10 @@ from small_spaces import AMPLE, Priced, drawn, enumerated, with_memory
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import pipeline_bound, spread_bound
-from autopar.solver.config_bounds import loose_bound, quick_bound, shape_bound, stage_bound, state_fits
+from autopar.solver.config_bounds import loose_bound, quick_bound, shape_bound, stage_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import parse_fix
-from autopar.solver.room import has_room
+from autopar.solver.room import has_room, state_fits
 from autopar.solver.shardings import Shardings
 from autopar.solver.simulate import StageTimes, simulate
 from autopar.solver.space import OPEN, Config, open_configs_of

@@ -286,3 +286,13 @@ def test_state_on_the_host_fits_what_did_not_fit():
     unknown = Cluster(tuple(dataclasses.replace(group, device=device) for group in tight.groups))
     with pytest.raises(UnsupportedError, match="host_bandwidth"):
         search(model, job, unknown, {**fix, "offload": "state"})
+
+
+def test_what_just_fits_with_halved_backwards_and_one_micro_batch_is_found():
+    """Its gradients wait in compute dtype and leave for the host stage by stage: never are all whole in the master's."""
+    model, job = decoder(8, hidden=512, ffn=2048), Job(4, 16)
+    fix = {"pp": 2, "dp": 2, "schedule": "zbv", "zero": 0, "offload": "state", "micro_batch": 2}
+    plan = search(model, job, Cluster.parse("1x4:h100"), fix)
+    need = max(sum(plan.stages[stage].total_bytes for stage in plan.stages_of(rank)) for rank in range(2))
+    tight = search(model, job, with_memory(Cluster.parse("1x4:h100"), need), fix)
+    assert tight.bound <= tight.predicted.step_time <= plan.predicted.step_time * (1 + 1e-9)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from typing import cast
 
 from autopar.graph.ir import TensorMeta
@@ -17,15 +16,14 @@ from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import spread_bound
 from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
+from autopar.solver.elements import least_elements, least_groups, smallest_block, still_elements, total_elements
 from autopar.solver.evaluate import assess, placed
-from autopar.solver.groups import root_blocks
 from autopar.solver.halves import sure_halves
 from autopar.solver.laps import laps_bound
 from autopar.solver.op_costs import LocalTensor
 from autopar.solver.path_bound import path_bound, program_bound
 from autopar.solver.prices import element_bytes
 from autopar.solver.reach import reach
-from autopar.solver.room import holds_state
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Shape
 from autopar.solver.spread import block_runs, overheads, staged
@@ -70,19 +68,14 @@ def _arithmetic_s(context: Context) -> tuple[float, float]:
     return float(forward), float(both)
 
 
-def state_fits(context: Context, config: Config) -> bool:
-    """Whether parameters, gradients and optimizer state alone leave a configuration a chance (`room`)."""
-    return holds_state(context, config, _total_elements(context)[0], _total_elements(context, trains=True)[0])
-
-
 def quick_bound(context: Context, config: Config, work: float) -> float:
     """No plan of this configuration takes less, given that a micro-batch's blocks take at least ``work`` seconds."""
     place = placed(context, config, 0)
     m = config.micro_batches
-    total, rooted = _total_elements(context)
-    trains, rooted_trains = _total_elements(context, trains=True)
+    total, rooted = total_elements(context)
+    trains, rooted_trains = total_elements(context, trains=True)
     frozen, rooted_frozen = total - trains, rooted - rooted_trains
-    still, rooted_still = _still_elements(context)
+    still, rooted_still = still_elements(context)
     parts = [(total - rooted, frozen - rooted_frozen, still), (rooted, rooted_frozen, rooted_still)]
     for root, (elements, unmoved, unpassed) in enumerate(parts):
         # A stage that any gradient passes gathers its root group each time.
@@ -96,86 +89,13 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
     return spread_bound(work, config.pp, m, config.vpp) + optimizer
 
 
-def _total_elements(context: Context, trains: bool = False) -> tuple[int, int]:
-    """Parameter elements of the model, and of these those that may be in a root group. ``trains``: only what trains."""
-    key = ("elements", trains)
-    if key not in context.memo:
-        metas = {name: meta for name, meta in context.model.parameters.items() if meta.requires_grad or not trains}
-        sizes = {name: prod(meta.at(1, 1)) for name, meta in metas.items()}
-        context.memo[key] = sum(sizes.values()), sum(sizes.get(name, 0) for name in _rooted_names(context))
-    total, rooted = context.memo[key]
-    return total, rooted
-
-
-def _still_elements(context: Context) -> tuple[int, int]:
-    """Parameter elements of blocks that no gradient passes: of those with a group of their own, and of those that may
-    be in a root group."""
-    if "still elements" not in context.memo:
-        model = context.model
-        held = [b.parameters.values() for b in model.blocks if not model.kinds[b.kind].passes_gradient]
-        names, rooted = {name for block in held for name in block} & model.parameters.keys(), _rooted_names(context)
-        context.memo["still elements"] = tuple(
-            sum(prod(model.parameters[name].at(1, 1)) for name in part) for part in (names - rooted, names & rooted)
-        )
-    own, root = context.memo["still elements"]
-    return own, root
-
-
-def _least_elements(context: Context, config: Config, index: int, trains: bool = False) -> int:
-    """Parameter elements of block ``index`` per rank when all of them are split. Of a tied parameter the first block
-    counts, and the last, if it surely sits in another stage. ``trains``: only what trains."""
-    apart = config.pp > 1 and index == len(context.model.blocks) - 1
-    key = ("least elements", index, apart, trains)
-    if key not in context.memo:
-        context.memo[key] = _whole_elements(context, index, apart, trains)
-    return int(context.memo[key]) // config.tp
-
-
-def _whole_elements(context: Context, index: int, apart: bool, trains: bool) -> int:
-    blocks = context.model.blocks
-    block = blocks[index]
-    total = 0
-    for node in context.model.kinds[block.kind].graph.of("parameter"):
-        if trains and not node.meta.requires_grad:
-            continue
-        tie = context.ties.parameters.get((block.kind, node.name))
-        first = next((i for i, other in enumerate(blocks) if _holds(context, other.kind, tie)), index) if tie else index
-        if first == index or (apart and first == 0):
-            total += prod(node.meta.at(1, 1))
-    return total
-
-
-def _holds(context: Context, kind: str, tie: str | None) -> bool:
-    return any(owner == kind and name == tie for (owner, _), name in context.ties.parameters.items())
-
-
-def _rooted_names(context: Context) -> set[str]:
-    """Parameters that may be in a root group, tied ones under the first of their names."""
-    model = context.model
-    first = {name: group[0] for group in model.tied for name in group}
-    names = set()
-    for block, root in zip(model.blocks, root_blocks(model, range(len(model.blocks))), strict=True):
-        if root:
-            names |= {first.get(name, name) for name in block.parameters.values()}
-    return names & model.parameters.keys()
-
-
-def _least_groups(context: Context, config: Config, trains: bool = False) -> tuple[list[int], int]:
-    """Least elements of what FSDP2 gathers (``trains``: and reduces), of a model in one stage: each block's own group
-    (0 where it has none), and the root group."""
-    roots = root_blocks(context.model, range(len(context.model.blocks)))
-    least = [_least_elements(context, config, index, trains) for index in range(len(roots))]
-    own = [0 if root else elements for elements, root in zip(least, roots, strict=True)]
-    return own, sum(least) - sum(own)
-
-
 def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
     """Network seconds that nothing can hide without stages, (each micro-batch, once a step): the first gather each way
     and the last reduction. Those of the root group come first and last."""
     if config.pp > 1:
         return 0.0, 0.0
-    own, rooted = _least_groups(context, config)
-    trained, rooted_trained = _least_groups(context, config, trains=True)
+    own, rooted = least_groups(context, config)
+    trained, rooted_trained = least_groups(context, config, trains=True)
     first, last = (rooted or own[0]), own[-1]
     reduced = rooted_trained if rooted else trained[0]
     gather, scatter = data.gather_s(first), data.scatter_s(reduced)
@@ -188,8 +108,8 @@ def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[fl
 def _least_communication(context: Context, config: Config, data: DataAxis) -> float:
     """Network seconds of a step without stages: gathers, twice under zero 3 but for the root group and what no
     gradient passes, and reductions, each of them once a step or in each micro-batch."""
-    own, rooted = _least_groups(context, config)
-    trained, rooted_trained = _least_groups(context, config, trains=True)
+    own, rooted = least_groups(context, config)
+    trained, rooted_trained = least_groups(context, config, trains=True)
     gathers = sum(data.gather_s(n) for n in own) + data.gather_s(rooted)
     if data.gathers_each:
         kinds = [context.model.kinds[block.kind] for block in context.model.blocks]
@@ -215,17 +135,6 @@ def stage_bound(
     found = _spread_bound(context, [config], shardings, paths, sharp)
     each, once = _least_exposed(context, config, placed(context, config, 0).data)
     return max(found + config.micro_batches * each + once, _only_bound(context, config, shardings))
-
-
-def _smallest_block(context: Context, config: Config) -> tuple[int, int]:
-    """The fewest elements of any block per rank when all of them are split; and of those that train."""
-    if "smallest block" not in context.memo:
-        blocks = range(len(context.model.blocks))
-        context.memo["smallest block"] = tuple(
-            min(_whole_elements(context, i, i == len(blocks) - 1, trains) for i in blocks) for trains in (False, True)
-        )
-    held, trained = context.memo["smallest block"]
-    return held // config.tp, trained // config.tp
 
 
 def _spread_bound(
@@ -281,8 +190,8 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
     runs = []
     for run in block_runs(context, config, extended=True):
         kind = run.kind
-        elements = float(_least_elements(context, config, run.start))
-        trains = float(_least_elements(context, config, run.start, trains=True))
+        elements = float(least_elements(context, config, run.start))
+        trains = float(least_elements(context, config, run.start, trains=True))
         frozen = elements - trains
         passes = context.model.kinds[kind].passes_gradient or (run.root and config.pp == 1)
         still = 0.0 if passes else elements
@@ -337,7 +246,7 @@ def least_stage(context: Context, config: Config, data: DataAxis) -> tuple[float
     reduces. It is not known which blocks these are: the smallest count."""
     if config.pp == 1:
         return 0.0, 0.0, 0.0
-    held, trained = _smallest_block(context, config)
+    held, trained = smallest_block(context, config)
     gather = data.gather_s(held)
     scatter, replicate = data.scatter_s(trained), data.replicate_s(trained)
     # A root group, which may be all that a stage has, is not gathered again for the backward.

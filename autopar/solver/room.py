@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from autopar.schedule import SCHEDULES
 from autopar.solver.context import Context
 from autopar.solver.decisions import whole_decisions
+from autopar.solver.elements import total_elements
 from autopar.solver.evaluate import placed
 from autopar.solver.space import Config, Outline
 
@@ -30,18 +30,17 @@ def _saved_bytes(context: Context) -> float:
     return float(context.memo["sample"])
 
 
-def holds_state(context: Context, config: Config, elements: int, trains: int) -> bool:
-    """Whether all ranks together could hold what stands as the last backwards begin, ``elements`` being those of all
-    parameters, of which ``trains`` train: parameters as the optimizer keeps them and, but for zero 3, as blocks read
-    them (all were read by then), optimizer state, and under zero 0 and 1 gradients that wait for their reduction, or
-    its inputs and results (`memory`). Each is split at most over tp and the stages."""
-    splits = SCHEDULES[config.schedule].splits_backward
+def state_fits(context: Context, config: Config) -> bool:
+    """Whether all ranks together could hold the state of a step, as `MemoryModel.ranks` counts it: parameters as the
+    optimizer keeps them and, but for zero 3, as blocks read them; optimizer state; under zero 0 and 1 the gradients
+    that wait for their reduction, those of every stage at their most. Each is split at most over tp and the stages."""
     sizes = (config.pp, config.tp, config.dp, config.cp, config.micro_batch, config.zero, config.fsdp, config.offload)
-    key = ("holds state", sizes, splits)
+    key = ("state fits", sizes, config.schedule)
     if key not in context.memo:
         memory = placed(context, config, 0).memory
-        held = memory.per_element()
-        gradients = context.job.master_bytes if memory.defers else 0
+        held, (elements, _), (trains, _) = memory.per_element(), total_elements(context), total_elements(context, True)
+        waiting = memory.kept_gradients("one" if config.micro_batches == 1 else "some", memory.splits)
+        gradients = min(context.job.master_bytes, waiting) if memory.defers else 0
         needed = held["parameters"] * elements + (held["optimizer"] + gradients) * trains
         room = context.cluster.device.memory_bytes - memory.reserve
         context.memo[key] = needed / config.tp <= room * config.pp

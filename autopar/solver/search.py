@@ -38,7 +38,6 @@ from autopar.solver.config_bounds import (
     refined_shape_bound,
     shape_bound,
     stage_bound,
-    state_fits,
 )
 from autopar.solver.context import Context
 from autopar.solver.crowded import Crowded
@@ -52,7 +51,7 @@ from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.price import price
 from autopar.solver.reprice import check_price
-from autopar.solver.room import has_room
+from autopar.solver.room import has_room, state_fits
 from autopar.solver.shardings import KnownShardings, Shardings
 from autopar.solver.space import Config, Family, Shape, open_configs_of, shapes
 from autopar.solver.steps import Step
