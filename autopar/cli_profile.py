@@ -20,6 +20,7 @@ app = typer.Typer(name="profile", help="Measure this machine's operators and col
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The profile to write; continued if it is there.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+MinutesOption = Annotated[float, typer.Option("--minutes", help="In all, with what the file holds already.")]
 ProfileArgument = Annotated[Path, typer.Argument(metavar="PROFILE", help="What `autopar profile` wrote.")]
 
 
@@ -27,7 +28,7 @@ ProfileArgument = Annotated[Path, typer.Argument(metavar="PROFILE", help="What `
 def ops(
     out: OutOption,
     device: DeviceOption = "cpu",
-    minutes: Annotated[float, typer.Option("--minutes", help="In all, with what the file holds already.")] = 5.0,
+    minutes: MinutesOption = 5.0,
     only: Annotated[str, typer.Option("--ops", help="Operators, with commas between; default all.")] = "",
     dtypes: Annotated[
         str, typer.Option("--dtypes", help="fp32,bf16,fp16,fp8; default all that the device computes in.")
@@ -49,7 +50,7 @@ def ops(
 def collectives(
     out: OutOption,
     device: DeviceOption = "cpu",
-    minutes: Annotated[float, typer.Option("--minutes", help="In all, with what the file holds already.")] = 2.0,
+    minutes: MinutesOption = 2.0,
     mesh: Annotated[str, typer.Option("--mesh", help="Axis sizes, outermost first, such as 2x8.")] = "",
     kinds: Annotated[str, typer.Option("--kinds", help="Collectives, with commas between; default all.")] = "",
     largest: Annotated[int, typer.Option("--largest", help="Bytes of the largest message.")] = 1 << 30,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -61,11 +62,7 @@ class Mesh:
 
     def strides(self) -> dict[str, int]:
         """How many ranks apart neighbours on each axis are."""
-        found, stride = {}, 1
-        for axis, size in reversed(self.ranked_axes().items()):
-            found[axis] = stride
-            stride *= size
-        return found
+        return strides(self.ranked_axes())
 
     def data_span(self) -> Span:
         """The data ranks, as shard groups count them: those of cp are neighbours, then come those of dp. Axes that
@@ -99,6 +96,15 @@ class Mesh:
         parts["tp"] = "x".join(map(str, self.tp_parts)) or str(self.tp)
         text = " x ".join(f"{axis}={size}" for axis, size in parts.items())
         return text if self.order == AXES else f"{text}, order={','.join(self.order)}"
+
+
+def strides(axes: Mapping[str, int]) -> dict[str, int]:
+    """How many ranks apart neighbours on each axis are; the last axis is the innermost."""
+    found, stride = {}, 1
+    for axis, size in reversed(list(axes.items())):
+        found[axis] = stride
+        stride *= size
+    return found
 
 
 def same_ranks(mesh: Mesh) -> tuple[str, ...]:

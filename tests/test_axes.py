@@ -22,7 +22,7 @@ from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import Block, BlockKind, ModelGraph, Source
 from autopar.graph.trace import trace
 from autopar.job import Job
-from autopar.mesh import Mesh
+from autopar.mesh import Mesh, strides
 from autopar.sharding.check import check_decision, fits
 from autopar.sharding.conversions import convertible, direct, types_of
 from autopar.sharding.decision import BlockDecision, Conversion
@@ -37,7 +37,7 @@ from autopar.solver.decisions import decisions_of
 from autopar.solver.fix import parse_fix
 from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
-from autopar.solver.prices import AxisPrices, strides
+from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import price
 from autopar.solver.reprice import _block_seconds
 from autopar.solver.shardings import Shardings

@@ -289,7 +289,7 @@ def test_state_on_the_host_fits_what_did_not_fit():
 
 
 def test_what_just_fits_with_halved_backwards_and_one_micro_batch_is_found():
-    """Its gradients wait in compute dtype and leave for the host stage by stage: never are all whole in the master's."""
+    """Its gradients wait in compute dtype and leave for the host stage by stage: they are never whole all at once."""
     model, job = decoder(8, hidden=512, ffn=2048), Job(4, 16)
     fix = {"pp": 2, "dp": 2, "schedule": "zbv", "zero": 0, "offload": "state", "micro_batch": 2}
     plan = search(model, job, Cluster.parse("1x4:h100"), fix)

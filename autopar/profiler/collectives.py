@@ -21,11 +21,12 @@ import torch.distributed as dist
 
 from autopar.errors import BadInputError
 from autopar.profiler.clock import Clock, clock_of
-from autopar.profiler.database import CollectiveRecord, Profile, check_target, now
+from autopar.profiler.database import CollectiveRecord, Profile, begun, check_target, now
 from autopar.profiler.links import KINDS
 from autopar.profiler.machine import describe, device_of, free_bytes
-from autopar.profiler.measure import Told
+from autopar.profiler.measure import SAVE_EVERY_S, Told
 from autopar.profiler.overlap import overlap_figures
+from autopar.profiler.ranks import largest
 from autopar.profiler.timing import Timing
 
 LARGEST = 1 << 30
@@ -35,7 +36,6 @@ SIZES = tuple(1 << power for power in range(10, 31, 2))
 BUFFERS = 4.0
 """Bytes of buffers against those of the message in full: input, output, and what the library takes."""
 LEAST, MOST = 3, 50
-SAVE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,8 @@ class _Session:
         known = self._continued()
         axes = [self._axis(size, stride) for size, stride in axes_of(self.mesh)]
         total = 60 * self.run.minutes
-        room = int(_least(free_bytes(self.device) / (self.node_ranks if self.device.type == "cpu" else 1), self.device))
+        free = free_bytes(self.device) / (self.node_ranks if self.device.type == "cpu" else 1)
+        room = int(-largest([-free], self.device)[0])
         last: dict[tuple[str, int, int], float] = {}
         cells = [
             (nbytes, axis, kind)
@@ -180,13 +181,8 @@ class _Session:
         if self.rank == 0:
             try:
                 check_target(self.run.out)
-                if self.run.out.exists():
-                    profile = Profile.load(self.run.out)
-                    profile.check_device(
-                        self.profile.device, f"profile {self.run.out}", "name another file with -o, or delete this one"
-                    )
-                    self.profile = profile
-                    self.spent_before = profile.spent_s.get("collectives", 0.0)
+                self.profile = begun(self.run.out, self.profile.device)
+                self.spent_before = self.profile.spent_s.get("collectives", 0.0)
                 found[0] = {record.key: record.seconds for record in self.profile.collectives}
             except BadInputError as error:
                 found[1] = str(error)
@@ -219,15 +215,10 @@ class _Session:
         self.clock.host_seconds([call])
         self.clock.wait()
         dist.barrier()
-        once = self._slowest(self.clock.device_samples([call]))[0]
+        once = largest(self.clock.device_samples([call]), self.device)[0]
         repeats = max(LEAST, min(MOST, int(share / max(once, 1e-9))))
         dist.barrier()
-        return Timing.of(self._slowest(self.clock.device_samples([call] * repeats)))
-
-    def _slowest(self, seconds: list[float]) -> list[float]:
-        found = torch.tensor(seconds, dtype=torch.float64, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return [float(value) for value in found]
+        return Timing.of(largest(self.clock.device_samples([call] * repeats), self.device))
 
     def _save(self) -> None:
         if self.rank == 0:
@@ -315,9 +306,3 @@ def _environment() -> tuple[int, int, int, int]:
 def _usual_mesh(world: int, node_ranks: int) -> tuple[int, ...]:
     inside = (node_ranks // 2, 2) if node_ranks % 2 == 0 and node_ranks > 2 else (node_ranks,)
     return (world // node_ranks, *inside) if world > node_ranks else inside
-
-
-def _least(value: float, device: torch.device) -> float:
-    found = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return float(found)

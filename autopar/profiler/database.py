@@ -240,20 +240,16 @@ def merge(profiles: Iterable[Profile]) -> Profile:
 
 
 def _joined(records: Iterable[Record]) -> tuple[Record, ...]:
-    found: dict[tuple[object, ...], Record] = {}
+    found: dict[Any, Record] = {}  # keys of one kind of records compare place by place
     for record in records:
         before = found.get(record.key)
         if before is None or _worth(record) > _worth(before):
             found[record.key] = record
-    return tuple(found[key] for key in sorted(found, key=lambda key: tuple(map(_sortable, key))))
+    return tuple(found[key] for key in sorted(found))
 
 
 def _worth(record: OpRecord | CollectiveRecord) -> tuple[float, ...]:
     return record.repeats, -record.spread, -record.seconds
-
-
-def _sortable(part: object) -> object:
-    return part if isinstance(part, str | tuple) else float(part)  # type: ignore[arg-type]
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -271,6 +267,16 @@ def _text(data: dict[str, Any]) -> str:
         else:
             lines.append(f' "{name}": {json.dumps(value)}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def begun(path: Path, device: dict[str, Any]) -> Profile:
+    """The profile to continue at ``path``, or a new one of ``device``. Raises BadInputError where the file is damaged
+    or of another device."""
+    if not path.exists():
+        return Profile(dict(device), now())
+    profile = Profile.load(path)
+    profile.check_device(device, f"profile {path}", "name another file with -o, or delete this one")
+    return profile
 
 
 def check_target(path: Path) -> None:

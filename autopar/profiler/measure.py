@@ -20,7 +20,7 @@ import torch
 
 from autopar.errors import BadInputError
 from autopar.profiler.clock import Clock, HostClock, clock_of, sampled
-from autopar.profiler.database import OpRecord, Profile, check_target, now
+from autopar.profiler.database import OpRecord, Profile, begun, check_target
 from autopar.profiler.grid import Limits, Table
 from autopar.profiler.launch import launch_figures
 from autopar.profiler.machine import describe, device_of, free_bytes
@@ -83,7 +83,7 @@ def measure_ops(run: OpsRun, told: Told = lambda spent, total, what: None) -> Pr
     check_target(run.out)
     device = device_of(run.device)
     threads = run.threads if device.type == "cpu" else 0
-    profile = _begun(run.out, describe(device))
+    profile = begun(run.out, describe(device))
     total, spent = 60 * run.minutes, profile.spent_s.get("ops", 0.0)
     if spent >= total:
         told(spent, total, f"nothing to do: {run.out} holds {spent / 60:.1f} minutes already; raise --minutes for more")
@@ -198,15 +198,6 @@ class _Session:
         self.fresh = []
         self.profile.save(self.run.out)
         self.saved = time.perf_counter()
-
-
-def _begun(out: Path, device: dict[str, object]) -> Profile:
-    """The profile to continue, or a new one."""
-    if not out.exists():
-        return Profile(dict(device), now())
-    profile = Profile.load(out)
-    profile.check_device(dict(device), f"profile {out}", "name another file with -o, or delete this one")
-    return profile
 
 
 @contextmanager

@@ -242,6 +242,7 @@ def supported(each: Family, dtype: str, device: torch.device) -> str:
             call(0)
         if device.type != "cpu":
             getattr(torch, device.type).synchronize(device)
+    # Torch refuses in all of these ways: no kernel, no such function in this version, no such dtype or argument there.
     except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return ""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from autopar.profiler.clock import Call, Clock
+from autopar.profiler.ranks import largest
 
 MESSAGE = 32 << 20
 """Bytes of the all-reduce."""
@@ -43,7 +44,7 @@ def overlap_figures(device: torch.device, clock: Clock, group: dist.ProcessGroup
     def communicate(over: dist.ProcessGroup = group) -> None:
         dist.all_reduce(message, group=over)
 
-    one, send = _slowest(_timed(clock, compute, 5), device), _slowest(_timed(clock, communicate, 5), device)
+    one, send = largest([_timed(clock, compute, 5), _timed(clock, communicate, 5)], device)
     # As many matmuls as an all-reduce takes, so that both halves of the experiment are of one length.
     count = max(1, round(send / one))
 
@@ -51,20 +52,21 @@ def overlap_figures(device: torch.device, clock: Clock, group: dist.ProcessGroup
         for _ in range(count):
             compute()
 
-    alone = _slowest(_timed(clock, matmuls, TRIALS), device)
+    (alone,) = largest([_timed(clock, matmuls, TRIALS)], device)
     sends = max(1, round(COVER * alone / send))
     beside = []
     for _ in range(TRIALS):
         dist.barrier(group=group)
         with _background(device, lambda: communicate(aside), sends):
             beside.append(_timed(clock, matmuls, 1))
-    computing = _slowest(median(beside), device) / alone
+    (together,) = largest([median(beside)], device)
     beside = []
     for _ in range(TRIALS):
         dist.barrier(group=group)
         with _background(device, matmuls, max(1, round(COVER * send / alone))):
             beside.append(_timed(clock, communicate, 1))
-    return {"overlap.compute": computing, "overlap.communication": _slowest(median(beside), device) / send}
+    (sent,) = largest([median(beside)], device)
+    return {"overlap.compute": together / alone, "overlap.communication": sent / send}
 
 
 def _group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
@@ -77,12 +79,6 @@ def _timed(clock: Clock, call: Call, repeats: int) -> float:
     if repeats > 1:
         call()
     return median(clock.plain_samples([call] * repeats))
-
-
-def _slowest(seconds: float, device: torch.device) -> float:
-    found = torch.tensor([seconds], dtype=torch.float64, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return float(found)
 
 
 @contextlib.contextmanager

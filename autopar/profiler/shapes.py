@@ -43,6 +43,12 @@ def _product_cost(batch: int, m: int, n: int, k: int, width: int) -> tuple[float
     return 2.0 * batch * m * n * k, float(width * batch * (m * k + k * n + m * n))
 
 
+def _grouped_cost(point: Point, direction: str, width: int) -> tuple[float, float]:
+    groups, rows, n, k = point
+    once = width * (rows * k + groups * n * k + rows * n)
+    return (2.0 * rows * n * k, float(once)) if direction == "forward" else (4.0 * rows * n * k, 2.0 * once)
+
+
 def _attention_cost(share: float) -> Callable[[Point, str, int], tuple[float, float]]:
     def cost(point: Point, direction: str, width: int) -> tuple[float, float]:
         problems, group, length, head_dim = point
@@ -88,7 +94,7 @@ FAMILIES: tuple[Family, ...] = (
         (2, 64, 64, 64),
         (128, 65536, 16384, 16384),
         TRAINED,
-        lambda p, d, w: _grouped_cost(p, d, w),
+        _grouped_cost,
         lambda p, w: 3 * w * (p[1] * p[3] + p[0] * p[2] * p[3] + p[1] * p[2]),
         valid=lambda p: p[1] >= 8 * p[0],
     ),
@@ -191,12 +197,6 @@ FAMILIES: tuple[Family, ...] = (
         for name in ("copy_to_device", "copy_to_host")
     ),
 )
-
-
-def _grouped_cost(point: Point, direction: str, width: int) -> tuple[float, float]:
-    groups, rows, n, k = point
-    once = width * (rows * k + groups * n * k + rows * n)
-    return (2.0 * rows * n * k, float(once)) if direction == "forward" else (4.0 * rows * n * k, 2.0 * once)
 
 
 def family(name: str) -> Family:

@@ -58,6 +58,12 @@ def host_shortage(context: Context, assessment: Assessment) -> int:
     return max(0, max(assessment.host) - room) if room else 0
 
 
+def within_memory(context: Context, assessment: Assessment) -> bool:
+    """Whether devices and hosts have room for all of it."""
+    room = context.cluster.device.memory_bytes
+    return max(assessment.rank_bytes()) <= room and not host_shortage(context, assessment)
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
     """What a configuration's prices depend on. ``transfers``: seconds of each stage's handing on to the next."""

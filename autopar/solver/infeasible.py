@@ -67,14 +67,6 @@ def least_memory(context: Context) -> Assessment | None:
     return cast(Assessment | None, context.memo["least memory"])
 
 
-def fits(context: Context, assessment: Assessment | None) -> bool:
-    """Whether there is a plan, and room for it on devices and hosts."""
-    if assessment is None:
-        return False
-    room = context.cluster.device.memory_bytes
-    return max(assessment.rank_bytes()) <= room and not host_shortage(context, assessment)
-
-
 def _space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
     """The configurations under one order of the mesh axes each: memory is the same under all."""
     return (one for one in configs(model, job, cluster, fix) if fix.order or one.order == AXES)

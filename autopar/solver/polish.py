@@ -11,7 +11,7 @@ from itertools import accumulate, permutations
 
 from autopar.solver.candidates import BlockCost
 from autopar.solver.context import Context
-from autopar.solver.evaluate import Assessment, assess, host_shortage
+from autopar.solver.evaluate import Assessment, assess, within_memory
 
 MOST = 400
 """Spreads that are tried at most."""
@@ -31,7 +31,9 @@ def polished(context: Context, best: Assessment) -> Assessment:
     while tried < MOST:
         near = [assess(context, best.config, stages, best.boundary) for stages in _neighbours(best)]
         tried += len(near)
-        fastest = min((other for other in near if _fits(context, other)), key=lambda a: a.step_time, default=best)
+        fastest = min(
+            (other for other in near if within_memory(context, other)), key=lambda a: a.step_time, default=best
+        )
         if fastest.step_time >= best.step_time * (1 - 1e-9):
             break
         best = fastest
@@ -47,8 +49,3 @@ def _neighbours(best: Assessment) -> Iterator[Stages]:
             changed = [count - (s == giver) + (s == taker) for s, count in enumerate(counts)]
             ends = list(accumulate(changed))
             yield tuple(tuple(blocks[end - count : end]) for end, count in zip(ends, changed, strict=True))
-
-
-def _fits(context: Context, assessment: Assessment) -> bool:
-    room = context.cluster.device.memory_bytes
-    return max(assessment.rank_bytes()) <= room and not host_shortage(context, assessment)

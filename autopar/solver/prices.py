@@ -22,6 +22,7 @@ from typing import NamedTuple
 from autopar.graph.ir import Node, OpGraph, TensorMeta
 from autopar.graph.size import Size
 from autopar.job import Job
+from autopar.mesh import strides
 from autopar.sharding.conversions import COMMUNICATES, Step
 from autopar.sharding.factors import Inner
 from autopar.sharding.layout import Layout, SpmdType
@@ -73,15 +74,6 @@ class Price:
 
 
 FREE = Price(0.0, 0.0)
-
-
-def strides(axes: Mapping[str, int]) -> dict[str, int]:
-    """How many ranks apart neighbours on each axis are; the last axis is the innermost."""
-    found, stride = {}, 1
-    for axis, size in reversed(list(axes.items())):
-        found[axis] = stride
-        stride *= size
-    return found
 
 
 class Part(NamedTuple):

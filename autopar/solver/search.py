@@ -43,9 +43,10 @@ from autopar.solver.context import Context
 from autopar.solver.crowded import Crowded
 from autopar.solver.equal_blocks import free_step_time
 from autopar.solver.estimates import estimate
+from autopar.solver.evaluate import within_memory
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.found import HOPE, INFINITE, Found
-from autopar.solver.infeasible import explain, fits, least_memory
+from autopar.solver.infeasible import explain, least_memory
 from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
@@ -92,7 +93,7 @@ def search(
         found = explore(context, space, watch)
     if found.best is None and explained:
         leanest = least_memory(context)  # looked for by memory alone, which takes a while
-        found.keep(leanest if fits(context, leanest) else None)
+        found.keep(leanest if leanest is not None and within_memory(context, leanest) else None)
     if found.best is None:
         raise InfeasibleError(explain(context) if explained else f"{model.name} does not fit on {cluster}")
     best = polished(context, found.best)
@@ -175,6 +176,7 @@ class _Walk:
         self.likely: list[tuple[float, int]] = []
         self.crowded = Crowded()
         self.missed: dict[Shape, float] = {}
+        self.seconds: dict[Config, float] = {}
         self.made = self.meshes = 0
 
     def add(self, bound: float, step: Step, item: Item) -> list[_Entry]:
@@ -311,7 +313,7 @@ class _Walk:
         if entry.step == Step.SPREAD:
             assert isinstance(item, Config)
             self.found.priced[item] = entry.bound
-            seconds = price(context, item, shardings, self.found)
+            seconds = self._price(item, shardings)
             if seconds == INFINITE:
                 self._crowd(item, shardings)
             elif entry.estimate < INFINITE:
@@ -332,6 +334,12 @@ class _Walk:
             families.setdefault(Family(item, one.zero, one.offload), []).append(one)
         return [(loose_bound(context, some, shardings, paths=False), sharper, one) for one, some in families.items()]
 
+    def _price(self, config: Config, shardings: Shardings) -> float:
+        """See `price`; each configuration once."""
+        if config not in self.seconds:
+            self.seconds[config] = price(self.context, config, shardings, self.found)
+        return self.seconds[config]
+
     def _crowd(self, item: Config, shardings: Shardings) -> None:
         """Remember that a configuration does not fit, and whether the one like it that needs least memory does."""
         leanest = max(
@@ -339,7 +347,7 @@ class _Walk:
         )
         known = self.crowded.knows(leanest)
         self.crowded.add(item)
-        if not known and leanest != item and price(self.context, leanest, shardings, self.found) == INFINITE:
+        if not known and leanest != item and self._price(leanest, shardings) == INFINITE:
             self.crowded.add(leanest)
 
 

@@ -11,7 +11,7 @@ from autopar.schedule import SCHEDULES
 from autopar.solver.candidates import BlockCost
 from autopar.solver.chain import fastest
 from autopar.solver.context import Context
-from autopar.solver.evaluate import Assessment, Placed, assess, halves, host_shortage, placed, tied_elements
+from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements, within_memory
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.laps import even_borders, laps_bound
@@ -235,7 +235,6 @@ def best_stages(
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit."""
     problem, costs_of = stage_problem(context, config, answers, extended=extended)
-    room = context.cluster.device.memory_bytes
     boundary = max(answer.boundary for answer in answers)
     tried: dict[Counts, Assessment | None] = {}
 
@@ -249,8 +248,7 @@ def best_stages(
             return None, None
         if counts not in tried:
             found = assess(context, config, spread(counts, costs_of), boundary)
-            fits = max(found.rank_bytes()) <= room and not host_shortage(context, found)
-            tried[counts] = found if fits else None
+            tried[counts] = found if within_memory(context, found) else None
         return counts, tried[counts]
 
     counts, best = fitting(1.0)
