@@ -87,7 +87,7 @@ def test_with_ample_memory_the_best_plan_is_found() -> None:
         assert ample.plan.predicted.step_time <= ample.best.seconds * (1 + GAP), f"seed {seed}"
 
 
-@pytest.mark.xfail(strict=True, reason="13 of 315: stages that only just fit are sought by heuristics")
+@pytest.mark.xfail(strict=True, reason="4 of 315: stages that only just fit are sought by heuristics")
 def test_what_fits_is_found() -> None:
     """Where the search says that nothing fits, nothing does."""
     missed = [
