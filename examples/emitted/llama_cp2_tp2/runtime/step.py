@@ -63,8 +63,9 @@ class Step:
         self.schedule, self.waits = None, True
         if mesh["pp"].size() > 1:
             self.waits = not drains(zero, micro_batches, splits_backward(schedule))
-            for stage in self.stages if not self.waits else ():
-                reduce_in_background(stage)
+            if not self.waits:
+                for stage in self.stages:
+                    reduce_in_background(stage)
             self.schedule = build_schedule(
                 schedule, stages, mesh, device, micro_batches, zero, self.waits, self._mean_loss
             )
@@ -118,8 +119,9 @@ class Step:
         assert self.schedule is not None
         losses: list[Tensor] = []
         first = next(iter(batch.values()))
-        for stage in self.stages if self.zero in (1, 2) else ():
-            gather_ahead(stage)
+        if self.zero in (1, 2):
+            for stage in self.stages:
+                gather_ahead(stage)
         # The stage computes the loss from its keyword arguments; the schedule only has to see some target.
         target = first if self.has_last else None
         self.schedule.step(target=target, losses=losses, return_outputs=False, **batch)
