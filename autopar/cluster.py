@@ -17,6 +17,8 @@ from autopar.errors import BadInputError
 from autopar.measured import Measured
 
 BACKENDS = ("cuda", "cpu")
+DTYPES = ("fp64", "fp32", "bf16", "fp16", "fp8", "fp4")
+"""Operands of matmuls for which a device may have a rate."""
 LINK_FIGURES = ("bandwidth", "latency_s", "efficiency", "shared_by")
 FORM = 'NODESxDEVICES_PER_NODE:DEVICE, such as "8x8:h100" (one node of 4 CPU ranks: "1x4:cpu")'
 
@@ -64,7 +66,8 @@ class Device:
 
     * ``backend``: torch's device type, "cuda" or "cpu"; collectives run on NCCL or gloo accordingly.
     * ``memory_bytes``: what the driver reports in total; ``reserve_bytes``: of these, what no tensor can use.
-    * ``peak_flops``: dense FLOP/s by dtype ("bf16", "fp32", ...); ``memory_bandwidth``: bytes/s.
+    * ``peak_flops``: dense FLOP/s by dtype, one of `DTYPES`; a dtype that the device lacks is left out ("fp8" before
+      Hopper, "bf16" before Ampere). ``memory_bandwidth``: bytes/s.
     * ``cache_bytes``, ``cache_bandwidth``: an operator's first bytes, so many, move at the cache's bytes/s; 0 and 0
       where a cache is not modelled.
     * ``processors``: units that work on one tile each at a time (SMs); 1 where work is not cut in tiles.
@@ -113,6 +116,10 @@ class Device:
         _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", "power_w", *unknown))
         if not self.peak_flops:
             raise BadInputError(f"{owner}: peak_flops is empty; give the dense FLOP/s of at least one dtype")
+        if unknown_dtypes := set(self.peak_flops) - set(DTYPES):
+            raise BadInputError(
+                f"{owner}: peak_flops has the unknown dtype {min(unknown_dtypes)!r}; known: {', '.join(DTYPES)}"
+            )
         _check_positive(owner, {f"peak_flops.{dtype}": value for dtype, value in self.peak_flops.items()})
         for name in ("matmul_efficiency", "attention_efficiency", "memory_efficiency"):
             if getattr(self, name) > 1:
@@ -130,9 +137,10 @@ class Device:
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s for a job's dtype. Raises BadInputError if the device has no figure for it."""
         if dtype not in self.peak_flops:
+            others = "choose one of these, or another device"
+            way_out = "fp64 jobs are proofs: run them on cpu" if dtype == "fp64" else others
             raise BadInputError(
-                f"device {self.name!r} has no {dtype} matmul rate; it has {', '.join(self.peak_flops)}"
-                + ("" if self.backend == "cpu" else " (fp64 jobs are proofs: run them on cpu)")
+                f"device {self.name!r} has no {dtype} matmul rate; it has {', '.join(self.peak_flops)} ({way_out})"
             )
         return self.peak_flops[dtype]
 

@@ -164,6 +164,26 @@ def test_peak_names_dtypes():
         device.peak("fp64")
 
 
+def test_peaks_below_16_bits():
+    peaks = {name: load_group(name, 1, 8).device.peak_flops for name in CATALOG}
+    with_fp8 = {name for name in CATALOG if "fp8" in peaks[name]}
+    assert {"h100", "h200", "b200", "gb300"} <= with_fp8
+    assert all(peaks[name]["fp8"] == pytest.approx(2 * peaks[name]["bf16"], rel=1e-3) for name in with_fp8)
+    assert all(peaks[name]["fp4"] > 1.9 * peaks[name]["fp8"] for name in CATALOG if "fp4" in peaks[name])
+    assert load_group("a100-80g", 1, 8).device.peak_flops.keys() == {"bf16", "fp16", "fp32"}
+    with pytest.raises(BadInputError, match=r"a100-40g.*no fp8 matmul rate.*bf16.*another device"):
+        load_group("a100-40g", 1, 8).device.peak("fp8")
+
+
+def test_peaks_of_unknown_dtypes_are_refused(tmp_path):
+    saved = tmp_path / "mine.json"
+    Cluster.parse("1x8:b200").save(saved)
+    assert Cluster.load(saved) == Cluster.parse("1x8:b200")
+    saved.write_text(saved.read_text().replace('"fp8"', '"float8"'))
+    with pytest.raises(BadInputError, match=r"mine\.json.*peak_flops.*unknown dtype 'float8'.*bf16, fp16, fp8"):
+        Cluster.load(saved)
+
+
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_figure_has_a_source(name):
     nodes = load_group(name, 1, 8)
