@@ -1,4 +1,4 @@
-# make demo | test | check | subset | proof | memory | snapshots | examples | readme: each makes .venv first, once, from the
+# make demo | test | check | subset | proof | memory | zoo | snapshots | examples | readme: each makes .venv first, once, from the
 # pinned constraints.txt.
 PYTHON := $(firstword $(foreach python,$(PYTHON) python3 python3.13 python3.12 python3.11,\
 	$(shell $(python) -c 'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
@@ -8,7 +8,7 @@ CODE := autopar tests examples benchmarks
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check subset proof memory snapshots examples readme clean
+.PHONY: demo test check subset proof memory zoo snapshots examples readme clean
 
 demo: $(READY)
 	$(BIN)/autopar search llama3-8b --cluster 8x8:h100 --global-batch 512 --seq-len 8192
@@ -30,6 +30,10 @@ check: $(READY)
 # All of it. One case alone: make proof ONLY="llama dp2 tp2 fp64 zero0 m2x1"
 proof: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m proof --only "$(ONLY)"
+
+# Every architecture of benchmarks/zoo_models.py on 4 and 8 ranks. One alone: make zoo ONLY=llama
+zoo: $(READY)
+	$(BIN)/python benchmarks/zoo.py --configs benchmarks/zoo_models.py --ranks 4,8 --only "$(ONLY)"
 
 # Bytes of every rank, measured and predicted.
 memory: $(READY)

@@ -287,6 +287,42 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.gelu": [(_X,), (_X, "tanh")],
     "autopar.cast": [(_X, "float32"), (_X, "compute"), (_X, "int64"), (_X, "bool")],
 }
+_IMAGE, _WAVE = _t(4, 8, 6, 6), _t(4, 8, 12)
+_CALLS |= {
+    "aten.conv1d": [
+        (_WAVE, _t(16, 8, 3), _t(16), (2,), (1,)),
+        (_WAVE, _t(8, 1, 4), _t(8), (1,), (3,), (1,), 8),
+        (_WAVE, _t(8, 2, 3), None, (1,), (0,), (1,), 4),
+        (_t(8, 12), _t(4, 8, 3)),
+    ],
+    "aten.conv2d": [
+        (_IMAGE, _t(12, 8, 2, 2), _t(12), (2, 2)),
+        (_IMAGE, _t(4, 8, 3, 3), None, (1, 1), (1, 1)),
+        (_IMAGE, _t(16, 2, 3, 3), _t(16), (1, 1), (1, 1), (1, 1), 4),
+    ],
+    "aten.conv3d": [(_t(4, 4, 4, 4, 4), _t(8, 4, 2, 2, 2), _t(8), (2, 2, 2))],
+    "aten.conv_transpose1d": [(_WAVE, _t(8, 4, 2), _t(4), (2,))],
+    "aten.conv_transpose2d": [
+        (_IMAGE, _t(8, 4, 2, 2), _t(4), (2, 2)),
+        (_IMAGE, _t(8, 3, 2, 2), None, (2, 2), (0, 0), (0, 0), 4),
+    ],
+    "aten.conv_transpose3d": [(_t(4, 4, 2, 2, 2), _t(4, 8, 2, 2, 2), _t(8))],
+    "aten.max_pool1d": [(_WAVE, (2,), (2,))],
+    "aten.max_pool2d": [(_IMAGE, (2, 2), (2, 2)), (_IMAGE, (3, 3), (2, 2), (1, 1))],
+    "aten.max_pool3d": [(_t(4, 4, 4, 4, 4), (2, 2, 2))],
+    "aten.avg_pool1d": [(_WAVE, (2,), (2,))],
+    "aten.avg_pool2d": [(_IMAGE, (2, 2))],
+    "aten.avg_pool3d": [(_t(4, 4, 4, 4, 4), (2, 2, 2))],
+    "aten.adaptive_avg_pool1d": [(_WAVE, (4,))],
+    "aten.adaptive_avg_pool2d": [(_IMAGE, (1, 1)), (_IMAGE, (3, 3))],
+    "aten.adaptive_avg_pool3d": [(_t(4, 4, 4, 4, 4), (2, 2, 2))],
+    "aten.upsample_nearest1d": [(_WAVE, (24,))],
+    "aten.upsample_nearest2d": [(_IMAGE, (12, 12))],
+    "aten.upsample_linear1d": [(_WAVE, (24,), False)],
+    "aten.upsample_bilinear2d": [(_IMAGE, (12, 12), True)],
+    "aten.upsample_bicubic2d": [(_IMAGE, (12, 12), True)],
+    "aten.group_norm": [(_IMAGE, 4, _t(8), _t(8)), (_WAVE, 2)],
+}
 _CALLS |= {f"aten.{op}": [(_X, 2, False)] for op in ("_softmax", "_log_softmax")}
 _CALLS |= {f"aten.{op}": [(_X, 2), (_X, 1)] for op in ("softmax", "log_softmax")}
 _CALLS |= {f"aten.{op}": [(_X, (2,)), (_X, (0, 1), True)] for op in ("var", "std")}

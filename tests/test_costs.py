@@ -52,13 +52,16 @@ PRODUCTS = [
     ("aten.bmm", [(3, 6, 8), (3, 8, 10)]),
     ("aten.matmul", [(3, 2, 6, 8), (3, 2, 8, 10)]),
     ("aten.matmul", [(3, 6, 8), (8, 10)]),
+    ("aten.conv1d", [(2, 8, 12), (10, 8, 3), (10,)]),
+    ("aten.conv2d", [(2, 8, 6, 6), (10, 8, 2, 2)]),
+    ("aten.conv_transpose2d", [(2, 8, 6, 6), (8, 10, 2, 2)]),
 ]
 
 
 @pytest.mark.parametrize(("name", "shapes"), PRODUCTS)
 @pytest.mark.parametrize("which", ["all", "first", "second"])
 def test_matmul_flops_are_torchs(name, shapes, which):
-    matrices = [i for i, shape in enumerate(shapes) if len(shape) > 1]
+    matrices = [i for i, shape in enumerate(shapes) if len(shape) > 1]  # kernels too
     wanted = {"all": range(len(shapes)), "first": matrices[:1], "second": matrices[1:]}[which]
     grads = [i in wanted for i in range(len(shapes))]
     tensors = [torch.empty(shape, device="meta", requires_grad=g) for shape, g in zip(shapes, grads, strict=True)]
@@ -69,6 +72,14 @@ def test_matmul_flops_are_torchs(name, shapes, which):
     ahead, back = work(node, [local(*shape) for shape in shapes], local(*output), grads)
     assert (ahead.flops, back.flops) == (forward, backward)
     assert flops(node, shapes, tuple(output)) == forward
+
+
+def test_a_convolution_in_groups_is_counted_by_group():
+    tensors = [torch.empty(shape, device="meta") for shape in [(2, 8, 12), (8, 2, 3)]]
+    node = op("aten.conv1d", 2, None, (1,), (0,), (1,), 4)
+    with FlopCounterMode(display=False) as counter:
+        output = torch.conv1d(*tensors, groups=4).shape
+    assert flops(node, [tuple(x.shape) for x in tensors], tuple(output)) == counter.get_total_flops()
 
 
 def test_einsum_flops():

@@ -8,7 +8,7 @@ from autopar.codegen.buffers import buffer_expr
 from autopar.codegen.emit_block import Body
 from autopar.codegen.setting import Setting
 from autopar.codegen.source import WIDTH, Expr
-from autopar.codegen.wiring import argument_name
+from autopar.codegen.wiring import argument_name, table_names
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph, OpGraph
 from autopar.graph.size import BATCH, SEQ
@@ -18,13 +18,13 @@ def constants_source(model: ModelGraph, setting: Setting) -> list[str]:
     """The function that makes what blocks share and no parameter changes (rotary tables, positions)."""
     body = _free_body(model, model.constants, setting)
     body.extra = {"size b": "batch", "size s": "seq", "dtype": "dtype", "device": "device"}
-    body.names = {name: argument_name(name) for name in model.constants.outputs}
+    body.names = table_names(model)
     for node in model.constants.of("op"):
         reads_buffer = any(model.constants.nodes[name].kind == "buffer" for name in node.operands())
         if node.op in ("aten.mul", "aten.matmul") and reads_buffer:
             body.names[node.name] = "angles"
     lines = body.program().lines(1)
-    names = [argument_name(name) for name in model.constants.outputs]
+    names = list(table_names(model).values())
     kind = "tuple[" + ", ".join(["Tensor"] * len(names)) + "]" if len(names) > 1 else "Tensor"
     given = {"batch": "int", "seq": "int", "dtype": "torch.dtype", "device": "torch.device"}
     used = [key for key in given if any(_mentions(line, key) for line in lines)]

@@ -26,10 +26,12 @@ from autopar.codegen.wiring import (
     blocks_method,
     flow_names,
     free_name,
+    table_names,
     top_names,
 )
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import ModelGraph, OpGraph, TensorMeta
+from autopar.graph.ir import COMPUTE, ModelGraph, OpGraph, TensorMeta
+from autopar.graph.size import BATCH, SEQ, Size
 from autopar.plan import Plan
 from autopar.sharding.layout import CONTEXT, Layout
 
@@ -316,27 +318,47 @@ class StageWriter:
     def _constants_call(self, hidden: str, batch: list[str], first: bool) -> list[str]:
         source = batch[0]
         values = {
-            "batch": Text(f"{source}.shape[0]"),
-            "seq": Text(f"{source}.shape[1]"),
+            "batch": self._size_text(BATCH) or Text(f"{source}.shape[0]"),
+            "seq": self._size_text(SEQ) or Text(f"{source}.shape[1]"),
             "dtype": Text(f"{hidden}.dtype"),
             "device": Text(f"{source}.device"),
         }
         wanted = constants_arguments(self.model, self.setting)
         if first and "dtype" in wanted:
-            if any(block.path for block in self.model.blocks):
-                raise UnsupportedError(
-                    "the first block reads shared tables in the compute dtype, before any activation tells it"
-                )
-            # All parameters are the stage's own, which FSDP2 has gathered in the compute dtype when forward begins.
-            values["dtype"] = Text("next(self.parameters()).dtype")
-        names = [argument_name(name) for name in self.model.constants.outputs]
-        lines = statement(f"{', '.join(names)} = ", Call("shared_tables", tuple(values[key] for key in wanted)), str, 2)
+            values["dtype"] = self._first_dtype(hidden)
+        names = table_names(self.model)
+        lines = statement(
+            f"{', '.join(names.values())} = ", Call("shared_tables", tuple(values[key] for key in wanted)), str, 2
+        )
         for key, dim in self.split.items():
-            name = Text(argument_name(key))
+            name = Text(names[key])
             order: list[Argument] = [("balanced", literal(True))] if self.setting.balanced else []
             part = Call("shard", (name, Text(f"self.{self._axes[CONTEXT]}"), literal(dim), *order))
             lines += statement(f"{name.text} = ", part, str, 2)
         return lines
+
+    def _size_text(self, symbol: int | Size) -> Text | None:
+        """A batch tensor's dim of size ``symbol``."""
+        for key, meta in self.model.batch.items():
+            if symbol in meta.shape:
+                return Text(f"{argument_name(key)}.shape[{meta.shape.index(symbol)}]")
+        return None
+
+    def _first_dtype(self, hidden: str) -> Text:
+        """The compute dtype before any activation tells it: that of a parameter of the first block, which is the
+        stage's own, so that FSDP2 has gathered it in the compute dtype when forward begins."""
+        if not any(block.path for block in self.model.blocks):
+            return Text("next(self.parameters()).dtype")
+        block = self.placed[0]
+        graph = self.model.kinds[block.kind].graph
+        weight = next((node for node in graph.of("parameter") if node.meta.dtype == COMPUTE), None)
+        if block.path or weight is None:
+            raise UnsupportedError(
+                "the first block reads shared tables in the compute dtype, before any activation or parameter of the "
+                "stage itself tells it"
+            )
+        tells = attribute("self", self._names(block)[weight.target])
+        return Text(f"({hidden} if self.{self._index} else {tells}).dtype" if self.many else f"{tells}.dtype")
 
 
 def _node_of(graph: OpGraph, names: dict[str, str], full: str) -> str:

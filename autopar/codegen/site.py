@@ -36,7 +36,7 @@ class Sizes:
             return literal(size // parts)
         total: Expr | None = None
         for (b, s), coefficient in size.terms:
-            factors = [self._symbol(BATCH)] * b + [self._symbol(SEQ)] * s
+            factors = [self._symbol(symbol) for symbol, power in ((BATCH, b), (SEQ, s)) for _ in range(power)]
             term: Expr | None = None
             for factor in factors:
                 term = factor if term is None else Binary("*", term, factor)

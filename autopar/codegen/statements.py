@@ -46,6 +46,7 @@ _INLINE = {
     "elementwise": {"shape", "elementwise", "operator", "return"},
     "operator": {"elementwise", "return"},
     "exchange": {"elementwise", "return"},
+    "preamble": set(),
     "return": set(),
 }
 """A value of the first group, read once, may be written inside a statement of the groups behind it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from autopar.graph.ir import ModelGraph, OpGraph
@@ -18,7 +18,8 @@ from autopar.sharding.local import produced_layouts
 def split_once(plan: Plan, model: ModelGraph) -> tuple[Plan, dict[str, int]]:
     """The plan with these tables arriving split, and the dim that each is split on over cp.
 
-    A table is one of them if all blocks that read it want it so, and none reads it whole.
+    A table is one of them if all blocks that read it want it so, and none reads it whole; where blocks of one kind read
+    different tables in one place (masks of sliding and of full attention), all of these or none.
     """
     dims: dict[str, int] = {}
     candidates = dict(plan.candidates)
@@ -26,6 +27,24 @@ def split_once(plan: Plan, model: ModelGraph) -> tuple[Plan, dict[str, int]]:
     of_block = {block: run.candidate for run in runs for block in range(run.start, run.stop)}
     if plan.mesh.cp == 1:
         return plan, dims
+    for keys, readers in _together(model, of_block):
+        graphs = {name: model.kinds[candidates[name].decision.kind].graph for name, _ in readers}
+        wanted = {_wanted(graphs[name], candidates[name].decision, node) for name, node in readers}
+        if len(wanted) != 1 or None in wanted:
+            continue
+        dims |= dict.fromkeys(keys, *wanted)  # type: ignore[arg-type]
+        for name, node in readers:
+            candidates[name] = replace(candidates[name], decision=_arriving(candidates[name].decision, node))
+    return replace(plan, candidates=candidates), dims
+
+
+Reader = tuple[str, str]
+"""A candidate, and the input of its kind that is a table."""
+
+
+def _together(model: ModelGraph, of_block: Mapping[int, str]) -> list[tuple[list[str], dict[Reader, None]]]:
+    """Tables in groups that share readers, with their readers."""
+    groups: list[tuple[list[str], dict[Reader, None]]] = []
     for key in model.constants.outputs:
         readers = dict.fromkeys(
             (of_block[index], name)
@@ -33,15 +52,11 @@ def split_once(plan: Plan, model: ModelGraph) -> tuple[Plan, dict[str, int]]:
             for name, source in block.inputs.items()
             if source.origin == "constant" and source.key == key
         )
-        graphs = {name: model.kinds[candidates[name].decision.kind].graph for name, _ in readers}
-        wanted = [_wanted(graphs[name], candidates[name].decision, node) for name, node in readers]
-        found = {dim for dim in wanted if dim is not None}
-        if len(found) != 1 or None in wanted:
-            continue
-        (dims[key],) = found
-        for name, node in readers:
-            candidates[name] = replace(candidates[name], decision=_arriving(candidates[name].decision, node))
-    return replace(plan, candidates=candidates), dims
+        joined = [group for group in groups if group[1].keys() & readers.keys()]
+        keys = [other for group in joined for other in group[0]] + [key]
+        everyone = {reader: None for group in joined for reader in group[1]} | readers
+        groups = [group for group in groups if group not in joined] + [(keys, everyone)]
+    return groups
 
 
 def _wanted(graph: OpGraph, decision: BlockDecision, name: str) -> int | None:

@@ -105,12 +105,14 @@ def verify(
     loss: Callable[..., Any] | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    graph: ModelGraph | None = None,
 ) -> VerifyReport:
     """Run the plan's module and the model on the same random batch, and compare the loss and every gradient
     of a parameter that trains.
 
-    ``inputs`` and ``loss`` as in `autopar.search`; a batch of the plan's micro-batches is drawn from ``seed``. A model
-    on meta gets random weights. Plans too large for one process are verified on a twin (see `small_twin`).
+    ``inputs`` and ``loss`` as in `autopar.search`; ``graph``: the model's, if it has been traced already. A batch of
+    the plan's micro-batches is drawn from ``seed``. A model on meta gets random weights. Plans too large for one
+    process are verified on a twin (see `small_twin`).
     Raises VerificationError naming the worst parameter, BadInputError for another model than the plan's.
     """
     begin = time.perf_counter()
@@ -119,7 +121,7 @@ def verify(
 
         loaded = load(model)
         model, inputs, loss = loaded.model, inputs or loaded.inputs, loss or loaded.loss
-    graph = trace(model, inputs, loss)
+    graph = graph or trace(model, inputs, loss)
     plan.check_model(graph.fingerprint(), type(model).__name__)
     twin = small_twin(plan, model, graph, lambda small: trace(small, inputs, loss))
     return _verify(twin, inputs, loss, dtype, seed, begin)

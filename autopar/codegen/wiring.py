@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, count
 
+from autopar.codegen.runtime import collectives, offload, operators, recompute
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import BlockKind, ModelGraph
 from autopar.plan import Candidate, Plan
@@ -16,6 +17,12 @@ _MODULE_NAMES = frozenset(
     ("Stage", "Weights", "New", "Tensor", "DeviceMesh", "MESH", "STAGES", "TIED", "F", "nn", "torch", "checkpoint")
 )
 """What module.py defines or imports beside the classes of blocks."""
+
+
+_FUNCTIONS = frozenset(
+    name for module in (collectives, operators, recompute, offload) for name in vars(module) if not name.startswith("_")
+)
+"""What module.py may import and call inside a forward: no argument may have such a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class Placed:
 def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
     """Every block where the plan puts it. Raises UnsupportedError for a model that is no chain."""
     flow = flow_after(model)
+    tables = table_names(model)
     names: dict[tuple[str, str], str] = {}
     placed = []
     stages = {
@@ -65,7 +73,10 @@ def place_blocks(plan: Plan, model: ModelGraph) -> tuple[Placed, ...]:
                     f"block {index} ({block.path or block.kind}) reads the output of block {source.block}: emitted "
                     "stages pass activations from each block to the next only"
                 )
-            arguments.append(flow[index - 1][source.index] if source.origin == "block" else argument_name(source.key))
+            if source.origin == "block":
+                arguments.append(flow[index - 1][source.index])
+            else:
+                arguments.append(tables[source.key] if source.origin == "constant" else argument_name(source.key))
         placed.append(Placed(index, block.kind, block.path, stages[index], candidate, callee, tuple(arguments)))
     return tuple(placed)
 
@@ -107,7 +118,8 @@ def flow_after(model: ModelGraph) -> tuple[tuple[str, ...], ...]:
     if all(len(kind.outputs) == 1 for kind in kinds):
         return tuple(common[:1] for _ in model.blocks)
     sources = {source for block in model.blocks for source in block.inputs.values()}
-    taken = {common[0], *(argument_name(source.key) for source in sources if source.origin != "block")}
+    taken = {common[0], *table_names(model).values()}
+    taken |= {argument_name(source.key) for source in sources if source.origin == "batch"}
     names: list[tuple[str, ...]] = []
     for kind in kinds:
         own = [common[0]]
@@ -126,13 +138,32 @@ def crossing(model: ModelGraph, index: int) -> tuple[str, ...]:
 
 def argument_names(kind: BlockKind, flow: dict[str, str]) -> dict[str, str]:
     """Argument names of a kind's forward, by input node."""
-    return {node.name: flow.get(node.name, argument_name(node.target or node.name)) for node in kind.graph.of("input")}
+    names: dict[str, str] = {}
+    for node in kind.graph.of("input"):
+        names[node.name] = flow.get(node.name) or distinct(node.target or node.name, (*flow.values(), *names.values()))
+    return names
+
+
+def table_names(model: ModelGraph) -> dict[str, str]:
+    """What a stage calls the shared tables, by output of the constants graph."""
+    names: dict[str, str] = {}
+    for output in model.constants.outputs:
+        names[output] = distinct(output, (*map(argument_name, model.batch), *flow_names(model), *names.values()))
+    return names
+
+
+def distinct(text: str, taken: Iterable[str]) -> str:
+    """`argument_name` of ``text``, numbered if that is one of ``taken``."""
+    name = argument_name(text)
+    return _numbered(f"{name}_", set(taken), name)
 
 
 def argument_name(text: str) -> str:
     """``text`` as a Python name, without what tracing appended to it."""
     name = re.sub(r"(_(wide|compute|float32))+(_\d+)?$", "", re.sub(r"\W", "_", text.rpartition(".")[2]))
     name = {"arange": "positions"}.get(name, name)
+    if name in _FUNCTIONS:
+        return f"{name}_"
     return name if is_writable(name) else f"x_{name}"
 
 

@@ -16,6 +16,7 @@ from autopar.graph.fold import STAND_IN, CannotFoldError, Fold
 from autopar.graph.handing import Segment, hand_on, sink
 from autopar.graph.ir import Block, BlockKind, Node, OpGraph, Source, map_refs
 from autopar.graph.naming import leaf_name, named, purpose
+from autopar.graph.size import BATCH
 from autopar.graph.structure import layer_of
 
 
@@ -96,11 +97,12 @@ def _stand_in(
 
 
 def _shared(draft: Draft, layers: Mapping[str, str]) -> set[str]:
-    """Constant nodes that no layer's own buffer feeds."""
+    """Constant nodes that no layer's own buffer feeds, and that are no repetition for the samples of a batch."""
     shared: set[str] = set()
     for node in draft.nodes.values():
         own = node.kind == "buffer" and layer_of(node.target, layers) is not None
-        if node.name in draft.constant and not own and all(name in shared for name in node.operands()):
+        repeated = node.op == "aten.expand" and BATCH in node.meta.shape
+        if node.name in draft.constant and not (own or repeated) and all(name in shared for name in node.operands()):
             shared.add(node.name)
     return shared
 

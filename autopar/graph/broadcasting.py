@@ -77,9 +77,13 @@ def mask(node: Node, new: Draft) -> Ref | None:
 def index(node: Node, new: Draft) -> Ref | None:
     """``x[i, j]`` with positions ``i`` and ``j`` that count whole dims, broadcast together, only adds dims of size one.
 
-    Masks are written so, to be evaluated at any (sample, head, query, key): ``mask[sample, key]``.
+    Masks are written so, to be evaluated at any (sample, head, query, key): ``mask[sample, key]``. Rows of ``x[i]`` are
+    looked up before ``i`` is expanded.
     """
     x, indices = node.args
+    if len(indices) == 1 and (thin := _thin(indices[0], new)) != indices[0] and new.meta(thin).dtype != "bool":
+        shape = (*new.shape(thin), *new.shape(x)[1:])
+        return _expanded(Ref(new.emit(node.op, x, (thin,), shape=shape)), node, new)
     if not all(isinstance(entry, Ref) for entry in indices) or len(indices) != len(new.shape(x)):
         return None
     rank = len(node.meta.shape)
@@ -95,6 +99,19 @@ def index(node: Node, new: Draft) -> Ref | None:
             shape = new.shape(result)
             result = Ref(new.emit("aten.unsqueeze", result, place, shape=(*shape[:place], 1, *shape[place:])))
     return result if new.shape(result) == node.meta.shape else None
+
+
+def gather(node: Node, new: Draft) -> Ref | None:
+    """Values gathered from a table that every row shares are looked up in it: ``x[index]``."""
+    x, dim, places = node.args[:3]
+    thin = _thin(x, new)
+    if thin == x or len(node.args) > 3 or any(size != 1 for at, size in enumerate(new.shape(thin)) if at != dim):
+        return None
+    for _ in new.shape(thin)[:dim]:
+        thin = Ref(new.emit("aten.squeeze", thin, 0, shape=new.shape(thin)[1:]))
+    for _ in new.shape(thin)[1:]:
+        thin = Ref(new.emit("aten.squeeze", thin, 1, shape=(new.shape(thin)[0], *new.shape(thin)[2:])))
+    return Ref(new.emit("aten.index", thin, (places,), shape=node.meta.shape))
 
 
 def _counts(value: Ref, size: int | Size, rank: int, new: Draft) -> int | None:
@@ -115,4 +132,5 @@ RULES: dict[str, list[Rule]] = {
     "aten.embedding": [embedding],
     "aten.scaled_dot_product_attention": [mask],
     "aten.index": [index],
+    "aten.gather": [gather],
 }

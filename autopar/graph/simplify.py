@@ -284,6 +284,53 @@ def _is_weight(new: Draft, value: Ref) -> bool:
     return new.nodes[(inner.args[0] if inner else value).name].kind == "parameter"
 
 
+def batched(node: Node, new: Draft) -> Ref | None:
+    """A product of matrices whose batch and heads were flattened for it takes them apart, and flattens its result."""
+    bias, x, y = node.args if node.op == "aten.baddbmm" else (None, *node.args)
+    if (wide := _apart(x, y, new)) is None:
+        return None
+    left, right = wide
+    shape = (*new.shape(left)[:-1], new.shape(right)[-1])
+    result = Ref(new.emit("aten.matmul", left, right, shape=shape))
+    if bias is None:
+        return new.flatten(result, 0, 1)
+    added = bias
+    if len(new.shape(bias)) == 3 and new.shape(bias)[0] != 1:
+        added = new.unflatten(bias, 0, shape[:2])
+    for key, value in (("alpha", result), ("beta", added)):
+        if node.kwargs.get(key, 1) != 1:
+            scaled = Ref(new.emit("aten.mul", value, node.kwargs[key], shape=new.shape(value)))
+            result, added = (scaled, added) if key == "alpha" else (result, scaled)
+    total = Ref(new.emit("aten.add", added, result, shape=shape, dtype=node.meta.dtype))
+    return new.flatten(total, 0, 1)
+
+
+def _apart(x: Ref, y: Ref, new: Draft) -> tuple[Ref, Ref] | None:
+    """The operands before their first two dims were flattened, if both were alike."""
+    found = []
+    for value in (x, y):
+        turned = new.producer(value, "aten.transpose")
+        turned = turned if turned and turned.args[1:] == (1, 2) else None
+        flat = new.producer(turned.args[0] if turned else value, "aten.flatten")
+        if not flat or flat.args[1:] != (0, 1) or len(new.shape(flat.args[0])) != 4:
+            return None
+        found.append(new.transpose(flat.args[0], 2, 3) if turned else flat.args[0])
+    left, right = found
+    return (left, right) if new.shape(left)[:2] == new.shape(right)[:2] else None
+
+
+def repeated(node: Node, new: Draft) -> Ref | None:
+    """A repetition of dims of size one is an expansion; one of nothing is nothing."""
+    x, counts = node.args
+    shape = new.shape(x)
+    extra = len(counts) - len(shape)
+    if any(count != 1 and size != 1 for count, size in zip(counts[extra:], shape, strict=True)):
+        return None
+    if node.meta.shape == shape:
+        return x  # type: ignore[no-any-return]
+    return Ref(new.emit("aten.expand", x, node.meta.shape, shape=node.meta.shape))
+
+
 def _padded(node: Node, count: int, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
     missing = count - len(node.args)
     return node.args[:count] + (defaults[len(defaults) - missing :] if missing > 0 else ())
@@ -311,5 +358,8 @@ RULES: dict[str, list[Rule]] = {
     "aten.log_softmax": [softmax],
     "aten.layer_norm": [layer_norm],
     **{f"aten.{name}": [product] for name in ("addmm", "mm", "matmul", "linear")},
+    "aten.bmm": [batched],
+    "aten.baddbmm": [batched],
+    "aten.repeat": [repeated],
     "aten.detach": [detach],
 }

@@ -22,6 +22,7 @@ from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
 from autopar.graph.ir import COMPUTE, ModelGraph, OpGraph, TensorMeta
 from autopar.graph.limits import longest_sequence
+from autopar.graph.per_sample import share_samples
 from autopar.graph.simplify import simplify
 from autopar.graph.sizes import FixedSequenceError, Sizes
 from autopar.graph.structure import repeats
@@ -141,6 +142,8 @@ def _traced(
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     limits: set[int] = set()
     recognised = masks.rules(values, _nominal_seq(model), limits)
+    draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES, recognised)
+    draft = share_samples(draft, values)
     draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES, recognised)
     draft, count = losses.lower(draft)
     draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES)

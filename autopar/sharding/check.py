@@ -274,6 +274,13 @@ def _batch_type(shape: tuple[int | Size, ...]) -> SpmdType:
     return S(0) if shape and shape[0] == BATCH else R
 
 
+def _repeats_at(node: Node, operands: tuple[SpmdType, ...]) -> int | None:
+    """The dim along which ``node`` gives every sample of the batch the same: a rank makes as many as it has samples."""
+    grown = [dim for dim, size in enumerate(node.meta.shape) if size == BATCH]
+    same = node.op == "aten.expand" or node.op in ("aten.full", "aten.zeros", "aten.ones")
+    return grown[0] if same and len(grown) == 1 and all(kind == R for kind in operands) else None
+
+
 def _split_batch(graph: OpGraph, given: dict[str, SpmdType], where: str) -> tuple[SpmdType, ...]:
     """The types of a graph's outputs over an axis that splits the batch, with no conversions; parameters are R."""
     types: dict[str, SpmdType] = {}
@@ -284,6 +291,9 @@ def _split_batch(graph: OpGraph, given: dict[str, SpmdType], where: str) -> tupl
         operands = tuple(types[name] for name in node.operands())
         if node.op == "autopar.cast" and operands == (P,):
             types[node.name] = P  # a sum that is cast before it is reduced is still a sum
+            continue
+        if (dim := _repeats_at(node, operands)) is not None:
+            types[node.name] = S(dim)
             continue
         match = next((s for s in strategies_of(node, graph) if s.inputs == operands), None)
         if match is None:

@@ -238,7 +238,7 @@ def _solve(tensors: Sequence[tuple[Dims, Sizes]], sizes: dict[str, int | Size], 
     for dim, size in pairs:
         if len(dim) == 1 and sizes.get(dim[0], 1) == 1:
             sizes[dim[0]] = size
-    for dim, size in pairs:
+    for dim, size in pairs * 2:  # what one dim tells may be what another lacks
         unknown = [name for name in dim if name not in sizes]
         if len(unknown) == 1 and len(dim) > 1:
             rest: int | Size | None = size

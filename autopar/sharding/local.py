@@ -79,6 +79,15 @@ _WHOLE_SHAPE = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand",
 """Operators that take their output's shape as second argument."""
 
 
+GROUPED = {f"aten.{kind}{rank}d": place for kind, place in (("conv", 6), ("conv_transpose", 6)) for rank in (1, 2, 3)}
+"""Convolutions, and which argument is the number of their groups."""
+
+
+def _rank(op: str) -> int:
+    """Of a convolution, how many dims hold positions."""
+    return int(op[-2])
+
+
 def localize(
     node: Node, output: Layout, axes: Mapping[str, int], batch: int, seq: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -99,6 +108,9 @@ def localize(
     elif node.op in ("aten.slice", "aten.narrow"):
         ranks = math.prod(axes[axis] for axis in output.splits(args[1]))
         args[2:4] = [None if value is None else value // ranks for value in args[2:4]]
+    elif node.op in GROUPED and len(args) > GROUPED[node.op] and args[GROUPED[node.op]] > 1:
+        # Only groups split the channels of a convolution that has several.
+        args[GROUPED[node.op]] //= math.prod(axes[axis] for axis in output.splits(len(shape) - _rank(node.op) - 1))
     return tuple(args), kwargs
 
 

@@ -149,9 +149,23 @@ def matmul_of(node: Node, shapes: Sequence[tuple[int, ...]], output: tuple[int, 
         if len(right) == 2:
             return Matmul(1, prod(output[:-1]), output[-1], left[-1])
         return Matmul(prod(output[:-2]), output[-2], output[-1], left[-1])
+    if node.op in CONVOLUTIONS:
+        return _convolution_matmul(node, shapes, output)
     if node.op == "aten.einsum" and len(shapes) == 2:
         return _einsum_matmul(node.args[0], shapes)
     return None
+
+
+def _convolution_matmul(node: Node, shapes: Sequence[tuple[int, ...]], output: tuple[int, ...]) -> Matmul:
+    """A convolution as the products it is computed by: for each group, positions by output channels, over the input
+    channels and the window (cuDNN, arXiv 1410.0759, section 3). Transposed: over the input's positions instead."""
+    x, weight = shapes[:2]
+    rank = len(weight) - 2
+    groups = (output if "transpose" in node.op else x)[-rank - 1] // weight[1]  # of this rank
+    window = prod(weight[2:])
+    if "transpose" in node.op:
+        return Matmul(groups, prod(x) // x[-rank - 1], weight[1] * window, weight[0] // groups)
+    return Matmul(groups, prod(output) // output[-rank - 1], weight[0] // groups, weight[1] * window)
 
 
 def _einsum_matmul(equation: str, shapes: Sequence[tuple[int, ...]]) -> Matmul:
@@ -335,6 +349,7 @@ def _dropout(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, gra
     return moved, moved
 
 
+CONVOLUTIONS = frozenset(f"aten.{kind}{rank}d" for kind in ("conv", "conv_transpose") for rank in (1, 2, 3))
 MATMULS = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum")
 VIEWS = (
     *("view", "reshape", "unflatten", "flatten", "transpose", "permute", "t", "numpy_T", "movedim"),
@@ -360,6 +375,7 @@ _FAMILIES: tuple[tuple[Counter, Sequence[str]], ...] = (
 )
 
 _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILIES for name in names} | {
+    **dict.fromkeys(CONVOLUTIONS, _matmul),
     ATTENTION: _attention,
     "aten.cat": _cat,
     "aten.embedding": _embedding,

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from autopar.graph.ir import Node, OpGraph
 from autopar.sharding.factors import Mismatch, Rule
-from autopar.sharding.rules import attention, elementwise, indexing, loss, matmul, norms, reductions, shapes
+from autopar.sharding.rules import (
+    attention,
+    convolution,
+    elementwise,
+    indexing,
+    loss,
+    matmul,
+    norms,
+    reductions,
+    shapes,
+)
 from autopar.sharding.rules.entry import Call, Entry
 
-_FAMILIES = (matmul, attention, norms, loss, indexing, reductions, elementwise, shapes)
+_FAMILIES = (matmul, attention, norms, loss, indexing, reductions, elementwise, shapes, convolution)
 
 RULES: dict[str, Entry] = {entry.op: entry for family in _FAMILIES for entry in family.ENTRIES}
 """Every operator's entry, by canonical name."""

@@ -1,0 +1,228 @@
+"""The architectures of `make zoo`, small and with random weights.
+
+Each is (transformers config class, its arguments, auto head or None for the bare model). Sizes are small, but what is
+hard about an architecture is there: grouped heads, windows shorter than the sequence, layers that differ, odd norms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+_DECODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    **_TOKENS,
+}
+
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+}
+
+_TEXT: dict[str, Any] = {**_ENCODER, "vocab_size": 64, "max_position_embeddings": 66, **_TOKENS}
+_VISION: dict[str, Any] = {**_ENCODER, "image_size": 16, "patch_size": 4}
+_SEQ2SEQ: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 64,
+    **_TOKENS,
+    "decoder_start_token_id": 1,
+}
+
+ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    # Dense decoders.
+    "llama": ("LlamaConfig", _DECODER, "AutoModelForCausalLM"),
+    "mistral": ("MistralConfig", {**_DECODER, "sliding_window": 12}, "AutoModelForCausalLM"),
+    "qwen2": ("Qwen2Config", {**_DECODER, "tie_word_embeddings": True}, "AutoModelForCausalLM"),
+    "qwen3": ("Qwen3Config", {**_DECODER, "head_dim": 8}, "AutoModelForCausalLM"),
+    "gemma2": (
+        "Gemma2Config",
+        {**_DECODER, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8},
+        "AutoModelForCausalLM",
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_DECODER,
+            "head_dim": 8,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "AutoModelForCausalLM",
+    ),
+    "phi3": ("Phi3Config", _DECODER, "AutoModelForCausalLM"),
+    "olmo2": ("Olmo2Config", _DECODER, "AutoModelForCausalLM"),
+    "gpt2": (
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 4, "n_head": 8, "vocab_size": 64, "n_positions": 64, **_TOKENS},
+        "AutoModelForCausalLM",
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {**_TEXT, "rotary_pct": 0.5}, "AutoModelForCausalLM"),
+    "falcon": (
+        "FalconConfig",
+        {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 64, **_TOKENS},
+        "AutoModelForCausalLM",
+    ),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "vocab_size": 64,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": 64,
+            **_TOKENS,
+        },
+        "AutoModelForCausalLM",
+    ),
+    "bloom": (
+        "BloomConfig",
+        {"hidden_size": 32, "n_layer": 4, "n_head": 8, "vocab_size": 64, **_TOKENS},
+        "AutoModelForCausalLM",
+    ),
+    # Experts.
+    "mixtral": (
+        "MixtralConfig",
+        {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "AutoModelForCausalLM",
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_DECODER, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        "AutoModelForCausalLM",
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_DECODER,
+            "num_key_value_heads": 8,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        "AutoModelForCausalLM",
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**_DECODER, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+        "AutoModelForCausalLM",
+    ),
+    # State space.
+    "mamba": (
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 4, "time_step_rank": 4, "vocab_size": 64, **_TOKENS},
+        "AutoModelForCausalLM",
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "state_size": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "vocab_size": 64,
+            **_TOKENS,
+        },
+        "AutoModelForCausalLM",
+    ),
+    "jamba": (
+        "JambaConfig",
+        {
+            **_DECODER,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        "AutoModelForCausalLM",
+    ),
+    # Encoders.
+    "bert": ("BertConfig", _TEXT, "AutoModelForMaskedLM"),
+    "roberta": ("RobertaConfig", _TEXT, "AutoModelForMaskedLM"),
+    "modernbert": (
+        "ModernBertConfig",
+        {
+            **_TEXT,
+            "local_attention": 8,
+            "global_attn_every_n_layers": 3,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+        "AutoModelForMaskedLM",
+    ),
+    # Encoder and decoder.
+    "t5": (
+        "T5Config",
+        {
+            "d_model": 32,
+            "d_kv": 4,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 8,
+            "vocab_size": 64,
+            **_TOKENS,
+            "decoder_start_token_id": 0,
+        },
+        "AutoModelForSeq2SeqLM",
+    ),
+    "bart": ("BartConfig", {**_SEQ2SEQ, "max_position_embeddings": 64}, "AutoModelForSeq2SeqLM"),
+    "whisper": (
+        "WhisperConfig",
+        {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 32, "max_target_positions": 64},
+        "AutoModelForSpeechSeq2Seq",
+    ),
+    # Vision.
+    "vit": ("ViTConfig", {**_VISION, "num_labels": 8}, "AutoModelForImageClassification"),
+    "siglip": (
+        "SiglipConfig",
+        {"text_config": {**_TEXT, "max_position_embeddings": 64}, "vision_config": _VISION},
+        None,
+    ),
+    "clip": (
+        "CLIPConfig",
+        {"text_config": {**_TEXT, "max_position_embeddings": 64}, "vision_config": _VISION, "projection_dim": 16},
+        None,
+    ),
+    "llava": (
+        "LlavaConfig",
+        {
+            "text_config": {**_DECODER, "model_type": "llama"},
+            "vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 16},
+            "image_token_index": 63,
+            "image_seq_length": 16,
+        },
+        "AutoModelForImageTextToText",
+    ),
+}

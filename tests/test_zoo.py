@@ -1,0 +1,105 @@
+"""The zoo: inputs derived from a model, one model's trouble kept from the others, and what its architectures taught."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import zoo  # noqa: E402
+from zoo_inputs import NoInputsError, example_of  # noqa: E402
+
+from autopar.cluster import Cluster  # noqa: E402
+from autopar.codegen.verify import verify  # noqa: E402
+from autopar.graph.ir import ModelGraph  # noqa: E402
+from autopar.graph.trace import trace  # noqa: E402
+from autopar.job import Job  # noqa: E402
+from autopar.solver.fix import parse_fix  # noqa: E402
+from autopar.solver.search import search  # noqa: E402
+
+ZOO = zoo.load_zoo(BENCHMARKS / "zoo_models.py")
+
+
+def shapes(name: str) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in example_of(zoo.build(ZOO[name])).inputs.items()}
+
+
+def test_inputs_follow_from_the_architecture():
+    assert shapes("llama") == {"input_ids": (32,), "labels": (32,)}
+    assert shapes("bert") == {"input_ids": (32,), "attention_mask": (32,), "labels": (32,)}
+    assert shapes("bart") == {"input_ids": (32,), "attention_mask": (32,), "labels": (32,)}
+    assert shapes("whisper") == {"input_features": (8, 64), "labels": (32,)}
+    assert shapes("vit") == {"pixel_values": (3, 16, 16), "labels": ()}
+
+
+def test_a_model_without_a_loss_gets_one_and_one_of_other_data_a_message():
+    bare = example_of(zoo.build(("BertConfig", ZOO["bert"][1], None)))
+    assert bare.loss is not None
+    assert set(bare.inputs) == {"input_ids", "attention_mask"}
+
+    class Strange(nn.Module):
+        config = zoo.build(ZOO["llama"]).config
+
+        def forward(self, spins: torch.Tensor) -> torch.Tensor:
+            return spins
+
+    with pytest.raises(NoInputsError, match=r"Strange\.forward takes spins"):
+        example_of(Strange())
+
+
+def test_one_model_cannot_stop_the_others(tmp_path, capsys):
+    configs = tmp_path / "some.py"
+    configs.write_text(
+        "import os\n"
+        "class Dies:\n"
+        "    def keys(self): os._exit(7)\n"
+        "ZOO = {\n"
+        "    'dies': ('LlamaConfig', Dies(), None),\n"
+        "    'unknown': ('NoSuchConfig', {}, None),\n"
+        f"    'small': ('LlamaConfig', {ZOO['llama'][1] | {'num_hidden_layers': 2}!r}, 'AutoModelForCausalLM'),\n"
+        "}\n"
+    )
+    out = tmp_path / "out.json"
+    status = zoo.main(["--configs", str(configs), "--ranks", "2", "--plans", "tp,cp", "--json", str(out)])
+    models = json.loads(out.read_text())["models"]
+    assert status == 1
+    assert models["dies"]["status"] == models["unknown"]["status"] == "failed"
+    assert "exit status 7" in models["dies"]["message"]
+    assert "NoSuchConfig" in models["unknown"]["message"]
+    assert models["small"]["status"] == "ok"
+    assert models["small"]["no_rule"] == []
+    assert models["small"]["plans"].keys() == {"tp", "cp"}
+    assert all(error < 1e-12 for error in models["small"]["plans"].values())
+    assert "2 failed" in capsys.readouterr().out
+
+
+def traced(name: str) -> ModelGraph:
+    model = zoo.build(ZOO[name])
+    example = example_of(model)
+    return trace(model, example.inputs, example.loss)
+
+
+def test_constants_are_those_of_one_sample():
+    """Masks of sliding windows, ALiBi repeated for (batch x heads), positions: all built at the batch size."""
+    for name in ("mistral", "bloom", "opt"):
+        graph = traced(name)
+        metas = [graph.constants.nodes[output].meta for output in graph.constants.outputs]
+        assert metas
+        assert not any("b" in str(size) for meta in metas for size in meta.shape)
+
+
+def test_masks_of_layers_that_differ_are_each_split():
+    """Gemma 2: layers of one kind read one of two masks, and the first block reads a table before any activation."""
+    name, arguments, head = ZOO["gemma2"]
+    model = zoo.build((name, {**arguments, "num_hidden_layers": 2}, head))
+    example = example_of(model)
+    graph = trace(model, example.inputs, example.loss)
+    plan = search(graph, Job(2, example.seq), Cluster.parse("1x2:h100"), parse_fix({"cp": 2}))
+    assert verify(plan, model, example.inputs, graph=graph).worst[1] < 1e-12
