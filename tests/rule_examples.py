@@ -205,6 +205,8 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.index_select": [(_X, 1, _index(8, 12))],
     "aten.index": [(_X, (None, _index(8, 4, 12))), (_t(8, 4), (_index(8, 12),))],
     "aten.gather": [(_X, 1, _index(8, 4, 4, 16)), (_X, 2, _index(16, 4, 4, 8))],
+    "aten.scatter": [(_X, 2, _index(16, 4, 8, 2), 1.0), (_t(4, 8), 1, _index(8, 2, 3), 0.0)],
+    "autopar.topk": [(_X, 3, 2), (_X, 2, 1), (_X, 2, 2, False)],
     "aten.sum": [(_X, (1,), True), (_X, (0, 2)), (_X,), (_X, 1)],
     "aten.mean": [(_X, (2,), True), (_X, 1), (_X,)],
     "aten.amax": [(_X, (2,), True), (_X, (0, 1))],
@@ -343,9 +345,26 @@ _GQA = [
 ]
 
 
+def _mixture(gate: str, transposed: bool, biases: bool, **options: Any) -> Example:
+    """4 experts of width 12, hidden states of 8."""
+    rows = 12 if gate == "none" else 24
+    weights = (_t(4, 8, rows), _t(4, 12, 8)) if transposed else (_t(4, rows, 8), _t(4, 8, 12))
+    args = (_t(4, 8, 8), _index(4, 4, 8, 2), _t(4, 8, 2), *weights, *((_t(4, rows), _t(4, 8)) if biases else ()))
+    return Example("autopar.experts", args, {"experts": 4, "gate": gate, "transposed": transposed, **options})
+
+
+_MIXTURES = [
+    _mixture("halves", False, False, activation="silu"),
+    _mixture("pairs", True, True, activation="clamped_swish", alpha=1.702, limit=0.5),
+    _mixture("none", False, True, activation="relu2"),
+]
+
+
 def examples_of(entry: Entry) -> list[Example]:
     """Calls that exercise an entry of the rule table: written above, or, for elementwise operators, made up here."""
     name = entry.op.partition(".")[2]
+    if entry.op == "autopar.experts":
+        return _MIXTURES
     if entry.op in _CALLS:
         found = [Example(entry.op, args) for args in _CALLS[entry.op]]
         return found + (_GQA if name == "scaled_dot_product_attention" else [])

@@ -108,7 +108,7 @@ def test_rule_holds_in_float32(op: str) -> None:
 
 _PAIRED = """
 aten.linear aten.matmul aten.scaled_dot_product_attention aten.view aten.flatten aten.unflatten aten.expand aten.slice
-aten.cat aten.sum aten.mul aten.add aten.embedding autopar.cross_entropy aten.repeat
+aten.cat aten.sum aten.mul aten.add aten.embedding autopar.cross_entropy aten.repeat autopar.experts
 """
 
 

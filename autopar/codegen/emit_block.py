@@ -43,11 +43,12 @@ FUNCTIONS = {
 """The function of `runtime/collectives.py` for each pair of types."""
 
 _VARIANTS = {
-    "aten.embedding": ("vocab_embedding", 0),
-    "autopar.cross_entropy": ("vocab_cross_entropy", -1),
-    "aten.scaled_dot_product_attention": ("context_attention", -2),
+    "aten.embedding": ("vocab_embedding", 0, 0),
+    "autopar.cross_entropy": ("vocab_cross_entropy", 0, -1),
+    "aten.scaled_dot_product_attention": ("context_attention", 0, -2),
+    "autopar.experts": ("experts", 3, 0),
 }
-"""The function of `runtime/operators.py`, and the dim of the first operand that is split."""
+"""The function of `runtime/operators.py` or `runtime/experts.py`, an operand of which a dim is split, and that dim."""
 _ELEMENTWISE = (
     "add sub mul div neg silu gelu relu tanh sigmoid pow rsqrt mean sum softmax eq ne lt gt le ge where cos sin"
 )
@@ -142,7 +143,7 @@ class Body:
         expr = render(site)
         comments: tuple[str, ...] = ()
         if variants:
-            expr = self._special(node, expr, shapes[0], needs[0])
+            expr = self._special(node, expr, shapes, needs)
             comments = inner_remarks(self.setting, choice, needs)
         split = [axis for axis, kind in output.types if kind.kind == "S" and axis in self.setting.axes]
         if split and draws_random(node):
@@ -153,15 +154,19 @@ class Body:
         self._steps.append(Step(key, expr, self._hints[key], group, comments))
         self._held[node.name] = [(output, key)]
 
-    def _special(self, node: Node, plain: Expr, shape: tuple[int | Size, ...], first: Layout) -> Expr:
-        """The call of an operator whose shards need more than the operator itself; ``shape`` and ``first``: those of
-        its first operand."""
+    def _special(
+        self, node: Node, plain: Expr, shapes: Sequence[tuple[int | Size, ...]], layouts: Sequence[Layout]
+    ) -> Expr:
+        """The call of an operator whose shards need more than the operator itself; ``shapes`` and ``layouts``: those of
+        its operands."""
         if node.op not in _VARIANTS:
             raise UnsupportedError(f"{node.name} ({node.op}): no implementation for how the plan splits it")
-        function, dim = _VARIANTS[node.op]
-        dim %= len(shape)
-        axes, size = first.splits(dim), shape[dim]
+        function, operand, dim = _VARIANTS[node.op]
+        dim %= len(shapes[operand])
+        axes, size = layouts[operand].splits(dim), shapes[operand][dim]
         assert isinstance(plain, Call)
+        if node.op == "autopar.experts":
+            return Call(function, (*plain.arguments, ("axis", self._axes_expr(axes))))
         count = 3 if node.op == "aten.scaled_dot_product_attention" else 2
         arguments: tuple[Argument, ...] = plain.arguments[:count]
         rest = [a for a in plain.arguments[len(arguments) :] if a != ("is_causal", literal(True))]
@@ -348,6 +353,8 @@ class Body:
             return "loss"
         if op in ("rms_norm", "layer_norm"):
             return "normed"
+        if op in ("topk", "experts"):
+            return {"topk": "chosen", "experts": "mixed"}[op]
         if op in ("linear", "addmm", "embedding", "matmul", "bmm", "mm"):
             return part or "product"
         if op == "add" and self._is_residual(node):

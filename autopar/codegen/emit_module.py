@@ -100,6 +100,7 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
         lines.append("import torch.nn.functional as F")
     for module, names, end in (
         ("runtime.collectives", sorted(FUNCTIONS.values()), r"\("),
+        ("runtime.experts", ("experts",), r"\("),
         ("runtime.offload", IMPORTS["runtime.offload"], r"\("),
         ("runtime.operators", _OPERATORS, r"\("),
         ("runtime.recompute", IMPORTS["runtime.recompute"], r"\b"),

@@ -135,6 +135,24 @@ def _logits_and_labels(site: Site) -> tuple[Argument, ...]:
     return (logits, labels) if ignore == -100 else (logits, labels, ("ignore", literal(ignore)))
 
 
+def _experts(site: Site) -> Expr:
+    """What is as most models have it is left out (`runtime.experts`)."""
+    usual = {"gate": "halves", "transposed": False, "activation": "silu", "experts": site.kwargs["experts"]}
+    pairs = [(key, literal(value)) for key, value in site.kwargs.items() if usual.get(key) != value]
+    tensors: list[Argument] = []
+    for place, value in enumerate(site.args):
+        if value is not None:
+            written = argument(value, site.sizes)
+            tensors.append(("down_bias", written) if place == 6 and site.args[5] is None else written)
+    return Call("experts", (*tensors, *pairs))
+
+
+def _topk(site: Site) -> Expr:
+    x, count, dim = (argument(value, site.sizes) for value in site.args[:3])
+    pairs = [(key, literal(value)) for key, value in site.kwargs.items()]
+    return Method(Method(x, "topk", (count, dim, *pairs)), "[]", (literal(1),))
+
+
 def _cast(site: Site) -> Expr:
     x, dtype = argument(site.args[0], site.sizes), site.arg(1, "dtype")
     if dtype == "float32":
@@ -217,6 +235,8 @@ RENDERERS: dict[str, Renderer] = {
     "autopar.rotary": _function("rotary"),
     "autopar.cross_entropy": _cross_entropy,
     "autopar.cast": _cast,
+    "autopar.experts": _experts,
+    "autopar.topk": _topk,
     "aten.add": _binary("+"),
     "aten.sub": _binary("-"),
     "aten.mul": _binary("*"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -141,6 +142,66 @@ def _context_attention(
     return stated(context_attention, types, query, key, value, axis, balanced, **options)
 
 
+def _experts_types(tensors: tuple[Tensor | None, ...], transposed: bool, own: tuple[Any, ...]) -> dict[Any, Any]:
+    """``own``: the axes over which the experts are split."""
+    from spmd_types import I, P, R, S
+
+    hidden, index, weights, up, down, up_bias, down_bias = (types_of(x) if x is not None else {} for x in tensors)
+    rows, inner, result = (S(2), S(1), {}) if transposed else (S(1), S(2), {})
+    for axis, kind in hidden.items():
+        matrices = up.get(axis, R), down.get(axis, R)
+        chosen = index.get(axis, R), weights.get(axis, R)
+        if axis in own:
+            allowed = kind is R and chosen[1] is R and matrices == (S(0), S(0))
+            allowed &= up_bias.get(axis, S(0)) == S(0) == down_bias.get(axis, S(0))
+            result[axis] = P
+        elif is_split(matrices[0]):
+            allowed = kind is R and chosen[1] is R and matrices == (rows, inner)
+            allowed &= up_bias.get(axis, S(1)) == S(1) and down_bias.get(axis, P) is P
+            result[axis] = P
+        elif is_split(kind):
+            allowed = kind.dim < tensors[0].ndim - 1 and chosen == (kind, kind) and matrices == (R, R)  # type: ignore[union-attr]
+            result[axis] = kind
+        else:
+            allowed = kind in (R, I) and chosen[1] is kind and matrices == (kind, kind)
+            result[axis] = kind
+        if not allowed:
+            _fail(f"experts of {kind}, chosen {chosen[0]} with weights {chosen[1]}, by {matrices[0]} and {matrices[1]}")
+    return result
+
+
+def _experts(
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    axis: Axes | None = None,
+    **options: Any,
+) -> Tensor:
+    tensors = (hidden, index, weights, up, down, up_bias, down_bias)
+    types = _experts_types(tensors, transposed, () if axis is None else _axes(axis))
+    return stated(_Mixed.apply, types, *tensors)
+
+
+class _Mixed(torch.autograd.Function):
+    """The result's shape and the gradients' shapes: which rows an expert computes is not known here."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
+        ctx.shapes = [(x.shape, x.dtype) if x is not None and x.is_floating_point() else None for x in tensors]
+        assert tensors[0] is not None
+        return torch.empty_like(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return tuple(gradient.new_zeros(made[0], dtype=made[1]) if made else None for made in ctx.shapes)
+
+
 def _blocked_dim(x: Tensor) -> int:
     """The dim of ``x`` whose elements are, for the checker, in another order; -1 if there is none."""
     return getattr(x, "blocked_dim", -1)
@@ -217,5 +278,6 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "vocab_cross_entropy": _vocab_cross_entropy,
     "cross_entropy": _cross_entropy,
     "context_attention": _context_attention,
+    "experts": _experts,
 }
-"""For each function of `runtime.operators` that needs it, the one that states its types."""
+"""For each function of `runtime.operators` and `runtime.experts` that needs it, the one that states its types."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def change_of(node: torch.fx.Node) -> Change | None:
     way = [changed]
     while (source := _viewed(way[0])) is not None:
         way.insert(0, source)
-    if way[0].op != "call_function" or not isinstance(way[0].target, torch._ops.OpOverload):
+    if way[0].op != "call_function" or not (isinstance(way[0].target, torch._ops.OpOverload) or _new_item(way[0])):
         return None
     places = {other: place for place, other in enumerate(node.graph.nodes)}
     family = dict.fromkeys(way[:1])
@@ -60,6 +61,14 @@ def _writable(view: torch.fx.Node) -> bool:
     assert isinstance(view.target, torch._ops.OpOverload)
     schema = view.target._schema
     return schema.is_mutable or schema.name.removeprefix("aten::") in VIEWS
+
+
+def _new_item(node: torch.fx.Node) -> bool:
+    """Whether ``node`` is one of several tensors that an operator made anew (those of a split are views)."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(source, torch.fx.Node) or not isinstance(source.target, torch._ops.OpOverload):
+        return False
+    return all(returned.alias_info is None for returned in source.target._schema.returns)
 
 
 def _viewed(node: torch.fx.Node) -> torch.fx.Node | None:

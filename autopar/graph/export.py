@@ -16,9 +16,10 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
+from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.importing import TRACE_DTYPE
-from autopar.graph.specialise import watched
+from autopar.graph.specialise import raised_in, watched
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
@@ -157,6 +158,7 @@ def _export(
 ) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
+    replace_experts(copied)
     if fold:
         fold.watch(copied)
     with mode:
@@ -170,6 +172,17 @@ def _export(
     return Exported(program, fixed_in)
 
 
+_DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could not extract")
+
+
 def _reason(model: nn.Module, error: Exception) -> str:
+    place = raised_in(error)
+    if place and any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
+        return (
+            f"torch.export cannot trace {type(model).__name__}: {place} computes sizes, or chooses what to run, from "
+            "the values of tensors. Experts of a mixture are recognised where one module holds the weights of all of "
+            "them stacked (three dims, with or without biases), is called with hidden states, the chosen experts' "
+            "indices and their weights, and computes for each token the weighted sum of down(act(up(x)))"
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {lines[0]}"

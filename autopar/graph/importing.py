@@ -147,6 +147,10 @@ class Importer:
             self._values[node] = self.draft.cast(args[0], dtype_name(value.dtype))
         elif name in LISTS:
             self._values[node] = self._items(args, node, target, value)
+        elif name == "topk":
+            self._values[node] = self._largest(args, value)
+        elif name in ("max", "min") and len(args) > 1 and isinstance(args[1], int):
+            self._values[node] = self._extreme(name, args, value)
         elif not isinstance(value, torch.Tensor):
             raise UnsupportedError(
                 f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it"
@@ -163,6 +167,28 @@ class Importer:
             self._values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
         if change is not None:
             self._write(node, change)
+
+    def _largest(self, args: tuple[Any, ...], value: Sequence[torch.Tensor]) -> list[Ref]:
+        """The values and the indices of `topk`: an operator for the indices, and the values they pick."""
+        x, count = args[:2]
+        dim = (args[2] if len(args) > 2 else -1) % len(self.draft.shape(x))
+        largest, shape = len(args) < 4 or args[3], self.sizes.shape(value[1])
+        options = {} if largest else {"largest": False}
+        index = Ref(self.draft.emit("autopar.topk", x, count, dim, shape=shape, dtype="int64", options=options))
+        picked = self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype_name(value[0].dtype))
+        return [Ref(picked), index]
+
+    def _extreme(self, name: str, args: tuple[Any, ...], value: Sequence[torch.Tensor]) -> list[Ref]:
+        """The values and the indices of `max` or `min` along a dim."""
+        x, dim, keep = args[0], args[1], args[2:] == (True,)
+        shape, dtype = list(self.draft.shape(x)), dtype_name(value[0].dtype)
+        shape[dim] = 1
+        index = Ref(self.draft.emit(f"aten.arg{name}", x, dim, True, shape=shape, dtype="int64"))
+        picked = Ref(self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype))
+        if keep:
+            return [picked, index]
+        thin = shape[:dim] + shape[dim + 1 :]
+        return [Ref(self.draft.emit("aten.squeeze", result, dim, shape=thin)) for result in (picked, index)]
 
     def _filled(self, number: Any, value: torch.Tensor) -> Ref:
         """A tensor like ``value`` full of ``number``, or of the number that a constant tensor holds."""

@@ -132,6 +132,14 @@ def run_model(
     return outputs[-1][0], counts[0] if counts else torch.ones((), dtype=torch.int64)
 
 
+def grouped_products(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    """What `torch._grouped_mm` computes of ``rows`` [n, k] in groups that end at ``offs``, each times its
+    own of ``weight`` [groups, k, m], in any dtype; rows behind the last group are zeros."""
+    groups = torch.tensor_split(rows, offs.cpu().long())
+    parts = [group @ matrix for group, matrix in zip(groups[:-1], weight, strict=True)]
+    return torch.cat([*parts, rows.new_zeros(groups[-1].size(0), weight.size(2))])
+
+
 class keep_wide(TorchFunctionMode):  # noqa: N801  (used as a function: `with keep_wide():`)
     """Makes requests for float32 give float64, so that a model with `.float()` inside runs wholly in float64."""
 
@@ -147,4 +155,6 @@ class keep_wide(TorchFunctionMode):  # noqa: N801  (used as a function: `with ke
             args = (args[0], *(torch.float64 if item is torch.float32 else item for item in args[1:]))
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
+        if func is torch._grouped_mm and args[0].dtype == torch.float64:  # it has no kernel for float64
+            return grouped_products(*args, offs=kwargs["offs"])
         return func(*args, **kwargs)

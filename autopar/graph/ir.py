@@ -18,6 +18,9 @@ COMPUTE = "compute"
 """The dtype of a tensor held in the job's compute dtype; other dtypes are torch's names ("float32", "int64", "bool").
 "float32" means at least float32: a float64 job computes such tensors in float64."""
 
+EXPERTS = "autopar.experts"
+"""The operator that the experts of a mixture are (`autopar.graph.experts`)."""
+
 _UNHASHED = ("name", "notes", "buffer_values", "nominal_seq")
 
 

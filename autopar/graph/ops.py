@@ -5,6 +5,8 @@ Names are torch's without overloads ("aten.linear"), plus a few composites ("aut
 
     autopar.rotary(x, cos, sin)                      x*cos + rotate_half(x)*sin, last dim whole
     autopar.cross_entropy(logits, labels, ignore)    sum over targets, float32 or wider; logits [..., v], labels [...]
+    autopar.topk(x, k, dim, largest=True)            the indices of torch.topk, int64
+    autopar.experts(...)                             the experts of a mixture (`autopar.graph.experts`)
     autopar.cast(x, dtype)                           dtype "float32" (at least) or "compute" or torch's name
 
 Shape operators are canonical too: `aten.unflatten(x, dim, sizes)` (one entry may be -1), `aten.flatten(x, start, end)`,
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from autopar.graph.experts import experts
 from autopar.graph.ir import Node
 
 WIDE = {torch.float64: torch.float64}
@@ -68,6 +71,11 @@ def cast(x: torch.Tensor, dtype: str, compute: torch.dtype = torch.float32) -> t
     return x.to(DTYPES[dtype])
 
 
+def topk(x: torch.Tensor, k: int, dim: int, largest: bool = True) -> torch.Tensor:
+    """The indices of the ``k`` largest (or smallest) along ``dim``, in order."""
+    return x.topk(k, dim, largest)[1]
+
+
 def callable_of(op: str) -> Callable[..., torch.Tensor]:
     """The function that runs canonical operator ``op`` on tensors. Raises KeyError if there is none."""
     return CALLS[op] if op in CALLS else _aten(op)
@@ -94,6 +102,8 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.rotary": rotary,
     "autopar.cross_entropy": cross_entropy,
     "autopar.cast": cast,
+    "autopar.topk": topk,
+    "autopar.experts": experts,
     "aten.linear": F.linear,
     "aten.scaled_dot_product_attention": F.scaled_dot_product_attention,
     "aten.rms_norm": F.rms_norm,

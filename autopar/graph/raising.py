@@ -165,16 +165,31 @@ def silu(node: Node, new: Draft) -> Ref | None:
     return None
 
 
+def shifted_softmax(node: Node, new: Draft) -> Ref | None:
+    """softmax(x - m) → softmax(x), where m is one number along the dim: it changes neither result nor gradients."""
+    shift = _plain(new.producer(node.args[0], "aten.sub"))
+    dim = node.args[1]
+    if not shift or not all(isinstance(value, Ref) for value in shift.args):
+        return None
+    x, number = shift.args
+    if new.shape(x) != node.meta.shape or new.meta(x).dtype != node.meta.dtype:
+        return None
+    shape = new.shape(number)
+    if len(shape) != len(node.meta.shape) or shape[dim] != 1:
+        return None
+    return Ref(new.emit(node.op, x, *node.args[1:], shape=node.meta.shape, options=node.kwargs))
+
+
 def grouped_query(node: Node, new: Draft) -> Ref | None:
     """Keys and values repeated for each query head of their group → enable_gqa."""
     q, k, v = node.args
-    keys, values = _unrepeated(k, new), _unrepeated(v, new)
+    keys, values = unrepeated(k, new), unrepeated(v, new)
     if keys is None or values is None or node.kwargs.get("enable_gqa") or new.shape(keys)[:2] != new.shape(values)[:2]:
         return None
     return Ref(new.emit(node.op, q, keys, values, shape=node.meta.shape, options={**node.kwargs, "enable_gqa": True}))
 
 
-def _unrepeated(value: Ref, new: Draft) -> Ref | None:
+def unrepeated(value: Ref, new: Draft) -> Ref | None:
     """The [b, groups, s, d] whose heads ``value`` repeats next to each other."""
     repeat = new.producer(value, "aten.repeat_interleave")
     if repeat and len(repeat.args) == 3 and isinstance(repeat.args[1], int) and repeat.args[2] == 1:
@@ -193,5 +208,6 @@ RULES: dict[str, list[Rule]] = {
     "aten.mul": [rms_core, rms_weight, gelu, silu],
     "autopar.cast": [rms_cast],
     "aten.add": [rotary],
+    "aten.softmax": [shifted_softmax],
     "aten.scaled_dot_product_attention": [grouped_query],
 }

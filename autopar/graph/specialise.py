@@ -38,6 +38,24 @@ def watched(model: nn.Module) -> Iterator[dict[int, str]]:
         ShapeEnv._set_replacement = original  # type: ignore[method-assign]
 
 
+def raised_in(error: BaseException) -> str:
+    """Path, class, file and line of the innermost forward that ``error`` came through; "" if none."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame, trace.tb_lineno))
+        trace = trace.tb_next
+    found, paths = "", dict[int, str]()
+    for frame, line in frames:
+        names = frame.f_code.co_varnames
+        module = frame.f_locals.get(names[0]) if names else None
+        if not isinstance(module, nn.Module) or frame.f_code.co_name != "forward":
+            continue
+        paths = paths or {id(child): path.partition("model")[2].lstrip(".") for path, child in module.named_modules()}
+        if id(module) in paths and paths[id(module)]:
+            found = f"module {paths[id(module)]!r} ({type(module).__name__}, {frame.f_code.co_filename}:{line})"
+    return found
+
+
 def _place(paths: dict[int, str]) -> str:
     """Path, class, file and line of the innermost forward of the user's model on the stack."""
     frame: FrameType | None = sys._getframe(1)

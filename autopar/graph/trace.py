@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autopar.errors import BadInputError, UnsupportedError
-from autopar.graph import broadcasting, joining, losses, masks, raising
+from autopar.graph import broadcasting, flattening, joining, losses, masks, raising, sinks
 from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import known_values
 from autopar.graph.export import BatchSpec, Exported, Loss, export
@@ -142,11 +142,12 @@ def _traced(
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     limits: set[int] = set()
     recognised = masks.rules(values, _nominal_seq(model), limits)
-    draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES, recognised)
+    patterns = (broadcasting.RULES, joining.RULES, flattening.RULES, raising.RULES, sinks.RULES)
+    draft = simplify(draft, *patterns, recognised)
     draft = share_samples(draft, values)
-    draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES, recognised)
+    draft = simplify(draft, *patterns, recognised)
     draft, count = losses.lower(draft)
-    draft = simplify(draft, broadcasting.RULES, joining.RULES, raising.RULES)
+    draft = simplify(draft, *patterns)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
     return _Traced(cut(draft, layers, class_names, fold), count, metas, values, frozenset(limits))
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from autopar.graph.experts import experts
+from autopar.graph.ir import EXPERTS
 from autopar.graph.ops import WIDE, attention_of_last
 
 Collective = tuple[str, torch.Tensor]
@@ -75,9 +77,16 @@ def context(
     return torch.cat(heads, -2) if len(heads) > 1 else heads[0]
 
 
+def own_experts(start: int, *args: Any, **options: Any) -> Local:
+    """What this rank's experts, from ``start`` on, contribute; the output is partial. No collective."""
+    yield from ()
+    return experts(*args, first=start, **options)
+
+
 VARIANTS: dict[tuple[str, str], Callable[..., Local]] = {
     ("aten.embedding", "vocab"): embedding,
     ("autopar.cross_entropy", "vocab"): cross_entropy,
     ("aten.scaled_dot_product_attention", "context"): context,
+    (EXPERTS, "experts"): own_experts,
 }
 """By operator and variant name (`Strategy.variant`)."""

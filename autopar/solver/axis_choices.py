@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import ModelGraph, Node, OpGraph, TensorMeta
+from autopar.graph.ir import EXPERTS, ModelGraph, Node, OpGraph, TensorMeta
 from autopar.graph.size import BATCH, SEQ, Size, divide, size_at
 from autopar.sharding.check import fits, refusal
 from autopar.sharding.layout import CONTEXT, I, Layout, P, R, S, SpmdType
@@ -25,7 +25,7 @@ from autopar.solver.work import ATTENTION, MATMULS
 AxesChoice = dict[str, Strategy]
 """A strategy for each model axis, in mesh order."""
 
-_MATMULS = frozenset(f"aten.{name}" for name in MATMULS)
+_MATMULS = frozenset((*(f"aten.{name}" for name in MATMULS), EXPERTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ def choices_of(
 
 
 def feature_splits(node: Node, strategies: Iterable[Strategy]) -> list[Strategy]:
-    """Of a matmul's strategies, those that split a feature factor: one whose size depends on neither b nor s."""
+    """Of a matmul's strategies (or those of experts, which are matmuls too), those that split a feature factor: one
+    whose size depends on neither b nor s."""
     if node.op not in _MATMULS:
         return []
     return [s for s in strategies if isinstance(s.extent, int)]

@@ -8,6 +8,9 @@ Conventions
 * a matmul of (m, k) and (k, n) is 2*m*n*k FLOP; its backward is one such matmul for each operand with a gradient;
 * fused attention runs two matmuls forward and five backward (the scores are computed again: FlashAttention-2, Dao,
   arXiv 2307.08691, section 4), so 2.5 times the forward; a causal mask halves the work done;
+* the experts of a mixture are two grouped matmuls, each of (an expert's rows, k) and (k, n) for every expert that a
+  rank holds. A token has k rows, one for each expert it chose; where a rank holds a part of the experts, the one that
+  is waited for has `IMBALANCE` times its share of them;
 * `flops`, which counts model FLOP for MFU, does **not** halve causal attention (PaLM, arXiv 2204.02311, appendix B;
   Megatron, arXiv 2104.04473), so that figures compare with those papers.
 """
@@ -16,12 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
-from autopar.graph.ir import Node
+from autopar.graph.ir import EXPERTS, Node
 
 ATTENTION = "aten.scaled_dot_product_attention"
+
+
+IMBALANCE = 1.1
+"""Rows of the fullest of the ranks that share a layer's experts, over those of the average rank. Routers are trained to
+balance (auxiliary losses, or DeepSeek-V3's biases, arXiv 2412.19437, section 2.1.2), which they do over many tokens and
+several experts a rank, not for each expert and batch; plausible 1.0 (forced balance, as in benchmarks) to 1.5."""
 
 
 class LocalTensor(NamedTuple):
@@ -115,6 +124,8 @@ def variant(node: Node) -> Any:
         return is_causal(node)
     if node.op == "aten.einsum":
         return node.args[0]
+    if node.op == EXPERTS:
+        return node.kwargs["experts"], node.kwargs["gate"]
     return None
 
 
@@ -124,6 +135,9 @@ def flops(node: Node, input_shapes: Sequence[tuple[int, ...]], output_shape: tup
         query, key = input_shapes[0], input_shapes[1]
         head_dims = query[-1] + input_shapes[2][-1]
         return 2.0 * prod(query[:-1]) * key[-2] * head_dims
+    if node.op == EXPERTS:
+        (index, up), down = (input_shapes[1], input_shapes[3]), input_shapes[4]
+        return 2.0 * prod(index) * (prod(up[1:]) + prod(down[1:]))
     matmul = matmul_of(node, input_shapes, output_shape)
     return float(matmul.flops) if matmul else 0.0
 
@@ -234,6 +248,41 @@ def _attention(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, g
         moved = backward.nbytes + 7 * (key.nbytes + value.nbytes)
         backward = replace(backward, nbytes=moved, kernels=2 * backward.kernels + 10)
     return forward, backward
+
+
+def expert_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
+    """Rows that the slowest rank's experts compute: one for each of their tokens' choices."""
+    held, experts = up.shape[0], int(node.kwargs["experts"])
+    return ceil(index.elements * held / experts * (IMBALANCE if held < experts else 1.0))
+
+
+def _experts(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Rows gathered by expert, two grouped matmuls with the activation between them, and added up by token
+    (`codegen/runtime/experts.py`). Streams, in widths of a row: d twice to gather, three times to add; f seven times
+    for activation, gate and routing weight, eighteen times backwards. Sorting the choices: a dozen small kernels."""
+    hidden, index, _, up, down = inputs[:5]
+    rows, held = expert_rows(node, index, up), up.shape[0]
+    used = max(1, min(held, rows))
+    each, width, inner = ceil(rows / used), hidden.shape[-1], down.elements // (held * hidden.shape[-1])
+    wide = up.elements // (held * width)
+    size = hidden.bytes_per_element
+    d, f = rows * width * size, rows * inner * size
+    read = (up.nbytes + down.nbytes) * used / held
+    moved = read + d + rows * wide * size + f + d
+    sort = 12 * index.nbytes
+    forward = (Matmul(used, each, wide, width), Matmul(used, each, width, inner))
+    back = [m for m in forward if grads[0]]
+    back += [Matmul(m.batch, m.n, m.k, m.m) for m, grad in zip(forward, grads[3:5], strict=True) if grad]
+    biases = sum(bias.nbytes for bias in inputs[5:]) + (rows * (wide + width) * 3 * size if inputs[5:] else 0)
+    return (
+        Work(forward, matmul_bytes=moved, nbytes=5 * d + output.nbytes + 7 * f + sort + biases, kernels=24),
+        Work(
+            tuple(back),
+            matmul_bytes=2 * moved,
+            nbytes=5 * d + output.nbytes + 18 * f + sort + biases,
+            kernels=16 + len(back),
+        ),
+    )
 
 
 def _elementwise(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
@@ -383,5 +432,6 @@ _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILI
     "autopar.cast": _cast,
     "aten.to": _cast,
     "autopar.rotary": _rotary,
+    EXPERTS: _experts,
     "autopar.cross_entropy": _cross_entropy,
 }

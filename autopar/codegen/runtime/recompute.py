@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from . import offload
 
 _NAMES = {
-    "matmul": ("aten", "mm addmm bmm baddbmm addbmm mv addmv dot _scaled_mm _grouped_mm"),
+    "matmul": ("aten", "mm addmm bmm baddbmm addbmm mv addmv dot _scaled_mm"),
     "attention": (
         "aten",
         "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
@@ -149,26 +149,26 @@ class _Kept:
     def __init__(self, names: Sequence[str]) -> None:
         self.wanted = frozenset().union(*(KEEPABLE[name] for name in names))
         self.results: dict[Any, deque[_Result]] = defaultdict(deque)
-        self.in_attention = 0
+        self.in_composite = 0
 
     def includes(self, op: Any) -> bool:
-        # Attention that runs as plain matmuls has scores of its own, which nobody asked to keep.
-        return op in self.wanted and not (self.in_attention and op in KEEPABLE["matmul"])
+        # Attention that runs as plain matmuls has scores of its own, which nobody asked to keep; experts run again.
+        return op in self.wanted and not (self.in_composite and op in KEEPABLE["matmul"])
 
 
-class _WithinAttention(TorchFunctionMode):
+class _WithinComposite(TorchFunctionMode):
     def __init__(self, kept: _Kept) -> None:
         super().__init__()
         self.kept = kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
+        if func is not F.scaled_dot_product_attention and getattr(func, "__name__", "") != "experts":
             return func(*args, **(kwargs or {}))
-        self.kept.in_attention += 1
+        self.kept.in_composite += 1
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            self.kept.in_attention -= 1
+            self.kept.in_composite -= 1
 
 
 class _First(TorchDispatchMode):
@@ -245,13 +245,13 @@ class _Again(TorchDispatchMode):
 
 
 class _Both:
-    """A dispatch mode, and the function mode that tells it about attention."""
+    """A dispatch mode, and the function mode that tells it about attention and experts."""
 
     def __init__(self, mode: TorchDispatchMode, kept: _Kept) -> None:
         self.mode, self.kept, self.stack = mode, kept, ExitStack()
 
     def __enter__(self) -> None:
-        self.stack.enter_context(_WithinAttention(self.kept))
+        self.stack.enter_context(_WithinComposite(self.kept))
         self.stack.enter_context(self.mode)
 
     def __exit__(self, *error: Any) -> None:

@@ -40,17 +40,32 @@ def _index(call: Call) -> str:
 
 def _gather(call: Call) -> str:
     """Dims other than the gathered one are shared where x and the index agree in size, else whole."""
+    source, index = _along(call)
+    return f"{' '.join(source)}, {' '.join(index)} -> {' '.join(index)}"
+
+
+def _along(call: Call) -> tuple[list[str], list[str]]:
+    """The factors of x and of the index; those of the dim that indices run along stay whole."""
     dim = int(call.arg(1, "dim")) % max(1, len(call.shapes[0]))
     names = Names()
-    source, index = [], []
+    source: list[str] = []
+    index: list[str] = []
     for position, (size, picked) in enumerate(zip(*call.shapes[:2], strict=True)):
         if position != dim and size == picked:
             source.append(names.take(size))
             index.append(source[-1])
         else:
             source.append(names.take(size) + "^")
-            index.append(names.take(picked) + ("" if position == dim else "^"))
-    return f"{' '.join(source)}, {' '.join(index)} -> {' '.join(index)}"
+            index.append(names.take(picked) + ("" if position == dim and call.node.op == "aten.gather" else "^"))
+    return source, index
+
+
+def _scatter(call: Call) -> str:
+    """One number written at places along a dim; the other dims are shared where x and the index agree in size."""
+    if len(call.operands) != 2 or len(call.node.args) != 4:
+        raise Mismatch("scatter of a tensor, or with a reduction")
+    source, index = _along(call)
+    return f"{' '.join(source)}, {' '.join(index)} -> {' '.join(source)}"
 
 
 ENTRIES = [
@@ -58,4 +73,5 @@ ENTRIES = [
     Entry("aten.index_select", compute=_index_select),
     Entry("aten.index", compute=_index),
     Entry("aten.gather", compute=_gather),
+    Entry("aten.scatter", compute=_scatter),
 ]

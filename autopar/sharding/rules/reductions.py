@@ -42,6 +42,16 @@ def _along(dim_at: int = 1):  # type: ignore[no-untyped-def]
     return compute
 
 
+def _topk(call: Call) -> str:
+    """The dim that is searched stays whole; the chosen ones are a dim of their own."""
+    names = letters(call)
+    along = int(call.node.args[2])
+    used = Names(names)
+    source = [name + "^" if index == along else name for index, name in enumerate(names)]
+    target = [used.take(0) + "^" if index == along else name for index, name in enumerate(names)]
+    return f"{' '.join(source)} -> {' '.join(target)}"
+
+
 def _last_two(call: Call) -> str:
     return "... i^ j^ -> ... i^ j^"
 
@@ -60,6 +70,7 @@ ENTRIES = [
         Entry(f"aten.{op}", compute=_along())
         for op in ["softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod"]
     ),
+    Entry("autopar.topk", compute=_topk),
     Entry("aten.cumsum", compute=_along(), linear="0"),
     Entry("aten.flip", compute=_along(), linear="0"),
     Entry("aten.roll", compute=_along(2), linear="0"),

@@ -100,7 +100,10 @@ def _splits(node: Node, rule: Rule, blocks: GraphBlocks) -> list[Strategy]:
             inputs = [rule.split_type(dims, factor, count) for dims in rule.operands]
             output = rule.split_type(rule.output, factor, count)
             if factor in rule.sums:
-                inputs = [P if index in rule.once else kind for index, kind in enumerate(inputs)]
+                inputs = [
+                    P if index in rule.once and rule.position(rule.operands[index], factor) is None else kind
+                    for index, kind in enumerate(inputs)
+                ]
                 output = P
             if variant is not None and variant.output is not None:
                 output = variant.output

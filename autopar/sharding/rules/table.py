@@ -8,6 +8,7 @@ from autopar.sharding.rules import (
     attention,
     convolution,
     elementwise,
+    experts,
     indexing,
     loss,
     matmul,
@@ -17,7 +18,7 @@ from autopar.sharding.rules import (
 )
 from autopar.sharding.rules.entry import Call, Entry
 
-_FAMILIES = (matmul, attention, norms, loss, indexing, reductions, elementwise, shapes, convolution)
+_FAMILIES = (matmul, attention, experts, norms, loss, indexing, reductions, elementwise, shapes, convolution)
 
 RULES: dict[str, Entry] = {entry.op: entry for family in _FAMILIES for entry in family.ENTRIES}
 """Every operator's entry, by canonical name."""

@@ -1,0 +1,135 @@
+"""The experts of a mixture: all rows that chose an expert go through its matrices together."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed._local_tensor import LocalTensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .operators import Axes
+
+
+def experts(
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    gate: str = "halves",
+    transposed: bool = False,
+    activation: str = "silu",
+    alpha: float = 1.0,
+    limit: float = 0.0,
+    axis: Axes | None = None,
+) -> Tensor:
+    """For each token of ``hidden`` [..., d], the sum over the experts e that it chose of weight * down_e(act(up_e(x))).
+
+    ``index``, ``weights`` [..., k]: the chosen experts and their weights. ``up`` [e, n, d], ``down`` [e, d, f] (with
+    ``transposed`` [e, d, n] and [e, f, d]); biases [e, n], [e, d]. ``gate``: the n rows of ``up`` are the gate, then
+    the values ("halves"), both in turn ("pairs"), or values alone ("none"). ``axis``: the experts are split over it,
+    and this rank adds up what its own contribute; the result is partial then, as it is where f is split.
+    """
+    if has_torch_function((hidden,)):  # recomputation and type checks see it as one function
+        tensors = (hidden, index, weights, up, down, up_bias, down_bias)
+        form = {"gate": gate, "transposed": transposed, "activation": activation, "alpha": alpha, "limit": limit}
+        result: Tensor = handle_torch_function(experts, (hidden,), *tensors, **form, axis=axis)
+        return result
+    tokens, slots, count = hidden.flatten(0, -2), index.flatten(), up.size(0)
+    if axis is not None:
+        slots = slots - _rank(axis, slots.device) * count
+        slots = slots.masked_fill((slots < 0) | (slots >= count), count)  # sorted behind all of this rank's
+    act = (gate, activation, alpha, limit)
+    if not transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if isinstance(hidden, LocalTensor):
+        return _by_masks(tokens, slots, weights, (up, down, up_bias, down_bias), act).view_as(hidden)
+    sizes = torch.zeros(count + 1, dtype=torch.int32, device=slots.device)
+    sizes = sizes.scatter_add_(0, slots, torch.ones_like(slots, dtype=torch.int32))[:count]
+    order = slots.argsort(stable=True)
+    if axis is not None:
+        order = order[: int(sizes.sum())]
+    expert, token = slots[order], order // index.size(-1)
+    rows = grouped(tokens[token], up, sizes)
+    if up_bias is not None:
+        rows = rows + up_bias[expert]
+    # The weight is applied before the last product, not after: what is kept for backward is f wide, not d.
+    weight = weights.flatten()[order].unsqueeze(-1).to(rows.dtype)
+    rows = grouped(activated(rows, *act) * weight, down, sizes)
+    if down_bias is not None:
+        rows = rows + down_bias[expert] * weight
+    return torch.zeros_like(tokens).index_add(0, token, rows).view_as(hidden)
+
+
+def activated(rows: Tensor, gate: str, activation: str, alpha: float, limit: float) -> Tensor:
+    """The activation, times the values where there is a gate."""
+    if gate == "none":
+        return _act(rows, activation)
+    first, values = rows.chunk(2, -1) if gate == "halves" else (rows[..., ::2], rows[..., 1::2])
+    if activation == "clamped_swish":
+        first, values = first.clamp(max=limit), values.clamp(-limit, limit)
+        return (values + 1) * first * torch.sigmoid(first * alpha)
+    return _act(first, activation) * values
+
+
+def _act(x: Tensor, activation: str) -> Tensor:
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "relu2":
+        return F.relu(x).square()
+    function = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation]
+    return function(x)
+
+
+def grouped(rows: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
+    """``rows`` [n, k] in groups of ``sizes``, each times its own of ``weight`` [groups, k, m]."""
+    # The kernel wants rows of whole 16 bytes.
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and rows.size(1) % 8 == 0 and weight.size(2) % 8 == 0:
+        return F.grouped_mm(rows, weight, offs=sizes.cumsum(0, dtype=torch.int32))
+    return _OneByOne.apply(rows, weight, sizes)
+
+
+class _OneByOne(torch.autograd.Function):
+    """A product for each group."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
+        ctx.sizes = sizes.tolist()
+        ctx.save_for_backward(rows, weight)
+        return torch.cat([part @ weight[group] for group, part in enumerate(rows.split(ctx.sizes))])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        rows, weight = ctx.saved_tensors
+        pairs = list(zip(rows.split(ctx.sizes), gradient.split(ctx.sizes), strict=True))
+        to_rows = torch.cat([part @ weight[group].t() for group, (_, part) in enumerate(pairs)])
+        return to_rows, torch.stack([part.t() @ grad for part, grad in pairs]), None
+
+
+def _by_masks(
+    tokens: Tensor, slots: Tensor, weights: Tensor, matrices: tuple[Tensor | None, ...], act: tuple[Any, ...]
+) -> Tensor:
+    """The same, every expert on every token: for ranks simulated at once, which hold different numbers of rows."""
+    up, down, up_bias, down_bias = matrices
+    assert up is not None
+    assert down is not None
+    slots, result = slots.view(tokens.size(0), -1), torch.zeros_like(tokens)
+    for expert in range(up.size(0)):
+        rows = tokens @ up[expert]
+        rows = activated(rows if up_bias is None else rows + up_bias[expert], *act) @ down[expert]
+        rows = rows if down_bias is None else rows + down_bias[expert]
+        share = weights.view_as(slots).masked_fill(slots != expert, 0).sum(-1, keepdim=True)
+        result = result + rows * share.to(rows.dtype)
+    return result
+
+
+def _rank(axis: Axes, device: torch.device) -> Tensor:
+    """This rank's place along ``axis``, a tensor of one number: on simulated ranks it is not one integer."""
+    place = torch.zeros(1, dtype=torch.int64, device=device)
+    for each in axis if isinstance(axis, tuple) else (axis,):
+        place = place * each.size() + torch.arange(each.size(), device=device).narrow(0, each.get_local_rank(), 1)
+    return place

@@ -1,0 +1,211 @@
+"""Mixtures of experts: recognised by what they compute, traced as one operator, split, priced and proved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mixtures import CONFIGS, Stacked, StackedModel, mixture
+from torch import nn
+
+import autopar
+from autopar.codegen.emit_module import module_source
+from autopar.codegen.load import load_module
+from autopar.codegen.ranks import local_ranks, per_rank
+from autopar.codegen.runtime import experts as runtime
+from autopar.codegen.typecheck import typecheck
+from autopar.errors import AutoparError
+from autopar.graph import experts as reference
+from autopar.graph.find_experts import experts_form
+from autopar.graph.ir import EXPERTS, Node, TensorMeta
+from autopar.graph.trace import trace
+from autopar.job import Job
+from autopar.sharding.rules import has_rule
+from autopar.solver.work import IMBALANCE, LocalTensor, flops, work
+
+FORMS: dict[str, dict[str, Any]] = {
+    "halves": {"gate": "halves", "activation": "silu"},
+    "pairs": {"gate": "pairs", "transposed": True, "activation": "clamped_swish", "alpha": 1.7, "limit": 0.5},
+    "none": {"gate": "none", "activation": "relu2"},
+    "gelu": {"gate": "halves", "transposed": True, "activation": "gelu_tanh"},
+}
+
+
+def tensors(form: str, biases: bool, experts: int = 4, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Hidden states [3, 5, 8], choice, weights, and the parameters of experts of width 6."""
+    drawn = torch.Generator().manual_seed(0)
+    rows = 6 if FORMS[form]["gate"] == "none" else 12
+    shapes = (
+        [(experts, 8, rows), (experts, 6, 8)]
+        if FORMS[form].get("transposed")
+        else [(experts, rows, 8), (experts, 8, 6)]
+    )
+    shapes += [(experts, rows), (experts, 8)] if biases else []
+    index = torch.rand(3, 5, experts, generator=drawn).argsort(-1)[..., :2]
+    index[index == 3] = 1  # nobody chooses the last expert, and some tokens one twice
+    made = [
+        torch.randn(shape, generator=drawn, dtype=dtype).requires_grad_() for shape in [(3, 5, 8), (3, 5, 2), *shapes]
+    ]
+    return [made[0], index, *made[1:]]
+
+
+def by_hand(
+    form: str, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *parameters: torch.Tensor
+) -> torch.Tensor:
+    """The definition, token by token."""
+    options = dict(FORMS[form])
+    transposed = options.pop("transposed", False)
+    up, down, *biases = parameters
+    rows = []
+    for x, chosen, share in zip(hidden.flatten(0, 1), index.flatten(0, 1), weights.flatten(0, 1), strict=True):
+        total = torch.zeros_like(x)
+        for expert, weight in zip(chosen, share, strict=True):
+            first, second = (up[expert].T, down[expert].T) if transposed else (up[expert], down[expert])
+            y = first @ x + (biases[0][expert] if biases else 0)
+            y = second @ reference.activated(y, **options) + (biases[1][expert] if biases else 0)
+            total = total + weight * y
+        rows.append(total)
+    return torch.stack(rows).view_as(hidden)
+
+
+def outcome(result: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    probe = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=result.dtype)
+    return [result, *torch.autograd.grad(result, [x for x in inputs if x.requires_grad], probe)]
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_operator_and_emitted_function_compute_the_definition(form: str, biases: bool) -> None:
+    given = tensors(form, biases)
+    wanted = outcome(by_hand(form, *given), given)
+    for result in (reference.experts(*given, experts=4, **FORMS[form]), runtime.experts(*given, **FORMS[form])):
+        for found, right in zip(outcome(result, given), wanted, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_split_over_ranks_add_up(form: str) -> None:
+    """On simulated ranks, which hold different numbers of rows; and what each of them adds."""
+    given = tensors(form, biases=True)
+    whole = runtime.experts(*given, **FORMS[form]).detach()
+    with local_ranks({"dp": 1, "tp": 2}) as mesh, torch.no_grad():
+        shared = [per_rank([x.detach()] * 2) for x in given[:3]]
+        split = [per_rank([part.clone() for part in x.detach().chunk(2)]) for x in given[3:]]
+        parts = runtime.experts(*shared, *split, **FORMS[form], axis=mesh["tp"])
+        found = [parts._local_tensors[rank] for rank in range(2)]
+    torch.testing.assert_close(found[0] + found[1], whole, rtol=1e-12, atol=1e-12)
+    for rank, part in enumerate(found):
+        own = reference.experts(
+            *given[:3], *(x.chunk(2)[rank] for x in given[3:]), experts=4, first=2 * rank, **FORMS[form]
+        )
+        torch.testing.assert_close(part, own.detach(), rtol=1e-12, atol=1e-12)
+
+
+FOUND = {
+    "mixtral": {"experts": 4, "gate": "halves", "transposed": False, "activation": "silu"},
+    "qwen3_moe": {"experts": 8, "gate": "halves", "transposed": False, "activation": "silu"},
+    "deepseek_v3": {"experts": 8, "gate": "halves", "transposed": False, "activation": "silu"},
+    "gpt_oss": {
+        "experts": 4, "gate": "pairs", "transposed": True, "activation": "clamped_swish", "alpha": 1.702, "limit": 7.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("kind", FOUND)
+def test_experts_of_transformers_are_recognised(kind: str, implementation: str) -> None:
+    with torch.device("meta"):
+        model = mixture(kind, experts_implementation=implementation)
+    forms = [form for module in model.modules() if (form := experts_form(module, {})) is not None]
+    assert [dict(form.options) for form in forms] == [FOUND[kind]] * 2
+
+
+def test_experts_of_a_user_are_recognised_by_what_they_compute() -> None:
+    form = experts_form(Stacked(), {})
+    assert form is not None
+    assert form.parameters == ("rise", "fall", None, None)
+    assert dict(form.options) == {"experts": 4, "gate": "none", "transposed": True, "activation": "relu2"}
+    assert experts_form(Stacked(twice=True), {}) is None
+    assert experts_form(nn.Linear(4, 4), {}) is None
+
+
+def test_experts_that_compute_something_else_are_refused_with_their_place() -> None:
+    model = StackedModel()
+    model.layers[1].experts.twice = True
+    with pytest.raises(AutoparError, match=r"layers\.1\.experts.*Stacked"):
+        trace(model)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_mixture_is_traced_whole(kind: str) -> None:
+    """The experts are one operator on [b, s, ...]; every operator around them has a rule."""
+    graph = trace(mixture(kind))
+    nodes = [node for each in graph.kinds.values() for node in each.graph.of("op")]
+    found = [node for node in nodes if node.op == EXPERTS]
+    assert found
+    assert all(len(node.meta.shape) == 3 for node in found)
+    assert not [node for each in graph.kinds.values() for node in each.graph.of("op") if not has_rule(node, each.graph)]
+    assert not [
+        node
+        for node in nodes
+        if node.op in ("aten.flatten", "aten.unflatten") and node.args[1] == 0 and "mlp" in node.module
+    ]
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "dp": {"dp": 4, "zero": 0},
+    "tp": {"tp": 2, "dp": 2},
+    "tp sp": {"tp": 4, "sp": True},
+    "cp": {"cp": 2, "tp": 2},
+    "pp": {"pp": 2, "dp": 2},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_plans_are_proved(kind: str, name: str) -> None:
+    model = mixture(kind)
+    plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=PLANS[name], gap=0.5)
+    report = autopar.verify(plan, model)
+    assert report.worst[1] < 1e-12
+    typecheck(plan, trace(model), 8)
+    split = {
+        strategy["tp"]
+        for candidate in plan.candidates.values()
+        for node, strategy in candidate.decision.strategies.items()
+        if node.startswith("experts") and "tp" in strategy
+    }
+    assert split <= {"e", "f"}
+    assert bool(split) == ("tp" in PLANS[name])
+
+
+def test_the_written_call_is_readable() -> None:
+    model = mixture("mixtral")
+    plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix={"tp": 4, "sp": True}, gap=0.5)
+    text = module_source(plan, trace(model))
+    assert "from runtime.experts import experts" in text
+    assert "axis=self.tp" in text
+    assert "chosen = " in text
+    load_module(text)
+
+
+def node(held: int, experts: int) -> Node:
+    return Node("y", "op", TensorMeta((4096, 64)), EXPERTS, (), {"experts": experts, "gate": "halves"})
+
+
+def test_work_counts_the_rows_of_chosen_experts() -> None:
+    shapes = [(4096, 64), (4096, 2), (4096, 2), (8, 96, 64), (8, 64, 48)]
+    operands = [LocalTensor(shape, 2) for shape in shapes]
+    forward, backward = work(node(8, 8), operands, LocalTensor((4096, 64), 2), [True] * 5)
+    products = 2 * 4096 * 2 * (96 * 64 + 64 * 48)
+    assert forward.flops == products == flops(node(8, 8), shapes, (4096, 64))
+    assert backward.flops == 2 * products
+    assert forward.matmuls[0] == (8, 1024, 96, 64)
+    # A quarter of the experts: the slowest rank has more than its share.
+    part = [LocalTensor(shape, 2) for shape in (*shapes[:3], (2, 96, 64), (2, 64, 48))]
+    forward, _ = work(node(2, 8), part, LocalTensor((4096, 64), 2), [True] * 5)
+    assert forward.flops == pytest.approx(products / 4 * IMBALANCE, rel=1e-3)
+    # Fewer rows than experts: only as many matrices are read.
+    few = [LocalTensor(shape, 2) for shape in ((2, 64), (2, 2), (2, 2), *shapes[3:])]
+    assert work(node(8, 8), few, LocalTensor((2, 64), 2), [True] * 5)[0].matmuls[0].batch == 4
