@@ -39,6 +39,7 @@ from autopar.errors import AutoparError, VerificationError
 from autopar.graph.ir import ModelGraph, TensorMeta
 from autopar.graph.trace import trace
 from autopar.objective import Objective
+from autopar.sharding.data_parallel import samples_mixed
 from autopar.sharding.rules import has_rule
 from autopar.solver.fix import parse_fix
 from autopar.solver.limits import Limits
@@ -145,13 +146,15 @@ def _examine(entry: Entry, ranks: Sequence[int], only: Sequence[str], result: Re
     result.nodes = sum(len(list(graph.kinds[block.kind].graph.of("op"))) for block in graph.blocks)
     cluster = autopar.Cluster.parse("1x1:h100")
     result.no_rule = without_rules(graph, autopar.Job(1, example.seq), cluster.groups[0].device)
+    # What mixes samples means something for a micro-batch of given size only.
+    given = {"micro_batch": 2} if samples_mixed(graph) else {}
     experts = any("expert" in node.op for kind in graph.kinds.values() for node in kind.graph.of("op"))
     for count in ranks:
         for name, fix in plan_fixes(count, len(graph.blocks), experts).items():
             if only and name not in only:
                 continue
             label = name if len(ranks) == 1 else f"{name}@{count}"
-            result.plans[label] = _plan(model, graph, example, count, fix, result)
+            result.plans[label] = _plan(model, graph, example, count, given | fix, result)
 
 
 def _plan(

@@ -90,8 +90,8 @@ def attention_block(heads: int = 4, kv_heads: int = 2, head: int = 4, hidden: in
 class T:
     """A tensor argument of an example: its shape, and what its values are.
 
-    ``kind``: "real", "positive", "unit" (inside 0..1), "mask" (booleans, no row of the last dim all false), or
-    "index" below ``high``.
+    ``kind``: "real", "positive", "unit" (inside 0..1), "mask" (booleans, no row of the last dim all false), "marks"
+    (booleans, ``high`` true along dim 1), or "index" below ``high``.
     """
 
     shape: tuple[int, ...]
@@ -104,6 +104,9 @@ class T:
             if self.shape:
                 drawn[..., 0] = True
             return drawn
+        if self.kind == "marks":
+            ranks = torch.rand(self.shape[:2], generator=generator).argsort(1).argsort(1)
+            return (ranks < self.high).view(*self.shape[:2], 1).expand(self.shape)
         if self.kind == "index":
             return torch.randint(0, self.high, self.shape, generator=generator)
         if self.kind == "unit":
@@ -113,7 +116,7 @@ class T:
 
     @property
     def meta(self) -> TensorMeta:
-        dtype = {"mask": "bool", "index": "int64"}.get(self.kind, "compute")
+        dtype = {"mask": "bool", "marks": "bool", "index": "int64"}.get(self.kind, "compute")
         return TensorMeta(self.shape, dtype, dtype == "compute")
 
 
@@ -204,6 +207,11 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.embedding": [(_t(12, 8), _index(12, 4, 16)), (_t(12, 8), _index(12, 4)), (_t(12, 8), _index(12, 16), 3)],
     "aten.index_select": [(_X, 1, _index(8, 12))],
     "aten.index": [(_X, (None, _index(8, 4, 12))), (_t(8, 4), (_index(8, 12),))],
+    "aten.masked_scatter": [
+        (_X, T((4, 8, 1), "marks", 3), _t(12, 16)),
+        (_X, T((4, 8, 1), "marks", 1), _t(4, 16)),
+        (_X, T((4, 8, 16), "marks", 2), _t(8, 16)),
+    ],
     "aten.gather": [(_X, 1, _index(8, 4, 4, 16)), (_X, 2, _index(16, 4, 4, 8))],
     "aten.scatter": [(_X, 2, _index(16, 4, 8, 2), 1.0), (_t(4, 8), 1, _index(8, 2, 3), 0.0)],
     "autopar.topk": [(_X, 3, 2), (_X, 2, 1), (_X, 2, 2, False)],

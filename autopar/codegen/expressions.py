@@ -1,7 +1,8 @@
 """Operators raised to what people write: for each canonical operator, from argument expressions to a `source` tree.
 
 A renderer sees a node, its arguments with tensors replaced by expressions, and `Sizes`, which says what a size is on
-this rank. An operator without a renderer of its own is called by its name in `torch.nn.functional` or `torch`.
+this rank. An operator without a renderer of its own is called by its name in `torch.nn.functional` or `torch`, or as
+`torch.ops` has it.
 """
 
 from __future__ import annotations
@@ -12,28 +13,38 @@ import torch
 import torch.nn.functional as F
 
 from autopar.codegen.shape_expressions import SHAPES
-from autopar.codegen.site import Renderer, Site, argument, is_tensor
+from autopar.codegen.site import Renderer, Site, Sizes, argument, is_tensor
 from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal
-from autopar.errors import UnsupportedError
 
 
 def render(site: Site) -> Expr:
-    """The call as a person would write it. Raises UnsupportedError for an operator nobody can call by name."""
+    """The call as a person would write it."""
     renderer = RENDERERS.get(site.node.op)
     return renderer(site) if renderer is not None else _by_name(site)
 
 
 def _by_name(site: Site) -> Expr:
-    namespace, _, name = site.node.op.partition(".")
-    owner = next((f"{where}." for where, module in (("F", F), ("torch", torch)) if hasattr(module, name)), None)
-    if namespace != "aten" or owner is None or name.startswith("_"):
-        raise UnsupportedError(
-            f"{site.node.op} (in {site.node.module or 'the model'}) has no public PyTorch function of that name, so it "
-            "cannot be written into the emitted module"
-        )
     arguments: list[Argument] = [argument(value, site.sizes) for value in site.args]
-    arguments += [(key, argument(value, site.sizes)) for key, value in site.kwargs.items()]
-    return Call(owner + name, tuple(arguments))
+    for key, value in site.kwargs.items():
+        named = key == "dtype" and isinstance(value, str)
+        arguments.append((key, _dtype(value, site.sizes) if named else argument(value, site.sizes)))
+    return Call(_public_name(site.node.op), tuple(arguments))
+
+
+def _public_name(op: str) -> str:
+    """What people call ``op``: a function of torch's if there is one of that name, else the operator itself."""
+    namespace, _, name = op.partition(".")
+    if namespace != "aten" or name.startswith("_"):
+        return f"torch.ops.{op}"
+    family, _, rest = name.partition("_")
+    homes = (("F", F, name), ("torch", torch, name), (f"torch.{family}", getattr(torch, family, None), rest))
+    return next((f"{home}.{call}" for home, module, call in homes if call and hasattr(module, call)), f"torch.ops.{op}")
+
+
+def _dtype(name: str, sizes: Sizes) -> Expr:
+    if name == "compute":
+        return Value("dtype")
+    return Text("torch.float64" if name == "float32" and sizes.double else f"torch.{name}")
 
 
 def _function(name: str, *keywords: str, defaults: tuple[Any, ...] = ()) -> Renderer:

@@ -145,6 +145,16 @@ def loss_targets(graph: ModelGraph) -> dict[str, tuple[int, bool]]:
     return found
 
 
+def looked_for(graph: ModelGraph) -> dict[str, set[int]]:
+    """Batch tensors in which the model looks for certain ids (placeholders, padding), and these ids."""
+    found: dict[str, set[int]] = {}
+    for nodes, keys in _graphs(graph):
+        for node in nodes.of("op"):
+            if node.op in ("aten.eq", "aten.ne") and (key := keys.get(node.operands()[0])) is not None:
+                found.setdefault(key, set()).update(arg for arg in node.args[1:] if type(arg) is int)
+    return {key: ids for key, ids in found.items() if ids}
+
+
 def _first(node: Node, graph: OpGraph) -> Node:
     return graph.nodes[next(arg.name for arg in node.args if isinstance(arg, Ref))]
 

@@ -34,18 +34,21 @@ class Twin:
     how: str
 
 
-def small_twin(plan: Plan, model: nn.Module, graph: ModelGraph, trace: Callable[[nn.Module], ModelGraph]) -> Twin:
-    """The plan with a short batch, and, if it is still too large: two ranks on each axis, a few blocks of every run,
-    and for models with a Hugging Face ``config`` narrow layers. Every block kind and decision stays.
+def small_twin(
+    plan: Plan, model: nn.Module, graph: ModelGraph, trace: Callable[[nn.Module], ModelGraph], whole: bool = False
+) -> Twin:
+    """The plan with a short batch (``whole``: of sequences as long as the job's), and, if it is still too large: two
+    ranks on each axis, a few blocks of every run, and for models with a Hugging Face ``config`` narrow layers. Every
+    block kind and decision stays.
 
     Raises UnsupportedError when even that does not fit.
     """
-    short = _short_batch(plan, graph)
+    short = _short_batch(plan, graph, whole)
     if _bytes(short, graph) <= MOST_BYTES and short.mesh.data * short.mesh.tp <= MOST_RANKS:
         return Twin(short, model, graph, "")
     narrow, notes = _narrow_model(plan, model)
     small = trace(narrow)
-    twin = _short_batch(_few_blocks(_few_ranks(plan), small), small)
+    twin = _short_batch(_few_blocks(_few_ranks(plan), small), small, whole)
     _check(twin, small)
     if _bytes(twin, small) > MOST_BYTES:
         raise UnsupportedError(
@@ -62,12 +65,13 @@ def _bytes(plan: Plan, graph: ModelGraph) -> float:
     return 8.0 * graph.count_parameters() * copies
 
 
-def _short_batch(plan: Plan, graph: ModelGraph) -> Plan:
+def _short_batch(plan: Plan, graph: ModelGraph, whole: bool) -> Plan:
     """Few samples, micro-batches and positions, as long as every decision still divides."""
     job = plan.job
     step = 8 * plan.mesh.cp * plan.mesh.tp
     few = min(plan.micro_batch, 2)
-    sizes = [(few, seq) for seq in range(step, 4 * step + 1, step) if seq <= job.seq_len]
+    lengths = [job.seq_len] if whole else range(step, 4 * step + 1, step)
+    sizes = [(few, seq) for seq in lengths if seq <= job.seq_len]
     for batch, seq in (*sizes, (plan.micro_batch, job.seq_len)):
         micro_batches = min(plan.micro_batches, 2)
         short = replace(

@@ -7,8 +7,10 @@ does not run here); all ranks but the data ranks see the same batch.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -21,7 +23,7 @@ from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
-from autopar.codegen.tokens import lookups, loss_targets
+from autopar.codegen.tokens import looked_for, lookups, loss_targets
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
 from autopar.graph.export import LossOf
@@ -30,6 +32,7 @@ from autopar.graph.ir import ModelGraph
 from autopar.graph.ops import draws_random
 from autopar.graph.trace import trace
 from autopar.plan import Plan
+from autopar.sharding.data_parallel import samples_mixed
 from autopar.sharding.layout import P
 from autopar.sharding.local import coordinates
 
@@ -123,7 +126,9 @@ def verify(
         model, inputs, loss = loaded.model, inputs or loaded.inputs, loss or loaded.loss
     graph = graph or trace(model, inputs, loss)
     plan.check_model(graph.fingerprint(), type(model).__name__)
-    twin = small_twin(plan, model, graph, lambda small: trace(small, inputs, loss))
+    # Placeholders have their places in a sequence of the given length.
+    placed = not looked_for(graph).keys().isdisjoint(inputs or ())
+    twin = small_twin(plan, model, graph, lambda small: trace(small, inputs, loss), whole=placed)
     return _verify(twin, inputs, loss, dtype, seed, begin)
 
 
@@ -156,7 +161,8 @@ def _compare(
     reference.train(not dropout)  # random masks cannot be compared: dropout is off on both sides
     batch = random_batch(graph, inputs, samples, plan.job.seq_len, dtype, seed)
     weights = {name: weight.detach() for name, weight in reference.named_parameters()}
-    expected_loss, expected = _single_device(reference, graph, loss, batch)
+    shares = _micro_batches(source, plan, graph, batch)
+    expected_loss, expected = _single_device(reference, graph, loss, shares)
     found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
     errors = gradient_errors(found, expected) | {name: float("inf") for name in found.keys() - expected.keys()}
     difference = abs(found_loss - expected_loss) / max(abs(expected_loss), 1e-30)
@@ -191,8 +197,9 @@ def random_batch(
     graph: ModelGraph, inputs: Mapping[str, Any] | None, samples: int, seq: int, dtype: torch.dtype, seed: int
 ) -> dict[str, Tensor]:
     """A batch of the shapes the graph takes. Token ids are drawn from the vocabulary, a tenth of the targets
-    is ignored; other tensors given as ``inputs`` are drawn from the values they hold."""
-    tables, targets = lookups(graph), loss_targets(graph)
+    is ignored; other tensors given as ``inputs`` are drawn from the values they hold. Ids that the model looks for
+    (placeholders of images) stay where ``inputs`` have them, and are nowhere else."""
+    tables, targets, sought = lookups(graph), loss_targets(graph), looked_for(graph)
     vocabulary = min(tables.values(), default=2)
     generator = torch.Generator().manual_seed(seed)
     batch = {}
@@ -205,6 +212,8 @@ def random_batch(
             batch[key] = picked.to(dtype) if example.is_floating_point() else picked
         elif meta.dtype in ("int64", "int32"):
             batch[key] = torch.randint(0, tables.get(key, vocabulary), shape, generator=generator)
+            if example is not None and not example.is_meta and (special := sought.get(key)):
+                _place(special, batch[key], example)
             if key in targets:
                 batch[key][torch.rand(shape, generator=generator) < 0.1] = targets[key][0]
         elif meta.dtype == "bool":
@@ -214,19 +223,43 @@ def random_batch(
     return batch
 
 
+def _place(special: set[int], ids: Tensor, example: Tensor) -> None:
+    """Take ``special`` ids out of ``ids``, and put those of the ``example`` of one sample where it has them."""
+    marked, usual = torch.tensor(sorted(special)), next(id_ for id_ in itertools.count() if id_ not in special)
+    ids.masked_fill_(torch.isin(ids, marked), usual)
+    shown = example[: ids.shape[1]]
+    here = torch.isin(shown, marked)
+    ids[:, : len(shown)][:, here] = shown[here]
+
+
+def _micro_batches(
+    source: str, plan: Plan, graph: ModelGraph, batch: dict[str, Tensor]
+) -> list[tuple[float, dict[str, Tensor]]]:
+    """What one device runs at once, and its part of all targets: the whole batch, or, where samples of a micro-batch
+    are mixed, each micro-batch of each data rank."""
+    if not samples_mixed(graph):
+        return [(1.0, dict(batch))]
+    parts = plan.mesh.dp * plan.micro_batches
+    split = {key: value.chunk(parts) for key, value in batch.items()}
+    found = [{key: values[index] for key, values in split.items()} for index in range(parts)]
+    count = load_module(source).count_targets
+    total = int(count(dict(batch)))
+    return [(int(count(dict(part))) / total if total else 1.0, part) for part in found]
+
+
 def _single_device(
-    model: nn.Module, graph: ModelGraph, loss: Any, batch: dict[str, Tensor]
+    model: nn.Module, graph: ModelGraph, loss: Any, shares: list[tuple[float, dict[str, Tensor]]]
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the user's model in eager, on the whole batch at once."""
+    """Loss and gradients of the user's model in eager."""
     wide = next(model.parameters()).dtype == torch.float64
     runner = LossOf(model, loss)
-    if wide:
-        with keep_wide():
-            value = runner(dict(batch))
-    else:
-        value = runner(dict(batch))
-    value.backward()
-    return float(value.detach()), {
+    total = 0.0
+    for share, part in shares:
+        with keep_wide() if wide else nullcontext():
+            value = runner(dict(part)) * share
+        value.backward()
+        total += float(value.detach())
+    return total, {
         name: weight.grad if weight.grad is not None else torch.zeros_like(weight)
         for name, weight in model.named_parameters()
         if name in graph.parameters and weight.requires_grad

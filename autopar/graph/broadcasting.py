@@ -81,6 +81,10 @@ def index(node: Node, new: Draft) -> Ref | None:
     looked up before ``i`` is expanded.
     """
     x, indices = node.args
+    if len(indices) == 2 and all(isinstance(entry, Ref) for entry in indices):
+        picked = _picked(x, indices[0], indices[1], node, new)
+        if picked is not None:
+            return picked
     if len(indices) == 1 and (thin := _thin(indices[0], new)) != indices[0] and new.meta(thin).dtype != "bool":
         shape = (*new.shape(thin), *new.shape(x)[1:])
         return _expanded(Ref(new.emit(node.op, x, (thin,), shape=shape)), node, new)
@@ -99,6 +103,21 @@ def index(node: Node, new: Draft) -> Ref | None:
             shape = new.shape(result)
             result = Ref(new.emit("aten.unsqueeze", result, place, shape=(*shape[:place], 1, *shape[place:])))
     return result if new.shape(result) == node.meta.shape else None
+
+
+def _picked(x: Ref, rows: Ref, columns: Ref, node: Node, new: Draft) -> Ref | None:
+    """``x[arange(b), i]``, one position of each sample, as a gather along dim 1."""
+    size, *rest = new.shape(x)[0], *new.shape(x)[2:]
+    if new.shape(rows) != (size,) or new.shape(columns) != (size,) or _counts(rows, size, 1, new) is None:
+        return None
+    places = new.cast(columns, "int64")
+    for place in range(1, len(new.shape(x))):
+        places = Ref(new.emit("aten.unsqueeze", places, place, shape=(*new.shape(places), 1)))
+    shape = (size, 1, *rest)
+    if rest:
+        places = Ref(new.emit("aten.expand", places, shape, shape=shape))
+    taken = Ref(new.emit("aten.gather", x, 1, places, shape=shape))
+    return Ref(new.emit("aten.squeeze", taken, 1, shape=node.meta.shape))
 
 
 def gather(node: Node, new: Draft) -> Ref | None:

@@ -20,6 +20,7 @@ from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.importing import TRACE_DTYPE
 from autopar.graph.specialise import raised_in, watched
+from autopar.graph.taking_apart import unknown_lengths
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
@@ -59,12 +60,14 @@ class LossOf(nn.Module):
 
 
 def call_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``batch`` that ``model.forward`` takes, and ``use_cache=False`` where there is such a switch."""
+    """The entries of ``batch`` that ``model.forward`` takes, with ``use_cache=False`` and ``return_loss=True``."""
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     arguments = {key: value for key, value in batch.items() if takes_all or key in parameters}
     if "use_cache" in parameters:
         arguments["use_cache"] = False
+    if "return_loss" in parameters:  # contrastive models, which need no labels
+        arguments["return_loss"] = True
     return arguments
 
 
@@ -166,7 +169,7 @@ def _export(
     dynamic = {
         key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
-    with warnings.catch_warnings(), watched(copied) as fixed_in:
+    with warnings.catch_warnings(), unknown_lengths(), watched(copied) as fixed_in:
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     return Exported(program, fixed_in)

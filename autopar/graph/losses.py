@@ -19,7 +19,7 @@ from autopar.graph.size import BATCH, Size, divide
 
 ACCEPTED = (
     "autopar takes a cross-entropy over class indices (reduction mean or sum, ignore_index), or the mean or sum of a "
-    "tensor over all its elements (mse_loss, l1_loss), optionally times a number; give such a loss with "
+    "tensor over all its elements (mse_loss, l1_loss), optionally times a number, and sums of such; give one with "
     "loss=fn(outputs, batch)"
 )
 MEAN, SUM = 1, 2  # at::Reduction
@@ -30,18 +30,31 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
 
     Raises BadInputError for a loss that is not a sum, or a sum over a count.
     """
-    chain: list[Node] = []
     node = draft.nodes[draft.output]
-    while (inner := _scaled(node)) is not None:
-        chain.append(node)
-        node = draft.nodes[inner.name]
     draft.module = node.module
-    total, count = _base(draft, node)
-    for scale in reversed(chain):
-        args = tuple(total if arg == Ref(node.name) else arg for arg in scale.args)
-        node, total = scale, Ref(draft.emit(scale.op, *args, shape=(), dtype=scale.meta.dtype))
-    draft.output = total.name
-    return live(draft), count
+    counts: list[OpGraph] = []
+    draft.output = _sum_of(draft, node, counts).name
+    if any(count != counts[0] for count in counts):
+        raise BadInputError(
+            f"the loss adds terms (module {node.module!r}) that are means over different numbers of targets; {ACCEPTED}"
+        )
+    return live(draft), counts[0]
+
+
+def _sum_of(draft: Draft, node: Node, counts: list[OpGraph]) -> Ref:
+    """What ``node`` is the mean of, summed over the batch; the count of each of its terms is added to ``counts``."""
+    if node.kind == "op" and node.op in ("aten.add", "aten.sub") and not node.kwargs and len(node.args) == 2:
+        terms = [draft.nodes[arg.name] for arg in node.args if isinstance(arg, Ref) and draft.shape(arg) == ()]
+        if len(terms) == 2:
+            totals = [_sum_of(draft, term, counts) for term in terms]
+            return Ref(draft.emit(node.op, *totals, shape=(), dtype=node.meta.dtype))
+    if (inner := _scaled(node)) is None:
+        total, count = _base(draft, node)
+        counts.append(count)
+        return total
+    total = _sum_of(draft, draft.nodes[inner.name], counts)
+    args = tuple(total if isinstance(arg, Ref) else arg for arg in node.args)
+    return Ref(draft.emit(node.op, *args, shape=(), dtype=node.meta.dtype))
 
 
 def _scaled(node: Node) -> Ref | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from autopar.errors import UnsupportedError, VerificationError
-from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
-from autopar.graph.size import BATCH, Size, divide, size_at
+from autopar.errors import VerificationError
+from autopar.graph.ir import BlockKind, Node, OpGraph
+from autopar.graph.size import Size, divide, size_at
 from autopar.sharding.conversions import plain, same
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.layout import CONTEXT, I, Layout, P, R, S, SpmdType
+from autopar.sharding.layout import CONTEXT, I, Layout, P, R
 from autopar.sharding.local import blocks_at, least_part, produced_layouts, settled
 from autopar.sharding.rules import Strategy, strategies_of
 
@@ -235,72 +235,3 @@ def _has(layouts: list[Layout], wanted: Layout, grad: bool) -> bool:
 
 def _texts(layouts: list[Layout]) -> str:
     return "; ".join(str(layout) or "I" for layout in layouts)
-
-
-def check_data_parallel(model: ModelGraph) -> None:
-    """Check that the batch may be split everywhere: samples are computed independently, and the loss is their sum.
-
-    Raises UnsupportedError naming the first operator that mixes samples.
-    """
-    outputs: list[tuple[SpmdType, ...]] = []
-    known: dict[tuple[str, tuple[SpmdType, ...]], tuple[SpmdType, ...]] = {}
-    for block in model.blocks:
-        graph = model.kinds[block.kind].graph
-        given = {}
-        for node in graph.of("input"):
-            source = block.inputs[node.name]
-            if source.origin == "block":
-                given[node.name] = outputs[source.block][source.index]
-            elif source.origin == "batch":
-                given[node.name] = _batch_type(model.batch[source.key].shape)
-            else:
-                given[node.name] = R
-        key = (block.kind, tuple(given.values()))
-        if key not in known:
-            known[key] = _split_batch(graph, given, f"{model.name}, {block.path or block.kind}")
-        outputs.append(known[key])
-    if outputs and outputs[-1][0] != P:
-        raise UnsupportedError(
-            f"{model.name}: the loss is not a sum over samples (its type over the batch is {outputs[-1][0]}), so it "
-            "cannot be trained data-parallel; return a sum over targets, or a sum over a count"
-        )
-    given = {node.name: _batch_type(model.batch[node.target].shape) for node in model.count.of("input")}
-    counts = _split_batch(model.count, given, f"{model.name}, count of targets")  # none for a plain sum
-    if any(count not in (P, R) for count in counts):
-        raise UnsupportedError(f"{model.name}: the count the loss is divided by is not a sum over samples")
-
-
-def _batch_type(shape: tuple[int | Size, ...]) -> SpmdType:
-    return S(0) if shape and shape[0] == BATCH else R
-
-
-def _repeats_at(node: Node, operands: tuple[SpmdType, ...]) -> int | None:
-    """The dim along which ``node`` gives every sample of the batch the same: a rank makes as many as it has samples."""
-    grown = [dim for dim, size in enumerate(node.meta.shape) if size == BATCH]
-    same = node.op == "aten.expand" or node.op in ("aten.full", "aten.zeros", "aten.ones")
-    return grown[0] if same and len(grown) == 1 and all(kind == R for kind in operands) else None
-
-
-def _split_batch(graph: OpGraph, given: dict[str, SpmdType], where: str) -> tuple[SpmdType, ...]:
-    """The types of a graph's outputs over an axis that splits the batch, with no conversions; parameters are R."""
-    types: dict[str, SpmdType] = {}
-    for node in graph.nodes.values():
-        if node.kind != "op":
-            types[node.name] = given.get(node.name, R)
-            continue
-        operands = tuple(types[name] for name in node.operands())
-        if node.op == "autopar.cast" and operands == (P,):
-            types[node.name] = P  # a sum that is cast before it is reduced is still a sum
-            continue
-        if (dim := _repeats_at(node, operands)) is not None:
-            types[node.name] = S(dim)
-            continue
-        match = next((s for s in strategies_of(node, graph) if s.inputs == operands), None)
-        if match is None:
-            place = f" in {node.module}" if node.module else ""
-            raise UnsupportedError(
-                f"{where}: {node.op} ({node.name}{place}) mixes samples of the batch: no rule computes it from "
-                f"{', '.join(map(str, operands))}; register a rule for it, or train without data parallelism (dp=1)"
-            )
-        types[node.name] = match.output
-    return tuple(types[name] for name in graph.outputs)

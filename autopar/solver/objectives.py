@@ -30,7 +30,7 @@ from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.objective import Objective, ObjectiveValue
 from autopar.plan import Plan
-from autopar.sharding.check import check_data_parallel
+from autopar.sharding.data_parallel import check_data_parallel
 from autopar.solver.check_space import check_space
 from autopar.solver.cluster_sizes import LAST, Size, SizeBounds, parts
 from autopar.solver.fix import Fix, parse_fix
@@ -73,7 +73,7 @@ def search_parts(
         return search(model, job, cluster, fixed, limits, equal_blocks=equal_blocks)  # raises, saying why
     fixed.check(there.devices, [block.kind for block in model.blocks])
     check_space(model, job, there, fixed)
-    check_data_parallel(model)
+    check_data_parallel(model, fixed.micro_batch is not None)
     sizes = [size for part in parts(cluster) if (size := bounds.size(part)) is not None]
     parted = PartSearch(bounds, sizes, limits, searches)
     if objective.kind == "devices":

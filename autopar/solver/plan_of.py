@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from autopar.plan import Candidate, Plan, Predicted, Run, Stage
+from autopar.sharding.data_parallel import samples_mixed
 from autopar.sharding.rules import has_rule
 from autopar.solver.candidates import BlockCost
 from autopar.solver.context import Context
@@ -76,7 +77,7 @@ def plan_of(
         pad_heads=config.pad_heads,
         equal_blocks=context.equal_blocks,
         free_step_time=free,
-        notes=(*context.model.notes, *_long(context), *_unruled(context)),
+        notes=(*context.model.notes, *_long(context), *_unruled(context), *_mixing(context)),
     )
     return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))
 
@@ -98,6 +99,13 @@ def _unruled(context: Context) -> list[str]:
     )
     return [
         f"{name} has no sharding rule and runs whole on every rank (rules: autopar/sharding/rules)" for name in names
+    ]
+
+
+def _mixing(context: Context) -> list[str]:
+    return [
+        f"{operator} mixes the samples of a micro-batch: each one, of each data rank, is computed within itself"
+        for operator in samples_mixed(context.model)[:1]
     ]
 
 

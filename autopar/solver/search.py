@@ -30,7 +30,7 @@ from autopar.errors import InfeasibleError
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.plan import Plan
-from autopar.sharding.check import check_data_parallel
+from autopar.sharding.data_parallel import check_data_parallel
 from autopar.solver.check_space import check_space
 from autopar.solver.config_bounds import (
     loose_bound,
@@ -85,7 +85,7 @@ def search(
     fixed = parse_fix(fix)
     fixed.check(cluster.devices, [block.kind for block in model.blocks])
     check_space(model, job, cluster, fixed)
-    check_data_parallel(model)
+    check_data_parallel(model, fixed.micro_batch is not None)
     context = Context.of(model, job, cluster, fixed, equal_blocks)
     watch = Watch(limits or Limits())
     space = list(shapes(model, job, cluster, fixed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autopar.graph.size import divide
 from autopar.sharding.factors import Mismatch, Names, Variant
 from autopar.sharding.rules.entry import Call, Entry
 
@@ -68,10 +69,27 @@ def _scatter(call: Call) -> str:
     return f"{' '.join(source)}, {' '.join(index)} -> {' '.join(source)}"
 
 
+def _masked_scatter(call: Call) -> str:
+    """Rows of ``source`` in place of the rows that the mask marks, in order: what puts images among the tokens.
+
+    Every sample must mark equally many; then each takes its own part of the source, whose rows are ``(b n)``.
+    """
+    x, mask, source = call.shapes
+    if len(x) != 3 or mask not in ((*x[:2], 1), x) or len(source) != 2 or source[1] != x[2]:
+        raise Mismatch("masked_scatter of anything but rows into [b, s, d]")
+    if (rows := divide(source[0], x[0])) is None:
+        raise Mismatch("rows that are no multiple of the samples")
+    wide = mask == x and mask[2] != 1
+    n = "1" if rows == 1 else "n^"
+    first = "b" if rows == 1 else f"(b {n})"
+    return f"b s^ d{'^' * wide}, b s^ {'d^' if wide else '1'}, {first} d{'^' * wide} -> b s^ d{'^' * wide}"
+
+
 ENTRIES = [
     Entry("aten.embedding", compute=_embedding, variants=_split_table, uneven="v"),
     Entry("aten.index_select", compute=_index_select),
     Entry("aten.index", compute=_index),
     Entry("aten.gather", compute=_gather),
     Entry("aten.scatter", compute=_scatter),
+    Entry("aten.masked_scatter", compute=_masked_scatter),
 ]
