@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autopar.job import Job
     from autopar.objective import Objective
     from autopar.plan import Mesh, Plan, Predicted, Stage
+    from autopar.sharding.custom import check_rule, leaf, register_rule
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "autopar.errors": ("AutoparError", "BadInputError", "InfeasibleError", "UnsupportedError", "VerificationError"),
     "autopar.job": ("Job",),
     "autopar.objective": ("Objective",),
+    "autopar.sharding.custom": ("check_rule", "leaf", "register_rule"),
     "autopar.plan": ("Mesh", "Plan", "Predicted", "Stage"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -46,9 +48,12 @@ __all__ = [
     "Stage",
     "UnsupportedError",
     "VerificationError",
+    "check_rule",
     "emit",
+    "leaf",
     "parallelize",
     "predict",
+    "register_rule",
     "search",
     "verify",
 ]

@@ -10,7 +10,8 @@ from rule_examples import Build, attention_block
 
 from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import Block, BlockKind, ModelGraph, OpGraph, Source
-from autopar.sharding.check import check_data_parallel, check_decision
+from autopar.sharding.check import check_decision
+from autopar.sharding.data_parallel import check_data_parallel, samples_mixed
 from autopar.sharding.decision import BlockDecision, Conversion
 from autopar.sharding.execute import run_local
 from autopar.sharding.layout import I, Layout, P, R, S, SpmdType
@@ -157,10 +158,20 @@ def test_data_parallel_accepts_independent_samples_and_a_summed_loss() -> None:
 
 
 def test_data_parallel_names_the_operator_that_mixes_samples() -> None:
-    with pytest.raises(UnsupportedError, match=r"toy, body: aten.cumsum \(mix\) mixes samples of the batch"):
-        check_data_parallel(model(lambda g, x: g.op("aten.cumsum", x, 0, out="b s 16", name="mix"), summed_loss))
+    with pytest.raises(UnsupportedError, match=r"aten.cumsum \(mix\) mixes the samples of a micro-batch"):
+        check_data_parallel(
+            model(lambda g, x: g.op("aten.cumsum", x, 0, out="b s 16", name="mix"), summed_loss), micro_batch=False
+        )
     with pytest.raises(UnsupportedError, match=r"aten.fft_fft \(fft\) mixes samples"):
-        check_data_parallel(model(lambda g, x: g.op("aten.fft_fft", x, out="b s 16", name="fft"), summed_loss))
+        check_data_parallel(
+            model(lambda g, x: g.op("aten.fft_fft", x, out="b s 16", name="fft"), summed_loss), micro_batch=False
+        )
+
+
+def test_samples_may_be_mixed_within_a_micro_batch_of_given_size() -> None:
+    mixing = model(lambda g, x: g.op("aten.cumsum", x, 0, out="b s 16", name="mix"), summed_loss)
+    assert samples_mixed(mixing) == ("toy, body: aten.cumsum (mix)",)
+    check_data_parallel(mixing, micro_batch=True)
 
 
 def test_data_parallel_refuses_a_loss_that_is_not_a_sum() -> None:

@@ -9,61 +9,10 @@ import torch
 from rule_examples import Example, examples_of
 
 from autopar.graph.ir import Node, OpGraph
-from autopar.sharding.execute import run_op
-from autopar.sharding.layout import Layout
-from autopar.sharding.local import shard, split_order, unshard
+from autopar.sharding.prove_rule import prove
 from autopar.sharding.rules import RULES, Strategy, divides, has_rule, strategies_of
-from autopar.sharding.simulate import SimulatedWorld
 
 EXAMPLES = [example for entry in RULES.values() for example in examples_of(entry)]
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖ in float64; absolute where the wanted is zero."""
-    assert found.shape == wanted.shape
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / (wanted.norm() if wanted.norm() > 0 else 1.0))
-
-
-def layout_of(choice: dict[str, Strategy], pick) -> Layout:
-    return Layout(tuple((axis, pick(choice[axis])) for axis in split_order(choice)))
-
-
-def prove(
-    example: Example, choice: dict[str, Strategy], axes: dict[str, int], dtype: torch.dtype = torch.float64
-) -> None:
-    """Shard as the strategies claim, run on every rank, recombine: output and gradients are those of the whole."""
-    node, _, whole = example.build()
-    limit = {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
-    generator = torch.Generator().manual_seed(1)
-    whole = [x.to(dtype).requires_grad_() if x.is_floating_point() else x for x in whole]
-    world = SimulatedWorld(axes)
-    (wanted,) = run_op(node, {}, [[x] for x in whole], SimulatedWorld({}), 1, 1, dtype)
-    layouts = [layout_of(choice, lambda s, i=i: s.inputs[i]) for i in range(len(whole))]
-    local = [
-        [part.requires_grad_(x.requires_grad) for part in shard(x.detach(), layout, axes, generator=generator)]
-        for x, layout in zip(whole, layouts, strict=True)
-    ]
-    found = run_op(node, choice, local, world, 1, 1, dtype)
-    out = layout_of(choice, lambda s: s.output)
-    assert error(unshard(found, out, axes), wanted) <= limit
-    if all(kind.kind in "RI" for _, kind in out.types):
-        assert all(error(other, wanted) <= limit for other in found)
-    if not wanted.requires_grad:
-        return
-    grad = torch.randn(wanted.shape, generator=generator).to(wanted.dtype)
-    gradient_layout = Layout(tuple((axis, kind.gradient) for axis, kind in out.types))
-    leaves = [x for x in whole if x.requires_grad]
-    expected = torch.autograd.grad(wanted, leaves, grad)
-    torch.autograd.backward(found, shard(grad, gradient_layout, axes, generator=generator))
-    expected_of = dict(zip(map(id, leaves), expected, strict=True))
-    for x, parts, layout in zip(whole, local, layouts, strict=True):
-        if x.requires_grad:
-            grads = [torch.zeros_like(part) if part.grad is None else part.grad for part in parts]
-            back = Layout(tuple((axis, kind.gradient) for axis, kind in layout.types))
-            assert error(unshard(grads, back, axes), expected_of[id(x)]) <= limit
-            if all(kind.kind in "RI" for _, kind in back.types):
-                assert all(error(other, expected_of[id(x)]) <= limit for other in grads)
 
 
 def test_every_rule_has_examples() -> None:
@@ -76,7 +25,8 @@ def test_every_rule_has_examples() -> None:
 
 def check(example: Example, choice: dict[str, Strategy], axes: dict[str, int], dtype: torch.dtype) -> None:
     try:
-        prove(example, choice, axes, dtype)
+        node, _, whole = example.build()
+        prove(node, whole, choice, axes, dtype)
     except Exception as problem:
         chosen = "; ".join(f"{axis}={axes[axis]} {strategy}" for axis, strategy in choice.items())
         raise AssertionError(f"{example} under {chosen}: {problem}") from problem

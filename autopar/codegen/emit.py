@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from autopar.codegen.tokens import DENOISING, MASKED, NEXT, token_batch, vocabulary_of
 from autopar.codegen.wiring import blocks_method
-from autopar.errors import BadInputError
+from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
 
@@ -86,11 +86,15 @@ def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, T
 
 def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the files of `emit` into an existing folder."""
-    from autopar.codegen.emit_module import module_source
+    from autopar.codegen.emit_module import imported_modules, module_source
     from autopar.solver.capabilities import check_executable
 
     check_executable(plan)
-
+    if "__main__" in imported_modules(graph):
+        raise UnsupportedError(
+            f"{graph.name} uses operators that are defined in the script being run, which emitted code cannot import; "
+            "move them into a module of their own"
+        )
     (folder / "module.py").write_text(module_source(plan, graph))
     templates = Environment(
         loader=PackageLoader("autopar.codegen"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False

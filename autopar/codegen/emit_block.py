@@ -12,7 +12,7 @@ from autopar.codegen.positions import is_sequence
 from autopar.codegen.remarks import inner_remarks, step_remarks
 from autopar.codegen.setting import Setting
 from autopar.codegen.site import Site, Sizes
-from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal, values_in
+from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal, text_of, values_in
 from autopar.codegen.statements import Program, Step
 from autopar.codegen.wiring import is_writable
 from autopar.errors import UnsupportedError
@@ -322,7 +322,7 @@ class Body:
         found: dict[str, Expr | None] = {
             "size b": self._source_of(BATCH),
             "size s": self._source_of(SEQ),
-            "dtype": Text(f"{self.arguments[wide.name]}.dtype") if wide else None,
+            "dtype": Text(f"{self.arguments[wide.name]}.dtype") if wide else self._weight_dtype(),
             "device": Text(f"{self.arguments[first.name]}.device") if first else None,
         }
         names = {"size b": "batch", "size s": "seq", "dtype": "dtype", "device": "device"}
@@ -335,6 +335,11 @@ class Body:
             # Read before the argument's name is given to another value.
             steps.append(Step(key, expr, names[key], "preamble"))
         return steps
+
+    def _weight_dtype(self) -> Expr | None:
+        """The compute dtype by a parameter, which FSDP2 has gathered in it, where all inputs are wider."""
+        weight = next((node for node in self.graph.of("parameter") if node.meta.dtype == COMPUTE), None)
+        return Text(f"{text_of(self.weights[weight.name], str)}.dtype") if weight else None
 
     def _hint(self, node: Node, site: Site) -> str:
         """The name a person would give: the module that computed it, or the operand it is a view or update of."""

@@ -30,6 +30,7 @@ from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import as_planned
 from autopar.plan import Plan
+from autopar.sharding.custom import MODULES
 
 _OPERATORS = (
     "attention",
@@ -109,12 +110,19 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
         used = [name for name in names if re.search(rf"(?<![.\w]){name}{end}", text)]
         if used:
             lines += _import(module, used)
+    lines += [f"import {module}" for module in imported_modules(model)]
     lines.append("from torch import Tensor, nn")
     lines.append("from torch.distributed.device_mesh import DeviceMesh")
     if re.search(r"\bcheckpoint[(,]", text):
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines += ["", f"MESH = {_dict(plan.mesh.ranked_axes())}  # outermost first, in rank order"]
     return lines + _tied(model.tied)
+
+
+def imported_modules(model: ModelGraph) -> list[str]:
+    """The modules of the user's own operators in ``model``."""
+    ops = {node.op for kind in model.kinds.values() for node in kind.graph.of("op")}
+    return sorted({MODULES[op] for op in ops if op in MODULES})
 
 
 def _tied(groups: tuple[tuple[str, ...], ...]) -> list[str]:

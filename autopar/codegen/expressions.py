@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from autopar.codegen.shape_expressions import SHAPES
 from autopar.codegen.site import Renderer, Site, Sizes, argument, is_tensor
 from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal
+from autopar.graph.leaves import LEAVES
 
 
 def render(site: Site) -> Expr:
@@ -34,6 +35,8 @@ def _by_name(site: Site) -> Expr:
 def _public_name(op: str) -> str:
     """What people call ``op``: a function of torch's if there is one of that name, else the operator itself."""
     namespace, _, name = op.partition(".")
+    if op in LEAVES:
+        return name
     if namespace != "aten" or name.startswith("_"):
         return f"torch.ops.{op}"
     family, _, rest = name.partition("_")

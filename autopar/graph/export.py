@@ -20,6 +20,7 @@ from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.importing import TRACE_DTYPE
 from autopar.graph.specialise import raised_in, watched
+from autopar.graph.leaves import stopping
 from autopar.graph.taking_apart import unknown_lengths
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
@@ -169,7 +170,7 @@ def _export(
     dynamic = {
         key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
-    with warnings.catch_warnings(), unknown_lengths(), watched(copied) as fixed_in:
+    with warnings.catch_warnings(), unknown_lengths(), stopping(), watched(copied) as fixed_in:
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     return Exported(program, fixed_in)

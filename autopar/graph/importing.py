@@ -21,6 +21,7 @@ from autopar.errors import UnsupportedError
 from autopar.graph.aliases import Change, change_of
 from autopar.graph.draft import Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
+from autopar.graph.leaves import arguments_of
 from autopar.graph.size import Size
 from autopar.graph.sizes import Sizes
 from autopar.graph.writing import written_back
@@ -141,7 +142,12 @@ class Importer:
         args, kwargs = self._arguments(node, target)
         if no_grad:
             args, kwargs = self._detached(args), self._detached(kwargs)
-        if name in SAME:
+        if op == "autopar.leaf":
+            leaf, _, call = node.args
+            args, kwargs = arguments_of(call, list(args[1]))  # type: ignore[arg-type]
+            shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
+            self._values[node] = Ref(self.draft.emit(str(leaf), *args, shape=shape, dtype=dtype, options=kwargs))
+        elif name in SAME:
             self._values[node] = args[0]
         elif name in CASTS:
             self._values[node] = self.draft.cast(args[0], dtype_name(value.dtype))

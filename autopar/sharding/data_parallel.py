@@ -20,7 +20,7 @@ Type = SpmdType | None
 """How data ranks hold a tensor; None: each has one of its own, of its own samples."""
 
 
-def check_data_parallel(model: ModelGraph, micro_batch: bool) -> None:
+def check_data_parallel(model: ModelGraph, micro_batch: bool = False) -> None:
     """Check that the batch may be split everywhere. ``micro_batch``: whether its size is fixed.
 
     Raises UnsupportedError naming the first operator that mixes samples, where that has no meaning or no size.
@@ -105,9 +105,9 @@ def _split_batch(graph: OpGraph, given: dict[str, Type], where: str, mixes: Call
         if match is None:
             place = f" in {node.module}" if node.module else ""
             told = f"{where}: {node.op} ({node.name}{place})"
-            if not has_rule(node, graph) or P in operands:
+            if not has_rule(node, graph) or P in operands or BATCH not in node.meta.shape:
                 raise UnsupportedError(
-                    f"{told} may mix samples of the batch: no rule computes it from {', '.join(map(str, operands))}; "
+                    f"{told} mixes samples of the batch: no rule computes it from {', '.join(map(str, operands))}; "
                     "register a rule for it (autopar.register_rule)"
                 )
             mixes(told)

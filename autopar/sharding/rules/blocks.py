@@ -87,6 +87,11 @@ def graph_blocks(graph: OpGraph) -> GraphBlocks:
     return found
 
 
+def forget() -> None:
+    """Drop what was found, after a change of the rule table."""
+    _cache.clear()
+
+
 def blocks_of(graph: OpGraph, tensor: str, dim: int) -> tuple[int | Size, ...]:
     """The numbers of blocks in which dim ``dim`` of ``tensor`` is split by some strategy of its producer or users."""
     return tuple(graph_blocks(graph).spots.get((tensor, dim), {}))

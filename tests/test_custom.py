@@ -1,0 +1,101 @@
+"""The user's own operators: rules that are proved, functions that are not traced into, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from own_operators import Own, Rounded, Secret, decay, gated
+
+import autopar
+from autopar.codegen.emit_module import module_source
+from autopar.graph.trace import trace
+from autopar.sharding.rules import RULES, rule_of
+
+JOB = autopar.Job(global_batch=4, seq_len=8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Own()
+
+
+def real(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def test_a_rule_prints_as_it_was_written(model):
+    graph = trace(model).kinds["Layer"].graph
+    found = {node.op: str(rule_of(node, graph)) for node in graph.of("op") if "own" in node.op}
+    assert found == {
+        "own_operators.decay": "b s^ d, d -> b s^ d",
+        "leaf.own_operators._gated": "b s k^, n k^ -> b s n",
+        "leaf.own_operators.Rounded.apply": "b s d -> b s d",
+    }
+
+
+def test_right_rules_are_proved():
+    assert autopar.check_rule("own_operators::decay", [(real(4, 8, 16), real(16))]) == 4
+    assert autopar.check_rule(torch.ops.own_operators.decay, [(real(4, 8, 16), real(16))]) == 4
+    assert autopar.check_rule(gated, [((real(4, 8, 16), real(8, 16)), {"power": 2.0})]) == 6
+    assert autopar.check_rule(Rounded, [(real(4, 8), 16)]) == 4
+    assert decay is not None
+
+
+def test_wrong_rules_are_found():
+    kept = RULES["own_operators.decay"]
+    try:
+        autopar.register_rule("own_operators::decay", "b s d, d -> b s d")
+        with pytest.raises(autopar.VerificationError, match=r"own_operators\.decay.*s split over 2 ranks"):
+            autopar.check_rule("own_operators::decay", [(real(4, 8, 16), real(16))])
+        autopar.register_rule("own_operators::decay", "b s d, d -> b s d", freeze="s", linear="0 1")
+        autopar.check_rule("own_operators::decay", [(real(4, 8, 16), real(16))])
+        with pytest.raises(autopar.VerificationError, match="no annotation fits"):
+            autopar.check_rule("own_operators::decay", [(real(4, 8, 16), real(1, 16))])
+    finally:
+        autopar.register_rule("own_operators::decay", "b s d, d -> b s d", freeze="s")
+    assert RULES["own_operators.decay"] == kept
+
+
+@pytest.mark.parametrize("fix", [{"tp": 2, "sp": False}, {"tp": 2, "sp": True}, {"dp": 2}, {"pp": 2}])
+def test_a_model_of_own_operators_computes_the_same(model, fix):
+    plan = autopar.search(model, JOB, autopar.Cluster.parse("1x2:h100"), fix=fix)
+    assert autopar.verify(plan, model).worst[1] < 1e-12
+
+
+def test_emitted_code_calls_them_by_name(model):
+    plan = autopar.search(model, JOB, autopar.Cluster.parse("1x2:h100"), fix={"tp": 2})
+    source = module_source(plan, trace(model))
+    assert "\nimport own_operators\n" in source
+    assert "torch.ops.own_operators.decay(" in source
+    assert "own_operators._gated(" in source
+    assert "power=1.5" in source
+    assert "own_operators.Rounded.apply(" in source
+
+
+def test_outside_of_tracing_a_leaf_is_what_it_was():
+    x = real(2, 3).requires_grad_()
+    Rounded.apply(x, 4).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_an_autograd_function_that_is_no_leaf_is_refused():
+    with pytest.raises(autopar.UnsupportedError, match=r"own_operators.Secret.*autopar.leaf\(Secret"):
+        trace(Own(Secret))
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(autopar.BadInputError, match="no operator"):
+        autopar.register_rule("own_operators::missing", "b -> b")
+    with pytest.raises(autopar.BadInputError, match="freeze names z"):
+        autopar.register_rule("own_operators::decay", "b s d, d -> b s d", freeze="z")
+    with pytest.raises(autopar.BadInputError, match="has no '->'"):
+        autopar.register_rule("own_operators::decay", "b s d")
+    with pytest.raises(autopar.BadInputError, match="give an annotation"):
+        autopar.register_rule("own_operators::decay")
+    with pytest.raises(autopar.BadInputError, match="a leaf is a function"):
+        autopar.leaf(Own, "b -> b")
+    with pytest.raises(autopar.BadInputError, match="defined inside a function"):
+        autopar.leaf(lambda x: x, "b -> b")
+    with pytest.raises(autopar.BadInputError, match="is no operator"):
+        autopar.check_rule(len, [])
