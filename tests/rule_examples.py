@@ -297,6 +297,26 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.gelu": [(_X,), (_X, "tanh")],
     "autopar.cast": [(_X, "float32"), (_X, "compute"), (_X, "int64"), (_X, "bool")],
 }
+_CALLS |= {
+    "autopar.selective_scan": [(_t(4, 8, 5), T((4, 8, 5), "positive"), _t(8, 3), _t(4, 3, 5), _t(4, 3, 5))],
+    "autopar.state_space_scan": [
+        (_t(4, 6, 8, 4), T((4, 6, 8), "unit"), T((8,), "unit"), _t(4, 6, 2, 3), _t(4, 6, 2, 3), 4),
+        (_t(4, 8, 4, 4), T((4, 8, 4), "unit"), T((4,), "unit"), _t(4, 8, 1, 3), _t(4, 8, 1, 3), 4),
+    ],
+}
+_GATED = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+_CALLS |= {
+    f"autopar.{kind}": [
+        (
+            _t(4, 5, 3) if batch_first else _t(5, 4, 3),
+            (_t(1, 4, 6), _t(1, 4, 6)) if kind == "lstm" else _t(1, 4, 6),
+            (_t(gates * 6, 3), _t(gates * 6, 6), _t(gates * 6), _t(gates * 6)),
+            *(True, 1, 0.0, True, False, batch_first, index),
+        )
+        for batch_first, index in ((True, 0), (False, 0), (True, 1))
+    ]
+    for kind, gates in _GATED.items()
+}
 _IMAGE, _WAVE = _t(4, 8, 6, 6), _t(4, 8, 12)
 _CALLS |= {
     "aten.conv1d": [

@@ -16,6 +16,7 @@ from autopar.codegen.shape_expressions import SHAPES
 from autopar.codegen.site import Renderer, Site, Sizes, argument, is_tensor
 from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal
 from autopar.graph.leaves import LEAVES
+from autopar.sharding.local import GROUPED
 
 
 def render(site: Site) -> Expr:
@@ -199,6 +200,30 @@ def _pow(site: Site) -> Expr:
     return Method(x, "pow", (power,)) if isinstance(power, Text) else Binary("**", x, power)
 
 
+def _convolution(site: Site) -> Expr:
+    """Groups are counted of this rank: only they split the channels of a convolution that has several."""
+    op = site.node.op.partition(".")[2]
+    names = ("stride", "padding", *(("output_padding", "groups", "dilation") if "transpose" in op else ()))
+    names = names if "transpose" in op else (*names, "dilation", "groups")
+    usual = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+    tensors = [argument(value, site.sizes) for value in site.args[:3] if value is not None]
+    pairs: list[Argument] = []
+    for name, value in zip(names, site.args[3:], strict=False):
+        if value == usual[name] or (isinstance(value, tuple) and set(value) == {usual[name]}):
+            continue
+        if name == "groups":
+            rank = int(op[-2])
+            value //= site.sizes.ways(site.output, len(site.node.meta.shape) - rank - 1)
+        pairs.append((name, literal(value)))
+    return Call(f"F.{op}", (*tensors, *pairs))
+
+
+def _recurrent(site: Site) -> Expr:
+    *given, index = site.args
+    name = site.node.op.partition(".")[2]
+    return Method(Call(f"torch.{name}", tuple(argument(value, site.sizes) for value in given)), "[]", (literal(index),))
+
+
 def _reduce(name: str) -> Renderer:
     def write(site: Site) -> Expr:
         dims, keep = site.arg(1, "dim"), site.arg(2, "keepdim", False)
@@ -247,6 +272,8 @@ RENDERERS: dict[str, Renderer] = {
     "aten.softmax": _reduce("softmax"),
     "aten.dropout": _dropout,
     "autopar.rotary": _function("rotary"),
+    "autopar.selective_scan": _function("selective_scan"),
+    "autopar.state_space_scan": _function("state_space_scan", "chunk"),
     "autopar.cross_entropy": _cross_entropy,
     "autopar.cast": _cast,
     "autopar.experts": _experts,
@@ -269,7 +296,9 @@ RENDERERS: dict[str, Renderer] = {
     "aten.logical_or": _binary("|"),
     "aten.bitwise_or": _binary("|"),
     "aten.neg": _neg,
+    **{f"autopar.{name}": _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
     "aten.pad": _pad,
+    **dict.fromkeys(GROUPED, _convolution),
     "aten.pow": _pow,
     "aten.mean": _reduce("mean"),
     "aten.sum": _reduce("sum"),

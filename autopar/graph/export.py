@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -19,8 +20,10 @@ from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.importing import TRACE_DTYPE
-from autopar.graph.specialise import raised_in, watched
 from autopar.graph.leaves import stopping
+from autopar.graph.recurrent import recurrent_whole
+from autopar.graph.scans import scans_whole
+from autopar.graph.specialise import raised_in, watched
 from autopar.graph.taking_apart import unknown_lengths
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
@@ -170,7 +173,10 @@ def _export(
     dynamic = {
         key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
-    with warnings.catch_warnings(), unknown_lengths(), stopping(), watched(copied) as fixed_in:
+    taken = (warnings.catch_warnings(), unknown_lengths(), stopping(), scans_whole(copied), recurrent_whole())
+    with contextlib.ExitStack() as stack, watched(copied) as fixed_in:
+        for context in taken:
+            stack.enter_context(context)
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     return Exported(program, fixed_in)

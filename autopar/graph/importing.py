@@ -157,6 +157,8 @@ class Importer:
             self._values[node] = self._largest(args, value)
         elif name in ("max", "min") and len(args) > 1 and isinstance(args[1], int):
             self._values[node] = self._extreme(name, args, value)
+        elif op == "autopar.recurrent":
+            self._values[node] = self._recurrent(args, value)
         elif not isinstance(value, torch.Tensor):
             raise UnsupportedError(
                 f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it"
@@ -195,6 +197,16 @@ class Importer:
             return [picked, index]
         thin = shape[:dim] + shape[dim + 1 :]
         return [Ref(self.draft.emit("aten.squeeze", result, dim, shape=thin)) for result in (picked, index)]
+
+    def _recurrent(self, args: tuple[Any, ...], values: Sequence[torch.Tensor]) -> list[Ref]:
+        """The results of a recurrent layer, each by an operator that takes all it takes, and which result."""
+        kind, x, states, weights, biases, layers, bidirectional, batch_first = args
+        held = states if kind == "lstm" else states[0]
+        given = (x, held, weights, biases, layers, 0.0, True, bidirectional, batch_first)
+        return [
+            Ref(self.draft.emit(f"autopar.{kind}", *given, index, shape=self.sizes.shape(value)))
+            for index, value in enumerate(values)
+        ]
 
     def _filled(self, number: Any, value: torch.Tensor) -> Ref:
         """A tensor like ``value`` full of ``number``, or of the number that a constant tensor holds."""

@@ -110,19 +110,59 @@ def _stopping(leaf: Leaf) -> Callable[..., torch.Tensor]:
     return call
 
 
+_PLAIN_APPLY = torch.autograd.Function.__dict__["apply"]
+
+
+class _Context:
+    """Stands for ``ctx`` where a forward is run as it is written."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def _backward_is_plain(cls: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a Function's backward is what autograd makes of its forward: seen on small random tensors."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    sizes: dict[str, int] = {}
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = [size if isinstance(size, int) else sizes.setdefault(str(size), 2 + len(sizes)) for size in value.shape]
+        if not value.is_floating_point():
+            return torch.ones(shape, dtype=value.dtype)
+        return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    own_context = cls.setup_context is torch.autograd.Function.setup_context
+    try:
+        with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch.enable_grad():
+            generator = torch.Generator().manual_seed(0)
+            given = [real(value) for value in args]
+            leaves = [value for value in given if isinstance(value, torch.Tensor) and value.requires_grad]
+            found = _PLAIN_APPLY.__get__(None, cls)(*given)
+            wanted = cls.forward(_Context(), *given) if own_context else cls.forward(*given)
+            weights = torch.randn(found.shape, dtype=torch.float64, generator=generator)
+            one, other = (torch.autograd.grad((y * weights).sum(), leaves) for y in (found, wanted))
+    except Exception:  # what cannot be compared is not known to be equal
+        return False
+    return all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(one, other, strict=True))
+
+
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
     """While open, leaves are recorded as operators, and other autograd Functions than torch's refuse to be traced."""
     global _tracing
-    plain = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
+        if not cls.__module__.startswith("torch.") and not _backward_is_plain(cls, args):
             raise UnsupportedError(
-                f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function, whose own backward tracing would "
-                f"lose: make it a leaf, with its sharding rule: autopar.leaf({cls.__qualname__}, 'b s d -> b s d')"
+                f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function whose backward is not that of the "
+                "operators in its forward, so that tracing would lose it: make it a leaf, with its sharding rule: "
+                f"autopar.leaf({cls.__qualname__}, 'b s d -> b s d')"
             )
-        return plain.__get__(None, cls)(*args, **kwargs)
+        return _PLAIN_APPLY.__get__(None, cls)(*args, **kwargs)
 
     _tracing = True
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
@@ -130,4 +170,4 @@ def stopping() -> Iterator[None]:
         yield
     finally:
         _tracing = False
-        torch.autograd.Function.apply = plain  # type: ignore[method-assign]
+        torch.autograd.Function.apply = _PLAIN_APPLY  # type: ignore[method-assign]

@@ -17,6 +17,7 @@ Shape operators are canonical too: `aten.unflatten(x, dim, sizes)` (one entry ma
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -98,12 +99,34 @@ def draws_random(node: Node) -> bool:
     return False
 
 
+def _travelling(name: str) -> Callable[..., torch.Tensor]:
+    """A function of the runtime that travels with emitted code (torch alone, so that importing it is no circle)."""
+
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        function = getattr(import_module("autopar.codegen.runtime.scans"), name)
+        return function(*args, **kwargs)  # type: ignore[no-any-return]
+
+    return call
+
+
+def _recurrent(name: str) -> Callable[..., torch.Tensor]:
+    """One of the results of torch's recurrent layers: the last argument says which."""
+
+    def call(*args: Any) -> torch.Tensor:
+        return getattr(torch, name)(*args[:-1])[args[-1]]  # type: ignore[no-any-return]
+
+    return call
+
+
 CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.rotary": rotary,
     "autopar.cross_entropy": cross_entropy,
     "autopar.cast": cast,
     "autopar.topk": topk,
     "autopar.experts": experts,
+    "autopar.selective_scan": _travelling("selective_scan"),
+    "autopar.state_space_scan": _travelling("state_space_scan"),
+    **{f"autopar.{name}": _recurrent(name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
     "aten.linear": F.linear,
     "aten.scaled_dot_product_attention": F.scaled_dot_product_attention,
     "aten.rms_norm": F.rms_norm,

@@ -357,6 +357,7 @@ RULES: dict[str, list[Rule]] = {
     "aten.softmax": [softmax],
     "aten.log_softmax": [softmax],
     "aten.layer_norm": [layer_norm],
+    "aten.group_norm": [layer_norm],
     **{f"aten.{name}": [product] for name in ("addmm", "mm", "matmul", "linear")},
     "aten.bmm": [batched],
     "aten.baddbmm": [batched],

@@ -13,12 +13,27 @@ from autopar.sharding.rules import (
     loss,
     matmul,
     norms,
+    recurrent,
     reductions,
+    scans,
     shapes,
 )
 from autopar.sharding.rules.entry import Call, Entry
 
-_FAMILIES = (matmul, attention, experts, norms, loss, indexing, reductions, elementwise, shapes, convolution)
+_FAMILIES = (
+    matmul,
+    attention,
+    experts,
+    norms,
+    loss,
+    indexing,
+    reductions,
+    elementwise,
+    shapes,
+    convolution,
+    scans,
+    recurrent,
+)
 
 RULES: dict[str, Entry] = {entry.op: entry for family in _FAMILIES for entry in family.ENTRIES}
 """Every operator's entry, by canonical name."""

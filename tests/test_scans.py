@@ -1,0 +1,67 @@
+"""Scans of state-space models: what they compute, and that models that use them are traced for any length."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import zoo
+from zoo_inputs import example_of
+
+from autopar.codegen.runtime.scans import selective_scan, state_space_scan
+from autopar.graph.trace import trace
+
+ZOO = zoo.load_zoo(Path(zoo.__file__).parent / "zoo_models.py")
+
+
+def drawn(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def gradients(y: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad((y * torch.linspace(0.0, 1.0, y.numel()).view(y.shape)).sum(), inputs))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 13])
+def test_selective_scan_is_the_recurrence(length):
+    inputs = drawn((2, 3, length), (2, 3, length), (3, 4), (2, 4, length), (2, 4, length))
+    x, step, decay, write, read = inputs
+    state, wanted = torch.zeros(2, 3, 4, dtype=torch.float64), []
+    for t in range(length):
+        kept = torch.exp(step[:, :, t, None] * decay)
+        state = kept * state + (step * x)[:, :, t, None] * write[:, None, :, t]
+        wanted.append((state * read[:, None, :, t]).sum(-1))
+    found = selective_scan(*inputs)
+    torch.testing.assert_close(found, torch.stack(wanted, -1))
+    for one, other in zip(gradients(found, inputs), gradients(torch.stack(wanted, -1), inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("length", [1, 4, 6, 13])
+def test_state_space_scan_is_the_recurrence(length):
+    inputs = drawn((2, length, 4, 3), (2, length, 4), (4,), (2, length, 2, 5), (2, length, 2, 5))
+    x, step, decay, write, read = inputs
+    state, wanted = torch.zeros(2, 4, 3, 5, dtype=torch.float64), []
+    for t in range(length):
+        kept = torch.exp(step[:, t] * decay)[..., None, None]
+        wide = [value[:, t].repeat_interleave(2, 1).unsqueeze(2) for value in (write, read)]
+        state = kept * state + (step[:, t, :, None] * x[:, t]).unsqueeze(-1) * wide[0]
+        wanted.append((state * wide[1]).sum(-1))
+    found = state_space_scan(*inputs, chunk=4)
+    torch.testing.assert_close(found, torch.stack(wanted, 1))
+    for one, other in zip(gradients(found, inputs), gradients(torch.stack(wanted, 1), inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("name", "op"), [("mamba", "autopar.selective_scan"), ("mamba2", "autopar.state_space_scan")])
+def test_state_space_models_are_traced_for_any_length(name, op):
+    model = zoo.build(ZOO[name])
+    graph = trace(model, example_of(model).inputs)
+    assert [str(size) for size in graph.batch["input_ids"].shape] == ["b", "s"]
+    assert sum(node.op == op for kind in graph.kinds.values() for node in kind.graph.of("op")) == len(graph.kinds) - 2
