@@ -24,8 +24,9 @@ class Mesh:
     activations by sequence and no parameter; ``tp``: splits operators. ``tp_parts``: the sizes of the mesh axes that
     tp is made of, outermost first, where operators split it in several ways (8 as 2 x 4); empty where it is one axis.
     ``order``: the axes as ranks go through them, outermost first: neighbours on the last one have neighbouring ranks,
-    and nodes hold neighbouring ranks, so it says which axes lie inside a node. Raises BadInputError for another order
-    than one of `AXES`, or parts that do not make tp.
+    and nodes hold neighbouring ranks, so it says which axes lie inside a node.
+    ``ep``: neighbouring data ranks (those of cp first) that share the experts of a mixture: no axis of its own. Raises
+    BadInputError for another order than one of `AXES`, parts that do not make tp, or an ep that does not divide.
     """
 
     pp: int = 1
@@ -34,8 +35,11 @@ class Mesh:
     tp: int = 1
     tp_parts: tuple[int, ...] = ()
     order: tuple[str, ...] = AXES
+    ep: int = 1
 
     def __post_init__(self) -> None:
+        if self.ep < 1 or self.data % self.ep:
+            raise BadInputError(f"mesh: ep={self.ep} does not divide the {self.data} data ranks (dp x cp)")
         if self.tp_parts and (prod(self.tp_parts) != self.tp or len(self.tp_parts) < 2 or 1 in self.tp_parts):
             raise BadInputError(f"mesh: tp={self.tp} is not made of the axes {self.tp_parts}")
         if self.order != AXES and sorted(self.order) != sorted(AXES):
@@ -49,6 +53,10 @@ class Mesh:
     def data(self) -> int:
         """Ranks that hold the same parameters on the model axes: data and context ranks."""
         return self.dp * self.cp
+
+    def expert_spans(self) -> tuple[Span, Span]:
+        """The ranks that share experts, and those that hold the same ones."""
+        return cut(self.data_span(), self.ep)
 
     def axes(self) -> dict[str, int]:
         """All axes, in the order of `AXES`."""
@@ -95,6 +103,7 @@ class Mesh:
             parts["cp"] = str(self.cp)
         parts["tp"] = "x".join(map(str, self.tp_parts)) or str(self.tp)
         text = " x ".join(f"{axis}={size}" for axis, size in parts.items())
+        text += f", ep={self.ep}" if self.ep > 1 else ""
         return text if self.order == AXES else f"{text}, order={','.join(self.order)}"
 
 

@@ -167,6 +167,7 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "zero": plan.zero,
         "zero_text": ZERO_TEXTS[plan.zero],
         "fsdp": plan.fsdp,
+        "ep": plan.mesh.ep,
         "replicas": plan.mesh.data // plan.fsdp,
         "groups_text": f"; {plan.mesh.data // plan.fsdp} groups, replicas of each other"
         if 1 < plan.fsdp < plan.mesh.data

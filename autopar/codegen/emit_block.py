@@ -142,6 +142,9 @@ class Body:
         site = Site(node, args, kwargs, shapes, output, self._sizes())
         expr = render(site)
         comments: tuple[str, ...] = ()
+        if node.kwargs.get("ep", 1) > 1:
+            assert isinstance(expr, Call)
+            expr = Call(expr.function, (*expr.arguments, ("ep", Text(self.axes["ep"]))))
         if variants:
             expr = self._special(node, expr, shapes, needs)
             comments = inner_remarks(self.setting, choice, needs)

@@ -11,6 +11,7 @@ from autopar.codegen.members import assignment, attribute, tree
 from autopar.codegen.setting import Setting
 from autopar.codegen.source import Expr, Method, Text
 from autopar.codegen.wiring import Placed, argument_names, free_name
+from autopar.graph.dispatch import expert_parameters
 from autopar.graph.ir import ModelGraph
 from autopar.sharding.layout import Layout
 
@@ -27,7 +28,8 @@ def class_source(placed: Placed, model: ModelGraph, setting: Setting) -> list[st
     lines = [f"class {placed.callee}(nn.Module):", *_docstring(placed, model, setting, arguments), ""]
     lines += ["    def __init__(self, new: New) -> None:", "        super().__init__()"]
     lines += axis_assignments(axes, forward)
-    for name, member in tree(stored, metas, setting.axes).items():
+    shared = {node.target for node in expert_parameters(kind.graph)} if setting.ep > 1 else set()
+    for name, member in tree(stored, metas, setting.axes, shared, setting.ep).items():
         lines += assignment(name, member, 2)
     lines += ["", *signature("forward", list(arguments.values()), [], len(kind.graph.outputs), 1), *forward]
     return lines
@@ -66,10 +68,12 @@ def block_body(
     are members of ``self`` under another name than in the block."""
     kind = model.kinds[placed.kind]
     weights: dict[str, Expr] = {}
+    shared = list(expert_parameters(kind.graph))
     for node in kind.graph.nodes.values():
         if node.kind == "parameter":
             path = attribute("self", (names or {}).get(node.target, node.target), parameter=True)
-            weights[node.name] = Method(Text(path), "to_local") if setting.splits else Text(path)
+            split = setting.splits or (setting.ep > 1 and node in shared)
+            weights[node.name] = Method(Text(path), "to_local") if split else Text(path)
         elif node.kind == "buffer":
             full = model.blocks[placed.index].parameters[node.target]
             weights[node.name] = buffer_expr(full, node.meta, model.buffer_values.get(full), setting.double)
@@ -80,7 +84,7 @@ def block_body(
 def axis_names(setting: Setting, members: Iterable[str]) -> dict[str, str]:
     """What a class with these members calls the model axes."""
     taken = set(members)
-    return {axis: free_name(axis, taken) for axis in setting.axes}
+    return {axis: free_name(axis, taken) for axis in (*setting.axes, *(("ep",) if setting.ep > 1 else ()))}
 
 
 def axis_assignments(names: dict[str, str], lines: Iterable[str]) -> list[str]:

@@ -59,7 +59,8 @@ def module_source(plan: Plan, model: ModelGraph) -> str:
     if model.constants.outputs:
         body += ["", "", *constants_source(model, setting)]
     splits = literal(tuple(setting.splits)).text
-    body += ["", "", *_BUILD.replace("SPLITS", splits).splitlines()]
+    shared = f", ep={setting.ep}" if setting.ep > 1 else ""
+    body += ["", "", *_BUILD.replace("SPLITS", splits).replace("place, dtype)", f"place, dtype{shared})").splitlines()]
     body += ["", "", *count_source(model, setting)]
     body += ["", "", *_INIT.splitlines()]
     text = "\n".join(body)

@@ -152,7 +152,8 @@ def _logits_and_labels(site: Site) -> tuple[Argument, ...]:
 
 def _experts(site: Site) -> Expr:
     """What is as most models have it is left out (`runtime.experts`)."""
-    usual = {"gate": "halves", "transposed": False, "activation": "silu", "experts": site.kwargs["experts"]}
+    usual = {"gate": "halves", "transposed": False, "activation": "silu"}
+    usual |= {key: site.kwargs[key] for key in ("experts", "ep") if key in site.kwargs}
     pairs = [(key, literal(value)) for key, value in site.kwargs.items() if usual.get(key) != value]
     tensors: list[Argument] = []
     for place, value in enumerate(site.args):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from math import prod
 
 from autopar.codegen.source import Argument, Call, Expr, Method, Text, literal, statement
@@ -41,11 +41,12 @@ def assignment(path: str, member: Expr, indent: int) -> list[str]:
 
 
 def parameter_expr(
-    layout: Layout, shape: tuple[int, ...], axes: Mapping[str, int], name: str, trains: bool = True
+    layout: Layout, shape: tuple[int, ...], axes: Mapping[str, int], name: str, trains: bool = True, ep: int = 1
 ) -> Expr:
     """``new.whole(shape)`` or ``new.split(shape, axis=dim)`` for a parameter stored as ``layout``.
 
-    ``axes``: sizes of the model axes; ``trains``: whether it has a gradient. Raises UnsupportedError for
+    ``axes``: sizes of the model axes; ``trains``: whether it has a gradient; ``ep``: ranks that hold such a parameter
+    each, one after the other the whole. Raises UnsupportedError for
     what no DTensor on these axes is.
     """
     split = {axis: kind for axis, kind in layout.types if kind.kind == "S"}
@@ -63,23 +64,32 @@ def parameter_expr(
             raise UnsupportedError(f"{what}: {parts} parts of dim {kind.dim} leave ranks without any; use fewer")
     if "cp" in axes and layout["cp"].kind != "R":
         raise UnsupportedError(f"{what}: on cp a parameter is R, its gradient summed over cp as over data ranks")
-    sizes: tuple[Argument, ...] = tuple(literal(size) for size in shape)
-    dims = tuple((axis, literal(split[axis].dim)) for axis in axes if axis in split)
+    sizes: tuple[Argument, ...] = tuple(literal(size) for size in (shape[0] * ep, *shape[1:])) if shape else ()
+    dims: tuple[Argument, ...] = (("ep", literal(0)),) if ep > 1 else ()
+    dims += tuple((axis, literal(split[axis].dim)) for axis in axes if axis in split)
     frozen: tuple[Argument, ...] = () if trains else (("trains", literal(False)),)
     return Call("new.split", (*sizes, *dims, *frozen)) if dims else Call("new.whole", (*sizes, *frozen))
 
 
-def tree(stored: dict[str, Layout], metas: Mapping[str, TensorMeta], axes: Mapping[str, int]) -> dict[str, Expr]:
-    """Top-level attributes of a block, nested as the model's modules are."""
+def tree(
+    stored: dict[str, Layout],
+    metas: Mapping[str, TensorMeta],
+    axes: Mapping[str, int],
+    shared: Set[str] = frozenset(),
+    ep: int = 1,
+) -> dict[str, Expr]:
+    """Top-level attributes of a block, nested as the model's modules are. ``shared``: what ``ep`` ranks share."""
     members: dict[str, Expr] = {}
     for head in dict.fromkeys(target.split(".")[0] for target in stored):
         targets = [target for target in stored if target.split(".")[0] == head]
         if targets == [head]:
             meta = metas[head]
-            members[head] = parameter_expr(stored[head], meta.at(1, 1), axes, head, meta.requires_grad)
+            parts = ep if head in shared else 1
+            members[head] = parameter_expr(stored[head], meta.at(1, 1), axes, head, meta.requires_grad, parts)
             continue
         inner = {t.split(".", 1)[1]: stored[t] for t in targets}
-        members[head] = weights(tree(inner, {t.split(".", 1)[1]: metas[t] for t in targets}, axes))
+        held = {t.split(".", 1)[1] for t in targets if t in shared}
+        members[head] = weights(tree(inner, {t.split(".", 1)[1]: metas[t] for t in targets}, axes, held, ep))
     return members
 
 

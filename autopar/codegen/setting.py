@@ -15,7 +15,7 @@ from autopar.sharding.layout import CONTEXT
 class Setting:
     """What the emitted code is for: sizes of the model axes larger than one, the precision, and one micro-batch.
 
-    ``balanced``: cp holds sequences in balanced order (see `positions`). ``seconds(kind, bytes, axis)`` predicts a
+    ``balanced``: cp holds sequences in balanced order (see `positions`); ``ep``: data ranks that share experts. ``seconds(kind, bytes, axis)`` predicts a
     collective, if it can.
     """
 
@@ -25,6 +25,7 @@ class Setting:
     seq_len: int
     compute_bytes: int
     balanced: bool = False
+    ep: int = 1
     seconds: Callable[[str, int, str], float | None] = lambda kind, nbytes, axis: None
 
     @property
@@ -48,4 +49,4 @@ def setting_of(plan: Plan, model: ModelGraph) -> Setting:
 
     job = plan.job
     balanced = is_balanced(plan, model)
-    return Setting(axes, job.dtype == "fp64", plan.micro_batch, job.seq_len, job.compute_bytes, balanced, seconds)
+    return Setting(axes, job.dtype == "fp64", plan.micro_batch, job.seq_len, job.compute_bytes, balanced, plan.mesh.ep, seconds)

@@ -49,7 +49,7 @@ def typecheck(plan: Plan, graph: ModelGraph, world_size: int, source: str | None
         for name, twin in (TWINS | OPERATORS).items():
             if hasattr(module, name):
                 setattr(module, name, twin)
-        module.New = lambda mesh, splits, device, dtype: TypedNew(mesh, splits, dtype, axes)
+        module.New = lambda mesh, splits, device, dtype, ep=1: TypedNew(mesh, splits, dtype, axes)
         # Recomputation repeats the forward; its types are the same.
         module.checkpoint = lambda block, *arguments, use_reentrant: block(*arguments)
         module.selective = lambda block, *arguments, keep: block(*arguments)
@@ -102,8 +102,8 @@ class TypedNew:
     def __init__(self, mesh: DeviceMesh, splits: tuple[str, ...], dtype: torch.dtype, axes: Mapping[str, Any]) -> None:
         self.mesh, self.splits, self.dtype, self.axes = mesh, splits, dtype, axes
 
-    def axis(self, name: str) -> DeviceMesh:
-        return self.mesh[name]
+    def axis(self, name: str) -> DeviceMesh | None:
+        return self.mesh[name] if name != "ep" else None  # what goes on among data ranks inside experts has no type
 
     def whole(self, *shape: int, trains: bool = True) -> nn.Parameter:
         return self.split(*shape, trains=trains)
@@ -112,6 +112,7 @@ class TypedNew:
         from spmd_types import I, R, S
 
         local = list(shape)
+        dims.pop("ep", None)
         for name, dim in dims.items():
             local[dim] = -(-local[dim] // self.mesh[name].size())
         parameter = nn.Parameter(torch.zeros(local, dtype=self.dtype, device="meta"), requires_grad=trains)

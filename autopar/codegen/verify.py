@@ -290,7 +290,7 @@ def run_emitted(
         for stage in stages:
             stage.train(not _drops(graph))
             for name, parameter in stage.named_parameters():
-                _fill(parameter, values[first.get(name, name)], axes)
+                _fill(parameter, values[first.get(name, name)], axes, mesh.ep)
         targets = int(module.count_targets(dict(batch)))
         losses = []
         for index in range(plan.micro_batches):
@@ -307,7 +307,7 @@ def run_emitted(
             for name, parameter in stage.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                copies = _gradient(parameter, axes)
+                copies = _gradient(parameter, axes, mesh.ep)
                 key = first.get(name, name)
                 gradients[key] = gradients[key] + copies if key in gradients else copies
     decision = plan.candidate_of(len(graph.blocks) - 1).decision
@@ -327,18 +327,21 @@ def _per_rank(value: Tensor, plan: Plan, index: int) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, whole: Tensor, axes: Mapping[str, int]) -> None:
+def _fill(parameter: nn.Parameter, whole: Tensor, axes: Mapping[str, int], ep: int) -> None:
     local: Any = parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
     split = _splits(parameter)
+    sizes = {**axes, "ep": ep}
     for rank, own in enumerate(coordinates(axes)):
+        own["ep"] = (own["dp"] * axes["cp"] + own["cp"]) % ep
         value = whole
         for axis, dim in split.items():
-            value = value.chunk(axes[axis], dim)[own[axis]]
+            value = value.chunk(sizes[axis], dim)[own[axis]]
         on_rank(local, rank).copy_(value)
 
 
-def _gradient(parameter: nn.Parameter, axes: Mapping[str, int]) -> Tensor:
-    """The gradient summed over data and context ranks: whole, stacked for all ranks that have one of their own."""
+def _gradient(parameter: nn.Parameter, axes: Mapping[str, int], ep: int) -> Tensor:
+    """The gradient summed over the data and context ranks that hold the same: whole, stacked for all ranks that have
+    one of their own."""
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros(1, *parameter.shape)
@@ -346,12 +349,21 @@ def _gradient(parameter: nn.Parameter, axes: Mapping[str, int]) -> Tensor:
     data = [size for axis, size in axes.items() if axis in ("dp", "cp")]
     held = {axis: size for axis, size in axes.items() if axis not in ("dp", "cp")}
     ranks, model = range(prod(data)), prod(held.values())
-    parts = [torch.stack([on_rank(local, d * model + m) for d in ranks]).sum(0).unsqueeze(0) for m in range(model)]
     split = _splits(gradient)
+    if "ep" in split:
+        held = {"ep": ep, **held}
+        groups = [range(e, len(ranks), ep) for e in range(ep)]
+    else:
+        groups = [ranks]
+    parts = [
+        torch.stack([on_rank(local, d * model + m) for d in group]).sum(0).unsqueeze(0)
+        for group in groups
+        for m in range(model)
+    ]
     for axis, size in reversed(held.items()):
         # Innermost axis first: neighbours are the ranks that differ on it alone. Copies are stacked on dim 0.
-        groups = [parts[place : place + size] for place in range(0, len(parts), size)]
-        parts = [torch.cat(group, split[axis] + 1 if axis in split else 0) for group in groups]
+        runs = [parts[place : place + size] for place in range(0, len(parts), size)]
+        parts = [torch.cat(run, split[axis] + 1 if axis in split else 0) for run in runs]
     return parts[0]
 
 

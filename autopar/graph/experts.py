@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from autopar.graph.ir import IMBALANCE
+
 GATES = ("halves", "pairs", "none")
 
 _library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -78,34 +80,58 @@ def experts(
     alpha: float = 1.0,
     limit: float = 0.0,
     first: int = 0,
+    ep: int = 1,
 ) -> Tensor:
     """The operator; with fewer experts than ``experts`` in ``up``, what those from ``first`` on contribute.
 
-    On fake tensors, whose indices are unknown, each expert gets its equal share of the tokens.
+    On fake tensors, whose indices are unknown, each expert gets its equal share of the tokens, or where others hold
+    some of the experts, what the fullest rank gets (`IMBALANCE`). ``ep``: as many ranks send each other their tokens;
+    ``up`` has the experts of one of them (fake tensors only).
     """
     tokens, slots, own = hidden.flatten(0, -2), index.flatten() - first, up.size(0)
     if isinstance(hidden, FakeTensor):
-        rows = -(-slots.numel() * own // experts)
-        order, counts = slots.argsort()[:rows], [rows]
+        more, less = IMBALANCE if own < experts else (1, 1)
+        each = slots.numel() // max(1, index.size(0))
+        rows = -(-each * own * ep * more // (experts * less)) * index.size(0)
+        sent = -(-each * own * ep // experts) * index.size(0) if ep > 1 else rows
+        order, counts = slots.argsort()[:sent], [rows]
     else:
         slots = slots.masked_fill((slots < 0) | (slots >= own), own)
         sizes = torch.bincount(slots, minlength=own + 1)[:own]
         order, counts = slots.argsort(stable=True)[: int(sizes.sum())], sizes.tolist()
     token = order // index.size(-1)
     groups = (counts, transposed)
-    rows_up = _grouped(tokens[token], up, *groups)
+    given, weight, expert = tokens[token], weights.flatten()[order].unsqueeze(-1), slots[order]
+    if ep > 1:
+        given, weight = _Sent.apply(given, rows), _Sent.apply(weight, rows)  # type: ignore[no-untyped-call]
+        expert = slots.new_empty(rows)
+    rows_up = _grouped(given, up, *groups)
     if up_bias is not None:
-        rows_up = rows_up + up_bias[slots[order]]
-    weight = weights.flatten()[order].unsqueeze(-1)
+        rows_up = rows_up + up_bias[expert]
     rows_down = _grouped(activated(rows_up, gate, activation, alpha, limit) * weight, down, *groups)
     if down_bias is not None:
-        rows_down = rows_down + down_bias[slots[order]] * weight
+        rows_down = rows_down + down_bias[expert] * weight
+    if ep > 1:
+        rows_down = _Sent.apply(rows_down, order.numel())  # type: ignore[no-untyped-call]
     return torch.zeros_like(tokens).index_add(0, token, rows_down.to(tokens.dtype)).view_as(hidden)
 
 
 def _grouped(rows: Tensor, weight: Tensor, counts: list[int], transposed: bool) -> Tensor:
     """Rows in groups of ``counts``, each times its own matrix."""
     return _Grouped.apply(rows, weight if transposed else weight.transpose(1, 2), counts)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Sent(torch.autograd.Function):
+    """Rows that others send, in place of those sent to them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int) -> Tensor:
+        ctx.rows = x.size(0)
+        return x.new_empty(rows, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.new_empty(ctx.rows, *grad.shape[1:]), None
 
 
 class _Grouped(torch.autograd.Function):

@@ -21,6 +21,11 @@ COMPUTE = "compute"
 EXPERTS = "autopar.experts"
 """The operator that the experts of a mixture are (`autopar.graph.experts`)."""
 
+IMBALANCE = (11, 10)
+"""Rows of the fullest of the ranks that share a layer's experts, over those of the average rank. Routers are trained to
+balance (auxiliary losses, or DeepSeek-V3's biases, arXiv 2412.19437, section 2.1.2), which they do over many tokens and
+several experts a rank, not for each expert and batch; plausible 1.0 (forced balance, as in benchmarks) to 1.5."""
+
 _UNHASHED = ("name", "notes", "buffer_values", "nominal_seq")
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from autopar.graph.dispatch import dispatched
 from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph, Ref, substitute
 from autopar.graph.size import Size
 
@@ -67,8 +68,8 @@ def padded(model: ModelGraph, ranks: int) -> ModelGraph:
 
 def as_planned(plan: Plan, model: ModelGraph) -> ModelGraph:
     """The model that the decisions of ``plan`` are about: ``model``, which the plan was made for, with its heads padded
-    as the plan says. Whatever reads decisions reads them against this."""
-    return padded(model, plan.pad_heads)
+    as the plan says, and its experts divided. Whatever reads decisions reads them against this."""
+    return padded(dispatched(model, plan.mesh.ep), plan.pad_heads)
 
 
 def can_pad(model: ModelGraph, ranks: int) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.errors import UnsupportedError
+from autopar.mesh import AXES
 from autopar.plan import Mesh, Plan
 from autopar.schedule import SCHEDULES
 
@@ -34,7 +35,7 @@ CAPABILITIES: dict[str, Capability] = {
     "tp": Capability("axis", None, searched="sizes that divide a node"),
     "sp": Capability("switch", (True, False), searched="both, tensor by tensor"),
     "cp": Capability("size", None, searched="sizes that leave a rank 1,024 positions or more"),
-    "ep": Capability("size", (1,), "expert parallelism is not emitted yet; leave ep=1"),
+    "ep": Capability("size", None, searched="1; others where they are fixed"),
     "pp": Capability("size", None, searched="all"),
     "vpp": Capability("size", None, searched="1, 2, 3, 4, 6, 8, 12, 16, 24, 32"),
     "schedule": Capability("schedule", tuple(SCHEDULES), searched="all"),
@@ -178,6 +179,31 @@ LIMITS: tuple[Limit, ...] = (
         ("fsdp", "cp"),
         lambda c: c.fsdp > 1 and c.fsdp % c.mesh.cp != 0,
         "the ranks of cp hold one sequence and are sharded over together: fsdp must be a multiple of cp",
+    ),
+    Limit(
+        "experts and shard groups nest",
+        ("ep", "fsdp"),
+        lambda c: c.fsdp > 1 and c.fsdp % c.mesh.ep != 0 and c.mesh.ep % c.fsdp != 0,
+        "shard groups hold whole groups of ranks that share experts, or are parts of one: one of fsdp and ep must divide "
+        "the other",
+    ),
+    Limit(
+        "experts are shared by neighbours",
+        ("ep", "order"),
+        lambda c: c.mesh.ep > 1 and c.mesh.order != AXES,
+        "with ep the mesh axes are in the default order (pp,dp,cp,tp)",
+    ),
+    Limit(
+        "experts stay on the device",
+        ("ep", "offload"),
+        lambda c: c.mesh.ep > 1 and c.offload == "state",
+        "state that waits on the host has not been proved with ep; use offload=none or activations",
+    ),
+    Limit(
+        "split backward without exchanges",
+        ("ep", "schedule"),
+        lambda c: c.mesh.ep > 1 and _splits_backward(c),
+        "zbv and dualpipev have not been proved with the exchanges of tokens that ep needs; use another schedule",
     ),
     Limit(
         "context ranks inside data ranks",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autopar.cluster import Cluster
+from autopar.graph.dispatch import dispatched
 from autopar.graph.ir import Block, ModelGraph
 from autopar.graph.padding import padded
 from autopar.job import Job
@@ -35,8 +36,9 @@ class Clock:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of one search shares. ``equal_blocks``: see there; ``paddings``: its like for the model with
-    padded heads."""
+    """What every part of one search shares. ``model``: with its experts divided among ranks, if ``ep`` is fixed;
+    ``source``: as it was given. ``equal_blocks``: see there; ``paddings``: its like for the model
+    with padded heads."""
 
     model: ModelGraph
     job: Job
@@ -52,9 +54,11 @@ class Context:
     equal_blocks: bool = True
     paddings: dict[int, Context] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
+    source: ModelGraph | None = None
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True) -> Context:
+        source, model = model, dispatched(model, fix.ep or 1)
         counts = Counter(block.kind for block in model.blocks)
         ops = OpCosts(cluster.device, job)
         return Context(
@@ -70,6 +74,7 @@ class Context:
             counts,
             HalvedBackward(ops),
             equal_blocks,
+            source=source,
         )
 
     def padded(self, ranks: int) -> Context:

@@ -20,7 +20,8 @@ offload        "none" | "state" (parameters, gradients, optimizer state wait on 
                repeated blocks save for backward does) | "all"
 mesh           "pp=2,dp=2,cp=1,tp=2", or {"pp": 2, "dp": 2, "tp": 2}: all at once (what is not named is 1)
 order          "dp,pp,cp,tp": the mesh axes as ranks go through them, outermost first; nodes hold neighbouring ranks
-ep             its neutral value only (`capabilities`)
+ep=n           n neighbouring data ranks (of dp x cp, those of cp first) share the experts: each holds 1/n of them, and
+               tokens go to the ranks of the experts they chose and come back
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Fix:
     pp: int | None = None
     dp: int | None = None
     cp: int | None = None
+    ep: int | None = None
     tp: int | None = None
     tp_parts: tuple[int, ...] = ()
     zero: int | None = None
@@ -159,7 +161,6 @@ def parse_fix(fix: Fix | Mapping[str, Any] | Iterable[str] | None) -> Fix:
             if name in values and values[name] != part:
                 raise BadInputError(f"fix: {name} is given twice, as {values[name]!r} and {part!r}")
             values[name] = part
-    values.pop("ep", None)
     _check_zero(values)
     return Fix(**values)
 

@@ -175,7 +175,7 @@ def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> C
     """A configuration that fits, among those that take least memory."""
     key = ("fits", fix, str(cluster), tries)  # what is in conflict and what would fit ask alike
     if key not in context.memo:
-        other = Context.of(context.model, context.job, cluster, fix, context.equal_blocks)
+        other = Context.of(context.source or context.model, context.job, cluster, fix, context.equal_blocks)
         known = KnownShardings(other)
         fitting = (
             config

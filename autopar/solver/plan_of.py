@@ -54,7 +54,7 @@ def plan_of(
     distance = max(0.0, (step_time - bound) / bound)
     plan = Plan(
         model=context.model.name,
-        fingerprint=context.model.fingerprint(),
+        fingerprint=(context.source or context.model).fingerprint(),
         cluster=cluster,
         job=job,
         mesh=config.mesh,
@@ -79,7 +79,7 @@ def plan_of(
         free_step_time=free,
         notes=(*context.model.notes, *_long(context), *_unruled(context), *_mixing(context)),
     )
-    return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.model)))
+    return replace(plan, predicted=replace(predicted, interval=interval_of(plan, context.source or context.model)))
 
 
 def _long(context: Context) -> list[str]:

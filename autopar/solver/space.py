@@ -60,10 +60,11 @@ class Config:
     tp_parts: tuple[int, ...] = ()
     pad_heads: int = 1
     order: Order = AXES
+    ep: int = 1
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order or AXES)
+        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order or AXES, self.ep)
 
     @property
     def stages(self) -> int:
@@ -246,8 +247,11 @@ def _contexts(model: ModelGraph, job: Job, ranks: int, tp: int, fix: Fix) -> lis
 
 def _wished_of(shape: Shape, cluster: Cluster, fix: Fix) -> Iterator[Config]:
     outline, node = shape.outline, cluster.devices_per_node
+    ep = fix.ep or 1
+    if outline.dp * outline.cp % ep:
+        return
     fixed = _fixed_order(outline.pp, outline.dp, outline.cp, outline.tp, fix)
-    several = not fixed and len(orders_of(outline.pp, outline.dp, outline.ranks, node)) > 1
+    several = ep == 1 and not fixed and len(orders_of(outline.pp, outline.dp, outline.ranks, node)) > 1
     near = inside(replace(outline.mesh, order=fixed or AXES), node)
     levels = _levels(outline.dp * outline.cp, near, outline.cp, fix)
     for (zero, fsdp), offload in product(levels, offloads(cluster, fix)):
@@ -266,6 +270,7 @@ def _wished_of(shape: Shape, cluster: Cluster, fix: Fix) -> Iterator[Config]:
             tp_parts=outline.tp_parts,
             pad_heads=outline.pad_heads,
             order=fixed or (OPEN if several else AXES),
+            ep=ep,
         )
 
 

@@ -22,15 +22,9 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any, NamedTuple
 
-from autopar.graph.ir import EXPERTS, Node
+from autopar.graph.ir import EXPERTS, IMBALANCE, Node
 
 ATTENTION = "aten.scaled_dot_product_attention"
-
-
-IMBALANCE = 1.1
-"""Rows of the fullest of the ranks that share a layer's experts, over those of the average rank. Routers are trained to
-balance (auxiliary losses, or DeepSeek-V3's biases, arXiv 2412.19437, section 2.1.2), which they do over many tokens and
-several experts a rank, not for each expert and batch; plausible 1.0 (forced balance, as in benchmarks) to 1.5."""
 
 
 class LocalTensor(NamedTuple):
@@ -125,7 +119,7 @@ def variant(node: Node) -> Any:
     if node.op == "aten.einsum":
         return node.args[0]
     if node.op == EXPERTS:
-        return node.kwargs["experts"], node.kwargs["gate"]
+        return node.kwargs["experts"], node.kwargs["gate"], node.kwargs.get("ep", 1)
     return None
 
 
@@ -253,7 +247,14 @@ def _attention(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, g
 def expert_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
     """Rows that the slowest rank's experts compute: one for each of their tokens' choices."""
     held, experts = up.shape[0], int(node.kwargs["experts"])
-    return ceil(index.elements * held / experts * (IMBALANCE if held < experts else 1.0))
+    more, less = IMBALANCE if held < experts else (1, 1)
+    return -(-index.elements * held * int(node.kwargs.get("ep", 1)) * more // (experts * less))
+
+
+def exchanged_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
+    """Rows that a rank sends to those it shares experts with, its own included; 0 where it shares none."""
+    ep = int(node.kwargs.get("ep", 1))
+    return -(-index.elements * up.shape[0] * ep // int(node.kwargs["experts"])) if ep > 1 else 0
 
 
 def _experts(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
@@ -273,13 +274,15 @@ def _experts(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, gra
     forward = (Matmul(used, each, wide, width), Matmul(used, each, width, inner))
     back = [m for m in forward if grads[0]]
     back += [Matmul(m.batch, m.n, m.k, m.m) for m, grad in zip(forward, grads[3:5], strict=True) if grad]
+    # Sent rows are gathered by rank, received ones by expert, and both put back.
+    sent = 4 * exchanged_rows(node, index, up) * width * size
     biases = sum(bias.nbytes for bias in inputs[5:]) + (rows * (wide + width) * 3 * size if inputs[5:] else 0)
     return (
-        Work(forward, matmul_bytes=moved, nbytes=5 * d + output.nbytes + 7 * f + sort + biases, kernels=24),
+        Work(forward, matmul_bytes=moved, nbytes=5 * d + output.nbytes + 7 * f + sort + sent + biases, kernels=24),
         Work(
             tuple(back),
             matmul_bytes=2 * moved,
-            nbytes=5 * d + output.nbytes + 18 * f + sort + biases,
+            nbytes=5 * d + output.nbytes + 18 * f + sort + sent + biases,
             kernels=16 + len(back),
         ),
     )

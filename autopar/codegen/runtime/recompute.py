@@ -149,11 +149,12 @@ class _Kept:
     def __init__(self, names: Sequence[str]) -> None:
         self.wanted = frozenset().union(*(KEEPABLE[name] for name in names))
         self.results: dict[Any, deque[_Result]] = defaultdict(deque)
-        self.in_composite = 0
+        self.inside = {"attention": 0, "experts": 0}
 
     def includes(self, op: Any) -> bool:
         # Attention that runs as plain matmuls has scores of its own, which nobody asked to keep; experts run again.
-        return op in self.wanted and not (self.in_composite and op in KEEPABLE["matmul"])
+        plain = self.inside["attention"] and op in KEEPABLE["matmul"]
+        return op in self.wanted and not plain and not self.inside["experts"]
 
 
 class _WithinComposite(TorchFunctionMode):
@@ -162,13 +163,14 @@ class _WithinComposite(TorchFunctionMode):
         self.kept = kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention and getattr(func, "__name__", "") != "experts":
+        place = {F.scaled_dot_product_attention: "attention"}.get(func, getattr(func, "__name__", ""))
+        if place not in self.kept.inside:
             return func(*args, **(kwargs or {}))
-        self.kept.in_composite += 1
+        self.kept.inside[place] += 1
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            self.kept.in_composite -= 1
+            self.kept.inside[place] -= 1
 
 
 class _First(TorchDispatchMode):
