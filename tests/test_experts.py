@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,13 +16,16 @@ from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, per_rank
 from autopar.codegen.runtime import experts as runtime
 from autopar.codegen.typecheck import typecheck
-from autopar.errors import AutoparError
+from autopar.codegen.verify import verify_source
+from autopar.errors import AutoparError, VerificationError
 from autopar.graph import experts as reference
 from autopar.graph.find_experts import experts_form
 from autopar.graph.ir import EXPERTS, IMBALANCE, Node, TensorMeta
 from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 from autopar.sharding.rules import has_rule
+from autopar.solver.search import search
 from autopar.solver.work import LocalTensor, flops, work
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -178,6 +182,86 @@ def test_plans_are_proved(kind: str, name: str) -> None:
     }
     assert split <= {"e", "f"}
     assert bool(split) == ("tp" in PLANS[name])
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "ep2 dp4": {"dp": 4, "ep": 2, "zero": 3},
+    "ep2 dp2 tp2": {"dp": 2, "tp": 2, "ep": 2, "zero": 1},
+    "ep4 dp2 cp2": {"dp": 2, "cp": 2, "ep": 4, "zero": 2},
+    "ep2 pp2": {"pp": 2, "dp": 2, "ep": 2, "zero": 1},
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [*(("mixtral", name) for name in SHARED), ("gpt_oss", "ep2 dp2 tp2")])
+def test_plans_that_share_experts_are_proved(kind: str, name: str) -> None:
+    model = mixture(kind)
+    plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=SHARED[name], gap=0.5)
+    assert plan.mesh.ep == SHARED[name]["ep"]
+    assert autopar.verify(plan, model).worst[1] < 1e-12
+    graph = trace(model)
+    typecheck(plan, graph, 8)
+    text = module_source(plan, graph)
+    assert "ep=self.ep" in text
+    assert f"new.split({FOUND[kind]['experts']}, " in text
+    assert autopar.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_wrong_place_of_experts_is_noticed() -> None:
+    model = mixture("mixtral")
+    plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=SHARED["ep2 dp4"], gap=0.5)
+    plan = replace(plan, job=replace(plan.job, dtype="fp64"))
+    graph = trace(model)
+    source = module_source(plan, graph)
+    assert verify_source(source, plan, model, graph).worst[1] < 1e-12
+    broken = source.replace("ep=self.ep", "ep=None")
+    with pytest.raises((VerificationError, RuntimeError)):
+        verify_source(broken, plan, model, graph)
+
+
+def test_sharing_experts_is_priced_and_counted() -> None:
+    """Of experts a rank holds less and reads less, and exchanges tokens; what its shard groups keep is as before."""
+    graph, cluster = model_graph("qwen3-30b-a3b"), autopar.Cluster.parse("8x8:h100")
+    one = {"pp": 1, "cp": 1, "tp": 1, "fsdp": 64, "micro_batch": 1, "recompute": "full"}
+    near, far = (search(graph, Job(512, 4096), cluster, one | {"zero": 1, "ep": ep}) for ep in (8, 64))
+    here, there = near.predicted.memory[0], far.predicted.memory[0]
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert here["parameters"] - there["parameters"] == pytest.approx(2 * experts * (1 / 8 - 1 / 64), rel=1e-6)
+    assert here["optimizer"] == pytest.approx(there["optimizer"], rel=1e-6)
+    alone, shared = (search(graph, Job(512, 4096), cluster, one | {"zero": 3, "ep": ep}) for ep in (1, 8))
+    assert alone.predicted.memory[0]["optimizer"] == pytest.approx(here["optimizer"], rel=1e-6)
+    assert alone.predicted.memory[0]["gradients"] == pytest.approx(shared.predicted.memory[0]["gradients"], rel=0.02)
+    talks = [plan.predicted.breakdown["model axis communication"] for plan in (alone, near, far)]
+    assert talks[0] == 0.0 < talks[1] < talks[2]  # within a node, then between nodes
+    assert shared.predicted.breakdown["data axis"] < alone.predicted.breakdown["data axis"]
+
+
+@pytest.mark.parametrize(
+    ("fix", "reason"),
+    [
+        ({"dp": 4, "ep": 3}, "ep=3"),
+        ({"dp": 2, "tp": 2, "ep": 4}, "ep=4"),
+        ({"dp": 4, "ep": 2, "offload": "state"}, "state that waits on the host"),
+        ({"dp": 2, "pp": 2, "ep": 2, "schedule": "zbv"}, "exchanges of tokens"),
+        ({"dp": 2, "pp": 2, "ep": 2, "order": "dp,pp,cp,tp"}, "default order"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_name(fix: dict[str, Any], reason: str) -> None:
+    graph = trace(mixture("mixtral"))
+    with pytest.raises(AutoparError, match=reason):
+        search(graph, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix)
+
+
+def test_a_model_without_experts_shares_none() -> None:
+    with pytest.raises(AutoparError, match="has no experts to share"):
+        search(model_graph("llama3.2-1b"), Job(8, 64), autopar.Cluster.parse("1x4:h100"), {"dp": 4, "ep": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("mixtral-8x22b", 140.6), ("qwen3-30b-a3b", 30.5), ("deepseek-v3", 671.0), ("gpt-oss-20b", 20.9)],
+)
+def test_catalog_mixtures_have_their_published_size(name: str, billions: float) -> None:
+    assert model_graph(name).count_parameters() == pytest.approx(billions * 1e9, rel=2e-3)
 
 
 def test_the_written_call_is_readable() -> None:

@@ -31,13 +31,22 @@ FORCED: dict[str, dict[str, Any]] = {
     "cp2 tp2": {"cp": 2, "tp": 2, "micro_batch": 2},
     "pp2 dp2 zbv": {"pp": 2, "dp": 2, "zero": 1, "fsdp": 2, "schedule": "zbv", "vpp": 2, "micro_batch": 1},
     "pp2 tp2": {"pp": 2, "tp": 2, "schedule": "1f1b", "micro_batch": 2},
+    "ep2 dp4 zero3": {"dp": 4, "zero": 3, "fsdp": 4, "ep": 2, "micro_batch": 1},
+    "ep4 dp4 zero0": {"dp": 4, "zero": 0, "ep": 4, "micro_batch": 1},
+    "ep4 dp4 zero2 half recompute": {"dp": 4, "zero": 2, "fsdp": 2, "ep": 4, "micro_batch": 1, "recompute": "full"},
+    "ep2 dp2 tp2 zero1": {"dp": 2, "tp": 2, "zero": 1, "fsdp": 2, "ep": 2, "micro_batch": 2},
+    "ep2 pp2 dp2 zero3": {"pp": 2, "dp": 2, "zero": 3, "fsdp": 2, "ep": 2, "schedule": "1f1b", "micro_batch": 1},
+    "ep4 cp2 dp2 zero1": {"cp": 2, "dp": 2, "zero": 1, "fsdp": 4, "ep": 4, "micro_batch": 2},
+    "ep2 dp4 zero3 selective": {
+        "dp": 4, "zero": 3, "fsdp": 4, "ep": 2, "micro_batch": 1, "recompute": "selective(matmul+all_to_all)",
+    },
 }  # fmt: skip
 KINDS = {
     "mixtral": tuple(FORCED),
-    "deepseek_v3": ("tp2 dp2 zero3 selective", "pp2 dp2 zbv"),
-    "gpt_oss": ("dp4 zero3", "cp2 tp2"),
+    "deepseek_v3": ("tp2 dp2 zero3 selective", "pp2 dp2 zbv", "ep4 dp4 zero0"),
+    "gpt_oss": ("dp4 zero3", "cp2 tp2", "ep2 dp2 tp2 zero1"),
 }
-FLOAT32 = ("dp4 zero3", "tp4")
+FLOAT32 = ("dp4 zero3", "tp4", "ep2 dp4 zero3")
 
 
 def batches() -> list[dict[str, Tensor]]:

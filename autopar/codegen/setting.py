@@ -15,8 +15,8 @@ from autopar.sharding.layout import CONTEXT
 class Setting:
     """What the emitted code is for: sizes of the model axes larger than one, the precision, and one micro-batch.
 
-    ``balanced``: cp holds sequences in balanced order (see `positions`); ``ep``: data ranks that share experts. ``seconds(kind, bytes, axis)`` predicts a
-    collective, if it can.
+    ``balanced``: cp holds sequences in balanced order (see `positions`); ``ep``: data ranks that share experts.
+    ``seconds(kind, bytes, axis)`` predicts a collective, if it can.
     """
 
     axes: Mapping[str, int]
@@ -49,4 +49,6 @@ def setting_of(plan: Plan, model: ModelGraph) -> Setting:
 
     job = plan.job
     balanced = is_balanced(plan, model)
-    return Setting(axes, job.dtype == "fp64", plan.micro_batch, job.seq_len, job.compute_bytes, balanced, plan.mesh.ep, seconds)
+    return Setting(
+        axes, job.dtype == "fp64", plan.micro_batch, job.seq_len, job.compute_bytes, balanced, plan.mesh.ep, seconds
+    )

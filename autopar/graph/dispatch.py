@@ -19,7 +19,9 @@ PARAMETERS = 3
 
 def expert_parameters(graph: OpGraph) -> Iterator[Node]:
     """The parameters of a graph that hold experts, whatever reads them beside."""
-    names = dict.fromkeys(name for node in graph.of("op") if node.op == EXPERTS for name in node.operands()[PARAMETERS:])
+    names = dict.fromkeys(
+        name for node in graph.of("op") if node.op == EXPERTS for name in node.operands()[PARAMETERS:]
+    )
     return (graph.nodes[name] for name in names if graph.nodes[name].kind == "parameter")
 
 

@@ -26,6 +26,7 @@ from autopar.solver.decision_costs import (
     boundary_bytes,
     boundary_parts,
     decision_price,
+    expert_elements,
     local_elements,
     priced_pieces,
 )
@@ -41,7 +42,8 @@ class BlockCost:
     ``saved``: families of operators whose results selective recomputation keeps; ``offload``: what is kept waits on the
     host. ``again_s``: of the seconds, those of recomputation; ``copies_s``: those that wait for copies to the host and
     back; ``communication_s``: of the others, those in collectives.
-    ``elements``: parameters held on the model axes, ``frozen``: of these, those that do not train; ``inflight``: bytes
+    ``elements``: parameters held on the model axes, ``frozen``: of these, those that do not train, ``expert``: those of
+    experts that data ranks share; ``inflight``: bytes
     kept for backward on the device, ``hosted``: on the host; ``transient``: bytes while it runs.
     ``sources``: seconds by where the figure is from.
     """
@@ -62,6 +64,7 @@ class BlockCost:
     frozen: int = 0
     hosted: int = 0
     copies_s: float = 0.0
+    expert: int = 0
 
     @property
     def trains(self) -> int:
@@ -129,6 +132,7 @@ class BlockCosts:
             again_s=0.0,
             elements=local_elements(kind, decision),
             frozen=local_elements(kind, decision, frozen=True),
+            expert=expert_elements(kind, decision),
             inflight=inflight,
             transient=max(0, found_bytes.peak_bytes(batch) - inflight),
             sources=sources,

@@ -184,8 +184,8 @@ LIMITS: tuple[Limit, ...] = (
         "experts and shard groups nest",
         ("ep", "fsdp"),
         lambda c: c.fsdp > 1 and c.fsdp % c.mesh.ep != 0 and c.mesh.ep % c.fsdp != 0,
-        "shard groups hold whole groups of ranks that share experts, or are parts of one: one of fsdp and ep must divide "
-        "the other",
+        "shard groups hold whole groups of ranks that share experts, or are parts of one: one of fsdp and ep must "
+        "divide the other",
     ),
     Limit(
         "experts are shared by neighbours",

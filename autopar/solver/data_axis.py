@@ -34,6 +34,9 @@ Copies, in bytes per parameter element held on the model axes (M master, C compu
 shard, 2C out of the gathered buffer (and 2C in place of the network when the shard group is one rank); each backward:
 C + M into the reduction, or C + 2M when the gradient is accumulated for a later one.
 
+Where ``ep`` ranks share the experts of mixtures, these make a group of their own in their block, over the data ranks
+that hold the same ones (`codegen/runtime/meshes.py`); its collectives come after those of the other group.
+
 State offload: every gather first brings the shard from the host, and every reduction takes its shard there
 (`Device.host_bandwidth`; both count as part of the channel), and the optimizer runs on the host: memory-bound as on
 the device, at `Device.host_memory_bandwidth`. A shard that is reduced in several micro-batches is added to what waits
@@ -45,7 +48,7 @@ both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from autopar.mesh import Span, cut
@@ -61,7 +64,7 @@ class BlockTime:
     it is in the root group. ``weight_s``: of the backward, the part that gives weight gradients alone. ``frozen``: of
     the elements, those that do not train: gathered like the others, but without a gradient to reduce. ``still``: no
     gradient passes the block (`ir.BlockKind.passes_gradient`), so it has no backward. ``fetched_s``: seconds in which
-    what it saved comes back from the host."""
+    what it saved comes back from the host. ``expert``: of the elements, those of experts that data ranks share."""
 
     forward_s: float
     backward_s: float
@@ -71,6 +74,7 @@ class BlockTime:
     frozen: int = 0
     still: bool = False
     fetched_s: float = 0.0
+    expert: int = 0
 
     @property
     def trains(self) -> int:
@@ -104,7 +108,8 @@ class DataTimes:
 class DataAxis:
     """The data ranks that make a span, under ZeRO level ``zero`` over groups of ``fsdp``; ``halves``: whether the
     schedule halves backwards; ``offload``: "none" or "state"; ``staged``: whether the model is cut into stages on
-    several ranks. ``spans``: that one, or several for bounds that take the least of any."""
+    several ranks. ``spans``: that one, or several for bounds that take the least of any. ``experts``: the data ranks
+    that hold the same experts, where ``ep`` of them share these (`with_experts`)."""
 
     ops: OpCosts
     collectives: CollectiveCosts
@@ -115,6 +120,7 @@ class DataAxis:
     halves: bool = False
     offload: str = "none"
     staged: bool = False
+    experts: DataAxis | None = None
 
     @property
     def shards(self) -> int:
@@ -225,6 +231,14 @@ class DataAxis:
         accumulated = (master if self.accumulates else 0) * (elements - frozen)
         return stream_seconds(self.ops, gather * gathered + accumulated)
 
+    def of(self, seconds: str, elements: int, expert: int) -> float:
+        """A figure of this class (by its method's name) for ``elements`` of which ``expert`` are experts': these are a
+        group of their own, over their own ranks."""
+        if self.experts is None or not expert:
+            return float(getattr(self, seconds)(elements))
+        others = getattr(self, seconds)(elements - expert) if elements > expert else 0.0
+        return float(others + getattr(self.experts, seconds)(expert))
+
     def stage(self, blocks: Sequence[BlockTime]) -> DataTimes:
         """Seconds of a stage that holds ``blocks``."""
         # By group, the root group's last.
@@ -232,13 +246,15 @@ class DataAxis:
         held.append(sum(block.elements for block in blocks if block.root))
         trains = [0 if block.root else block.trains for block in blocks]
         trains.append(sum(block.trains for block in blocks if block.root))
+        shared = [0 if block.root else block.expert for block in blocks]
+        shared.append(sum(block.expert for block in blocks if block.root))
         gathers, gather_copies = (
-            [seconds(elements) if elements else 0.0 for elements in held]
-            for seconds in (self.gather_s, self.gather_copy_s)
+            [self.of(what, n, expert) if n else 0.0 for n, expert in zip(held, shared, strict=True)]
+            for what in ("gather_s", "gather_copy_s")
         )
         scatters, replicates, reduce_copies = (
-            [seconds(elements) if elements else 0.0 for elements in trains]
-            for seconds in (self.scatter_s, self.replicate_s, self.reduce_copy_s)
+            [self.of(what, n, expert) if n else 0.0 for n, expert in zip(trains, shared, strict=True)]
+            for what in ("scatter_s", "replicate_s", "reduce_copy_s")
         )
         reduces = [one + other for one, other in zip(scatters, replicates, strict=True)]
         root_gather, root_gather_copy = gathers.pop(), gather_copies.pop()
@@ -246,7 +262,7 @@ class DataAxis:
         weights = sum(block.weight_s for block in blocks) + sum(reduce_copies) + root_reduce_copy
         forward = [block.forward_s for block in blocks]
         backward = [block.backward_s + copy for block, copy in zip(blocks, reduce_copies, strict=True)]
-        optimizer = self.optimizer_s(sum(trains))
+        optimizer = self.of("optimizer_s", sum(trains), sum(shared))
         none = [0.0] * len(blocks)
         compute, plain = sum(forward), sum(backward) + root_reduce_copy
         copied = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]
@@ -297,6 +313,15 @@ class DataAxis:
         if self.offload != "state":
             return 0.0
         return 3 * elements / self.shards * self.ops.job.master_bytes / self.ops.device.host_memory_bandwidth
+
+
+def with_experts(data: DataAxis, ep: int) -> DataAxis:
+    """``data`` where groups of ``ep`` neighbours share the experts of mixtures: of a shard group, every ep-th rank has
+    the same ones."""
+    if ep == 1:
+        return data
+    spans = tuple(cut(span, ep)[1] for span in data.spans)
+    return replace(data, experts=replace(data, spans=spans, fsdp=max(1, data.fsdp // ep)))
 
 
 def stage_events(times: Sequence[DataTimes], schedule: str = "none", ranks: int = 1) -> list[StageTimes]:

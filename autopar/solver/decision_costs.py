@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
+from autopar.graph.dispatch import expert_parameters, shared_experts
 from autopar.graph.ir import BlockKind, Node
 from autopar.job import Job
 from autopar.sharding.check import chosen
@@ -68,6 +70,14 @@ def tail_elements(kind: BlockKind, decision: BlockDecision) -> int:
         for size in local_shape(node.meta.at(1, 1), decision.inputs[node.name], decision.axes):
             count *= size
     return count
+
+
+def expert_elements(kind: BlockKind, decision: BlockDecision) -> int:
+    """Of `local_elements`, those of experts that data ranks share."""
+    if shared_experts(kind.graph) == 1:
+        return 0
+    held = expert_parameters(kind.graph)
+    return sum(prod(local_shape(n.meta.at(1, 1), decision.inputs[n.name], decision.axes)) for n in held)
 
 
 def boundary_bytes(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> int:

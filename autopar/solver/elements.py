@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+from autopar.graph.dispatch import expert_parameters, shared_experts
 from autopar.solver.context import Context
 from autopar.solver.groups import root_blocks
 from autopar.solver.space import Config
@@ -68,8 +69,11 @@ def _whole_elements(context: Context, index: int, apart: bool, trains: bool) -> 
     blocks = context.model.blocks
     block = blocks[index]
     total = 0
-    for node in context.model.kinds[block.kind].graph.of("parameter"):
-        if trains and not node.meta.requires_grad:
+    graph = context.model.kinds[block.kind].graph
+    # Experts that data ranks share are gathered by fewer ranks, or none: least of all they cost nothing.
+    shared = {node.name for node in expert_parameters(graph)} if shared_experts(graph) > 1 else set()
+    for node in graph.of("parameter"):
+        if (trains and not node.meta.requires_grad) or node.name in shared:
             continue
         tie = context.ties.parameters.get((block.kind, node.name))
         first = next((i for i, other in enumerate(blocks) if _holds(context, other.kind, tie)), index) if tie else index

@@ -16,7 +16,7 @@ from autopar.schedule import SCHEDULES
 from autopar.sharding.local import local_shape
 from autopar.solver.candidates import BlockCost
 from autopar.solver.context import Context
-from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events
+from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events, with_experts
 from autopar.solver.decision_costs import tail_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
@@ -100,6 +100,7 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         offload=config.offload,
         staged=config.pp > 1,
     )
+    data = with_experts(data, config.ep)
     memory = MemoryModel(
         context.job,
         fsdp=config.fsdp,
@@ -112,6 +113,7 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         vpp=config.vpp,
         offload=config.offload,
         replicas=data.replicas,
+        ep=config.ep,
     )
     every = [context.collectives.handed_on(boundary, config.pp, stride) for stride in apart]
     links = every[0] if len(every) == 1 else tuple(map(min, *every))
@@ -189,6 +191,7 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
                         c.frozen - still,
                         not context.model.kinds[c.kind].passes_gradient,
                         c.hosted / context.cluster.device.host_bandwidth if c.hosted else 0.0,
+                        c.expert,
                     )
                     for c, (double, still), root, half in row
                 ]
@@ -197,7 +200,17 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
         blocks.append(
             [
                 BlockBytes(
-                    c.elements, c.inflight, c.transient, double, root, half[1], c.frozen, still, tail(c), c.hosted
+                    c.elements,
+                    c.inflight,
+                    c.transient,
+                    double,
+                    root,
+                    half[1],
+                    c.frozen,
+                    still,
+                    tail(c),
+                    c.hosted,
+                    c.expert,
                 )
                 for c, (double, still), root, half in row
             ]

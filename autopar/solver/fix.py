@@ -49,7 +49,6 @@ class Fix:
     pp: int | None = None
     dp: int | None = None
     cp: int | None = None
-    ep: int | None = None
     tp: int | None = None
     tp_parts: tuple[int, ...] = ()
     zero: int | None = None
@@ -62,6 +61,7 @@ class Fix:
     micro_batch: int | None = None
     recompute: tuple[tuple[str, str], ...] = ()
     order: tuple[str, ...] = ()
+    ep: int | None = None
 
     def recompute_of(self, index: int, kind: str, repeated: bool = True) -> str | None:
         """What is fixed for block ``index`` of kind ``kind``, or None. ``repeated``: not an end of the model."""

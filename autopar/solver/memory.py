@@ -35,6 +35,9 @@ saved, the pipeline's buffers, and what the backward goes through (`stage_peaks`
 
 Transient and reserve of a rank stand with its first stage; the stages of a rank add up.
 
+Experts that ``ep`` data ranks share are sharded over Z / ep of the ranks of a shard group that hold the same ones (1
+at least), so that their shards are ep times larger; what is not divided by Z is as it is for other parameters.
+
 The stage ILP counts each part at its most, as if all came at once (`resident`, `staging`), which is never less; bounds
 count what surely stands when most is in flight (`least_resident`, `least_buffers`).
 """
@@ -42,7 +45,7 @@ count what surely stands when most is in flight (`least_resident`, `least_buffer
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,7 +64,7 @@ class BlockBytes:
     the same stage holds already (tied weights). ``root``: whether it is in the root group. ``waiting``: bytes per
     micro-batch between the halves of its backward. ``frozen``, ``shared_frozen``: of the elements, and of those shared,
     those that do not train. ``tail``: elements of the last parameter that trains. ``hosted``: bytes saved per
-    micro-batch that wait on the host."""
+    micro-batch that wait on the host. ``expert``: of the elements, those of experts that data ranks share."""
 
     elements: int
     inflight: int
@@ -73,6 +76,7 @@ class BlockBytes:
     shared_frozen: int = 0
     tail: int = 0
     hosted: int = 0
+    expert: int = 0
 
     @property
     def own(self) -> int:
@@ -93,7 +97,8 @@ class BlockBytes:
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
     """``fsdp``: ranks of a shard group; ``pp``: pipeline ranks with ``vpp`` stages each; ``boundary``: local bytes of
-    what passes between stages, per micro-batch; ``offload``: "none" or "state"; ``replicas``: of a shard group."""
+    what passes between stages, per micro-batch; ``offload``: "none" or "state"; ``replicas``: of a shard group; ``ep``:
+    data ranks that share experts."""
 
     job: Job
     fsdp: int
@@ -106,6 +111,7 @@ class MemoryModel:
     vpp: int = 1
     offload: str = "none"
     replicas: int = 1
+    ep: int = 1
 
     @property
     def stages(self) -> int:
@@ -114,6 +120,18 @@ class MemoryModel:
     @property
     def shards(self) -> int:
         return self.fsdp if self.zero else 1
+
+    @property
+    def experts(self) -> MemoryModel:
+        """The same for experts that data ranks share: fewer have the same ones, and share their state out."""
+        fsdp = max(1, self.fsdp // self.ep)
+        ranks = self.fsdp * self.replicas // self.ep
+        return replace(self, fsdp=fsdp, replicas=max(1, ranks // fsdp), ep=1)
+
+    @property
+    def thinner(self) -> float:
+        """How many times fewer ranks share out the state of experts than that of other parameters."""
+        return self.shards / self.experts.shards if self.ep > 1 else 1.0
 
     @property
     def frees_blocks(self) -> bool:
@@ -162,8 +180,11 @@ class MemoryModel:
             "optimizer": self.job.moments * shard,
         }
 
-    def resident(self, elements: float, root: bool = False, frozen: float = 0.0) -> float:
-        """Bytes of parameters, gradients and optimizer state of so many elements, of which ``frozen`` do not train."""
+    def resident(self, elements: float, root: bool = False, frozen: float = 0.0, expert: float = 0.0) -> float:
+        """Bytes of parameters, gradients and optimizer state of so many elements, of which ``frozen`` do not train and
+        ``expert`` are those of shared experts."""
+        if expert and self.ep > 1:
+            return self.resident(elements - expert, root, frozen) + self.experts.resident(expert, root)
         held = self.per_element(root)
         return sum(held.values()) * elements - (held["gradients"] + held["optimizer"]) * frozen
 
@@ -306,7 +327,10 @@ class MemoryModel:
         rows = np.arange(len(kept))
         kept[rows, table.place] -= saved[table.place]
         sent = self._sent(own, table.alive, table.done)
-        trains = [sum(block.own_trains for block in stages[stage]) for stage in own]
+        trains = [
+            sum(block.own_trains for block in stages[stage]) + one.added
+            for stage, one in zip(own, backwards, strict=True)
+        ]
         gradients = np.array(
             [
                 [one.kept(done) * count + one.draining(done) for done in SHARES]
@@ -334,4 +358,8 @@ class MemoryModel:
             held = root if block.root else plain
             bytes_of["parameters"] += held["parameters"] * block.own
             bytes_of["optimizer"] += held["optimizer"] * block.own_trains
+            if block.expert and self.ep > 1:
+                thin = self.experts.per_element(block.root)
+                for kind in bytes_of:
+                    bytes_of[kind] += (thin[kind] - held[kind]) * block.expert
         return {kind: round(found) for kind, found in bytes_of.items()}

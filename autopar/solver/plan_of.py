@@ -127,9 +127,9 @@ def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
 
 
 def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candidate:
-    once = place.data.optimizer_s(cost.trains)
+    once = place.data.of("optimizer_s", cost.trains, cost.expert)
     if place.data.defers:
-        once += place.data.reduce_s(cost.trains)
+        once += place.data.of("reduce_s", cost.trains, cost.expert)
     return Candidate(
         name=name,
         decision=cost.decision,
@@ -137,7 +137,7 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
         forward_s=cost.forward_s,
         backward_s=cost.backward_s,
         step_s=once,
-        resident_bytes=round(place.memory.resident(cost.elements, root, cost.frozen)),
+        resident_bytes=round(place.memory.resident(cost.elements, root, cost.frozen, cost.expert)),
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
         parameters=cost.elements,

@@ -19,17 +19,18 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import NamedTuple
 
-from autopar.graph.ir import Node, OpGraph, TensorMeta
+from autopar.graph.ir import EXPERTS, IMBALANCE, Node, OpGraph, TensorMeta
 from autopar.graph.size import Size
 from autopar.job import Job
 from autopar.mesh import strides
 from autopar.sharding.conversions import COMMUNICATES, Step
 from autopar.sharding.factors import Inner
-from autopar.sharding.layout import Layout, SpmdType
+from autopar.sharding.layout import CONTEXT, Layout, SpmdType
 from autopar.sharding.local import produced_layouts
 from autopar.sharding.rules import Strategy
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.op_costs import LocalTensor, OpCosts
+from autopar.solver.work import exchanged_rows
 
 _WIDTHS = {
     "float64": 8,
@@ -184,6 +185,10 @@ class AxisPrices:
         from. ``grads``: which inputs want a gradient."""
         time = self.ops.seconds(node, inputs, output, grads)
         price = Price(time.forward, time.backward)
+        if node.op == EXPERTS:
+            tensor_ranks = prod(size for axis, size in self.axes.items() if axis != CONTEXT)
+            seconds = exchange_seconds(node, inputs, self.collectives, tensor_ranks)
+            price += Price(seconds, seconds, 2 * seconds)
         for each, moved in inside:
             seconds = self.collective(each.collective, moved.nbytes, each.axis)
             price += Price(0.0, seconds, seconds) if each.backward else Price(seconds, 0.0, seconds)
@@ -238,6 +243,23 @@ class AxisPrices:
             return local, 0.0
         sent = self.collective(action, whole, axis)
         return local + sent, sent
+
+
+def exchange_seconds(
+    node: Node, inputs: Sequence[LocalTensor], collectives: CollectiveCosts, tensor_ranks: int
+) -> float:
+    """What experts that ``ep`` data ranks share take to send tokens there and back, either way: the rows and their
+    weights, as many as the fullest rank gets (`IMBALANCE`), the rows that come back, and before them how many there
+    are. Data ranks are ``tensor_ranks`` apart."""
+    ep = int(node.kwargs.get("ep", 1))
+    if ep == 1:
+        return 0.0
+    hidden, index, weights, up = inputs[:4]
+    rows = exchanged_rows(node, index, up) * ep * IMBALANCE[0] / IMBALANCE[1]
+    width = hidden.shape[-1] * hidden.bytes_per_element
+    counts = ep * ep * up.shape[0] * 4
+    moved = (rows * width, rows * weights.bytes_per_element, rows * width, counts)
+    return sum(collectives.seconds("all_to_all", nbytes, ep, tensor_ranks) for nbytes in moved)
 
 
 def _in_order(tensor: LocalTensor, split: SpmdType) -> bool:

@@ -12,7 +12,7 @@ from math import isclose, prod
 
 from autopar.cluster import Cluster
 from autopar.errors import AutoparError
-from autopar.graph.ir import ModelGraph
+from autopar.graph.ir import EXPERTS, ModelGraph
 from autopar.graph.padding import as_planned
 from autopar.graph.size import Size
 from autopar.plan import Candidate, Plan, Predicted
@@ -23,13 +23,13 @@ from autopar.sharding.layout import Layout
 from autopar.sharding.local import local_shape
 from autopar.solver.candidates import again_seconds, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events
-from autopar.solver.decision_costs import tail_elements
+from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events, with_experts
+from autopar.solver.decision_costs import expert_elements, tail_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import HalvedBackward
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.op_costs import LocalTensor, OpCosts
-from autopar.solver.prices import AxisPrices, element_bytes
+from autopar.solver.prices import AxisPrices, element_bytes, exchange_seconds
 from autopar.solver.rank_order import transfers
 from autopar.solver.recompute import exposed_copy, operator_key, step_key
 from autopar.solver.simulate import simulate
@@ -103,6 +103,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     halving = SCHEDULES[plan.schedule].splits_backward
     staged, span = mesh.pp > 1, mesh.data_span()
     data = DataAxis(ops, collectives, (span,), plan.zero, plan.fsdp, m, halving, plan.offload, staged)
+    data = with_experts(data, mesh.ep)
     reserve = cluster.device.reserve_bytes
     bytes_of = MemoryModel(
         plan.job,
@@ -116,6 +117,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
         plan.vpp,
         plan.offload,
         data.replicas,
+        mesh.ep,
     )
     halved = HalvedBackward(ops)
     times, blocks = [], []
@@ -143,9 +145,10 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
                 waiting += hosted[candidate.name]
             still = not model.kinds[candidate.decision.kind].passes_gradient
             own = held - doubled
+            expert = expert_elements(model.kinds[candidate.decision.kind], candidate.decision)
             fetched = hosted[candidate.name] / cluster.device.host_bandwidth if candidate.offload else 0.0
             block_times.append(
-                BlockTime(forward, backward, own, root, weights, frozen - doubled_frozen, still, fetched)
+                BlockTime(forward, backward, own, root, weights, frozen - doubled_frozen, still, fetched, expert)
             )
             block_bytes.append(
                 BlockBytes(
@@ -159,6 +162,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
                     doubled_frozen,
                     tail_elements(model.kinds[candidate.decision.kind], candidate.decision),
                     hosted[candidate.name],
+                    expert,
                 )
             )
         for name, elements in here.items():
@@ -240,8 +244,9 @@ def _block_seconds(
         shape = local_shape(whole(node.meta.shape), produced[node.name], axes)
         output = LocalTensor(shape, element_bytes(node.meta.dtype, job))
         time = ops.seconds(node, inputs, output, [meta.requires_grad for meta in operands])
-        pieces[operator_key(node)] = time.forward
-        backward += time.backward
+        sent = exchange_seconds(node, inputs, collectives, plan.mesh.tp) if node.op == EXPERTS else 0.0
+        pieces[operator_key(node)] = time.forward + sent
+        backward += time.backward + sent
         for axis, strategy in chosen(node, graph, decision).items():
             for inner in strategy.inner:
                 shape = local_shape(whole(inner.shape), _without(layouts[inner.like], axis, len(inner.shape)), axes)

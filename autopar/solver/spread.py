@@ -156,7 +156,7 @@ def staged(
 
 
 def _bytes_of(cost: BlockCost, root: bool) -> BlockBytes:
-    return BlockBytes(cost.elements, cost.inflight, cost.transient, root=root, frozen=cost.frozen)
+    return BlockBytes(cost.elements, cost.inflight, cost.transient, root=root, frozen=cost.frozen, expert=cost.expert)
 
 
 def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) -> int:
@@ -170,9 +170,9 @@ def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) 
 def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved: Halves, passes: bool) -> Option:
     """A block as the stage ILP counts it: alone, so that what hides its communication is its own computation.
     ``passes``: whether a gradient passes it."""
-    data, elements, trains = place.data, cost.elements, cost.trains
-    copies, gather = data.gather_copy_s(elements), data.gather_s(elements)
-    scatter, replicate = data.scatter_s(trains), data.replicate_s(trains)
+    data, elements, trains, expert = place.data, cost.elements, cost.trains, cost.expert
+    copies, gather = (data.of(what, elements, expert) for what in ("gather_copy_s", "gather_s"))
+    scatter, replicate = (data.of(what, trains, expert) for what in ("scatter_s", "replicate_s"))
     forward, backward, once = cost.forward_s, cost.backward_s + data.reduce_copy_s(trains), 0.0
     if data.gathers_each:
         forward = forward + copies + gather if root else max(forward + copies, gather)
@@ -195,11 +195,11 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
         name=f"{cost.kind}/{cost.choice}",
         forward_s=forward,
         backward_s=backward + own,
-        resident=place.memory.resident(elements, root, cost.frozen),
+        resident=place.memory.resident(elements, root, cost.frozen, expert),
         inflight=cost.inflight,
         transient=transient,
         reduce_s=once,
-        optimizer_s=data.optimizer_s(trains),
+        optimizer_s=data.of("optimizer_s", trains, expert),
         weight_s=halved[0] + data.reduce_copy_s(trains),
         waiting=halved[1],
         hosted=cost.hosted,

@@ -57,6 +57,9 @@ class StageBackward:
         self.saved = [0.0, *accumulate(float(block.inflight) for block in self.blocks)]
         self.rooted = sum(block.own_trains for block in self.blocks if block.root)
         self.grouped = sum(block.trains for block in self.blocks if not block.root)
+        # Elements of shared experts count several times where what is kept is divided by the ranks of a shard group.
+        self.thinner = 0.0 if model.defers else model.thinner - 1
+        self.added = self.thinner * sum(block.expert for block in self.blocks)
         self.elements_rooted = sum(block.own for block in self.blocks if block.root)
 
     def times(self, kind: str, done: str, last: bool) -> Iterator[Beside]:
@@ -87,7 +90,7 @@ class StageBackward:
         adds = model.defers and done != "none"  # to gradients of earlier micro-batches, which are whole
         fresh = 0 if adds and compute == master else compute
         later = waiting = 0.0  # elements of groups that are done, gradients of root blocks that are
-        rest = float(self.grouped)
+        rest = float(self.grouped) + self.added
         reducing = drained = 0.0
         for place in reversed(range(len(self.blocks))):
             block = self.blocks[place]
@@ -110,9 +113,10 @@ class StageBackward:
                 held = self._tail(before if adds else fresh, block.tail) + drained
                 yield Beside(self.saved[place], kept - gone, handed + held + self._reduced(block.trains))
                 drained = reducing if model.drains else 0.0
-            later, rest = later + block.trains, rest - block.trains
+            counted = block.trains + self.thinner * block.expert
+            later, rest = later + counted, rest - counted
             yield Beside(self.saved[place], after * later + before * (rest + self.rooted) + waiting, drained)
-        kept = after * self.grouped + before * self.rooted
+        kept = after * (self.grouped + self.added) + before * self.rooted
         yield Beside(0.0, kept + waiting, reducing)
         if reduces:
             freed = compute * self.elements_rooted if model.frees_blocks else 0
@@ -121,7 +125,7 @@ class StageBackward:
             tail = next((block.tail for block in reversed(self.blocks) if block.root and block.own_trains), 0)
             held = self._tail(before if adds else fresh, tail)
             yield Beside(0.0, kept - gone, drained + held + self._reduced(self.rooted) - freed)
-        yield Beside(0.0, after * (self.grouped + self.rooted), self.draining("all") if reduces else 0.0)
+        yield Beside(0.0, after * (self.grouped + self.added + self.rooted), self.draining("all") if reduces else 0.0)
 
     def _tail(self, each: float, elements: int) -> float:
         """The last gradient that a reduction puts in order for its shards is held until the reduction ends (by the

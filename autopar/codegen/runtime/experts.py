@@ -41,8 +41,8 @@ def experts(
     ``index``, ``weights`` [..., k]: the chosen experts and their weights. ``up`` [e, n, d], ``down`` [e, d, f] (with
     ``transposed`` [e, d, n] and [e, f, d]); biases [e, n], [e, d]. ``gate``: the n rows of ``up`` are the gate, then
     the values ("halves"), both in turn ("pairs"), or values alone ("none"). ``axis``: the experts are split over it,
-    and this rank adds up what its own contribute; the result is partial then, as it is where f is split. ``ep``: each of
-    its ranks has tokens of its own and the next part of the experts, which ``axis`` may split again.
+    and this rank adds up what its own contribute; the result is partial then, as it is where f is split. ``ep``: each
+    of its ranks has tokens of its own and the next part of the experts, which ``axis`` may split again.
     """
     if has_torch_function((hidden,)):  # recomputation and type checks see it as one function
         tensors = (hidden, index, weights, up, down, up_bias, down_bias)
@@ -97,11 +97,11 @@ class _Routes:
         self.expert, self.sizes = expert[self.order], came.sum(0, dtype=torch.int32)
 
     def there(self, rows: Tensor) -> Tensor:
-        return _Exchange.apply(rows, self.sent, self.came, self.ep)[self.order]  # type: ignore[no-any-return, index]
+        return _Exchange.apply(rows, self.sent, self.came, self.ep)[self.order]
 
     def back(self, rows: Tensor) -> Tensor:
         rows = torch.empty_like(rows).index_copy(0, self.order, rows)
-        return _Exchange.apply(rows, self.came, self.sent, self.ep)  # type: ignore[no-any-return]
+        return _Exchange.apply(rows, self.came, self.sent, self.ep)
 
 
 class _Exchange(torch.autograd.Function):

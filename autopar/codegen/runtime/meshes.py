@@ -2,7 +2,8 @@
 
 from torch.distributed.device_mesh import DeviceMesh
 
-# PyTorch has no public names for joining and splitting axes. All meshes must come from one, or FSDP2 cannot combine them.
+# PyTorch has no public names for joining and splitting axes. All meshes must come from one, or FSDP2 cannot combine
+# them.
 
 
 def data_axis(mesh: DeviceMesh) -> DeviceMesh:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .meshes import data_axis
+
 
 class InputError(ValueError):
     """What the user gave cannot be used: train.py says so in one line and leaves with status 2."""
@@ -63,8 +65,7 @@ def start(
     ranks = torch.arange(dist.get_world_size()).view(tuple(axes.values()))
     ranks = ranks.permute([list(axes).index(name) for name in names])
     mesh = DeviceMesh(device.type, ranks, mesh_dim_names=tuple(names))
-    # PyTorch has no public name for joining axes. All meshes must come from one, or FSDP2 cannot combine them.
-    data_mesh = mesh["dp", "cp"]._flatten("data")
+    data_mesh = data_axis(mesh)
     if fsdp == data_mesh.size():
         return mesh, data_mesh, device
     groups = (data_mesh.size() // fsdp, fsdp)

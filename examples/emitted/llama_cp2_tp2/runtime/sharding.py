@@ -22,7 +22,7 @@ without them (`gather_ahead`, `drains`). PyTorch before 2.13 still has each bloc
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 
@@ -41,12 +42,14 @@ def shard_stage(
     zero: int,
     compute: torch.dtype,
     offload: bool = False,
+    expert_mesh: DeviceMesh | None = None,
 ) -> None:
     """Wrap a stage for the data ranks, in place. Afterwards every parameter is a DTensor over data and tensor axes.
 
     ``fsdp_mesh``: one axis, which shards, or two, which replicate and shard. ``compute``: the dtype blocks run in;
     parameters, gradient reduction and optimizer state keep the dtype of the parameters. ``offload``: these three wait
-    on the host, and are copied to the device and back as they are used.
+    on the host, and are copied to the device and back as they are used. ``expert_mesh``: the same as ``fsdp_mesh`` for
+    parameters that are split over "ep".
     """
     master = next(stage.parameters()).dtype
     precision = MixedPrecisionPolicy(
@@ -55,12 +58,20 @@ def shard_stage(
     policy = CPUOffloadPolicy(pin_memory=fsdp_mesh.device_type == "cuda") if offload else OffloadPolicy()
     # A weight that two blocks share has to be gathered once for both: it goes with the root.
     holders = Counter(id(weight) for block in blocks for weight in block.parameters())
+    place = None if expert_mesh is None else _placement(fsdp_mesh, expert_mesh)
     sharded = []
     for block in blocks:
         weights = list(block.parameters())
         if weights and all(holders[id(weight)] == 1 for weight in weights):
             free = zero == 3
-            fully_shard(block, mesh=fsdp_mesh, reshard_after_forward=free, mp_policy=precision, offload_policy=policy)
+            fully_shard(
+                block,
+                mesh=fsdp_mesh,
+                reshard_after_forward=free,
+                shard_placement_fn=place,
+                mp_policy=precision,
+                offload_policy=policy,
+            )
             sharded.append(block)
     fully_shard(stage, mesh=fsdp_mesh, reshard_after_forward=False, mp_policy=precision, offload_policy=policy)
     # While a block goes backward, the one before it is gathered. By itself FSDP2 goes by the order of the forwards,
@@ -74,6 +85,23 @@ def shard_stage(
         # the second line the factor becomes a pre-multiplied sum, which gloo does not have in float32.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _placement(fsdp_mesh: DeviceMesh, expert_mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:
+    """Which data ranks share a parameter out: experts make a group of their own in their block."""
+    # PyTorch 2.13; not public yet.
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+
+    def of(mesh: DeviceMesh) -> FSDPMeshInfo:
+        return FSDPMeshInfo(mesh, 0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
+
+    others, experts = of(fsdp_mesh), of(expert_mesh)
+
+    def place(weight: nn.Parameter) -> ShardPlacementResult:
+        names = weight.device_mesh.mesh_dim_names or () if isinstance(weight, DTensor) else ()
+        return ShardPlacementResult(None, experts if "ep" in names else others)
+
+    return place
 
 
 def _prefetch_if_backward(stage: FSDPModule, later: FSDPModule, block: FSDPModule, _: Any, result: Any) -> None:
