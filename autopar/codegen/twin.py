@@ -100,7 +100,7 @@ def _few_ranks(plan: Plan) -> Plan:
     old = plan.mesh
     parts = tuple(min(size, 2) for size in old.tp_parts)
     tp = prod(parts) if parts else min(old.tp, 2)
-    mesh = replace(old, dp=min(old.dp, 2), cp=min(old.cp, 2), tp=tp, tp_parts=parts)
+    mesh = replace(old, dp=min(old.dp, 2), cp=min(old.cp, 2), tp=tp, tp_parts=parts, ep=min(old.ep, 2))
     candidates = {name: _on_axes(candidate, mesh.axes()) for name, candidate in plan.candidates.items()}
     fsdp = plan.fsdp if mesh.data % plan.fsdp == 0 else mesh.data
     pad_heads = tp if plan.pad_heads > 1 else 1

@@ -125,6 +125,7 @@ FREED: dict[str, dict[str, Any]] = {
     "sp": {"sp": None},
     "schedule": {"schedule": None, "vpp": None},
     "order": {"order": ()},
+    "ep": {"ep": None},
     "cp": {"cp": None},
     "tp": {"tp": None, "tp_parts": ()},
     "dp": {"dp": None},
