@@ -74,7 +74,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[prove.Measured]:
             names = fixes if dtype == "fp64" else [fix for fix in fixes if fix in FLOAT32]
             cases = {f"{kind} {fix}": prove.with_dtype(plans[f"{kind} {fix}"], dtype) for fix in names}
             prove.prepare(folder, cases, graph, weights, reference)
-    rows = prove.prove(folder, ranks=4, timeout_s=500)
+    rows = prove.prove(folder, ranks=4, timeout_s=1500)
     print("\n" + prove.table(rows))
     return rows
 

@@ -147,6 +147,22 @@ def model_of(name: str) -> nn.Module:
                 eos_token_id=0,
             )
         )
+    if name == "mixtral":
+        return transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                num_local_experts=8,
+                num_experts_per_tok=2,
+                vocab_size=2048,
+                max_position_embeddings=SEQ,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=128,
