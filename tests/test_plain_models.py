@@ -31,10 +31,26 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
 
-class Block(nn.Module):
+class MaskedAttention(Attention):
+    """With the causal mask in a buffer, larger than the sequence."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(WIDTH), Attention(), nn.LayerNorm(WIDTH)
+        self.register_buffer("bias", torch.tril(torch.ones(80, 80)).view(1, 1, 80, 80))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(WIDTH, dim=2)
+        q, k, v = (value.view(B, T, HEADS, C // HEADS).transpose(1, 2) for value in (q, k, v))
+        att = (q @ k.transpose(-2, -1)) * (C // HEADS) ** -0.5
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf")).softmax(-1)
+        return self.c_proj((att @ v).transpose(1, 2).contiguous().view(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: type[nn.Module] = Attention) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(WIDTH), attention(), nn.LayerNorm(WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,10 +61,10 @@ class Block(nn.Module):
 class NanoGPT(nn.Module):
     """Tied embeddings, learned positions, loss in forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: type[nn.Module] = Attention) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(SEQ, WIDTH)
-        self.h = nn.ModuleList(Block() for _ in range(3))
+        self.h = nn.ModuleList(Block(attention) for _ in range(3))
         self.ln_f, self.lm_head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.wte.weight = self.lm_head.weight
 
@@ -186,6 +202,7 @@ def both(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
 ids, real, one = torch.zeros(SEQ, dtype=torch.int64), torch.randn, torch.tensor(1)
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor] | None, Any]] = {
     "nanogpt": (NanoGPT, {"idx": ids, "targets": ids}, None),
+    "mask in a buffer": (lambda: NanoGPT(MaskedAttention), {"idx": ids, "targets": ids}, None),
     "mixer": (Mixer, {"image": real(3, 16, 16), "label": one}, classes),
     "unet": (UNet, {"image": real(3, 8, 8), "target": real(8, 8)}, squares),
     "dlrm": (DLRM, {"numbers": real(8), "user": one, "item": one, "place": one, "clicked": torch.tensor(1.0)}, clicks),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -14,7 +15,9 @@ import zoo
 from zoo_inputs import example_of
 
 from autopar.codegen.runtime.scans import selective_scan, state_space_scan
+from autopar.graph.ir import Node, Ref, TensorMeta
 from autopar.graph.trace import trace
+from autopar.solver.work import flops
 
 ZOO = zoo.load_zoo(Path(zoo.__file__).parent / "zoo_models.py")
 
@@ -57,6 +60,21 @@ def test_state_space_scan_is_the_recurrence(length):
     torch.testing.assert_close(found, torch.stack(wanted, 1))
     for one, other in zip(gradients(found, inputs), gradients(torch.stack(wanted, 1), inputs), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_scans_are_counted_as_torch_counts_them():
+    shapes = [(2, 12, 4, 3), (2, 12, 4), (4,), (2, 12, 2, 5), (2, 12, 2, 5)]
+    node = Node("y", "op", TensorMeta(()), op="autopar.state_space_scan", args=(*map(Ref, "abcde"), 4))
+    assert flops(node, shapes, shapes[0]) == counted(state_space_scan, shapes, 4)
+    shapes = [(2, 6, 8), (2, 6, 8), (6, 5), (2, 5, 8), (2, 5, 8)]
+    node = Node("y", "op", TensorMeta(()), op="autopar.selective_scan", args=tuple(map(Ref, "abcde")))
+    assert flops(node, shapes, shapes[0]) == counted(selective_scan, shapes)
+
+
+def counted(function, shapes, *rest):
+    with FlopCounterMode(display=False) as counter:
+        function(*(torch.empty(shape, device="meta") for shape in shapes), *rest)
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("name", "op"), [("mamba", "autopar.selective_scan"), ("mamba2", "autopar.state_space_scan")])

@@ -103,3 +103,27 @@ def test_masks_of_layers_that_differ_are_each_split():
     graph = trace(model, example.inputs, example.loss)
     plan = search(graph, Job(2, example.seq), Cluster.parse("1x2:h100"), parse_fix({"cp": 2}))
     assert verify(plan, model, example.inputs, graph=graph).worst[1] < 1e-12
+
+
+def test_targets_are_drawn_from_the_classes_there_are():
+    """A classifier of few classes over many tokens: labels are classes, not tokens."""
+    name, arguments, _ = ZOO["bert"]
+    model = zoo.build(
+        (name, {**arguments, "num_hidden_layers": 2, "num_labels": 3}, "AutoModelForSequenceClassification")
+    )
+    example = example_of(model)
+    graph = trace(model, example.inputs, example.loss)
+    batch = random_batch(graph, example.inputs, 64, example.seq, torch.float64, 0)
+    assert set(batch["labels"].tolist()) <= {0, 1, 2, -100}
+    assert len(batch["labels"].unique()) > 2
+
+
+def test_placeholders_stay_where_they_are():
+    """Images are put where their token is: a batch that is drawn must have it there, and nowhere else."""
+    model = zoo.build(ZOO["llava"])
+    example = example_of(model)
+    graph = trace(model, example.inputs, example.loss)
+    batch = random_batch(graph, example.inputs, 4, example.seq, torch.float64, 0)
+    marked = example.inputs["input_ids"] == 63
+    assert marked.sum() == 16
+    assert torch.equal(batch["input_ids"] == 63, marked.expand(4, -1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from autopar.codegen.reach import reach_of_predictions
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph, Node, OpGraph, Ref
-from autopar.graph.size import BATCH, SEQ
+from autopar.graph.size import BATCH, SEQ, Size
 
 _BY_NAME = {
     "attention_mask": "torch.ones_like(ids)",
@@ -126,6 +126,20 @@ def lookups(graph: ModelGraph) -> dict[str, int]:
             if node.op == "aten.embedding" and (key := keys.get(node.operands()[1])) is not None:
                 rows = int(nodes.nodes[node.operands()[0]].meta.at(1, 1)[0])
                 found[key] = min(rows, found.get(key, rows))
+    return found
+
+
+def target_classes(graph: ModelGraph) -> dict[str, int | Size]:
+    """Batch tensors that a cross-entropy takes as targets, and how many classes it tells apart."""
+    found: dict[str, int | Size] = {}
+    for nodes, keys in _graphs(graph):
+        for node in nodes.of("op"):
+            if node.op == "autopar.cross_entropy":
+                target = nodes.nodes[node.operands()[1]]
+                while target.kind == "op":
+                    target = _first(target, nodes)
+                if target.name in keys:
+                    found[keys[target.name]] = nodes.nodes[node.operands()[0]].meta.shape[-1]
     return found
 
 

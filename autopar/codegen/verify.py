@@ -23,13 +23,14 @@ from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
-from autopar.codegen.tokens import looked_for, lookups, loss_targets
+from autopar.codegen.tokens import looked_for, lookups, loss_targets, target_classes
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
 from autopar.graph.export import LossOf
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
 from autopar.graph.ops import draws_random
+from autopar.graph.size import size_at
 from autopar.graph.trace import trace
 from autopar.plan import Plan
 from autopar.sharding.data_parallel import samples_mixed
@@ -200,7 +201,7 @@ def random_batch(
     is ignored; other tensors given as ``inputs`` are drawn from the values they hold. Ids that the model looks for
     (placeholders of images) stay where ``inputs`` have them, and are nowhere else."""
     tables, targets, sought = lookups(graph), loss_targets(graph), looked_for(graph)
-    vocabulary = min(tables.values(), default=2)
+    vocabulary, classes = min(tables.values(), default=2), target_classes(graph)
     generator = torch.Generator().manual_seed(seed)
     batch = {}
     for key, meta in graph.batch.items():
@@ -211,7 +212,8 @@ def random_batch(
             picked = values[torch.randint(0, values.numel(), shape, generator=generator)]
             batch[key] = picked.to(dtype) if example.is_floating_point() else picked
         elif meta.dtype in ("int64", "int32"):
-            batch[key] = torch.randint(0, tables.get(key, vocabulary), shape, generator=generator)
+            most = tables.get(key, size_at(classes.get(key, vocabulary), samples, seq))
+            batch[key] = torch.randint(0, most, shape, generator=generator)
             if example is not None and not example.is_meta and (special := sought.get(key)):
                 _place(special, batch[key], example)
             if key in targets:

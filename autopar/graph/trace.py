@@ -14,6 +14,7 @@ from torch import nn
 
 from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph import broadcasting, flattening, joining, losses, masks, raising, sinks
+from autopar.graph.bands import unfold_bands
 from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import known_values
 from autopar.graph.export import BatchSpec, Exported, Loss, export
@@ -138,6 +139,7 @@ def _traced(
         if not (promoting := promoting_buffers(draft) - narrow):
             break
         narrow |= promoting
+    draft = unfold_bands(draft, model)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     limits: set[int] = set()

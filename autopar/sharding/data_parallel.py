@@ -80,6 +80,9 @@ def _repeats_at(node: Node, operands: tuple[Type, ...]) -> int | None:
     """The dim along which ``node`` gives every sample of the batch the same: a rank makes as many as it has samples."""
     grown = [dim for dim, size in enumerate(node.meta.shape) if size == BATCH]
     same = node.op in ("aten.expand", "aten.full", "aten.zeros", "aten.ones")
+    if node.op == "aten.repeat":  # b copies of the whole, one after the other
+        grown = [dim for dim, count in enumerate(node.args[1]) if count == BATCH]
+        same = all(count in (1, BATCH) for count in node.args[1])
     return grown[0] if same and len(grown) == 1 and all(kind == R for kind in operands) else None
 
 

@@ -23,6 +23,7 @@ from math import ceil, prod
 from typing import Any, NamedTuple
 
 from autopar.graph.ir import EXPERTS, IMBALANCE, Node
+from autopar.solver import scan_work
 
 ATTENTION = "aten.scaled_dot_product_attention"
 
@@ -120,6 +121,10 @@ def variant(node: Node) -> Any:
         return node.args[0]
     if node.op == EXPERTS:
         return node.kwargs["experts"], node.kwargs["gate"], node.kwargs.get("ep", 1)
+    if node.op == CHUNKED:
+        return node.args[5]
+    if node.op in RECURRENT:
+        return node.args[-2:]
     return None
 
 
@@ -132,6 +137,8 @@ def flops(node: Node, input_shapes: Sequence[tuple[int, ...]], output_shape: tup
     if node.op == EXPERTS:
         (index, up), down = (input_shapes[1], input_shapes[3]), input_shapes[4]
         return 2.0 * prod(index) * (prod(up[1:]) + prod(down[1:]))
+    if node.op in (SELECTIVE, CHUNKED):
+        return float(sum(matmul.flops for matmul in _scan_products(node, input_shapes)))
     matmul = matmul_of(node, input_shapes, output_shape)
     return float(matmul.flops) if matmul else 0.0
 
@@ -401,6 +408,48 @@ def _dropout(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, gra
     return moved, moved
 
 
+def _scan(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Scans of state-space models; backward runs each product twice, and streams twice as much."""
+    shapes = [tensor.shape for tensor in inputs]
+    matmuls = _scan_products(node, shapes)
+    _, streamed, kernels = _scanned(node, shapes)
+    size = inputs[0].bytes_per_element
+    moved = sum(tensor.nbytes for tensor in inputs) + output.nbytes + streamed * size
+    return (
+        Work(matmuls, nbytes=moved, kernels=kernels + len(matmuls)),
+        Work(2 * matmuls, nbytes=2 * moved, kernels=2 * (kernels + len(matmuls))),
+    )
+
+
+def _scanned(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[scan_work.Products, int, int]:
+    if node.op == SELECTIVE:
+        return scan_work.selective(shapes[0], shapes[2][-1])
+    return scan_work.chunked(shapes[0], shapes[3][-1], node.args[5])
+
+
+def _scan_products(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[Matmul, ...]:
+    return tuple(Matmul(*product) for product in _scanned(node, shapes)[0])
+
+
+def _recurrent(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """LSTM and GRU: for each layer and direction the inputs' product at once, and one small product a position."""
+    x, first = inputs[0].shape, 3 if node.op == "autopar.lstm" else 2
+    batch, length = (x[0], x[1]) if node.args[-2] else (x[1], x[0])
+    matrices = [tensor.shape for tensor in inputs[first:] if len(tensor.shape) == 2]
+    whole = [Matmul(1, batch * length, gates, width) for gates, width in matrices[::2]]
+    steps = [Matmul(length, batch, gates, width) for gates, width in matrices[1::2]]
+    read = sum(tensor.nbytes for tensor in inputs) + output.nbytes
+    gated = sum(batch * length * gates * inputs[0].bytes_per_element for gates, _ in matrices[1::2])
+    forward = (*whole, *steps)
+    kernels = len(whole) + 2 * length * len(steps)
+    return (
+        Work(forward, matmul_bytes=read, nbytes=3 * gated, kernels=kernels),
+        Work(2 * forward, matmul_bytes=2 * read, nbytes=6 * gated, kernels=2 * kernels),
+    )
+
+
+SELECTIVE, CHUNKED = "autopar.selective_scan", "autopar.state_space_scan"
+RECURRENT = frozenset(f"autopar.{name}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 CONVOLUTIONS = frozenset(f"aten.{kind}{rank}d" for kind in ("conv", "conv_transpose") for rank in (1, 2, 3))
 MATMULS = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum")
 VIEWS = (
@@ -428,6 +477,8 @@ _FAMILIES: tuple[tuple[Counter, Sequence[str]], ...] = (
 
 _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILIES for name in names} | {
     **dict.fromkeys(CONVOLUTIONS, _matmul),
+    **dict.fromkeys((SELECTIVE, CHUNKED), _scan),
+    **dict.fromkeys(RECURRENT, _recurrent),
     ATTENTION: _attention,
     "aten.cat": _cat,
     "aten.embedding": _embedding,

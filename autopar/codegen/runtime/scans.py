@@ -40,10 +40,10 @@ def state_space_scan(x: Tensor, step: Tensor, decay: Tensor, write: Tensor, read
     between = between.masked_fill(~before.unsqueeze(-1), float("-inf")).exp()
     scores = torch.einsum("bclhn,bcmhn->bclmh", read, write) * between
     within = torch.einsum("bclmh,bcmhp->bclhp", scores, x)
-    made = torch.einsum("bclh,bclhn,bclhp->bhpcn", (last - past).exp(), write, x)
+    made = torch.einsum("bclhn,bclhp->bhpcn", write * (last - past).exp().unsqueeze(-1), x)
     kept = last.squeeze(2).exp().permute(0, 2, 1).unsqueeze(2).unsqueeze(-1)
     states = _Recurrence.apply(kept.expand_as(made), made)
-    entering = F.pad(states, (0, 0, 1, 0))[:, :, :, :-1]
+    entering = F.pad(states, (0, 0, 1, 0))[:, :, :, :-1]  # what the chunks before have left
     across = torch.einsum("bclhn,bhpcn->bclhp", read * past.exp().unsqueeze(-1), entering)
     return (within + across).flatten(1, 2)[:, :length]
 

@@ -1,0 +1,75 @@
+"""Buffers that hold a band of a square matrix, as causal and local masks are kept, become the formula of that band.
+
+Emitted code can compute them, whatever their size, and `autopar.graph.masks` recognises what they mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from autopar.graph.draft import Draft, live
+from autopar.graph.ir import Ref, map_refs
+
+SMALLEST = 64
+"""Elements below which a buffer is written down as it is."""
+
+
+def unfold_bands(draft: Draft, model: nn.Module) -> Draft:
+    """``draft`` with the buffers of ``model`` that are bands of ones (or True) computed from positions."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    new = Draft(_taken=frozenset(draft.nodes))
+    names: dict[str, str] = {}
+    for node in draft.nodes.values():
+        if node.kind == "buffer" and (band := band_of(buffers.get(node.target))) is not None:
+            new.module = node.target.rpartition(".")[0]
+            names[node.name] = _positions(new, *band, node.meta.dtype, len(node.meta.shape)).name
+            continue
+        args, kwargs = map_refs(node.args, names.__getitem__), map_refs(node.kwargs, names.__getitem__)
+        new.module = node.module
+        names[node.name] = new.add(replace(node, args=args, kwargs=kwargs))
+    new.output = names[draft.output]
+    return live(new)
+
+
+def band_of(buffer: torch.Tensor | None) -> tuple[int, int, int] | None:
+    """(n, low, high) of an [.., n, n] buffer that is 1 where low <= row - column <= high, else 0; None if it is not."""
+    if buffer is None or buffer.is_meta or buffer.ndim < 2 or buffer.numel() < SMALLEST:
+        return None
+    size = buffer.shape[-1]
+    if buffer.shape[-2] != size or buffer.numel() != size * size:
+        return None
+    ones = buffer.reshape(size, size) != 0
+    if not bool((buffer.reshape(size, size)[ones] == 1).all()) or not bool(ones.any()) or bool(ones.all()):
+        return None
+    last = size - 1
+    low = next((-column for column in range(last, 0, -1) if ones[0, column]), None)
+    high = next((row for row in range(last, 0, -1) if ones[row, 0]), None)
+    low = (0 if ones[0, 0] else None) if low is None else low
+    high = (0 if ones[0, 0] else None) if high is None else high
+    if low is None or high is None:
+        return None
+    places = torch.arange(size)
+    distance = places.unsqueeze(1) - places
+    return (size, low, high) if torch.equal(ones, (distance >= low) & (distance <= high)) else None
+
+
+def _positions(new: Draft, size: int, low: int, high: int, dtype: str, rank: int) -> Ref:
+    places = Ref(new.emit("aten.arange", size, shape=(size,), dtype="int64"))
+    rows = Ref(new.emit("aten.unsqueeze", places, 1, shape=(size, 1)))
+    columns = Ref(new.emit("aten.unsqueeze", places, 0, shape=(1, size)))
+    square = (size, size)
+    distance = Ref(new.emit("aten.sub", rows, columns, shape=square))
+    band: Ref | None = None
+    for op, edge, open_end in (("aten.ge", low, 1 - size), ("aten.le", high, size - 1)):
+        if edge == open_end:
+            continue
+        side = Ref(new.emit(op, distance, edge, shape=square, dtype="bool"))
+        band = side if band is None else Ref(new.emit("aten.bitwise_and", band, side, shape=square))
+    assert band is not None  # not all ones
+    band = new.cast(band, dtype)
+    for _ in range(rank - 2):
+        band = Ref(new.emit("aten.unsqueeze", band, 0, shape=(1, *new.shape(band))))
+    return band
