@@ -17,7 +17,7 @@ import zoo  # noqa: E402
 from zoo_inputs import NoInputsError, example_of  # noqa: E402
 
 from autopar.cluster import Cluster  # noqa: E402
-from autopar.codegen.verify import verify  # noqa: E402
+from autopar.codegen.verify import random_batch, verify  # noqa: E402
 from autopar.graph.ir import ModelGraph  # noqa: E402
 from autopar.graph.trace import trace  # noqa: E402
 from autopar.job import Job  # noqa: E402
