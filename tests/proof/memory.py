@@ -90,6 +90,8 @@ PLANS = (
     Sized("pp2 dp2 zbv zero1", {"pp": 2, "dp": 2, "schedule": "zbv", "zero": 1, "micro_batch": 2}),
     Sized("pp2 dp2 1f1b zero2", {"pp": 2, "dp": 2, "schedule": "1f1b", "zero": 2, "micro_batch": 2}),
     Sized("pp2 dp2 zbv", {"pp": 2, "dp": 2, "schedule": "zbv", "zero": 0, "micro_batch": 2}),
+    Sized("mixtral ep2 zero1", {"dp": 4, "ep": 2, "fsdp": 4, "zero": 1, "micro_batch": 2}, model="mixtral"),
+    Sized("mixtral ep2 zero3", {"dp": 4, "ep": 2, "fsdp": 4, "zero": 3, "micro_batch": 2}, model="mixtral"),
     Sized("gpt2 pp2 dp2 tied", {"pp": 2, "dp": 2, "schedule": "1f1b", "zero": 0, "micro_batch": 2}, model="gpt2"),
 )
 
@@ -308,7 +310,7 @@ class Static:
         self.stages = list(stages)
         self.weights = [weight for stage in self.stages for weight in stage.parameters()]
         sharded = [module for stage in self.stages for module in stage.modules() if isinstance(module, FSDPModule)]
-        groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded]
+        groups = [group for module in sharded for group in module._get_fsdp_state()._fsdp_param_groups]
         self.groups = [group for group in groups if group is not None]
         self.shards = _bytes(self.weights)
         self.gathered: dict[int, int] = {}
