@@ -57,6 +57,12 @@ ProfileOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--global-batch", help="Sequences per optimizer step.")]
 SeqOption = Annotated[int, typer.Option("--seq-len", help="Tokens per sequence.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Compute dtype: bf16, fp16, fp32 or fp64.")]
+StackOption = Annotated[
+    str, typer.Option("--stack", help="The software that runs it: torch is what autopar emits, others are predicted.")
+]
+LinearOption = Annotated[
+    str | None, typer.Option("--linear-dtype", help="fp8 or fp4: what linear layers cast their operands to.")
+]
 OptimizerOption = Annotated[str, typer.Option("--optimizer", help="Optimizer: adamw or sgd.")]
 FixOption = Annotated[
     list[str] | None,
@@ -146,13 +152,15 @@ def predict(
     seq_len: SeqOption,
     dtype: DtypeOption = "bf16",
     optimizer: OptimizerOption = "adamw",
+    stack: StackOption = "torch",
+    linear_dtype: LinearOption = None,
     profile: ProfileOption = None,
     fix: FixOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Price a plan given by --fix; what is not given is chosen, and named."""
-    job = _job(global_batch, seq_len, dtype, optimizer)
+    job = _job(global_batch, seq_len, dtype, optimizer, stack, linear_dtype)
     _plan_command(model, _cluster(cluster, profile), job, fix or [], out, as_json)
 
 
@@ -348,10 +356,17 @@ def _busy(what: str) -> Iterator[Callable[[Progress], None] | None]:
         yield lambda progress: status.update(f"{what}: {progress} (Ctrl-C takes the best so far)")
 
 
-def _job(global_batch: int, seq_len: int, dtype: str, optimizer: str) -> Job:
+def _job(
+    global_batch: int,
+    seq_len: int,
+    dtype: str,
+    optimizer: str,
+    stack: str = "torch",
+    linear_dtype: str | None = None,
+) -> Job:
     from autopar.job import Job
 
-    return Job(global_batch, seq_len, dtype, optimizer)
+    return Job(global_batch, seq_len, dtype, optimizer, stack, linear_dtype)
 
 
 def _cluster(text: str, profile: Path | None = None) -> Cluster:

@@ -79,6 +79,8 @@ class Device:
       host's memory that fall to this device when all of a node use it. 0 where not known: nothing is offloaded then.
     * ``host_memory_bytes``: of the host's memory, this device's share; 0 where not known: taken to be enough.
     * ``power_w``: watts the board is built to draw at most (TDP); 0 where not known: energy is not told then.
+    * ``workspace_bytes``: what one handle of the matmul library takes from PyTorch's allocator; part of
+      ``reserve_bytes``, told apart for predictions of what is allocated. 0 where not known.
     * ``sources``: where each figure is from, by name. ``origin``: "catalog" or "measured".
     * ``measured``: operators of a profile, if one is used (`with_profile`): they price before the figures do.
     """
@@ -102,6 +104,7 @@ class Device:
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
     power_w: float = 0.0
+    workspace_bytes: int = 0
     origin: str = "catalog"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
     measured: Measured | None = None
@@ -112,7 +115,14 @@ class Device:
             raise BadInputError(f"{owner}: unknown backend {self.backend!r}; one of {', '.join(BACKENDS)}")
         texts = ("name", "title", "backend", "peak_flops", "origin", "sources", "measured")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in texts}
-        unknown = ("cache_bytes", "cache_bandwidth", "host_bandwidth", "host_memory_bandwidth", "host_memory_bytes")
+        unknown = (
+            "workspace_bytes",
+            "cache_bytes",
+            "cache_bandwidth",
+            "host_bandwidth",
+            "host_memory_bandwidth",
+            "host_memory_bytes",
+        )
         _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", "power_w", *unknown))
         if not self.peak_flops:
             raise BadInputError(f"{owner}: peak_flops is empty; give the dense FLOP/s of at least one dtype")

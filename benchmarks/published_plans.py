@@ -21,14 +21,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from published_rows import DATA, Record, cluster_of, config_of, fix_of, job_of, seconds
+from published_choice import DATA
+from published_rows import Record, cluster_of, config_of, fix_of, job_of, seconds
 
 EXAMINED = 0.10
 """Gains above it get a path."""
-STEPS = (("recompute",), ("zero", "fsdp"), ("micro_batch",), ("schedule", "vpp"), ("sp",), ("pp", "dp", "cp", "tp"))
+STEPS = (
+    ("recompute",),
+    ("zero", "fsdp"),
+    ("micro_batch",),
+    ("schedule", "vpp", "stages"),
+    ("sp",),
+    ("pp", "dp", "cp", "tp"),
+)
 """What a path frees, in this order."""
 SAME = 1e-6
 """Relative difference of seconds below which two plans are equally fast."""
@@ -40,7 +49,7 @@ def compare(records: Sequence[Record], paths: bool = False) -> list[dict[str, An
     import autopar
 
     first = records[0]
-    job, cluster = job_of(first), cluster_of(first)
+    job, cluster = replace(job_of(first), stack="torch"), cluster_of(first)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / first["model"]["name"].replace(" ", "-").replace("/", "-") / "config.json"
         path.parent.mkdir()

@@ -1,213 +1,352 @@
-"""Published training runs as autopar takes them: which records it can represent, and what each one fixes.
+"""Published training runs as autopar takes them: a record becomes a model, a cluster, a job and a fix.
 
-    python benchmarks/published_rows.py RUNS.json        # chooses records and writes benchmarks/data/published.json
+A record's facts are copied as they stand. What a source does not state (null) is taken so:
 
-A record's facts are copied as they stand. What a source does not state (null) is left to the search, in favour of the
-published configuration. How facts become a model, a cluster, a job and a fix is told at each function;
-benchmarks/README.md lists what is only nearly the same.
+* recompute: none, or as many whole layers of each stage as it takes to fit (NVIDIA's recipes, the only rows without
+  it, recompute as little as they can); vocabulary of a GPT: GPT-2's 50,257 tokens as Megatron-LM pads them; kv_heads:
+  as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest whole nodes; vpp: one stage a rank;
+  cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is DeepSeek-V3's (`_experts`).
+* zero_stage: left to the prediction, like any part of a plan that is not fixed.
+
+`RefusedError` says why a record cannot be represented.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from autopar import Cluster, Job
 from autopar.cluster import Link
 
-DATA = Path(__file__).parent / "data" / "published.json"
-MEGATRON_VOCABULARY = 51_200
-"""GPT-2's 50,257 tokens as Megatron-LM pads them at tp=8; taken where a GPT record names no vocabulary."""
+VOCABULARY, PADDED_TO = 50_257, 128
+"""GPT-2's tokens, taken where a GPT record names no vocabulary, and what Megatron-LM pads them to a multiple of, for
+each tensor-parallel rank (`--make-vocab-size-divisible-by`)."""
+DROPOUT = 0.1
+"""Megatron-LM's default of hidden and attention dropout."""
 DEVICES = (
-    (r"A100.*80GB", "a100-80g"),
-    (r"H100-SXM-96GB", "h100-96g"),
-    (r"H100.*80GB", "h100"),
+    (r"A100.*40 ?GB", "a100-40g"),
+    (r"A100", "a100-80g"),
+    (r"A800", "a800-80g"),
+    (r"H100.*96 ?GB", "h100-96g"),
+    (r"H100", "h100"),
+    (r"H200", "h200"),
+    (r"H800", "h800"),
+    (r"GB200", "gb200"),
+    (r"GB300", "gb300"),
+    (r"B200", "b200"),
+    (r"B300", "b300"),
+    (r"V100", "v100-32g"),
+    (r"L40S", "l40s"),
+    (r"L4\b", "l4"),
+    (r".*4090", "rtx4090"),
+    (r"MI250X", "mi250x"),
+    (r"MI300X", "mi300x"),
 )
-SMALLEST = 5e8
-"""Parameters of the smallest models taken: in smaller ones launches and small kernels decide, not the plan."""
-OTHER_MESHES = 3
-"""How many meshes are taken beside the best one where a source swept several."""
+DTYPES = (
+    (r"(nv|mx)?fp4", "bf16", "fp4"),
+    (r"(mx)?(fp8|float8)", "bf16", "fp8"),
+    (r"bf16", "bf16", None),
+    (r"fp16", "fp16", None),
+    (r"fp32|tf32", "fp32", None),
+)
+RACK = 64
+"""Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
 
 Record = Mapping[str, Any]
 
 
-def refusal(record: Record) -> str | None:
-    """Why a record is not compared, or None."""
-    model, gpu = record["model"], record["hardware"]["gpu"]
-    family = _family(record)
-    if record["group"] in ("korthikanti_fig1_memory", "internevo_memory", "megatron_ci_golden_small"):
-        return "states memory, no step time"
-    if family is None:
-        return "model with experts, state spaces or latent attention"
-    if record["dtype"] not in ("bf16", "fp16"):
-        return "fp8 or narrower"
-    if _device(gpu) is None:
-        return "device that the catalog does not have"
-    if record.get("suspect") or record.get("exclude"):
-        return "marked as doubtful"
-    needed = [model.get(name) for name in ("layers", "hidden", "heads", "ffn", "seq_len")]
-    if family != "gpt" and not model.get("vocab"):
-        needed.append(None)
-    if None in [
-        *needed,
-        record["hardware"]["count"],
-        *(record[n] for n in ("global_batch", "micro_batch", "tp", "pp")),
-    ]:
-        return "sizes of the model or batch not stated"
-    if seconds(record) is None:
-        return "no step time or throughput, MFU alone"
-    if record["hardware"]["count"] < 8:
-        return "fewer than 8 devices"
-    if 12 * model["layers"] * model["hidden"] ** 2 < SMALLEST:
-        return "fewer than half a billion parameters in its blocks"
-    return None
-
-
-def choose(records: Iterable[Record]) -> tuple[list[Record], Counter[str]]:
-    """The records compared, and how many of the others were left out for which reason.
-
-    Of one model on the same devices: the sequence length nearest to 2,048 and the longest, each at the global batch
-    with the best throughput; of one such job the fastest record, and the fastest of each of a few other meshes.
-    """
-    left: Counter[str] = Counter()
-    jobs: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        reason = refusal(record)
-        if reason:
-            left[reason] += 1
-        else:
-            jobs.setdefault(_job_key(record), []).append(record)
-    families: dict[tuple[Any, ...], list[list[Record]]] = {}
-    for key, runs in jobs.items():
-        families.setdefault(key[:-2], []).append(sorted(runs, key=seconds))
-    chosen: list[Record] = []
-    for family in families.values():
-        lengths = sorted({runs[0]["model"]["seq_len"] for runs in family})
-        for length in dict.fromkeys([min(lengths, key=lambda n: abs(n - 2048)), lengths[-1]]):
-            runs = max((runs for runs in family if runs[0]["model"]["seq_len"] == length), key=_throughput)
-            meshes: dict[tuple[Any, ...], Record] = {}
-            for run in runs:
-                meshes.setdefault((run["tp"], run["pp"], run["cp"], run["recompute"]), run)
-            chosen += list(meshes.values())[: 1 + OTHER_MESHES]
-    left["another batch, length, mesh or micro-batch of a job compared"] = sum(map(len, jobs.values())) - len(chosen)
-    return chosen, left
+class RefusedError(Exception):
+    """A record that cannot be represented; its text is the reason."""
 
 
 def seconds(record: Record) -> float | None:
     """Measured seconds of a step, from the throughput where that alone is given."""
     measured = record["measured"]
-    if measured["step_time_s"]:
+    if measured.get("step_time_s"):
         return float(measured["step_time_s"])
-    if not measured["tokens_per_s_per_gpu"]:
+    if not measured.get("tokens_per_s_per_gpu"):
         return None
-    tokens = record["global_batch"] * record["model"]["seq_len"]
-    return tokens / (measured["tokens_per_s_per_gpu"] * record["hardware"]["count"])
+    tokens = _stated(record, "global_batch") * _stated(record["model"], "seq_len")
+    return float(tokens / (measured["tokens_per_s_per_gpu"] * devices_of(record)))
+
+
+def peak_bytes(record: Record) -> float | None:
+    """Measured bytes of the fullest device: sources say GB and mean GiB, as PyTorch and nvidia-smi count."""
+    found = record["measured"].get("peak_mem_gb")
+    return float(found) * 2**30 if found else None
+
+
+def is_reserved(record: Record) -> bool:
+    """Whether the bytes are those that the allocator reserved (torchtitan), not those that were allocated."""
+    return "reserved" in (record.get("notes") or "")
 
 
 def config_of(record: Record) -> dict[str, Any]:
     """A Hugging Face configuration with the record's sizes.
 
-    Llama and InternLM (whose attention has biases) are Llamas. GPT of Megatron is GPT-2, without dropout. MPT is
-    Starcoder2 (one up projection, GELU, layer norms, no biases, tied embeddings), whose rotary positions stand in for
-    ALiBi.
+    Llama and InternLM (whose attention has biases) are Llamas; mixtures of experts see `_experts`. GPT of Megatron is
+    GPT-2, with its dropout. MPT is Starcoder2 (one up projection, GELU, layer norms, no biases, tied embeddings), whose
+    rotary positions stand in for ALiBi.
     """
     model = record["model"]
-    family = _family(record)
+    family, told = family_of(record), record.get("ci_args") or {}
+    layers, hidden, heads = (_stated(model, name) for name in ("layers", "hidden", "heads"))
+    seq_len = _stated(model, "seq_len")
     if family == "gpt":
         return {
             "model_type": "gpt2",
-            "n_layer": model["layers"],
-            "n_embd": model["hidden"],
-            "n_head": model["heads"],
-            "n_inner": model["ffn"],
-            "n_positions": model["seq_len"],
-            "vocab_size": model["vocab"] or MEGATRON_VOCABULARY,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            "n_layer": layers,
+            "n_embd": hidden,
+            "n_head": heads,
+            "n_inner": model["ffn"] or 4 * hidden,
+            "n_positions": seq_len,
+            "vocab_size": _padded(model["vocab"] or VOCABULARY, record.get("tp") or 1),
+            "tie_word_embeddings": not told.get("untie-embeddings-and-output-weights"),
+            "attn_pdrop": float(told.get("attention-dropout", DROPOUT)),
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop"), float(told.get("hidden-dropout", DROPOUT))),
         }
     sizes = {
-        "num_hidden_layers": model["layers"],
-        "hidden_size": model["hidden"],
-        "num_attention_heads": model["heads"],
-        "num_key_value_heads": model["kv_heads"] or model["heads"],
-        "intermediate_size": model["ffn"],
-        "vocab_size": model["vocab"],
-        "max_position_embeddings": model["seq_len"],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": model["kv_heads"] or heads,
+        "intermediate_size": _stated(model, "ffn"),
+        "vocab_size": _stated(model, "vocab"),
+        "max_position_embeddings": seq_len,
     }
     if family == "mpt":
         none = dict.fromkeys(("embedding_dropout", "residual_dropout", "attention_dropout"), 0.0)
         return {"model_type": "starcoder2", **sizes, "use_bias": False, "tie_word_embeddings": True, **none}
+    if model.get("head_dim"):
+        sizes["head_dim"] = model["head_dim"]
+    if model.get("moe"):
+        return _experts(model, sizes)
     return {"model_type": "llama", **sizes, "attention_bias": family == "internlm", "tie_word_embeddings": False}
 
 
+def _experts(model: Mapping[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    """A mixture of experts: DeepSeek-V3's attention and routing where it has its latent attention (whose ranks no
+    record states: they are taken to be its own), GPT-OSS's by name, else Qwen3's. A shared expert without latent
+    attention is refused."""
+    told = model["moe"]
+    experts = {"num_experts_per_tok": _stated(told, "topk"), "tie_word_embeddings": False}
+    count, width = _stated(told, "experts"), told.get("expert_ffn") or sizes["intermediate_size"]
+    if model.get("attention") == "MLA":
+        return {
+            "model_type": "deepseek_v3",
+            **sizes,
+            **experts,
+            "n_routed_experts": count,
+            "moe_intermediate_size": width,
+            "num_key_value_heads": sizes["num_attention_heads"],
+            "n_shared_experts": told.get("shared") or 0,
+            "first_k_dense_replace": told.get("dense_layers") or 0,
+        }
+    if told.get("shared"):
+        raise RefusedError("shared experts without latent attention")
+    if str(model.get("name")).lower().startswith("gpt-oss"):
+        return {"model_type": "gpt_oss", **sizes, **experts, "num_local_experts": count, "intermediate_size": width}
+    return {"model_type": "qwen3_moe", **sizes, **experts, "num_experts": count, "moe_intermediate_size": width}
+
+
 def cluster_of(record: Record) -> Cluster:
-    """The record's devices in nodes, with the catalog's figures except those that the record states: memory and its
-    bandwidth of the 96 GB cards, and ports between nodes."""
+    """The record's devices in nodes, with the catalog's figures except the ports between nodes, if it states them."""
     hardware = record["hardware"]
-    count, per_node = hardware["count"], min(hardware["gpus_per_node"], hardware["count"])
-    name = _device(hardware["gpu"])
-    cluster = Cluster.parse(f"{count // per_node}x{per_node}:{'h100' if name == 'h100-96g' else name}")
-    if name == "h100-96g":
-        told = dict.fromkeys(("memory_bytes", "memory_bandwidth"), f"{record['source']}: {hardware['gpu']}")
-        device = replace(
-            cluster.device,
-            name=name,
-            title="NVIDIA H100 SXM 96 GB",
-            memory_bytes=96_000_000_000,
-            memory_bandwidth=2.4e12,
-            sources={**cluster.device.sources, **told},
-        )
-        cluster = Cluster(tuple(replace(group, device=device) for group in cluster.groups))
-    link = _link(hardware["inter_node_link"], cluster)
+    count = devices_of(record)
+    inside = RACK if "NVL72" in (hardware.get("intra_node_link") or "") else hardware.get("gpus_per_node") or 8
+    per_node = min(inside, count)
+    if count % per_node:
+        raise RefusedError(f"{count} devices are no whole nodes of {per_node}")
+    cluster = Cluster.parse(f"{count // per_node}x{per_node}:{device_of(hardware['gpu'])}")
+    link = _link(hardware.get("inter_node_link"), cluster)
     return cluster.with_links(inter_node=link) if link and cluster.nodes > 1 else cluster
 
 
 def job_of(record: Record) -> Job:
-    """The record's batch, length and dtype, under AdamW."""
-    return Job(record["global_batch"], record["model"]["seq_len"], record["dtype"])
+    """The record's batch, length, dtype and software, under AdamW."""
+    for pattern, dtype, linear in DTYPES:
+        if re.match(pattern, record["dtype"] or ""):
+            length, batch = _stated(record["model"], "seq_len"), _stated(record, "global_batch")
+            return Job(batch, length, dtype, stack=stack_name(record), linear_dtype=linear)
+    raise RefusedError(f"dtype {record['dtype']!r} is not known")
+
+
+def stack_name(record: Record) -> str:
+    """The software that a record names; what names none is Megatron where models are split, else plain FSDP."""
+    told = " ".join(str(record.get(key) or "") for key in ("group", "source", "notes")).lower()
+    if "eager" in told and "fsdp2" in told:
+        return "torch"
+    for words, name in (
+        ("deepspeed|bigscience|vtrain", "megatron-deepspeed"),
+        ("torchtitan|fms-fsdp|torch.compile", "compiled"),
+        ("llm-foundry|mosaicml", "composer"),
+        ("internevo|internlm", "internevo"),
+        ("megatron|nemo|bridge|mcore", "megatron"),
+    ):
+        if re.search(words, told):
+            unfused = (record.get("ci_args") or {}).get("attention-backend") == "unfused" or (
+                (record.get("ci_args") or {}).get("transformer-impl") == "local"
+            )
+            return "megatron-unfused" if name == "megatron" and unfused else name
+    return "compiled" if "fsdp" in str(record.get("zero_stage")) else "megatron"
 
 
 def fix_of(record: Record) -> dict[str, Any]:
     """All that the record states of its configuration, by fix key; what it leaves open is not in it."""
-    tp, pp, cp = record["tp"], record["pp"], record["cp"] or 1
-    data = record["hardware"]["count"] // (tp * pp)
-    fix: dict[str, Any] = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "micro_batch": record["micro_batch"]}
-    if tp > 1 and record["sp"] is not None:
+    tp, pp, cp = (record.get(name) or 1 for name in ("tp", "pp", "cp"))
+    count = devices_of(record)
+    if count % (tp * pp * cp):
+        raise RefusedError(f"{count} devices do not divide by tp={tp} pp={pp} cp={cp}")
+    data = count // (tp * pp)
+    micro_batch, batch = _stated(record, "micro_batch"), _stated(record, "global_batch")
+    if batch % (micro_batch * (data // cp)):
+        raise RefusedError("the global batch is no whole number of micro-batches")
+    micro_batches = batch // (micro_batch * (data // cp))
+    fix: dict[str, Any] = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "micro_batch": micro_batch}
+    if tp > 1 and record.get("sp") is not None:
         fix["sp"] = record["sp"]
-    if record["recompute"]:
-        fix["recompute"] = record["recompute"]
+    if (record.get("ep") or 1) > 1:
+        fix["ep"] = record["ep"]
+    if record.get("recompute"):
+        fix["recompute"] = _recompute(record)
     if pp > 1:
-        interleaved = (record["vpp"] or 1) > 1
-        fix |= {"schedule": "interleaved", "vpp": record["vpp"]} if interleaved else {"schedule": "1f1b"}
+        fix |= _schedule(record, pp, micro_batches)
     return fix | (_zero(record, data) if data > 1 else {})
 
 
+def _recompute(record: Record) -> str:
+    """FSDP's "selective" keeps attention and the results of every second matmul (torchtitan's policy by operator): here
+    of all in half the layers. Megatron's recomputes the core of attention alone, which fused kernels do anyway."""
+    told = str(record["recompute"])
+    if told != "selective" or (record.get("pp") or 1) > 1 or "fsdp" not in str(_level(record)):
+        return told
+    return f"selective(matmul+attention),1-{record['model']['layers'] // 2}:selective(attention)"
+
+
+def _level(record: Record) -> str:
+    stage = str(record.get("zero_stage"))
+    return "fsdp" if stage.startswith(("fsdp", "hsdp", "3")) else stage
+
+
+def _schedule(record: Record, pp: int, micro_batches: int) -> dict[str, Any]:
+    """The schedule and the stages a rank. 1F1B with fewer micro-batches than stages runs them all forward before the
+    first returns, so it is GPipe. The CI's records tell layers per stage in place of stages a rank."""
+    vpp = record.get("vpp") or 1
+    if "layers per virtual stage" in (record.get("notes") or "") and record.get("vpp"):
+        vpp = max(1, record["model"]["layers"] // pp // vpp)
+    vpp = int((record.get("ci_args") or {}).get("num-virtual-stages-per-pipeline-rank", vpp))
+    if vpp > 1 and micro_batches % pp == 0:
+        return {"schedule": "interleaved", "vpp": vpp, **_even(record, pp * vpp)}
+    return {"schedule": "1f1b" if micro_batches >= pp else "gpipe", **_even(record, pp)}
+
+
+def _even(record: Record, stages: int) -> dict[str, Any]:
+    """Blocks of each stage: as many layers in each, the ends of the model beside the first and last, as Megatron-LM has
+    it unless told otherwise. Where layers do not divide, the ends count as layers (as in NVIDIA's recipes for 126);
+    where that does not either, the first stages get one more."""
+    told = record.get("ci_args") or {}
+    first, last = (int(told.get(f"decoder-{end}-pipeline-num-layers", 0)) for end in ("first", "last"))
+    others = stages - bool(first) - bool(last)
+    layers = record["model"]["layers"] - first - last
+    if layers % others and (layers + 2) % stages == 0:
+        return {"stages": ",".join([str((layers + 2) // stages)] * stages)}
+    middle = [layers // others + (place < layers % others) for place in range(others)]
+    each = [first] * bool(first) + middle + [last] * bool(last)
+    if min(each) < 1:
+        raise RefusedError(f"fewer layers than the {stages} stages")
+    each[0] += 1
+    each[-1] += 1
+    return {"stages": ",".join(map(str, each))}
+
+
+def recomputing(fix: Mapping[str, Any], layers: int, share: float) -> str:
+    """A fix of "recompute" under which this share of each stage's layers run again."""
+    if "stages" not in fix:
+        return f"none,1-{max(1, round(share * layers))}:full"
+    parts, begin = ["none"], 0
+    for size in map(int, str(fix["stages"]).split(",")):
+        first = max(begin, 1)
+        count = round(share * (min(begin + size, layers + 1) - first))
+        if count:
+            parts.append(f"{first}-{first + count - 1}:full")
+        begin += size
+    return ",".join(parts)
+
+
 def _zero(record: Record, data: int) -> dict[str, Any]:
-    """ZeRO level and shard group. FSDP2 and FULL_SHARD are level 3; hybrid sharding is level 3 in a node."""
-    stage = record["zero_stage"]
-    if stage is None or re.search("zero stage.* not stated", record.get("notes") or ""):
+    """ZeRO level and shard group. FSDP2 and FULL_SHARD are level 3; hybrid sharding is level 3 in a node; the
+    distributed optimizer of Megatron is level 1."""
+    stage = record.get("zero_stage")
+    if stage is None:
         return {}
     group = re.search(r"group (\d+)", str(stage))
-    level = 3 if str(stage).startswith(("fsdp", "hsdp")) else int(str(stage)[0])
+    if str(stage).startswith(("fsdp", "hsdp")):
+        level = 3
+    elif str(stage).startswith("dist"):
+        level = 1
+    else:
+        level = int(str(stage)[0])
     shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data
+    shards = min(shards, data)
     return {"zero": 0} if level == 0 or shards == 1 else {"zero": level, "fsdp": shards}
 
 
-def _family(record: Record) -> str | None:
-    name = record["model"]["name"].lower()
-    for start, family in (("mpt-", "mpt"), ("internlm", "internlm"), ("llama", "llama"), ("mt-nlg", "gpt")):
-        if name.startswith(start):
+def family_of(record: Record) -> str:
+    """The architecture: by what the record says of experts and attention, then by the beginning of its name, then by
+    its sizes (grouped heads or a narrow inner layer are a Llama's)."""
+    model = record["model"]
+    name = (model.get("name") or "").lower()
+    if model.get("moe") and not model["moe"].get("experts"):
+        raise RefusedError("experts without their number")
+    if model.get("attention") not in (None, "MHA", "GQA", "MQA") and not model.get("moe"):
+        raise RefusedError(f"attention {model['attention']!r}")
+    if model.get("moe"):
+        return "llama"
+    for start, family in (
+        ("mpt-", "mpt"),
+        ("internlm", "internlm"),
+        (r"(meta-)?llama|qwen|mistral|olmo|yi-", "llama"),
+        (r"mt-nlg|gpt", "gpt"),
+    ):
+        if re.match(start, name):
             return family
-    return "gpt" if name == "gpt" or re.match(r"gpt-?[\d.]+b$", name) else None
+    if model.get("swiglu") or (model.get("kv_heads") or model["heads"]) != model["heads"]:
+        return "llama"
+    return "gpt" if not model.get("ffn") or model["ffn"] == 4 * (model["hidden"] or 0) else "llama"
 
 
-def _device(gpu: str) -> str | None:
-    return next((name for pattern, name in DEVICES if re.match(pattern, gpu)), None)
+def device_of(gpu: str) -> str:
+    """The catalog's name of a device. Raises RefusedError for one that it does not have."""
+    for pattern, name in DEVICES:
+        if re.match(pattern, gpu or ""):
+            return name
+    raise RefusedError(f"device {gpu!r} is not in the catalog")
+
+
+def devices_of(record: Record) -> int:
+    """How many devices ran; where that is not stated, the fewest whole nodes that the split of the model fills."""
+    hardware = record["hardware"]
+    if hardware.get("count"):
+        return int(hardware["count"])
+    needed = 1
+    for name in ("tp", "pp", "cp"):
+        needed *= record.get(name) or 1
+    node = _stated(hardware, "gpus_per_node")
+    return int(-(-needed // node) * node)
+
+
+def _padded(vocabulary: int, ranks: int) -> int:
+    each = PADDED_TO * ranks
+    return -(-vocabulary // each) * each
+
+
+def _stated(facts: Mapping[str, Any], name: str) -> Any:
+    if not facts.get(name):
+        raise RefusedError(f"{name} is not stated")
+    return facts[name]
 
 
 def _link(text: str | None, cluster: Cluster) -> Link | None:
@@ -222,27 +361,3 @@ def _link(text: str | None, cluster: Cluster) -> Link | None:
         shared_by=cluster.devices_per_node / ports,
         sources={**cluster.inter_node.sources, **dict.fromkeys(("bandwidth", "shared_by"), f"published run: {text}")},
     )
-
-
-def _job_key(record: Record) -> tuple[Any, ...]:
-    model, hardware = record["model"], record["hardware"]
-    sizes = [model.get(name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")]
-    where = (hardware["gpu"], hardware["count"], record["dtype"])
-    return (record["group"], *sizes, *where, model["seq_len"], record["global_batch"])
-
-
-def _throughput(runs: list[Record]) -> float:
-    best = runs[0]
-    return best["global_batch"] / (seconds(best) or float("inf"))
-
-
-def main() -> None:
-    """Write the data file."""
-    chosen, left = choose(json.loads(Path(sys.argv[1]).read_text()))
-    DATA.parent.mkdir(exist_ok=True)
-    DATA.write_text(json.dumps({"records": chosen, "left_out": dict(left.most_common())}, indent=1) + "\n")
-    print(f"{len(chosen)} records; left out: {dict(left.most_common())}")
-
-
-if __name__ == "__main__":
-    main()

@@ -96,6 +96,7 @@ class DeviceFile(_Model):
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
     power_w: float = 0.0
+    workspace_bytes: int = 0
     origin: str
     sources: dict[str, str]
     measured: MeasuredFile | None = None

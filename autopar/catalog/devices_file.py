@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "devices"
 LINKS = ("intra_node", "inter_node")
 TEXTS = ("title", "backend")
 Value = TypeVar("Value")
-INTEGERS = ("memory_bytes", "reserve_bytes", "cache_bytes", "processors", "host_memory_bytes")
+INTEGERS = ("memory_bytes", "reserve_bytes", "cache_bytes", "processors", "host_memory_bytes", "workspace_bytes")
 
 
 def device_names() -> tuple[str, ...]:

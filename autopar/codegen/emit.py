@@ -64,6 +64,16 @@ SCHEDULE_TEXTS = {
 }
 
 
+def check_emitted(plan: Plan) -> None:
+    """Raise UnsupportedError for a plan of another stack or of narrower matmuls than autopar emits."""
+    if plan.job.predicts_only:
+        what = f"stack={plan.job.stack}" + (f", linear_dtype={plan.job.linear_dtype}" if plan.job.linear_dtype else "")
+        raise UnsupportedError(
+            f"the plan predicts what another stack does ({what}); autopar emits plans of stack=torch with linear "
+            "layers in the job's dtype: search again without them"
+        )
+
+
 def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the folder ``out``: all of it, or nothing if anything fails.
 
@@ -73,6 +83,7 @@ def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, T
     """
     out = Path(out)
     plan.check_model(graph.fingerprint(), graph.name)
+    check_emitted(plan)
     check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))

@@ -144,6 +144,13 @@ class BlockKind:
         """Whether it has a backward: not where it and all before it are frozen."""
         return any(self.graph.nodes[name].meta.requires_grad for name in self.graph.outputs)
 
+    def digest(self) -> str:
+        """Sixteen hex digits that change with anything in its graph."""
+        from autopar.graph.serialize import graph_to_json
+
+        text = json.dumps(graph_to_json(self.graph), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True, slots=True)
 class Block:

@@ -112,9 +112,10 @@ def _fakes(tensors: Sequence[torch.Tensor], mode: FakeTensorMode) -> tuple[dict[
     return faked, place_of
 
 
-def fused_kernels() -> TorchFunctionMode:
-    """Inside it, attention, RMS norm and dropout make and save what the fused GPU kernels do."""
-    return _FusedKernels()
+def fused_kernels(attention: bool = True) -> TorchFunctionMode:
+    """Inside it, attention (if asked), RMS norm and dropout make and save what the fused GPU kernels do; attention
+    that is not fused keeps its probabilities, and with dropout also the mask and what is left of them."""
+    return _FusedKernels(attention)
 
 
 class _NoChange(TorchFunctionMode):
@@ -125,10 +126,18 @@ class _NoChange(TorchFunctionMode):
 
 
 class _FusedKernels(TorchFunctionMode):
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in (F.scaled_dot_product_attention, attention_of_last) and not self.attention:
+            dropout = func is not attention_of_last and (kwargs.get("dropout_p") or (args[4:5] or (0.0,))[0])
+            query, key, value = args[:3]
+            return _unfused_attention(query, key, value, bool(dropout))
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func is attention_of_last:  # the kernel needs no mask in memory
@@ -153,6 +162,13 @@ def _attention(
     output = query.new_empty(*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1]).transpose(-3, -2)
     statistics = torch.empty(query.shape[:-1], dtype=torch.float32)
     return _Saving.apply(output, statistics, True, *kept)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _unfused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: bool) -> torch.Tensor:
+    scores = query.new_empty(*query.shape[:-1], key.shape[-2])
+    extra = (scores, scores.new_empty(scores.shape), torch.empty(scores.shape, dtype=torch.bool))
+    output = query.new_empty(*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1]).transpose(-3, -2)
+    return _Probabilities.apply(output, dropout, *(extra if dropout else extra[:1]), query, key, value)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _rms_norm(
@@ -184,6 +200,25 @@ class _Saving(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         inputs = ctx.saved_tensors[: len(ctx.needs_input_grad) - 3]
         return (None, None, None, *(tensor.new_empty(tensor.shape) for tensor in inputs))
+
+
+class _Probabilities(torch.autograd.Function):
+    """Returns ``output``; saves all the rest. Its backward makes the gradient of the probabilities, then that of the
+    scores in its place."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, dropout: bool, *kept: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*kept)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        kept = ctx.saved_tensors
+        inputs = kept[-3:]
+        scores = kept[0].new_empty(kept[0].shape)
+        made = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+        del scores
+        return (*(None,) * (2 + len(kept) - 3), *made)
 
 
 class _Mask(torch.autograd.Function):

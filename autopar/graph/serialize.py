@@ -15,7 +15,7 @@ def model_to_json(model: ModelGraph) -> dict[str, Any]:
     return {
         "version": GRAPH_VERSION,
         "name": model.name,
-        "kinds": {name: _graph_json(kind.graph) for name, kind in model.kinds.items()},
+        "kinds": {name: graph_to_json(kind.graph) for name, kind in model.kinds.items()},
         "blocks": [
             [
                 block.kind,
@@ -25,8 +25,8 @@ def model_to_json(model: ModelGraph) -> dict[str, Any]:
             ]
             for block in model.blocks
         ],
-        "constants": _graph_json(model.constants),
-        "count": _graph_json(model.count),
+        "constants": graph_to_json(model.constants),
+        "count": graph_to_json(model.count),
         "batch": _metas_json(model.batch),
         "parameters": _metas_json(model.parameters),
         "buffers": _metas_json(model.buffers),
@@ -62,7 +62,8 @@ def model_from_json(data: dict[str, Any]) -> ModelGraph:
     )
 
 
-def _graph_json(graph: OpGraph) -> dict[str, Any]:
+def graph_to_json(graph: OpGraph) -> dict[str, Any]:
+    """A graph as plain JSON values; equal graphs give equal values."""
     nodes = [
         [n.name, n.kind, _meta_json(n.meta), n.op, _value_json(n.args), _value_json(n.kwargs), n.target, n.module]
         for n in graph.nodes.values()

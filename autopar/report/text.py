@@ -9,6 +9,7 @@ from autopar.mesh import AXES, Mesh
 from autopar.plan import MEMORY_KINDS, Candidate, Plan
 from autopar.report.columns import counted, item, pairs, percent, span, table, value_text
 from autopar.report.units import bytes_text, memory_unit, seconds_text, significant
+from autopar.stack import stack_of
 
 HEADS = {"parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "activs"}
 
@@ -25,7 +26,11 @@ def decision_lines(plan: Plan) -> list[str]:
     lines = [
         f"{plan.model} on {cluster}: {cluster.devices} x {cluster.device.title}",
         *item(
-            "job", f"{job.global_batch:,} sequences of {job.seq_len:,} tokens per step, {job.dtype}, {job.optimizer}"
+            "job",
+            f"{job.global_batch:,} sequences of {job.seq_len:,} tokens per step, {job.dtype}"
+            + (f" (linear layers {job.linear_dtype})" if job.linear_dtype else "")
+            + f", {job.optimizer}"
+            + ("" if job.stack == "torch" else f", run by {stack_of(job.stack).title}"),
         ),
         *item("mesh", f"{replace(mesh, order=AXES)} ({'; '.join(_axis_words(plan)) or 'one device'})"),
         *(item("ranks", order_words(mesh)) if mesh.order != AXES else ()),

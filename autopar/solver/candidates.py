@@ -8,6 +8,8 @@
   last operator that saves something, and what the block saves is then transient.
 * "selective" keeps besides the results of some operators (`solver.recompute`): their bytes are counted, the rest runs
   again.
+* A block takes as long each way as the device works for it, or as the host needs to start its kernels, whichever is
+  more: the host runs ahead of a busy device, and an idle one waits for it.
 * "/offload": what is kept waits on the host. On the device remain tensors too small to be moved and, while the block
   runs, the tensors of two blocks: its own, and those on their way to or from the host.
 """
@@ -15,8 +17,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from autopar.graph.ir import BlockKind
 from autopar.job import Job
@@ -31,7 +35,7 @@ from autopar.solver.decision_costs import (
     priced_pieces,
 )
 from autopar.solver.liveness import Footprint, footprint
-from autopar.solver.prices import AxisPrices
+from autopar.solver.prices import AxisPrices, Price
 from autopar.solver.recompute import Recompute, exposed_copy, moved_of, rerun
 
 
@@ -77,7 +81,8 @@ class BlockCost:
         return Recompute(self.recompute, self.saved, self.offload).name
 
     def recomputed(self, recompute: str, saved: tuple[str, ...], again_s: float, kept: int) -> BlockCost:
-        """The same decision with ``again_s`` seconds of forward run again in backward; ``kept``: bytes in flight."""
+        """The same decision with ``again_s`` more seconds of backward, in which parts of the forward run again;
+        ``kept``: bytes in flight."""
         share = again_s / max(self.forward_s + self.backward_s, 1e-30)
         return replace(
             self,
@@ -105,6 +110,12 @@ class BlockCost:
         )
 
 
+KEPT = 4096
+"""Footprints of earlier searches that are kept for later ones of this process; the oldest goes first."""
+
+_earlier: OrderedDict[Any, Footprint] = OrderedDict()
+
+
 class BlockCosts:
     """Costs of decisions for one job; saved bytes are measured once per decision."""
 
@@ -126,8 +137,8 @@ class BlockCosts:
             kind=kind.name,
             decision=decision,
             recompute="none",
-            forward_s=price.forward_s,
-            backward_s=price.backward_s,
+            forward_s=max(price.forward_s, price.host_forward_s),
+            backward_s=max(price.backward_s, price.host_backward_s),
             communication_s=price.communication_s,
             again_s=0.0,
             elements=local_elements(kind, decision),
@@ -137,7 +148,7 @@ class BlockCosts:
             transient=max(0, found_bytes.peak_bytes(batch) - inflight),
             sources=sources,
         )
-        forward = {key: one.forward_s for key, one, _ in pieces}
+        parts = {key: one for key, one, _ in pieces}
         bandwidth = prices.ops.device.host_bandwidth
         found = {}
         here = {"none": (plain, found_bytes.saved_sizes(batch))}  # on the device, with the tensors kept
@@ -146,7 +157,8 @@ class BlockCosts:
             how = replace(choice, offload=False).name
             if how not in here:
                 run = rerun(kind, decision, choice.saved, batch, self.job)
-                again_s, kept = sum(forward[key] for key in run.again), boundary + sum(run.kept.values())
+                again_s = longer(price, [parts[key] for key in run.again]) - plain.backward_s
+                kept = boundary + sum(run.kept.values())
                 sizes = [*boundary_parts(kind, decision, batch, self.job), *run.kept.values()]
                 here[how] = plain.recomputed(choice.recompute, run.families, again_s, kept), sizes
             cost, sizes = here[how]
@@ -161,16 +173,27 @@ class BlockCosts:
         """What the sharded block holds through its forward and backward."""
         key = (kind.name, json.dumps(decision.to_json(), sort_keys=True), lean)
         if key not in self._footprints:
-            self._footprints[key] = footprint(kind, decision, self.job, lean)
+            place = (kind.digest(), replace(self.job, global_batch=1), *key)
+            found = _earlier.pop(place, None) or footprint(kind, decision, self.job, lean)
+            self._footprints[key] = _earlier[place] = found
+            if len(_earlier) > KEPT:
+                _earlier.popitem(last=False)
             self.measured += 1
         return self._footprints[key]
 
 
-def again_seconds(kind: BlockKind, candidate: Candidate, forward: Mapping[str, float], batch: int, job: Job) -> float:
-    """Seconds of a candidate's recomputation; ``forward``: of its pieces, by key."""
+def longer(price: Price, again: Iterable[Price]) -> float:
+    """Seconds of a backward in which the forward of these pieces runs again."""
+    pieces = list(again)
+    device = price.backward_s + sum(piece.forward_s for piece in pieces)
+    return max(device, price.host_backward_s + sum(piece.host_forward_s for piece in pieces))
+
+
+def again_pieces(kind: BlockKind, candidate: Candidate, batch: int, job: Job) -> tuple[str, ...]:
+    """Keys of the pieces that run again in a candidate's backward."""
     if candidate.recompute == "none":
-        return 0.0
-    return sum(forward[key] for key in rerun(kind, candidate.decision, candidate.saved, batch, job).again)
+        return ()
+    return tuple(rerun(kind, candidate.decision, candidate.saved, batch, job).again)
 
 
 def moved_bytes(kind: BlockKind, candidate: Candidate, batch: int, job: Job) -> int:

@@ -25,6 +25,7 @@ from math import ceil, gcd, log2, prod
 
 from autopar.cluster import Cluster
 from autopar.mesh import Span
+from autopar.stack import stack_of
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 
@@ -66,8 +67,8 @@ class Placement:
 class CollectiveCosts:
     """Prices collectives on one cluster."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, stack: str = "torch") -> None:
+        self.cluster, self.stack = cluster, stack_of(stack)
         self._gloo = cluster.device.backend == "cpu"
         self._protocols = GLOO if self._gloo else NCCL
         self._placements: dict[tuple[int, int], Placement] = {}
@@ -155,7 +156,7 @@ class CollectiveCosts:
         hop = inter.latency_s * protocol.inter
         inside = intra.device_bandwidth * protocol.bandwidth
         outside = inter.device_bandwidth * protocol.bandwidth
-        start = self.cluster.device.collective_s + protocol.start_s
+        start = max(self.cluster.device.collective_s + protocol.start_s, self.stack.collective_host_s)
         n = place.ranks
 
         if kind == "send_recv":

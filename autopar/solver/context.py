@@ -67,7 +67,7 @@ class Context:
             cluster,
             fix,
             ops,
-            CollectiveCosts(cluster),
+            CollectiveCosts(cluster, job.stack),
             ties_of(model),
             BlockCosts(job),
             Clock(),
@@ -122,4 +122,4 @@ class Context:
 
     def gradient_price(self) -> float:
         """Seconds per micro-batch that each parameter element that trains costs at least: its gradient is handed on."""
-        return stream_seconds(self.ops, self.job.compute_bytes + self.job.master_bytes)
+        return self.ops.stack.copies * stream_seconds(self.ops, self.job.compute_bytes + self.job.master_bytes)

@@ -140,7 +140,7 @@ class DataAxis:
     @property
     def exposes(self) -> bool:
         """Whether reductions follow the last backward of a stage, and what comes next waits for them."""
-        return self.halves and self.defers and not self.drains
+        return self.defers and not self.drains and (self.halves or not self.ops.stack.overlaps)
 
     @property
     def gathers_each(self) -> bool:
@@ -161,7 +161,8 @@ class DataAxis:
     def drains(self) -> bool:
         """Whether nothing but the end of the step waits for the last reductions. Their inputs, which take the place of
         whole gradients that waited, are held until then."""
-        return self.staged and self.zero == 1 and (self.halves or self.micro_batches > 1)
+        late = self.halves or self.micro_batches > 1
+        return self.staged and self.zero == 1 and late and self.ops.stack.overlaps
 
     def gather_s(self, elements: int) -> float:
         """Network seconds to gather a block's parameters in compute dtype."""
@@ -181,7 +182,7 @@ class DataAxis:
         """Of these, inside a shard group: what zero 2 and 3 do in every micro-batch."""
         if not elements:
             return 0.0
-        nbytes = elements * self.ops.job.master_bytes
+        nbytes = elements * self.ops.gradient_bytes
         seconds = 0.0
         if self.shards > 1:
             seconds += self._shared_s("reduce_scatter", nbytes)
@@ -195,7 +196,7 @@ class DataAxis:
         """Of these, across replicas: once a step."""
         if not elements or self.replicas == 1:
             return 0.0
-        nbytes = elements * self.ops.job.master_bytes / self.shards
+        nbytes = elements * self.ops.gradient_bytes / self.shards
         across = min(self.collectives.over("all_reduce", nbytes, cut(span, self.shards)[1]) for span in self.spans)
         return across + self._host_s(elements)
 
@@ -204,12 +205,12 @@ class DataAxis:
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
         cast = (master + compute) * elements / self.shards if master != compute else 0.0
         local = 2 * compute * elements if self.shards == 1 else 0.0
-        return stream_seconds(self.ops, cast + local + 2 * compute * elements, 3)
+        return self._copied_s(cast + local + 2 * compute * elements, 3)
 
     def reduce_copy_s(self, elements: int) -> float:
         """Seconds per backward of handing the gradients on to the reduction or the accumulated gradient."""
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
-        return stream_seconds(self.ops, (compute + (2 if self.accumulates else 1) * master) * elements, 1)
+        return self._copied_s((compute + (2 if self.accumulates else 1) * master) * elements, 1)
 
     def optimizer_s(self, elements: float) -> float:
         """Seconds of clipping and the optimizer where so many of the elements held on the model axes train."""
@@ -229,7 +230,11 @@ class DataAxis:
         gather = cast + (4 if self.shards == 1 else 2) * compute
         gathered = (1 if root else 2) * elements - still if self.gathers_each else 0.0
         accumulated = (master if self.accumulates else 0) * (elements - frozen)
-        return stream_seconds(self.ops, gather * gathered + accumulated)
+        return self._copied_s(gather * gathered + accumulated)
+
+    def _copied_s(self, nbytes: float, kernels: int = 0) -> float:
+        """Seconds of copies around collectives, as many as the stack makes."""
+        return self.ops.stack.copies * stream_seconds(self.ops, nbytes, kernels)
 
     def of(self, seconds: str, elements: int, expert: int) -> float:
         """A figure of this class (by its method's name) for ``elements`` of which ``expert`` are experts': these are a

@@ -218,7 +218,8 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
     memory, host = place.memory.ranks(blocks), place.memory.hosts(blocks)
     exchanged = crossing * context.job.master_bytes / place.memory.shards
     tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.mesh.strides()["pp"])
-    step_time, breakdown = step(times, stages, config, place.transfers, tied_s)
+    overhead_s = context.ops.stack.step_s
+    step_time, breakdown = step(times, stages, config, place.transfers, tied_s, overhead_s)
     context.clock.add("simulation", begin)
     context.clock.counts["simulations"] += 1
     return Assessment(config, tuple(map(tuple, stages)), tuple(times), memory, host, step_time, breakdown, boundary)
@@ -230,17 +231,19 @@ def step(
     config: Config,
     transfer_s: Sequence[float],
     tied_s: float,
+    overhead_s: float = 0.0,
 ) -> tuple[float, dict[str, float]]:
     """Step time, and where it goes on the rank that decides it (seconds that add up to the step time).
 
-    The optimizer starts everywhere at once: clipping needs every stage's gradients.
+    The optimizer starts everywhere at once: clipping needs every stage's gradients. ``overhead_s``: what the stack
+    does beside.
     """
     m, rule = config.micro_batches, SCHEDULES[config.schedule]
     owned = [[s for s in range(len(times)) if rule.rank_of(s, config.pp) == rank] for rank in range(config.pp)]
     events = stage_events(times, config.schedule, config.pp)
     timeline = simulate(events, m, transfer_s, config.schedule, config.vpp)
     optimizer = max(sum(times[s].optimizer_s for s in own) for own in owned)
-    total = timeline.total + tied_s + optimizer
+    total = timeline.total + tied_s + optimizer + overhead_s
     last = max(range(config.pp), key=lambda rank: (timeline.ends[rank], -rank))
     mine = [times[s] for s in owned[last]]
     blocks = [block for s in owned[last] for block in stages[s]]
@@ -248,7 +251,8 @@ def step(
     talk = sum(block.communication_s for block in blocks)
     copies = sum(block.copies_s for block in blocks)
     own = sum(block.forward_s + block.backward_s for block in blocks)
-    busy = sum(m * (t.forward_s + t.backward_s) + t.first_s + (0.0 if t.reduces_s else t.last_s) for t in mine)
+    last_s = [0.0 if t.reduces_s else t.last_s + t.reduce_s for t in mine]
+    busy = sum(m * (t.forward_s + t.backward_s) + t.first_s + late for t, late in zip(mine, last_s, strict=True))
     exposed = timeline.exposed[last]
     return total, {
         "computation": m * (own - again - talk - copies),
@@ -259,4 +263,5 @@ def step(
         "pipeline wait": timeline.ends[last] - busy - exposed if config.pp > 1 else 0.0,
         "tied weights": tied_s,
         "optimizer": optimizer,
+        **({"step overhead": overhead_s} if overhead_s else {}),
     }

@@ -1,24 +1,32 @@
-"""The error bar of a prediction, until residuals of validation runs take its place.
+"""The error bar of a prediction: an 80 % interval from the residuals of published runs.
 
-Every constant of the cost model that is not a fact has a range it may plausibly lie in (``low``, ``high`` in the
-device's catalog file). The plan is priced with one constant at a time at either end of its range; the changes in the
-step time, taken as independent, add in quadrature to each side. A device without such ranges (measured, or the user's
-own) takes ``SPREAD`` for the constants below, an assumption: how much a rate measured alone may differ under load.
+`benchmarks/published.py` predicts published training runs and notes, by group of runs, the 10th and 90th percentile of
+measured over predicted seconds (``catalog/residuals.yaml``). A prediction for a stack with such runs takes those of its
+groups; any other, of what autopar emits too, takes all groups', each with the same weight: of how a new stack does,
+groups that were fitted say less than how they differ.
+
+A device that was measured here, or is the user's own, has no published runs. There the constants of `RATES` are moved
+by `SPREAD`, an assumption: how much a rate measured alone may differ under load. The plan is priced with one at a time
+at either end; the changes in the step time, taken as independent, add in quadrature to each side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from math import hypot
 from pathlib import Path
 from typing import Any
 
-from autopar.cluster import Cluster, Device
+import yaml
+
+from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
 from autopar.solver.reprice import price_plan
 
+RESIDUALS = Path(__file__).parents[1] / "catalog" / "residuals.yaml"
 SPREAD = 0.25
 """Fraction either way."""
 RATES = (
@@ -35,45 +43,46 @@ RATES = (
 
 
 def interval_of(plan: Plan, model: ModelGraph) -> tuple[float, float]:
-    """(shortest, longest) plausible step time in seconds."""
+    """(low, high) seconds between which the measured step time lies with a probability of about 80 %."""
+    step_time = plan.predicted.step_time
+    if plan.cluster.device.origin == "catalog":
+        low, high = residuals(plan.job.stack)
+        return step_time * min(1.0, low), step_time * max(1.0, high)
     faster: list[float] = []
     slower: list[float] = []
-    for low, high in ranges(plan.cluster):
-        changes = [price_plan(plan, model, cluster).step_time - plan.predicted.step_time for cluster in (low, high)]
+    for below, above in ranges(plan.cluster):
+        changes = [price_plan(plan, model, cluster).step_time - step_time for cluster in (below, above)]
         faster.append(max(0.0, -min(changes)))
         slower.append(max(0.0, *changes))
-    step_time = plan.predicted.step_time
     return max(step_time * 0.05, step_time - hypot(*faster)), step_time + hypot(*slower)
+
+
+def residuals(stack: str) -> tuple[float, float]:
+    """The 10th and 90th percentile of measured over predicted seconds for a stack."""
+    known = _residuals()
+    found = known["stacks"].get(stack, known["all"])
+    return float(found["low"]), float(found["high"])
+
+
+@cache
+def _residuals() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(RESIDUALS.read_text())
+    return found
 
 
 def ranges(cluster: Cluster) -> Iterator[tuple[Cluster, Cluster]]:
     """For each uncertain constant, the cluster with it at the low and at the high end."""
-    known = _catalog_ranges(cluster.device)
     for name in RATES:
         value = _get(cluster, name)
-        low, high = known.get(name, (value, value)) if known else (value * (1 - SPREAD), value * (1 + SPREAD))
+        low, high = value * (1 - SPREAD), value * (1 + SPREAD)
         if name.endswith("efficiency"):
             low, high = min(low, 1.0), min(high, 1.0)
         if low != high:
             yield _set(cluster, name, low), _set(cluster, name, high)
     measured = cluster.device.measured
-    if measured:  # rates measured alone differ under load
+    if measured:
         fast, slow = (replace(measured, slowdown=measured.slowdown * (1 + part)) for part in (-SPREAD, SPREAD))
         yield _with_device(cluster, measured=fast), _with_device(cluster, measured=slow)
-
-
-def _catalog_ranges(device: Device) -> dict[str, tuple[float, float]]:
-    if device.origin != "catalog":
-        return {}
-    import yaml
-
-    from autopar.catalog.devices_file import FOLDER, figures_of
-
-    path = Path(FOLDER) / f"{device.name}.yaml"
-    if not path.exists():
-        return {}
-    figures = figures_of(yaml.safe_load(path.read_text()))
-    return {name: (f["low"], f["high"]) for name, f in figures.items() if "low" in f and "high" in f and name in RATES}
 
 
 def _get(cluster: Cluster, name: str) -> float:

@@ -41,8 +41,9 @@ from autopar.sharding.execute import local_shape, run_op
 from autopar.sharding.layout import CONTEXT, Layout
 from autopar.sharding.local import blocks_at, produced_layouts
 from autopar.sharding.simulate import LocalWorld
-from autopar.solver.stand_ins import Conversion, VocabCrossEntropy, all_reduced
+from autopar.solver.stand_ins import Conversion, InPlaceCrossEntropy, VocabCrossEntropy, all_reduced
 from autopar.solver.work import ATTENTION
+from autopar.stack import stack_of
 
 PRIME = 10007
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -87,7 +88,8 @@ def footprint(kind: BlockKind, decision: BlockDecision, job: Job, lean: bool = F
     vocabulary, which keeps less, also where it is not split."""
     batch = PRIME * prod(decision.axes.values())
     live = _Live()
-    with FakeTensorMode(), torch.enable_grad(), fused_kernels(), live:
+    stack = stack_of(job.stack)
+    with FakeTensorMode(), torch.enable_grad(), fused_kernels(stack.attention == "fused"), live:
         run = _Run(kind, decision, batch, job, lean)
         live.reset(run.outside)
         kept: dict[int, Tensor] = {}
@@ -103,7 +105,7 @@ def footprint(kind: BlockKind, decision: BlockDecision, job: Job, lean: bool = F
             end = run.forward()
         made = [key for key in kept if live.knows(key) and key not in run.returned and not run.is_handed(key)]
         handed = list(run.handed.values())
-        sizes = handed + [live.size(key) for key in made]
+        sizes = handed + [live.size(key) // run.gathered_by(key) for key in made]
         views = handed + [least[key] for key in made]
         kept.clear()
         if end is not None and end.requires_grad:
@@ -197,6 +199,7 @@ class _Run:
         self.outside: list[Tensor] = []
         self.handed: dict[int, int] = {}
         self.arrived: dict[int, Any] = {}
+        self.gathered: dict[int, tuple[Any, int]] = {}
         self.returned: set[int] = set()
         self.arriving: list[Node] = []
         for node in self.graph.nodes.values():
@@ -221,7 +224,20 @@ class _Run:
 
     def _convert(self, x: Tensor, step: Step, axis: str) -> Tensor:
         balanced = self.balanced and axis == CONTEXT
-        return Conversion.apply(x, step, self.decision.axes[axis], balanced)  # type: ignore[no-untyped-call,no-any-return]
+        made: Tensor = Conversion.apply(x, step, self.decision.axes[axis], balanced)  # type: ignore[no-untyped-call]
+        if step.forward == "all_gather" and stack_of(self.job.stack).buffers:
+            storage = made.untyped_storage()
+            self.gathered[storage_key(made)] = (
+                weakref.ref(storage),
+                self.decision.axes[axis] * self.gathered_by(storage_key(x)),
+            )
+        return made
+
+    def gathered_by(self, key: int) -> int:
+        """Ranks of which a kept tensor is gathered, where the stack keeps each rank's own part and gathers it again:
+        Megatron's linear layers under sequence parallelism, and rings of keys and values."""
+        storage, ranks = self.gathered.get(key, (None, 1))
+        return ranks if storage is not None and storage() is not None else 1
 
     def forward(self) -> Tensor | None:
         """What to call backward on."""
@@ -238,7 +254,9 @@ class _Run:
             needs, layout = produced_layouts(node, choice)
             operands = [[self._find(name, need)] for name, need in zip(node.operands(), needs, strict=True)]
             split = self.lean or any(strategy.variant for strategy in choice.values())
-            if node.op == "autopar.cross_entropy" and split:
+            if node.op == "autopar.cross_entropy" and stack_of(self.job.stack).buffers:
+                made = InPlaceCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
+            elif node.op == "autopar.cross_entropy" and split:
                 made = VocabCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
             else:
                 (made,) = run_op(node, choice, operands, self.world, self.batch, self.job.seq_len, self.compute)

@@ -175,7 +175,7 @@ class MeasuredOps:
             return self._at("matmul", dtype, direction, (m, n, k), 1)
         return self._at("batched_matmul", dtype, direction, (batch, m, n, k), 1)
 
-    def _at(self, op: str, dtype: str, direction: str, point: Point, kernels: int) -> Part | None:
+    def _at(self, op: str, dtype: str, direction: str, point: Point, kernels: float) -> Part | None:
         """A table's figure as a rank has it; not less than the host takes to start so many kernels."""
         found = self._table(op, dtype, direction).at(point)
         if found is None:

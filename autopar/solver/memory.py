@@ -55,6 +55,7 @@ from autopar.schedule import SCHEDULES, Schedule, stages_of
 from autopar.solver.moment_table import SHARES, Ints, moment_tables
 from autopar.solver.orders import Held, is_steady, peaks
 from autopar.solver.stage_peaks import StageBackward
+from autopar.stack import stack_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,12 @@ class MemoryModel:
     @property
     def drains(self) -> bool:
         """Whether the inputs of the last reductions are held to the end of the step (`DataAxis.drains`)."""
-        return self.defers and self.zero == 1 and self.pp > 1
+        return self.defers and self.zero == 1 and self.pp > 1 and stack_of(self.job.stack).overlaps
+
+    @property
+    def keeps_buffers(self) -> bool:
+        """Whether gradients have buffers of their own (`Stack.buffers`)."""
+        return stack_of(self.job.stack).buffers
 
     @property
     def splits(self) -> bool:
@@ -192,6 +198,8 @@ class MemoryModel:
         """Bytes per element of gradients that are kept on the device when a stage has done no, one, some or all of the
         backwards of a step (`orders.Moment`). ``halved``: as in `StageBackward`."""
         master, compute = self.job.master_bytes, self.job.compute_bytes
+        if self.keeps_buffers:
+            return master if stack_of(self.job.stack).gradients == "master" else compute
         if done == "none":
             return 0.0
         if done != "all" and halved:
@@ -243,8 +251,9 @@ class MemoryModel:
         return self._received(stage) - (flying * self.boundary if self._crosses(stage) else 0)
 
     def _crosses(self, stage: int) -> bool:
-        """Whether what a stage gets comes from another rank."""
-        return 0 < stage < self.stages and self.rank_of(stage) != self.rank_of(stage - 1)
+        """Whether what a stage gets comes from another rank, in buffers that PyTorch's schedules hold for the step
+        (Megatron's make one when it is due, and let go of what was sent)."""
+        return not self.keeps_buffers and 0 < stage < self.stages and self.rank_of(stage) != self.rank_of(stage - 1)
 
     def _received(self, stage: int) -> int:
         """Receive buffers: for inputs, and for the gradients of outputs, of all micro-batches."""

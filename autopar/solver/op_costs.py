@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 from autopar.cluster import Device
-from autopar.graph.ir import Node
-from autopar.job import Job
+from autopar.graph.ir import EXPERTS, Node
+from autopar.job import NARROW_BYTES, Job
 from autopar.solver.measured_ops import MeasuredOps
+from autopar.solver.stack_work import LINEAR, as_run
 from autopar.solver.work import Attention, LocalTensor, Matmul, Work, variant, work
+from autopar.stack import stack_of
 
 __all__ = ["LocalTensor", "OpCosts", "OpTime"]
 
@@ -47,6 +49,10 @@ SUM_K = 512
 """Inner length that summing the parts of a split tile takes as long as: 256 KiB of float32 written and read through the
 cache against 64 KiFLOP a step; plausible 128 to 1024."""
 
+WIDE_SHARE = 0.15
+"""Of linear layers in FP4, the share that keeps the job's dtype, as training in it needs (NVIDIA, "Pretraining Large
+Language Models with NVFP4", arXiv 2509.25149: 15 % of the network); plausible 0 to 0.2."""
+
 ATTENTION_TILE = 128
 """Queries that one processor of the fused attention kernel works on (FlashAttention-2: 128 for head dims up to 128)."""
 
@@ -56,13 +62,16 @@ FILL_KEYS = 256
 
 @dataclass(frozen=True, slots=True)
 class OpTime:
-    """Seconds forward and backward; ``source``: where the device's figures are from ("catalog" or "measured"). Beside a
+    """Seconds forward and backward; ``host_forward``, ``host_backward``: those that the host takes to start its
+    kernels, beside the device's. ``source``: where the device's figures are from ("catalog" or "measured"). Beside a
     profile: "measured" (this shape was), "interpolated" (others were), "catalog" or "roofline" (a roofline by figures
     of the catalog, or of a measured device)."""
 
     forward: float
     backward: float
     source: str
+    host_forward: float = 0.0
+    host_backward: float = 0.0
 
 
 class OpCosts:
@@ -77,9 +86,23 @@ class OpCosts:
             if dtype in device.peak_flops:
                 self._peak.setdefault(nbytes, device.peak_flops[dtype])
         self._bandwidth = device.memory_bandwidth * device.memory_efficiency
+        self.stack = stack_of(job.stack)
+        self._linear = self._linear_peak() if job.linear_dtype else 0.0
+        self._narrow = NARROW_BYTES[job.linear_dtype] if job.linear_dtype else 0.0
         self._measured = MeasuredOps(device.measured, job) if device.measured else None
         self._ops: dict[object, OpTime] = {}
-        self._matmuls: dict[tuple[Matmul, int], float] = {}
+        self._matmuls: dict[tuple[Matmul, int, float], float] = {}
+
+    def _linear_peak(self) -> float:
+        """Peak FLOP/s of linear layers that cast their operands; of FP4's, some keep the job's dtype."""
+        narrow = self.device.peak(str(self.job.linear_dtype))
+        wide = WIDE_SHARE if self.job.linear_dtype == "fp4" else 0.0
+        return 1 / ((1 - wide) / narrow + wide / self.device.peak(self.job.dtype))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes per element of gradients as they are reduced."""
+        return self.job.master_bytes if self.stack.gradients == "master" else self.job.compute_bytes
 
     def seconds(self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> OpTime:
         """Time of ``node`` on local tensors; ``inputs`` and ``grads`` (wants a gradient) follow ``node.operands()``."""
@@ -99,7 +122,16 @@ class OpCosts:
                 return OpTime(*known)
             source = "roofline" if source == "measured" else source
         width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
-        return OpTime(self._time(forward, width), self._time(backward, width), source)
+        forward, backward = as_run(node, forward, backward, width, self.stack, self._narrow)
+        linear = self._linear if node.op in (LINEAR, EXPERTS) else 0.0
+        host = self.stack.host_s
+        return OpTime(
+            self._time(forward, width, linear),
+            self._time(backward, width, linear),
+            source,
+            host * forward.kernels,
+            host * backward.kernels,
+        )
 
     def arithmetic_seconds(
         self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]
@@ -108,7 +140,10 @@ class OpCosts:
         FLOP, so that n ranks that share it take an n-th each, or more."""
         width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
         peak = self._peak.get(width, self._peak[self.job.compute_bytes])
-        matmul_rate, attention_rate = peak * self.device.matmul_efficiency, peak * self.device.attention_efficiency
+        matmul_rate = max(peak, self._linear) * self.device.matmul_efficiency * self.stack.matmul
+        attention_rate = peak * self.device.attention_efficiency * self.stack.attention_speed
+        if self.stack.attention == "unfused":
+            attention_rate = max(attention_rate, peak)
         if self._measured:  # some shapes may have run faster than the catalog thinks
             matmul_rate = max(matmul_rate, self._measured.best_rate(width))
             attention_rate = max(attention_rate, self._measured.best_rate(width, attention=True))
@@ -136,19 +171,21 @@ class OpCosts:
             known = self._measured.adamw_seconds(elements)
             if known is not None:
                 return known
-        return self.stream_seconds((3 + 2 * self.job.moments) * elements * self.job.master_bytes)
+        passes = (3 + 2 * self.job.moments) * self.stack.state_passes
+        return self.stream_seconds(passes * elements * self.job.master_bytes)
 
     def clip_seconds(self, elements: int) -> float:
         """Gradient clipping on this rank: reads gradients for the norm, scales them. Its all-reduce is not here."""
         return self.stream_seconds(3 * elements * self.job.master_bytes, kernels=2)
 
-    def matmul_seconds(self, matmul: Matmul, bytes_per_element: int) -> float:
-        """Time at the rate of the arithmetic alone, without bytes and launch."""
-        key = (matmul, bytes_per_element)
+    def matmul_seconds(self, matmul: Matmul, bytes_per_element: int, linear: float = 0.0) -> float:
+        """Time at the rate of the arithmetic alone, without bytes and launch. ``linear``: the peak FLOP/s of narrower
+        operands, if it casts them."""
+        key = (matmul, bytes_per_element, linear)
         found = self._matmuls.get(key)
         if found is None:
-            peak = self._peak.get(bytes_per_element, self._peak[self.job.compute_bytes])
-            rate = peak * self.device.matmul_efficiency * _fill(matmul, self.device.processors)
+            peak = linear or self._peak.get(bytes_per_element, self._peak[self.job.compute_bytes])
+            rate = peak * self.device.matmul_efficiency * self.stack.matmul * _fill(matmul, self.device.processors)
             found = self._matmuls[key] = matmul.flops / rate if matmul.flops else 0.0
         return found
 
@@ -158,10 +195,11 @@ class OpCosts:
             return 0.0
         peak = self._peak.get(bytes_per_element, self._peak[self.job.compute_bytes])
         fill = _attention_fill(attention, self.device.processors)
-        return attention.flops / (peak * self.device.attention_efficiency * fill)
+        return attention.flops / (peak * self.device.attention_efficiency * self.stack.attention_speed * fill)
 
-    def _time(self, part: Work, width: int) -> float:
-        seconds = sum(self.matmul_seconds(matmul, width) for matmul in part.matmuls)
+    def _time(self, part: Work, width: int, linear: float = 0.0) -> float:
+        """On the device."""
+        seconds = sum(self.matmul_seconds(matmul, width, linear) for matmul in part.matmuls)
         if part.attention:
             seconds += self.attention_seconds(part.attention, width)
         seconds = max(seconds, self._moved(part.matmul_bytes))

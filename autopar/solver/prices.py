@@ -56,11 +56,14 @@ def element_bytes(dtype: str, job: Job) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Seconds forward and backward; of these, ``communication_s`` in collectives (both directions)."""
+    """Seconds forward and backward on the device; of these, ``communication_s`` in collectives (both directions).
+    ``host_forward_s``, ``host_backward_s``: seconds that the host takes to start what runs."""
 
     forward_s: float
     backward_s: float
     communication_s: float = 0.0
+    host_forward_s: float = 0.0
+    host_backward_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -71,6 +74,8 @@ class Price:
             self.forward_s + other.forward_s,
             self.backward_s + other.backward_s,
             self.communication_s + other.communication_s,
+            self.host_forward_s + other.host_forward_s,
+            self.host_backward_s + other.host_backward_s,
         )
 
 
@@ -184,7 +189,7 @@ class AxisPrices:
         """An op node on local tensors with the collectives ``inside`` it on what they move, and where the figure is
         from. ``grads``: which inputs want a gradient."""
         time = self.ops.seconds(node, inputs, output, grads)
-        price = Price(time.forward, time.backward)
+        price = Price(time.forward, time.backward, 0.0, time.host_forward, time.host_backward)
         if node.op == EXPERTS:
             tensor_ranks = prod(size for axis, size in self.axes.items() if axis != CONTEXT)
             seconds = exchange_seconds(node, inputs, self.collectives, tensor_ranks)

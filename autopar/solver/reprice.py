@@ -21,7 +21,7 @@ from autopar.sharding.check import check_decision, chosen, operand_layouts
 from autopar.sharding.conversions import path
 from autopar.sharding.layout import Layout
 from autopar.sharding.local import local_shape
-from autopar.solver.candidates import again_seconds, moved_bytes
+from autopar.solver.candidates import again_pieces, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events, with_experts
 from autopar.solver.decision_costs import expert_elements, tail_elements
@@ -92,7 +92,7 @@ def check_price(plan: Plan, model: ModelGraph) -> None:
 def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) -> Repriced:
     """Seconds and bytes of the plan; on ``cluster`` in place of its own, if given (same shape, other figures)."""
     cluster, model = cluster or plan.cluster, as_planned(plan, model)
-    ops, collectives = OpCosts(cluster.device, plan.job), CollectiveCosts(cluster)
+    ops, collectives = OpCosts(cluster.device, plan.job), CollectiveCosts(cluster, plan.job.stack)
     mesh, m = plan.mesh, plan.micro_batches
     seconds = {name: _block_seconds(plan, model, one, ops, collectives) for name, one in plan.candidates.items()}
     hosted = {
@@ -177,7 +177,8 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     owned = [plan.stages_of(rank) for rank in range(mesh.pp)]
     events = stage_events(times, plan.schedule, mesh.pp)
     timeline = simulate(events, m, sent, plan.schedule, plan.vpp)
-    step_time = timeline.total + tied_s + max(sum(times[stage].optimizer_s for stage in own) for own in owned)
+    optimizer = max(sum(times[stage].optimizer_s for stage in own) for own in owned)
+    step_time = timeline.total + tied_s + optimizer + ops.stack.step_s
     return Repriced(step_time, tuple(times), bytes_of.ranks(blocks), bytes_of.hosts(blocks))
 
 
@@ -229,7 +230,8 @@ def _block_seconds(
     stride_of = plan.mesh.strides()
     prices = AxisPrices(ops, collectives, axes, batch, stride_of)
     pieces: dict[str, float] = {}  # forward seconds of operators and conversion steps
-    backward = 0.0
+    starts: dict[str, float] = {}  # of these, those in which the host starts them
+    backward = waits = 0.0
 
     def whole(shape: tuple[int | Size, ...]) -> tuple[int, ...]:
         return tuple(size.at(batch, job.seq_len) if isinstance(size, Size) else size for size in shape)
@@ -245,8 +247,9 @@ def _block_seconds(
         output = LocalTensor(shape, element_bytes(node.meta.dtype, job))
         time = ops.seconds(node, inputs, output, [meta.requires_grad for meta in operands])
         sent = exchange_seconds(node, inputs, collectives, plan.mesh.tp) if node.op == EXPERTS else 0.0
-        pieces[operator_key(node)] = time.forward + sent
+        pieces[operator_key(node)], starts[operator_key(node)] = time.forward + sent, time.host_forward
         backward += time.backward + sent
+        waits += time.host_backward
         for axis, strategy in chosen(node, graph, decision).items():
             for inner in strategy.inner:
                 shape = local_shape(whole(inner.shape), _without(layouts[inner.like], axis, len(inner.shape)), axes)
@@ -263,8 +266,10 @@ def _block_seconds(
             layout = layout.with_type(axis, step.target)
             pieces[step_key(conversion.tensor, conversion.source, conversion.target, place)] = price.forward_s
             backward += price.backward_s
-    forward = sum(pieces.values())
-    backward += again_seconds(kind, candidate, pieces, batch, job)
+    again = again_pieces(kind, candidate, batch, job)
+    forward = max(sum(pieces.values()), sum(starts.values()))
+    backward += sum(pieces[key] for key in again)
+    backward = max(backward, waits + sum(starts.get(key, 0.0) for key in again))
     if not candidate.offload:
         return forward, backward
     moved, bandwidth = moved_bytes(kind, candidate, batch, job), ops.device.host_bandwidth

@@ -8,10 +8,11 @@ found on demand and kept; `Shardings.cheap_bound` needs a linear program, `bound
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from autopar.sharding.decision import BlockDecision
 from autopar.solver.block_problem import ModelProblem, model_problem
@@ -60,8 +61,16 @@ class KindBytes:
     inputs: float
 
 
+KEPT = 48
+"""Shardings of earlier searches that are kept for later ones of this process; the oldest goes first."""
+
+_earlier: OrderedDict[Any, Shardings] = OrderedDict()
+
+
 class KnownShardings:
-    """Of one context, found on demand and kept."""
+    """Of one context, found on demand and kept: also for later searches whose shardings are the same, because model,
+    device, links, job and what is fixed of a block are (batch of a step and sizes of axes that split no block may
+    differ)."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -69,8 +78,21 @@ class KnownShardings:
 
     def of(self, key: Sharding) -> Shardings:
         if key not in self._known:
-            self._known[key] = Shardings(self.context, *key)
+            place = (self._shared(), key)
+            found = _earlier.pop(place, None) or Shardings(self.context, *key)
+            self._known[key] = _earlier[place] = found
+            if len(_earlier) > KEPT:
+                _earlier.popitem(last=False)
         return self._known[key]
+
+    def _shared(self) -> Any:
+        """What shardings depend on beside their key."""
+        context = self.context
+        fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
+        group = context.cluster.groups[0]
+        links = (group.devices_per_node, group.intra_node, group.inter_node)
+        job = replace(context.job, global_batch=1)
+        return context.model.fingerprint(), job, group.device, links, fix, context.equal_blocks
 
 
 class Shardings:
@@ -215,7 +237,8 @@ class Shardings:
         again = self._fastest_forward(name, runs_again(context.model.kinds[name]).runs) * (1 - 1e-12)
         if self.size == 1:
             cost = self.fastest().costs[name]["none"]
-            seconds = cost.forward_s + cost.backward_s + context.gradient_price() * self._held(name, cost.trains)
+            price, _ = decision_price(context.model.kinds[name], cost.decision, self.prices)
+            seconds = price.seconds + context.gradient_price() * self._held(name, cost.trains)
             none = seconds * (1 - 1e-12)
             return KindBound(none, none + again, forward, backward)
         ways = {Recompute.of(choice).recompute for choice in context.choices_of(name)}

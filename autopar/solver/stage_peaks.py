@@ -69,7 +69,7 @@ class StageBackward:
         elif kind == "I" and self.halved:
             yield from self._inputs(done)
         elif kind != "I":
-            yield from self._whole(done, last)
+            yield from self._buffered() if self.model.keeps_buffers else self._whole(done, last)
         if kind == "W" and last:
             yield from self._reductions()
 
@@ -126,6 +126,12 @@ class StageBackward:
             held = self._tail(before if adds else fresh, tail)
             yield Beside(0.0, kept - gone, drained + held + self._reduced(self.rooted) - freed)
         yield Beside(0.0, after * (self.grouped + self.added + self.rooted), self.draining("all") if reduces else 0.0)
+
+    def _buffered(self) -> Iterator[Beside]:
+        """Where gradients have buffers of their own, in which they are reduced, too."""
+        kept = self.kept("all") * (self.grouped + self.rooted)
+        for place in reversed(range(len(self.blocks))):
+            yield Beside(self.saved[place + 1], kept, self.blocks[place].transient)
 
     def _tail(self, each: float, elements: int) -> float:
         """The last gradient that a reduction puts in order for its shards is held until the reduction ends (by the

@@ -127,5 +127,21 @@ class VocabCrossEntropy(torch.autograd.Function):
         return result.to(logits.dtype), None
 
 
+class InPlaceCrossEntropy(torch.autograd.Function):
+    """The tensors of Megatron-Core's `_VocabParallelCrossEntropy`: logits widened, all else in their place, kept; the
+    gradient in the same place, then narrowed."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = logits.to(_wide(logits).dtype, copy=True)
+        ctx.save_for_backward(wide, labels)
+        ctx.dtype = logits.dtype
+        return wide.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.saved_tensors[0].to(ctx.dtype, copy=True), None
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

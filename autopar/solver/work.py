@@ -58,7 +58,8 @@ class Matmul(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Fused attention of ``batch`` (samples times query heads) problems; ``matmuls``: 2 forward, 5 backward."""
+    """Fused attention of ``batch`` (samples times query heads) problems; ``matmuls``: 2 forward, 5 backward.
+    ``balanced``: whether queries split by position are chunks from both ends of the sequence, if they can be."""
 
     batch: int
     queries: int
@@ -66,6 +67,7 @@ class Attention:
     head_dim: int
     causal: bool
     matmuls: int
+    balanced: bool = True
 
     @property
     def share(self) -> float:
@@ -76,7 +78,11 @@ class Attention:
         """
         if not self.causal:
             return 1.0
-        return 0.5 if self.queries % 2 == 0 or self.queries >= self.keys else 1 - self.queries / self.keys / 2
+        return (
+            0.5
+            if (self.balanced and self.queries % 2 == 0) or self.queries >= self.keys
+            else 1 - self.queries / self.keys / 2
+        )
 
     @property
     def flops(self) -> float:
@@ -96,7 +102,7 @@ class Work:
     attention: Attention | None = None
     matmul_bytes: float = 0.0
     nbytes: float = 0.0
-    kernels: int = 0
+    kernels: float = 0
 
     @property
     def flops(self) -> float:
@@ -489,3 +495,11 @@ _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILI
     EXPERTS: _experts,
     "autopar.cross_entropy": _cross_entropy,
 }
+
+
+_POINTWISE = (_elementwise, _sum_like, _cast, _rotary, _dropout, _softmax, _cross_entropy)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether fusing stacks run it together with its neighbours: it reads and writes each element where it is."""
+    return _COUNTS.get(node.op, _elementwise) in _POINTWISE

@@ -1,0 +1,87 @@
+"""An operator's work as a software stack runs it: pointwise operators fused, attention fused or not.
+
+`autopar.solver.work` counts the kernels of eager PyTorch. A stack that fuses pointwise operators into each other, or
+into the kernels beside them, moves fewer bytes in fewer kernels: ``Stack.pointwise`` and ``Stack.kernels`` say how many
+of a kernel each. Views, copies, lookups and collectives stay as they are, and so do norms, which are one kernel anyway.
+
+Unfused attention (Megatron-LM before FlashAttention: a batched matmul, a fused kernel that scales, masks and takes the
+softmax, a batched matmul), on scores S of batch x queries x keys elements, whole whatever the mask:
+
+    forward     Q K^T (writes S), softmax (reads and writes S), P V (reads S)
+    backward    dV = P^T dO, dP = dO V^T (writes S), softmax (reads P and dP, writes dS), dQ = dS K, dK = dS^T Q
+
+Linear layers in a narrower dtype cast their operands first: input and weight forward, the output's gradient backward
+(Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433); stacks that fuse pointwise operators fuse
+these casts with what made the operands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autopar.graph.ir import Node
+from autopar.solver.work import ATTENTION, MATMULS, Attention, Matmul, Work, is_pointwise
+from autopar.stack import Stack
+
+LINEAR = "aten.linear"
+
+
+def as_run(
+    node: Node, forward: Work, backward: Work, width: int, stack: Stack, narrow: float = 0.0
+) -> tuple[Work, Work]:
+    """Forward and backward of a node whose operands have ``width`` bytes per element, as the stack runs them.
+    ``narrow``: bytes per element of what linear layers cast them to, 0 if they do not."""
+    if node.op == ATTENTION and stack.attention == "unfused" and forward.attention:
+        return _unfused(forward, width), _unfused(backward, width)
+    if node.op == ATTENTION and not stack.balanced:
+        return _unbalanced(forward), _unbalanced(backward)
+    if is_pointwise(node):
+        return _fused(forward, stack), _fused(backward, stack)
+    if node.op.removeprefix("aten.") in MATMULS:
+        if narrow and node.op == LINEAR:
+            forward, backward = _cast(forward, backward, width + narrow)
+        return _fused(forward, stack), _fused(backward, stack)  # casts, and what sums the gradient of a bias
+    return forward, backward
+
+
+def _cast(forward: Work, backward: Work, moved: float) -> tuple[Work, Work]:
+    """With the casts of operands, each of which moves so many bytes per element."""
+    batch, m, n, k = forward.matmuls[0]
+    read = batch * (m * k + k * n)
+    made = batch * m * n if backward.matmuls else 0
+    return (
+        replace(forward, nbytes=forward.nbytes + moved * read, kernels=forward.kernels + 2),
+        replace(backward, nbytes=backward.nbytes + moved * made, kernels=backward.kernels + bool(made)),
+    )
+
+
+def _fused(part: Work, stack: Stack) -> Work:
+    streams = part.kernels - len(part.matmuls)
+    kernels = len(part.matmuls) + streams * stack.kernels
+    return replace(part, nbytes=part.nbytes * stack.pointwise, kernels=kernels)
+
+
+def _unbalanced(part: Work) -> Work:
+    return replace(part, attention=replace(part.attention, balanced=False)) if part.attention else part
+
+
+def _unfused(part: Work, width: int) -> Work:
+    attention = part.attention
+    if attention is None:
+        return part
+    scores = width * attention.batch * attention.queries * attention.keys
+    back = attention.matmuls > 2
+    return Work(
+        matmuls=_products(attention, back),
+        matmul_bytes=part.matmul_bytes + (4 if back else 2) * scores,
+        nbytes=(3 if back else 2) * scores,
+        kernels=5 if back else 3,
+    )
+
+
+def _products(attention: Attention, back: bool) -> tuple[Matmul, ...]:
+    batch, queries, keys, dim = attention.batch, attention.queries, attention.keys, attention.head_dim
+    first = Matmul(batch, queries, keys, dim)
+    second = Matmul(batch, queries, dim, keys)
+    third = Matmul(batch, keys, dim, queries)
+    return (first, second, third, third) if back else (first, second)

@@ -1,0 +1,284 @@
+"""Predictions of published training runs beside what was measured.
+
+    python benchmarks/published.py [--runs FILE --sweeps FILE --json OUT]
+
+Every record that can be represented (`published_rows`) is predicted through `autopar.predict`: its architecture is
+built by transformers on the meta device, traced, sharded, priced. Memory limits do not apply: the runs ran. Printed
+by group: number of runs, mean absolute, median signed and 90th percentile error of the
+step time, the same of the trivial formula, of memory, and for sweeps Kendall's tau and the regret of the predicted
+best. Records that cannot be represented are counted by reason. ``--plot FILE`` writes the scatter as HTML;
+``--residuals`` writes the intervals of predictions (``autopar/catalog/residuals.yaml``) from these runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from published_plot import write_scatter
+from published_rows import (
+    Record,
+    RefusedError,
+    cluster_of,
+    config_of,
+    fix_of,
+    is_reserved,
+    job_of,
+    peak_bytes,
+    recomputing,
+    seconds,
+)
+from published_stats import errors, left_out, spread, summary, sweep_figures, trivial_seconds
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RUNS, SWEEPS = HERE / "data" / "runs.json.gz", HERE / "data" / "sweeps.json.gz"
+ENOUGH = 10
+"""Runs of a stack below which its predictions take the interval of all groups."""
+CHUNK = 30
+"""Records that a process takes at once."""
+ROOMY = 64
+"""Times its memory a device is given: what ran is priced, whether the model of memory thinks that it fits or not."""
+
+
+def read(path: Path) -> Any:
+    """A JSON file, compressed or not."""
+    return json.loads((gzip.open(path, "rt") if path.suffix == ".gz" else path.open()).read())
+
+
+def predicted(record: Record, folder: str, keep: bool = False) -> dict[str, Any]:
+    """One record's row, or ``{"id", "skipped": reason}``; never raises for what a record holds. ``keep``: with its
+    plan and graph."""
+    row: dict[str, Any] = {"id": record.get("id"), "group": record.get("group"), "split": record.get("split")}
+    try:
+        return row | _row(record, folder, keep)
+    except RefusedError as reason:
+        return row | {"skipped": str(reason)}
+    except Exception as error:
+        return row | {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]}
+
+
+def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
+    from autopar import predict
+    from autopar.models import model_graph
+    from autopar.stack import stack_of
+
+    if record.get("exclude"):
+        raise RefusedError("excluded by its source")
+    config, job, fix = config_of(record), job_of(record), fix_of(record)
+    real = cluster_of(record)
+    path = Path(folder) / f"{os.getpid()}.json"
+    path.write_text(json.dumps(config))
+    roomy = _roomy(real)
+    plan = predict(str(path), job, roomy, {"recompute": "none", **fix})
+    short = _needed(plan) - real.device.memory_bytes
+    if "recompute" not in fix and short > 0:
+        spared = _needed(plan) - _needed(predict(str(path), job, roomy, {**fix, "recompute": "full"}))
+        again = recomputing(fix, record["model"]["layers"], min(1.0, short / max(spared, 1)))
+        plan = predict(str(path), job, roomy, {**fix, "recompute": again})
+    told = plan.predicted
+    measured = seconds(record)
+    stated = record["measured"].get("mfu")
+    if measured is None and stated:
+        measured = told.step_time * told.mfu / stated
+    ranks = [sum(told.memory[stage]["total"] for stage in plan.stages_of(rank)) for rank in range(plan.mesh.pp)]
+    reserve, workspace = real.device.reserve_bytes, stack_of(job.stack).workspaces * real.device.workspace_bytes
+    peak = real.device.peak(job.linear_dtype or job.dtype)
+    flops = told.mfu * told.step_time * peak * real.devices
+    low, high = told.interval
+    return {
+        "stack": job.stack,
+        "predicted_s": told.step_time,
+        "measured_s": measured,
+        "low_s": low,
+        "high_s": high,
+        "trivial_s": trivial_seconds(flops / 6 / job.tokens, job.tokens, peak, real.devices),
+        "predicted_bytes": (max(ranks) if is_reserved(record) else ranks[-1]) - reserve + workspace,
+        "measured_bytes": peak_bytes(record),
+        "breakdown": told.breakdown,
+        **({"plan": plan, "graph": model_graph(str(path), None, None)} if keep else {}),
+    }
+
+
+def _roomy(cluster: Any) -> Any:
+    """The same cluster with devices whose memory no plan fills."""
+    device = replace(cluster.device, memory_bytes=cluster.device.memory_bytes * ROOMY, host_memory_bytes=0)
+    return type(cluster)(tuple(replace(group, device=device) for group in cluster.groups))
+
+
+def _needed(plan: Any) -> int:
+    """Bytes of the fullest rank."""
+    memory = plan.predicted.memory
+    return max(sum(memory[stage]["total"] for stage in plan.stages_of(rank)) for rank in range(plan.mesh.pp))
+
+
+def predict_all(records: Iterable[Record], processes: int, keep: bool = False) -> list[dict[str, Any]]:
+    """Rows of all records, in their order; records of one model go to one process, which traces it once."""
+    by_model: dict[str, list[tuple[int, Record]]] = defaultdict(list)
+    for index, record in enumerate(records):
+        by_model[json.dumps(record.get("model"), sort_keys=True) + str(record.get("dtype"))].append((index, record))
+    # The largest models first, so that no process ends long after the other.
+    tasks = sorted(by_model.values(), key=lambda task: _size(task[0][1]), reverse=True)
+    cut = [task[start : start + CHUNK] for task in tasks for start in range(0, len(task), CHUNK)]
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("fork").Pool(processes) as pool:
+        found = []
+        for part in pool.imap_unordered(_Task(folder, keep), cut):
+            found += part
+            if sys.stderr.isatty():
+                print(f"\r{len(found)} runs", end="", file=sys.stderr)
+    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+
+def _size(record: Record) -> float:
+    """Layers times micro-batches: what simulating a step grows with."""
+    layers, batch = (record.get("model") or {}).get("layers"), record.get("global_batch")
+    return float(layers * batch) if isinstance(layers, int) and isinstance(batch, int) else 0.0
+
+
+class _Task:
+    def __init__(self, folder: str, keep: bool) -> None:
+        self.folder, self.keep = folder, keep
+
+    def __call__(self, task: list[tuple[int, Record]]) -> list[tuple[int, dict[str, Any]]]:
+        return [(index, predicted(record, self.folder, self.keep)) for index, record in task]
+
+
+def figures(rows: Iterable[Mapping[str, Any]], sweeps: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By group, what the module's docstring says is printed."""
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if "skipped" not in row:
+            groups[row["group"]].append(row)
+    found = {}
+    for name, members in groups.items():
+        timed = [row for row in members if row["measured_s"]]
+        weighed = [row for row in members if row["measured_bytes"]]
+        times = summary(errors((row["predicted_s"], row["measured_s"]) for row in timed))
+        trivial = summary(errors((row["trivial_s"], row["measured_s"]) for row in timed))
+        memory = summary(errors((row["predicted_bytes"], row["measured_bytes"]) for row in weighed))
+        by_id = {row["id"]: row for row in members}
+        inside = [row["low_s"] <= row["measured_s"] <= row["high_s"] for row in timed]
+        found[name] = {
+            "n": len(timed),
+            "time_mape": times["mape"],
+            "time_median": times["median"],
+            "time_p90": times["p90"],
+            "trivial_mape": trivial["mape"],
+            "memory_n": len(weighed),
+            "memory_mape": memory["mape"],
+            "memory_median": memory["median"],
+            "covered": sum(inside) / len(inside) if inside else None,
+            **sweep_figures((sweep for sweep in sweeps if sweep["group"] == name), by_id),
+        }
+    return found
+
+
+def table(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """The printed table."""
+    columns = ("n", "time_mape", "time_median", "time_p90", "trivial_mape", "memory_n", "memory_mape", "memory_median")
+    columns = (*columns, "covered", "tau", "regret", "sweeps")
+    lines = [
+        "group".ljust(28) + "".join(name.replace("time_", "").replace("memory", "mem").rjust(13) for name in columns)
+    ]
+    for name in sorted(groups):
+        cells = []
+        for column in columns:
+            value = groups[name][column]
+            if value is None:
+                text = "-"
+            elif column in ("n", "memory_n", "sweeps"):
+                text = str(value)
+            elif column == "tau":
+                text = f"{value:.2f}"
+            else:
+                text = f"{value:+.1%}" if "median" in column else f"{value:.1%}"
+            cells.append(text.rjust(13))
+        lines.append(name.ljust(28) + "".join(cells))
+    return "\n".join(lines)
+
+
+def ratios_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Measured over predicted seconds, by group."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.get("measured_s"):
+            found[row["group"]].append(row["measured_s"] / row["predicted_s"])
+    return dict(found)
+
+
+def write_residuals(path: Path, rows: list[Mapping[str, Any]]) -> None:
+    """The intervals by stack, and of all groups, which serve a stack without runs of its own."""
+    import yaml
+
+    ratios = ratios_of(rows)
+    stacks: dict[str, list[list[float]]] = {}
+    for name in sorted({row["stack"] for row in rows}):
+        some = list(ratios_of(row for row in rows if row["stack"] == name).values())
+        if sum(map(len, some)) >= ENOUGH:
+            stacks[name] = some
+    content = {
+        "all": {**spread(ratios.values()), "groups": len(ratios), "runs": sum(map(len, ratios.values()))},
+        "stacks": {name: {**spread(some), "runs": sum(map(len, some))} for name, some in stacks.items()},
+    }
+    head = (
+        "# 10th and 90th percentile of measured over predicted seconds, each group of published runs with the same\n"
+        "# weight; written by `python benchmarks/published.py --residuals`.\n"
+    )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(head + yaml.safe_dump(content, sort_keys=False))
+    temporary.replace(path)
+
+
+def main() -> None:
+    """Predict, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--sweeps", type=Path, default=SWEEPS)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--residuals", action="store_true")
+    parser.add_argument("--groups", help="of these groups alone, separated by commas")
+    parser.add_argument("--every", type=int, default=1, help="every N-th record alone")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    begin = time.perf_counter()
+    records, sweeps = read(given.runs), read(given.sweeps)
+    if given.groups:
+        records = [record for record in records if record["group"] in given.groups.split(",")]
+    rows = predict_all(records[:: given.every], given.processes)
+    groups = figures(rows, sweeps)
+    skipped = Counter(row["skipped"] for row in rows if "skipped" in row)
+    print(table(groups))
+    for reason, count in skipped.most_common():
+        print(f"{count:6d} not predicted: {reason}")
+    done = [row for row in rows if "skipped" not in row]
+    shares = left_out(ratios_of(done)) if len(groups) > 1 else {}
+    if shares:
+        counts = {name: groups[name]["n"] for name in shares}
+        inside = sum(share * counts[name] for name, share in shares.items()) / sum(counts.values())
+        each = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
+        print(f"inside the interval that the other groups make: {inside:.0%} of runs ({each})")
+    print(f"{len(rows)} records in {time.perf_counter() - begin:.0f} s")
+    if given.plot:
+        write_scatter(given.plot, done, "Published runs")
+    if given.residuals:
+        write_residuals(ROOT / "autopar" / "catalog" / "residuals.yaml", done)
+    if given.json:
+        given.json.write_text(json.dumps({"groups": groups, "skipped": dict(skipped), "rows": done}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

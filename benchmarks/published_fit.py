@@ -1,0 +1,230 @@
+"""Fits constants of the cost model to published runs: those marked "train" alone.
+
+    python benchmarks/published_fit.py --groups internevo,mtnlg --constants internevo.host_s,a100-80g.matmul_efficiency
+
+Every run is predicted once; then the plans are priced anew with one constant after the other moved, inside its
+plausible range, to where the mean absolute logarithm of predicted over measured, each group weighing the same, is
+least (pattern search: steps halve). Prints the constants found; nothing is written: the figure goes into the catalog by
+hand, with its meaning and its source. ``--left-out`` instead prints, for each group, how far off the model is without
+the constants that come from that group (`without`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import pickle
+from dataclasses import replace
+from math import exp, log
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import published
+import yaml
+from published_rows import seconds
+
+import autopar.stack as stacks
+from autopar.catalog.devices_file import FOLDER, figures_of
+
+ROUNDS = 4
+"""Times that steps are halved."""
+
+
+def constant(name: str) -> dict[str, float]:
+    """Value and range of ``STACK.field`` or ``DEVICE.field``."""
+    owner, _, part = name.partition(".")
+    if owner in stacks.stack_names():
+        rule = stacks.catalog()["constants"][part]
+        return {"value": stacks.catalog()["stacks"][owner]["values"][part], "low": rule["low"], "high": rule["high"]}
+    return figures_of(yaml.safe_load((Path(FOLDER) / f"{owner}.yaml").read_text()))[part]
+
+
+def with_device(cluster: Any, changes: dict[str, float]) -> Any:
+    """The cluster with device and link constants set."""
+    for name, value in changes.items():
+        owner, _, part = name.partition(".")
+        if owner != cluster.device.name:
+            continue
+        head, _, tail = part.partition(".")
+        if tail:
+            cluster = cluster.with_links(**{head: replace(getattr(cluster, head), **{tail: value})})
+        else:
+            device = replace(cluster.device, **{part: value})
+            cluster = type(cluster)(tuple(replace(group, device=device) for group in cluster.groups))
+    return cluster
+
+
+def set_stacks(changes: dict[str, float]) -> None:
+    """Set stack constants in this process."""
+    for name, value in changes.items():
+        owner, _, part = name.partition(".")
+        if owner in stacks.stack_names():
+            stacks.catalog()["stacks"][owner]["values"][part] = value
+    stacks.stack_of.cache_clear()
+
+
+class Fit:
+    """Plans of published runs, and how far they are off under given constants."""
+
+    def __init__(self, entries: list[tuple[str, str, float, Any, Any]]) -> None:
+        self.entries = entries
+
+    def part(self, task: tuple[int, int, dict[str, float]]) -> list[tuple[str, str, float]]:
+        """(group, id, log of predicted over measured) of every so many-th plan."""
+        from autopar.solver.reprice import price_plan
+
+        first, step, changes = task
+        set_stacks(changes)
+        found = []
+        for group, name, measured, plan, model in self.entries[first::step]:
+            priced = price_plan(plan, model, with_device(plan.cluster, changes))
+            found.append((group, name, log(priced.step_time / measured)))
+        return found
+
+
+FIT: Fit
+
+
+def _run(task: tuple[int, int, dict[str, float]]) -> list[tuple[str, str, float]]:
+    return FIT.part(task)
+
+
+def errors(pool: Any, workers: int, changes: dict[str, float]) -> list[tuple[str, str, float]]:
+    """Of all plans."""
+    parts = pool.map(_run, [(first, workers, changes) for first in range(workers)])
+    return [entry for part in parts for entry in part]
+
+
+def loss(found: list[tuple[str, str, float]]) -> float:
+    """Mean over groups of the mean absolute logarithm."""
+    groups: dict[str, list[float]] = {}
+    for group, _, value in found:
+        groups.setdefault(group, []).append(abs(value))
+    return fmean(fmean(values) for values in groups.values())
+
+
+RELATIVES = {"h100-96g": "h100", "b200": "h100", "b300": "h100", "gb200": "h100", "gb300": "h100"}
+"""Of devices whose efficiencies come from one group of runs, the one whose efficiencies stand in without it."""
+FITTED = ("matmul_efficiency", "attention_efficiency")
+
+
+def without(stack: str) -> dict[str, float]:
+    """Constants as they are known without a stack's own runs: the mean of the other stacks', and of devices that only
+    its runs calibrate those of a relative."""
+    every = {name: entry["values"] for name, entry in stacks.catalog()["stacks"].items()}
+    family = {name for name in every if name == stack or name.startswith("megatron-un")} | {"torch"}
+    found = {}
+    for name, rule in stacks.catalog()["constants"].items():
+        if "low" in rule and name != "copies":
+            found[f"{stack}.{name}"] = fmean(values[name] for other, values in every.items() if other not in family)
+    if stack in ("megatron", "compiled"):
+        for device, relative in RELATIVES.items():
+            found |= {f"{device}.{part}": constant(f"{relative}.{part}")["value"] for part in FITTED}
+    return found
+
+
+def left_out(entries: list[tuple[str, str, float, Any, Any]]) -> dict[str, tuple[int, float, float]]:
+    """Per group: runs, mean absolute error of time with all constants, and with those known without the group."""
+    global FIT
+    found = {}
+    for group in sorted({entry[0] for entry in entries}):
+        mine = [entry for entry in entries if entry[0] == group]
+        FIT = Fit(mine)
+        stack = mine[0][3].job.stack
+        kept = {f"{stack}.{name}": value for name, value in stacks.catalog()["stacks"][stack]["values"].items()}
+        now = {f"{device}.{part}": constant(f"{device}.{part}")["value"] for device in devices(mine) for part in FITTED}
+        told = [fmean(abs(exp(value) - 1) for _, _, value in _run((0, 1, now | more))) for more in ({}, without(stack))]
+        set_stacks(kept)
+        found[group] = (len(mine), told[0], told[1])
+    return found
+
+
+def devices(entries: list[tuple[str, str, float, Any, Any]]) -> set[str]:
+    """Names of the devices of plans."""
+    return {entry[3].cluster.device.name for entry in entries}
+
+
+def plans_of(records: list[Any], cache: Path | None) -> list[tuple[str, str, float, Any, Any]]:
+    """(group, id, measured seconds, plan, model graph) of every record that can be predicted; kept in ``cache``."""
+    if cache and cache.exists():
+        kept: list[tuple[str, str, float, Any, Any]] = pickle.loads(cache.read_bytes())
+        wanted = {record["id"] for record in records}
+        return shared([entry for entry in kept if entry[1] in wanted])
+    entries = [entry for entry in published.predict_all(records, 2, keep=True) if "plan" in entry]
+    found = [(row["group"], row["id"], row["measured_s"], row["plan"], row["graph"]) for row in entries]
+    if cache:
+        cache.write_bytes(pickle.dumps(found))
+    return shared(found)
+
+
+def shared(entries: list[tuple[str, str, float, Any, Any]]) -> list[tuple[str, str, float, Any, Any]]:
+    """The same with one graph for all plans of a model, whose rules are then looked up once."""
+    graphs: dict[str, Any] = {}
+    return [(*rest, plan, graphs.setdefault(graph.fingerprint(), graph)) for *rest, plan, graph in entries]
+
+
+def main() -> None:
+    """Fit and print."""
+    global FIT
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", required=True)
+    parser.add_argument("--constants", default="")
+    parser.add_argument("--left-out", action="store_true", help="each group by what is known without it")
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--set", default="", help="NAME=VALUE,... held fixed")
+    given = parser.parse_args()
+    records = [
+        record
+        for record in published.read(published.RUNS)
+        if record["group"] in given.groups.split(",") and record["split"] == "train" and seconds_or_none(record)
+    ][:: given.every]
+    FIT = Fit(plans_of(records, given.cache))
+    print(f"{len(FIT.entries)} runs of {len(records)}")
+    if given.left_out:
+        for group, (count, fitted, alone) in left_out(FIT.entries).items():
+            print(f"{group:28s} n={count:4d} with its own constants {fitted:6.1%}  without {alone:6.1%}")
+        return
+    held = {name: float(value) for name, _, value in (one.partition("=") for one in given.set.split(",") if one)}
+    names = [name for name in given.constants.split(",") if name]
+    ranges = {name: constant(name) for name in names}
+    values = {name: float(ranges[name]["value"]) for name in names} | held
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        best = loss(errors(pool, 2, values))
+        print(f"{best:.4f} {values}")
+        step = 0.25
+        for _ in range(ROUNDS):
+            moved = True
+            while moved:
+                moved = False
+                for name in names:
+                    low, high = float(ranges[name]["low"]), float(ranges[name]["high"])
+                    for sign in (1, -1):
+                        tried = min(high, max(low, values[name] + sign * step * max(values[name], (high - low) * 0.1)))
+                        if tried == values[name]:
+                            continue
+                        now = loss(errors(pool, 2, {**values, name: tried}))
+                        if now < best - 2e-4:
+                            best, moved = now, True
+                            values[name] = tried
+                            print(f"{best:.4f} {name} = {tried:.4g}", flush=True)
+                            break
+            step /= 2
+        found = errors(pool, 2, values)
+    for group in sorted({group for group, _, _ in found}):
+        mine = [value for name, _, value in found if name == group]
+        print(f"{group:28s} n={len(mine):4d} mean |log| {fmean(map(abs, mine)):.3f} bias {fmean(mine):+.3f}")
+    print(values)
+
+
+def seconds_or_none(record: Any) -> float | None:
+    """Measured seconds, None where they are not stated."""
+    try:
+        return seconds(record)
+    except Exception:
+        return None
+
+
+if __name__ == "__main__":
+    main()

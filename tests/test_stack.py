@@ -1,0 +1,97 @@
+"""Stacks: where their figures are from, what they change of a prediction, and that nothing is emitted for others."""
+
+import copy
+
+import pytest
+
+import autopar
+from autopar import Cluster, Job
+from autopar.errors import BadInputError, UnsupportedError
+from autopar.stack import catalog, read_stack, stack_names, stack_of
+
+FIX = {"pp": 1, "dp": 8, "tp": 1, "zero": 1, "micro_batch": 1, "recompute": "full"}
+
+
+def predicted(stack="torch", device="a100-80g", fix=FIX, dtype="bf16", **more):
+    job = Job(64, 2048, dtype, stack=stack, **more)
+    return autopar.predict("llama3.2-1b", job, Cluster.parse(f"1x8:{device}"), fix)
+
+
+@pytest.mark.parametrize("name", stack_names())
+def test_every_stack_is_in_its_ranges(name):
+    stack = stack_of(name)
+    assert stack.name == name
+    assert stack.title
+
+
+@pytest.mark.parametrize("constant", [name for name, rule in catalog()["constants"].items() if "low" in rule])
+def test_a_figure_out_of_its_range_is_named(constant):
+    data = copy.deepcopy(catalog())
+    assert data["constants"][constant]["meaning"]
+    for wrong in (data["constants"][constant]["low"] - 1, data["constants"][constant]["high"] * 2):
+        data["stacks"]["torch"]["values"][constant] = wrong
+        with pytest.raises(BadInputError, match=f"stack 'torch', {constant}: .* outside its plausible range"):
+            read_stack("torch", data)
+
+
+def test_a_stack_without_source_is_refused():
+    data = copy.deepcopy(catalog())
+    data["stacks"]["torch"]["facts"] = " "
+    with pytest.raises(BadInputError, match="stack 'torch': no facts"):
+        read_stack("torch", data)
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(BadInputError, match="unknown stack 'horovod'; one of compiled, composer"):
+        Job(8, 128, stack="horovod")
+    with pytest.raises(BadInputError, match="unknown linear_dtype 'int8'; one of fp8, fp4"):
+        Job(8, 128, linear_dtype="int8")
+
+
+def test_a_plan_keeps_its_stack(tmp_path):
+    plan = predicted("megatron")
+    plan.save(tmp_path / "plan.json")
+    assert autopar.Plan.load(tmp_path / "plan.json").job == plan.job
+    assert predicted().job.to_json().keys() == {"global_batch", "seq_len", "dtype", "optimizer"}
+
+
+def test_unfused_attention_is_slower_and_keeps_scores():
+    fused, unfused = (predicted(name, fix={**FIX, "recompute": "none"}) for name in ("megatron", "megatron-unfused"))
+    assert unfused.predicted.step_time > fused.predicted.step_time
+    # 16 layers of 32 heads keep 2048 x 2048 probabilities of two bytes.
+    kept = unfused.predicted.memory[0]["activations"] - fused.predicted.memory[0]["activations"]
+    assert kept == pytest.approx(16 * 32 * 2048 * 2048 * 2, rel=0.05)
+
+
+def test_fused_kernels_are_faster():
+    assert predicted("compiled").predicted.step_time < predicted("torch").predicted.step_time
+
+
+def test_a_slow_host_bounds_small_work():
+    """Splitting what the host cannot start fast enough gains nothing."""
+    fix = {"pp": 1, "dp": 1, "zero": 0, "micro_batch": 1, "recompute": "full", "sp": False}
+    one, eight = (
+        autopar.predict(
+            "gpt2",
+            Job(8, 128, "fp16", stack="megatron-deepspeed"),
+            Cluster.parse(f"1x{tp}:a100-80g"),
+            {**fix, "tp": tp},
+        )
+        for tp in (1, 4)
+    )
+    assert eight.predicted.step_time > 0.95 * one.predicted.step_time
+
+
+def test_narrow_linear_layers():
+    plain, narrow = (predicted(device="h100", linear_dtype=name) for name in (None, "fp8"))
+    assert 0.5 < narrow.predicted.step_time / plain.predicted.step_time < 0.95
+    with pytest.raises(BadInputError, match="'a100-80g' has no fp8 matmul rate"):
+        predicted(linear_dtype="fp8")
+
+
+@pytest.mark.parametrize("more", [{"stack": "megatron"}, {"linear_dtype": "fp8"}])
+def test_nothing_is_emitted_for_other_stacks(more, tmp_path):
+    plan = predicted(device="h100", **more)
+    with pytest.raises(UnsupportedError, match="predicts what another stack does"):
+        autopar.emit(plan, "llama3.2-1b", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
