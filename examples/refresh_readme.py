@@ -15,7 +15,7 @@ from autopar.solver.capabilities import CAPABILITIES, LIMITS
 
 README = Path(__file__).parent.parent / "README.md"
 JOB = ("llama3-8b", "--cluster", "8x8:h100", "--global-batch", "512", "--seq-len", "8192")
-SOUGHT = ("--objective", "devices", "--within", "30")
+SOUGHT = ("--objective", "devices", "--within", "35")
 GIVEN = ("tp=8", "pp=2", "micro_batch=1", "recompute=full", "sp=true")
 
 
