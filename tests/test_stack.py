@@ -95,3 +95,9 @@ def test_nothing_is_emitted_for_other_stacks(more, tmp_path):
     with pytest.raises(UnsupportedError, match="predicts what another stack does"):
         autopar.emit(plan, "llama3.2-1b", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", stack_names())
+def test_no_bound_is_above_what_is_found(name):
+    plan = autopar.search("gpt2", Job(32, 512, "fp16", stack=name), Cluster.parse("1x4:a100-80g"))
+    assert plan.bound <= plan.predicted.step_time * (1 + 1e-9)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from autopar.sharding.decision import BlockDecision
 from autopar.solver.block_problem import ModelProblem, model_problem
@@ -61,16 +61,15 @@ class KindBytes:
     inputs: float
 
 
+Found = TypeVar("Found")
 KEPT = 48
-"""Shardings of earlier searches that are kept for later ones of this process; the oldest goes first."""
+"""Shardings of earlier searches whose results are kept for later ones of this process; the oldest goes first."""
 
-_earlier: OrderedDict[Any, Shardings] = OrderedDict()
+_earlier: OrderedDict[Any, dict[Any, Any]] = OrderedDict()
 
 
 class KnownShardings:
-    """Of one context, found on demand and kept: also for later searches whose shardings are the same, because model,
-    device, links, job and what is fixed of a block are (batch of a step and sizes of axes that split no block may
-    differ)."""
+    """Of one context, found on demand and kept."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -78,21 +77,22 @@ class KnownShardings:
 
     def of(self, key: Sharding) -> Shardings:
         if key not in self._known:
-            place = (self._shared(), key)
-            found = _earlier.pop(place, None) or Shardings(self.context, *key)
-            self._known[key] = _earlier[place] = found
-            if len(_earlier) > KEPT:
-                _earlier.popitem(last=False)
+            self._known[key] = Shardings(self.context, *key)
         return self._known[key]
 
-    def _shared(self) -> Any:
-        """What shardings depend on beside their key."""
-        context = self.context
-        fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
-        group = context.cluster.groups[0]
-        links = (group.devices_per_node, group.intra_node, group.inter_node)
-        job = replace(context.job, global_batch=1)
-        return context.model.fingerprint(), job, group.device, links, fix, context.equal_blocks
+
+def _results(context: Context, *key: Any) -> dict[Any, Any]:
+    """What earlier searches of this process found of the same shardings: model, device, links, job and what is fixed of
+    a block are the same; the batch of a step and sizes of axes that split no block may differ."""
+    fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
+    group = context.cluster.groups[0]
+    links = (group.devices_per_node, group.intra_node, group.inter_node)
+    job = replace(context.job, global_batch=1)
+    place = (context.model.fingerprint(), job, group.device, links, fix, context.equal_blocks, *key)
+    found = _earlier[place] = _earlier.pop(place, {})
+    if len(_earlier) > KEPT:
+        _earlier.popitem(last=False)
+    return found
 
 
 class Shardings:
@@ -107,7 +107,8 @@ class Shardings:
         pad_heads: int = 1,
         apart: Iterable[int] = (),
     ) -> None:
-        self.axes = dict(axes)
+        self.axes, apart = dict(axes), tuple(apart)
+        self._results = _results(context, tuple(self.axes.items()), batch, pad_heads, apart)
         self.context, self.batch = (context := context.padded(pad_heads)), batch
         self.prices = AxisPrices(
             context.ops, context.collectives, self.axes, batch, dict(zip(self.axes, apart, strict=False)) or None
@@ -128,6 +129,14 @@ class Shardings:
         self._again_of: dict[tuple[str, tuple[str, ...] | None], float] = {}
         self._least_moved: dict[tuple[str, str, tuple[str, ...]], float] = {}
 
+    def _once(self, what: Any, find: Callable[[], Found]) -> Found:
+        """What an earlier search found, or else is found now. A search counts as work what it asks for, found or not:
+        then its account does not depend on what came before."""
+        if what not in self._results:
+            self._results[what] = find()
+        found: Found = self._results[what]
+        return found
+
     def built(self, again: frozenset[str]) -> ModelProblem:
         """The problem of all kinds; those of ``again`` are recomputed."""
         found = self._built.get(again)
@@ -135,10 +144,12 @@ class Shardings:
             begin = time.perf_counter()
             context = self.context
             price = context.gradient_price()
-            found = model_problem(
-                context.model, self.prices, context.ties, context.demands(), price, again, context.memo
+            found = self._built[again] = self._once(
+                ("problem", again),
+                lambda: model_problem(
+                    context.model, self.prices, context.ties, context.demands(), price, again, context.memo
+                ),
             )
-            self._built[again] = found
             context.clock.add("strategies", begin)
             context.clock.counts["sharding problems"] += 1
         return found
@@ -150,7 +161,7 @@ class Shardings:
         if self._relaxed is None:
             problem = self.built(self.context.always_again()).problem
             begin = time.perf_counter()
-            self._relaxed = relaxed_bound(problem)
+            self._relaxed = self._once("relaxed", lambda: relaxed_bound(problem))
             self.context.clock.add("relaxations", begin)
             self.context.clock.counts["relaxations"] += 1
         return self._relaxed
@@ -371,7 +382,7 @@ class Shardings:
             tuple(output for output in whole.outputs if output.tensor.startswith(prefix)),
             hubs=whole.hubs,
         )
-        bound = self._least_of[name, again] = solve(part).bound
+        bound = self._least_of[name, again] = self._once(("least", name, again), lambda: solve(part).bound)
         self.context.clock.add("bounds", begin)
         self.context.clock.counts["intra-block ILPs"] += 1
         return bound
@@ -386,7 +397,7 @@ class Shardings:
     def _solve(self, byte_price: float, again: frozenset[str]) -> tuple[dict[str, BlockDecision], float]:
         built = self.built(again)
         begin = time.perf_counter()
-        answer = solve(built.problem, byte_price)
+        answer = self._once(("answer", byte_price, again), lambda: solve(built.problem, byte_price))
         self.context.clock.add("intra-block ILP", begin)
         self.context.clock.counts["intra-block ILPs"] += 1
         return decisions_of(self.context.model, built, answer), answer.bound
