@@ -85,7 +85,8 @@ def test_what_they_cost_is_told() -> None:
     }
     assert 0 < gain <= most
     assert plan_record(free)["equal_blocks"] == {"on": False}
-    told = f"sharded alike; free, they gain {gain * 1e6:.0f} µs (44.5%) here, at most {most * 1e6:.0f} µs"
+    share = gain / equal.predicted.step_time
+    told = f"sharded alike; free, they gain {gain * 1e6:.0f} µs ({share:.1%}) here, at most {most * 1e6:.0f} µs"
     assert f"equal blocks {told}" in " ".join(str(equal).split())
     assert "equal blocks may be sharded differently" in " ".join(str(free).split())
     assert told in " ".join(block_text(explain_block(equal, model(), LAYER)).split())

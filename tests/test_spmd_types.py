@@ -26,6 +26,17 @@ KINDS = {"R": spmd_types.R, "I": spmd_types.I, "P": spmd_types.P, "S": spmd_type
 STRICTER = {"autopar.rotary"}
 """Where we pass fewer partial sums: cos and sin both partial, which nothing makes."""
 
+UNKNOWN = {
+    "autopar.selective_scan": "its recurrence is an autograd Function that the checker is not told of",
+    "autopar.state_space_scan": "the same",
+    **dict.fromkeys(
+        (f"aten.upsample_{kind}" for kind in ("bicubic2d", "bilinear2d", "linear1d", "nearest1d", "nearest2d")),
+        "users call F.interpolate, which is not called with these arguments",
+    ),
+}
+"""Operators that the checker cannot be asked about, and why; their rules are executed on shards like all
+(`test_rules`)."""
+
 AXES = {"tp": 2}
 
 
@@ -84,7 +95,9 @@ def splits_a_sum(strategy: Strategy, example: Example) -> bool:
     return rule is not None and strategy.name.partition("/")[0] in rule.sums
 
 
-@pytest.mark.parametrize("op", sorted(op for op in RULES if examples_of(RULES[op]) and op != EXPERTS))
+@pytest.mark.parametrize(
+    "op", sorted(op for op in RULES if examples_of(RULES[op]) and op != EXPERTS and op not in UNKNOWN)
+)
 def test_checker_accepts_our_strategies_and_infers_our_types(op: str, group: Any) -> None:
     """Not asked: "vocab" variants (composites with collectives inside), operators without tensor operands, and experts,
     which state their own types (`test_experts`).
@@ -98,6 +111,8 @@ def test_checker_accepts_our_strategies_and_infers_our_types(op: str, group: Any
                 continue
             summed = splits_a_sum(strategy, example)
             biased = summed and P in strategy.inputs
+            if biased and ".conv" in op:  # no form of it adds its bias apart
+                continue
             found = infer(example, strategy.inputs, strategy.output, group, 2 if biased else 99)
             wanted = spmd_types.V if summed and not biased else KINDS[strategy.output.kind]
             assert found is wanted, f"{example} under {strategy}: the checker says {found}"
@@ -107,6 +122,8 @@ def test_checker_rejects_partial_sums_where_we_do(group: Any) -> None:
     """Partial operands in every combination that no strategy has: rejected, but for the sets where we are stricter."""
     accepted = set()
     for op in RULES:
+        if op in UNKNOWN:
+            continue
         for example in examples_of(RULES[op])[:2]:
             node, graph, whole = example.build()
             ours = {strategy.inputs for strategy in strategies_of(node, graph)}
@@ -148,6 +165,12 @@ GLOBAL_GAPS = {
     "aten.tril": "no strategy",
     "aten.triu": "no strategy",
     "autopar.experts": "rows picked by what indices hold: emitted code states its types",
+    **dict.fromkeys(
+        (f"aten.{kind}{rank}d" for kind in ("conv", "conv_transpose") for rank in (1, 2, 3)),
+        "no strategy for split channels, nor for a batch beside weights and groups",
+    ),
+    "aten.masked_scatter": "no strategy",
+    **dict.fromkeys(("autopar.gru", "autopar.rnn_tanh", "autopar.rnn_relu"), "no strategy for a split batch"),
     "autopar.cross_entropy": "flattening (b s) split by s is a strided shard: emitted code wraps it in local_map",
 }
 """Operators of which the checker's global mode refuses some strategy, and why; it agrees on all others."""
@@ -170,7 +193,7 @@ def agrees_globally(example: Example, strategy: Strategy, group: Any) -> bool:
     try:
         with typecheck(local=False):
             found = python_call(example.op)(*fill(args, drawn), **fill(kwargs, drawn))
-    except (spmd_types.SpmdTypeError, RuntimeError):
+    except (spmd_types.SpmdTypeError, RuntimeError, AssertionError):  # the last is its own check of itself
         return False
     kind, spec = spmd_types.get_axis_local_type(found, group), spmd_types.get_partition_spec(found)
     if strategy.output.kind == "S":
@@ -181,6 +204,8 @@ def agrees_globally(example: Example, strategy: Strategy, group: Any) -> bool:
 def test_checker_in_global_mode_infers_our_split_dims(group: Any) -> None:
     gaps, agreed = set(), 0
     for op in RULES:
+        if op in UNKNOWN:
+            continue
         for example in examples_of(RULES[op]):
             node, graph, whole = example.build()
             for strategy in strategies_of(node, graph):
