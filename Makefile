@@ -1,5 +1,5 @@
-# make demo | test | check | subset | proof | memory | zoo | snapshots | examples | readme: each makes .venv first, once, from the
-# pinned constraints.txt.
+# make demo | test | check | subset | experts | proof | memory | zoo | snapshots | examples | readme: each makes .venv
+# first, once, from the pinned constraints.txt.
 PYTHON := $(firstword $(foreach python,$(PYTHON) python3 python3.13 python3.12 python3.11,\
 	$(shell $(python) -c 'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
 BIN := .venv/bin
@@ -8,7 +8,7 @@ CODE := autopar tests examples benchmarks
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check subset proof memory zoo snapshots examples readme clean
+.PHONY: demo test check subset experts proof memory zoo snapshots examples readme clean
 
 demo: $(READY)
 	$(BIN)/autopar search llama3-8b --cluster 8x8:h100 --global-batch 512 --seq-len 8192
@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/autopar verify build/demo --model examples/demo.py:small_llama
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not proof"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not proof and not experts"
 
 # A part of the proof that holds every value of every choice once, the bytes of every rank, training runs of minutes.
 subset: $(READY)
@@ -26,6 +26,10 @@ check: $(READY)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+
+# Mixtures of experts on real ranks; with the others it would be too long for continuous integration.
+experts: $(READY)
+	$(BIN)/python -m pytest -m experts
 
 # All of it. One case alone: make proof ONLY="llama dp2 tp2 fp64 zero0 m2x1"
 proof: $(READY)
