@@ -45,7 +45,7 @@ class Job:
         for name, known in (("dtype", tuple(DTYPE_BYTES)), ("optimizer", tuple(OPTIMIZERS))):
             if getattr(self, name) not in known:
                 raise BadInputError(f"job: unknown {name} {getattr(self, name)!r}; one of {', '.join(known)}")
-        if self.stack not in stack_names():
+        if self.stack != "torch" and self.stack not in stack_names():
             raise BadInputError(f"job: unknown stack {self.stack!r}; one of {', '.join(stack_names())}")
         if self.linear_dtype not in (None, *NARROW_BYTES):
             raise BadInputError(f"job: unknown linear_dtype {self.linear_dtype!r}; one of {', '.join(NARROW_BYTES)}")

@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from autopar.errors import BadInputError
 
 FILE = Path(__file__).parent / "catalog" / "stacks.yaml"
@@ -87,5 +85,7 @@ def read_stack(name: str, data: dict[str, Any]) -> Stack:
 @cache
 def catalog() -> dict[str, Any]:
     """The file's contents."""
+    import yaml  # not at the top: measuring needs torch and numpy alone
+
     found: dict[str, Any] = yaml.safe_load(FILE.read_text())
     return found

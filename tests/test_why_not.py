@@ -58,7 +58,7 @@ def test_why_not_what_memory_forbids_says_where_and_how_many_bytes():
     ("wish", "reason"),
     [
         ("tp=3", "makes 3 ranks"),
-        ("ep=2", "expert parallelism is not emitted yet"),
+        ("ep=2", "has no experts to share"),
         ("micro_batch=3", "does not divide global_batch"),
         ("pp=8", "stages, but the model has only 4 blocks"),
     ],

@@ -103,7 +103,8 @@ def plan_of(fix: dict[str, Any], batch: int = 16, devices: int = 4) -> Plan:
 
 
 def test_every_limit_has_a_refusal() -> None:
-    assert list(REFUSED) == [limit.name for limit in LIMITS]
+    """Those of experts need a model that has some: `test_experts`."""
+    assert list(REFUSED) == [limit.name for limit in LIMITS if "ep" not in limit.keys]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -134,12 +135,5 @@ def test_a_plan_changed_by_hand_is_not_emitted(name: str, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("key", "value", "told"), [("ep", 2, "leave ep=1"), ("ep", 8, "not emitted yet")])
-def test_values_that_are_not_executable_are_refused(key: str, value: object, told: str) -> None:
-    assert CAPABILITIES[key].missing
-    with pytest.raises(UnsupportedError, match=f"fix: {key}={value} cannot be executed: .*{told}"):
-        plan_of({key: value})
-
-
 def test_the_other_values_of_the_table_are_all_executable() -> None:
-    assert {key for key, capability in CAPABILITIES.items() if capability.missing} == {"ep"}
+    assert {key for key, capability in CAPABILITIES.items() if capability.missing} == set()
