@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import tempfile
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
@@ -17,6 +16,7 @@ from typing import Any
 
 from autopar.graph.ir import ModelGraph
 from autopar.graph.serialize import model_from_json, model_to_json
+from autopar.recent import Recent
 
 
 def cache_dir() -> Path:
@@ -24,10 +24,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("AUTOPAR_CACHE") or Path.home() / ".cache" / "autopar")
 
 
-HELD = 8
-"""Graphs that a process holds on to: what is looked up by graph, such as rules, is then found again."""
-
-_held: OrderedDict[tuple[Path, str], ModelGraph] = OrderedDict()
+_held: Recent[ModelGraph] = Recent(8)
+"""Graphs by file: what is looked up by graph, such as rules, is found again with it."""
 
 
 def cached_graph(name: str, content: Any, build: Callable[[], ModelGraph]) -> ModelGraph:
@@ -36,19 +34,16 @@ def cached_graph(name: str, content: Any, build: Callable[[], ModelGraph]) -> Mo
     What this process had last it has again, the same object. A file that cannot be read as a graph is replaced; a
     directory that cannot be written is done without.
     """
-    key = cache_key(content)
-    path = cache_dir() / "graphs" / f"{name}-{key}.json"
-    graph = _held.pop((path, key), None)
-    if graph is None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-            graph = model_from_json(json.loads(path.read_text()))
-    if graph is None:
-        graph = build()
-        with contextlib.suppress(OSError):
-            _write(path, json.dumps(model_to_json(graph), separators=(",", ":")))
-    _held[path, key] = graph
-    if len(_held) > HELD:
-        _held.popitem(last=False)
+    path = cache_dir() / "graphs" / f"{name}-{cache_key(content)}.json"
+    return _held.get(path, lambda: _from_disk(path, build))
+
+
+def _from_disk(path: Path, build: Callable[[], ModelGraph]) -> ModelGraph:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return model_from_json(json.loads(path.read_text()))
+    graph = build()
+    with contextlib.suppress(OSError):
+        _write(path, json.dumps(model_to_json(graph), separators=(",", ":")))
     return graph
 
 

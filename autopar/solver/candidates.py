@@ -17,14 +17,13 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from autopar.graph.ir import BlockKind
 from autopar.job import Job
 from autopar.plan import Candidate
+from autopar.recent import Recent
 from autopar.sharding.decision import BlockDecision
 from autopar.solver.decision_costs import (
     boundary_bytes,
@@ -110,10 +109,8 @@ class BlockCost:
         )
 
 
-KEPT = 4096
-"""Footprints of earlier searches that are kept for later ones of this process; the oldest goes first."""
-
-_earlier: OrderedDict[Any, Footprint] = OrderedDict()
+_earlier: Recent[Footprint] = Recent(4096)
+"""Footprints of this process's searches."""
 
 
 class BlockCosts:
@@ -122,6 +119,7 @@ class BlockCosts:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._footprints: dict[tuple[str, str, bool], Footprint] = {}
+        self._digests: dict[str, str] = {}
         self.measured = 0
 
     def of(
@@ -173,11 +171,10 @@ class BlockCosts:
         """What the sharded block holds through its forward and backward."""
         key = (kind.name, json.dumps(decision.to_json(), sort_keys=True), lean)
         if key not in self._footprints:
-            place = (kind.digest(), replace(self.job, global_batch=1), *key)
-            found = _earlier.pop(place, None) or footprint(kind, decision, self.job, lean)
-            self._footprints[key] = _earlier[place] = found
-            if len(_earlier) > KEPT:
-                _earlier.popitem(last=False)
+            if kind.name not in self._digests:
+                self._digests[kind.name] = kind.digest()
+            place = (self._digests[kind.name], replace(self.job, global_batch=1), *key)
+            self._footprints[key] = _earlier.get(place, lambda: footprint(kind, decision, self.job, lean))
             self.measured += 1
         return self._footprints[key]
 

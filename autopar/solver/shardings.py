@@ -8,12 +8,13 @@ found on demand and kept; `Shardings.cheap_bound` needs a linear program, `bound
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
 
+from autopar.recent import Recent
 from autopar.sharding.decision import BlockDecision
 from autopar.solver.block_problem import ModelProblem, model_problem
 from autopar.solver.candidates import BlockCost
@@ -62,10 +63,9 @@ class KindBytes:
 
 
 Found = TypeVar("Found")
-KEPT = 48
-"""Shardings of earlier searches whose results are kept for later ones of this process; the oldest goes first."""
 
-_earlier: OrderedDict[Any, dict[Any, Any]] = OrderedDict()
+_earlier: Recent[dict[Any, Any]] = Recent(48)
+"""Of each of the shardings that this process's searches had last, what they found."""
 
 
 class KnownShardings:
@@ -84,15 +84,13 @@ class KnownShardings:
 def _results(context: Context, *key: Any) -> dict[Any, Any]:
     """What earlier searches of this process found of the same shardings: model, device, links, job and what is fixed of
     a block are the same; the batch of a step and sizes of axes that split no block may differ."""
-    fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
-    group = context.cluster.groups[0]
-    links = (group.devices_per_node, group.intra_node, group.inter_node)
-    job = replace(context.job, global_batch=1)
-    place = (context.model.fingerprint(), job, group.device, links, fix, context.equal_blocks, *key)
-    found = _earlier[place] = _earlier.pop(place, {})
-    if len(_earlier) > KEPT:
-        _earlier.popitem(last=False)
-    return found
+    if "blocks" not in context.memo:
+        fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
+        group = context.cluster.groups[0]
+        links = (group.devices_per_node, group.intra_node, group.inter_node)
+        job = replace(context.job, global_batch=1)
+        context.memo["blocks"] = context.model.fingerprint(), job, group.device, links, fix, context.equal_blocks
+    return _earlier.get((*context.memo["blocks"], *key), dict)
 
 
 class Shardings:
