@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autopar.errors import BadInputError
-from autopar.stack import stack_names
+from autopar.stack import stack_names, stack_of
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 """Bytes per element of the compute dtype. "fp64" is for proofs."""
@@ -59,6 +59,11 @@ class Job:
     def master_bytes(self) -> int:
         """Bytes per element of the parameters the optimizer updates (float32, or float64 for a float64 job)."""
         return max(4, DTYPE_BYTES[self.dtype])
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes per element of gradients as the stack adds them up over ranks."""
+        return self.master_bytes if stack_of(self.stack).gradients == "master" else self.compute_bytes
 
     @property
     def predicts_only(self) -> bool:

@@ -46,10 +46,6 @@ def error(found: torch.Tensor, wanted: torch.Tensor, least: float = 0.0) -> floa
     return float((found.detach() - wanted).norm()) / max(float(wanted.norm()), least)
 
 
-def gradient(layout: Layout) -> Layout:
-    return Layout(tuple((axis, kind.gradient) for axis, kind in layout.types))
-
-
 def prove(graph: OpGraph, decision: BlockDecision, batch: int = 4, seq: int = 8, high: int = 32) -> None:
     """The decision's outputs and gradients on simulated ranks are those of one device."""
     kind = BlockKind("Drawn", graph)
@@ -66,9 +62,9 @@ def prove(graph: OpGraph, decision: BlockDecision, batch: int = 4, seq: int = 8,
     (found,) = run_sharded(kind, decision, local, batch, seq)
     layout = decision.outputs[graph.outputs[0]]
     assert error(unshard(found, layout, decision.axes, batch, seq), wanted) <= 1e-12
-    torch.autograd.backward(found, shard(grad, gradient(layout), decision.axes, batch, seq, generator))
+    torch.autograd.backward(found, shard(grad, layout.gradient, decision.axes, batch, seq, generator))
     least = 1e-3 * float(torch.stack([g.norm() for g in grads.values()]).norm()) / len(grads) ** 0.5
     for name, expected in grads.items():
         parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in local[name]]
-        back = unshard(parts, gradient(decision.inputs[name]), decision.axes, batch, seq)
+        back = unshard(parts, decision.inputs[name].gradient, decision.axes, batch, seq)
         assert error(back, expected, least) <= 1e-12, f"gradient of {name}"

@@ -18,10 +18,6 @@ TYPES = [R, I, P, S(0), S(1), S(0, 2), S(1, 3)]
 SHAPE = (8, 24)
 
 
-def gradient(layout: Layout) -> Layout:
-    return Layout(tuple((axis, kind.gradient) for axis, kind in layout.types))
-
-
 def held_alike(values: list[torch.Tensor], kind: SpmdType) -> bool:
     return kind.kind not in "RI" or all(torch.equal(values[0], x) for x in values)
 
@@ -33,9 +29,9 @@ def prove(source: Layout, target: Layout, axes: dict[str, int], shape: tuple[int
     before = [x.requires_grad_() for x in shard(whole, source, axes, generator=generator)]
     after = convert_values(before, source, target, SimulatedWorld(axes), 1, 1)
     assert torch.equal(unshard(after, target, axes), whole)
-    torch.autograd.backward(after, shard(grad, gradient(target), axes, generator=generator))
+    torch.autograd.backward(after, shard(grad, target.gradient, axes, generator=generator))
     grads = [x.grad if x.grad is not None else torch.zeros_like(x) for x in before]
-    assert torch.equal(unshard(grads, gradient(source), axes), grad)
+    assert torch.equal(unshard(grads, source.gradient, axes), grad)
     if len(axes) == 1:
         (axis,) = axes
         assert held_alike(after, target[axis])

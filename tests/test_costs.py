@@ -15,7 +15,8 @@ from autopar.graph.ops import callable_of
 from autopar.job import Job
 from autopar.solver import op_costs
 from autopar.solver.op_costs import LocalTensor, OpCosts, OpTime
-from autopar.solver.work import Attention, Matmul, flops, matmul_of, work
+from autopar.solver.work import flops, matmul_of, work
+from autopar.solver.work_parts import Attention, Matmul
 
 JOB = Job(global_batch=8, seq_len=4096)
 SDPA = "aten.scaled_dot_product_attention"

@@ -26,7 +26,8 @@ from autopar.job import Job
 from autopar.models import model_graph
 from autopar.sharding.rules import has_rule
 from autopar.solver.search import search
-from autopar.solver.work import LocalTensor, flops, work
+from autopar.solver.work import flops, work
+from autopar.solver.work_parts import LocalTensor
 
 FORMS: dict[str, dict[str, Any]] = {
     "halves": {"gate": "halves", "activation": "silu"},

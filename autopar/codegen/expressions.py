@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from autopar.codegen.shape_expressions import SHAPES
 from autopar.codegen.site import Renderer, Site, Sizes, argument, is_tensor
 from autopar.codegen.source import Argument, Binary, Call, Expr, Method, Text, Value, literal
+from autopar.graph.ir import CONVOLUTIONS, RECURRENT
 from autopar.graph.leaves import LEAVES
-from autopar.sharding.local import GROUPED
 
 
 def render(site: Site) -> Expr:
@@ -297,9 +297,9 @@ RENDERERS: dict[str, Renderer] = {
     "aten.logical_or": _binary("|"),
     "aten.bitwise_or": _binary("|"),
     "aten.neg": _neg,
-    **{f"autopar.{name}": _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **dict.fromkeys(RECURRENT, _recurrent),
     "aten.pad": _pad,
-    **dict.fromkeys(GROUPED, _convolution),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
     "aten.pow": _pow,
     "aten.mean": _reduce("mean"),
     "aten.sum": _reduce("sum"),

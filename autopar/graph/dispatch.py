@@ -11,10 +11,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from autopar.errors import BadInputError
-from autopar.graph.ir import EXPERTS, BlockKind, ModelGraph, Node, OpGraph, TensorMeta
+from autopar.graph.ir import EXPERTS, IMBALANCE, BlockKind, ModelGraph, Node, OpGraph, TensorMeta
 
 PARAMETERS = 3
 """Where an experts operator's parameters begin among its operands."""
+
+
+def fullest_rows(choices: int, held: int, experts: int, ep: int) -> int:
+    """Rows that the experts of the rank that is waited for compute, which holds ``held`` of ``experts``, where each of
+    the ``ep`` that share them has tokens that made so many choices."""
+    more, less = IMBALANCE if held < experts else (1, 1)
+    return -(-choices * held * ep * more // (experts * less))
+
+
+def sent_rows(choices: int, held: int, experts: int, ep: int) -> int:
+    """Rows that a rank sends to those it shares experts with, its own included."""
+    return -(-choices * held * ep // experts)
 
 
 def expert_parameters(graph: OpGraph) -> Iterator[Node]:

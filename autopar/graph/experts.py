@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autopar.graph.ir import IMBALANCE
+from autopar.graph.dispatch import fullest_rows, sent_rows
 
 GATES = ("halves", "pairs", "none")
 
@@ -90,10 +90,9 @@ def experts(
     """
     tokens, slots, own = hidden.flatten(0, -2), index.flatten() - first, up.size(0)
     if isinstance(hidden, FakeTensor):
-        more, less = IMBALANCE if own < experts else (1, 1)
         each = slots.numel() // max(1, index.size(0))
-        rows = -(-each * own * ep * more // (experts * less)) * index.size(0)
-        sent = -(-each * own * ep // experts) * index.size(0) if ep > 1 else rows
+        rows = fullest_rows(each, own, experts, ep) * index.size(0)
+        sent = sent_rows(each, own, experts, ep) * index.size(0) if ep > 1 else rows
         order, counts = slots.argsort()[:sent], [rows]
     else:
         slots = slots.masked_fill((slots < 0) | (slots >= own), own)

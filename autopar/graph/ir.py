@@ -18,6 +18,10 @@ COMPUTE = "compute"
 """The dtype of a tensor held in the job's compute dtype; other dtypes are torch's names ("float32", "int64", "bool").
 "float32" means at least float32: a float64 job computes such tensors in float64."""
 
+CONVOLUTIONS = tuple(f"aten.{kind}{rank}d" for kind in ("conv", "conv_transpose") for rank in (1, 2, 3))
+"""Convolutions, plain and transposed, over one to three dims of positions."""
+RECURRENT = tuple(f"autopar.{kind}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+"""Recurrent layers as they are in torch."""
 EXPERTS = "autopar.experts"
 """The operator that the experts of a mixture are (`autopar.graph.experts`)."""
 

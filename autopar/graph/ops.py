@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from autopar.graph.experts import experts
-from autopar.graph.ir import Node
+from autopar.graph.ir import RECURRENT, Node
 
 WIDE = {torch.float64: torch.float64}
 DTYPES = {
@@ -126,7 +126,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.experts": experts,
     "autopar.selective_scan": _travelling("selective_scan"),
     "autopar.state_space_scan": _travelling("state_space_scan"),
-    **{f"autopar.{name}": _recurrent(name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **{op: _recurrent(op.removeprefix("autopar.")) for op in RECURRENT},
     "aten.linear": F.linear,
     "aten.scaled_dot_product_attention": F.scaled_dot_product_attention,
     "aten.rms_norm": F.rms_norm,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from autopar.errors import UnsupportedError
+from autopar.graph.ir import RECURRENT
 
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+KINDS = tuple(op.removeprefix("autopar.") for op in RECURRENT)
 
 _library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]

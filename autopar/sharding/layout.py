@@ -114,6 +114,11 @@ class Layout:
         rest = tuple((name, old) for name, old in self.types if name != axis)
         return Layout((*rest, (axis, kind)))
 
+    @property
+    def gradient(self) -> Layout:
+        """How the ranks hold the gradient of a tensor in this layout."""
+        return Layout(tuple((axis, kind.gradient) for axis, kind in self.types))
+
     def splits(self, dim: int) -> tuple[str, ...]:
         """The axes that split ``dim``, outermost first."""
         return tuple(axis for axis, kind in self.types if kind.kind == "S" and kind.dim == dim)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autopar.errors import VerificationError
-from autopar.graph.ir import Node
+from autopar.graph.ir import CONVOLUTIONS, Node
 from autopar.graph.size import Size, size_at
 from autopar.sharding.layout import CONTEXT, Layout, SpmdType
 
@@ -79,8 +79,8 @@ _WHOLE_SHAPE = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand",
 """Operators that take their output's shape as second argument."""
 
 
-GROUPED = {f"aten.{kind}{rank}d": place for kind, place in (("conv", 6), ("conv_transpose", 6)) for rank in (1, 2, 3)}
-"""Convolutions, and which argument is the number of their groups."""
+GROUPS = 6
+"""Which argument of a convolution is the number of its groups."""
 
 
 def _rank(op: str) -> int:
@@ -108,9 +108,9 @@ def localize(
     elif node.op in ("aten.slice", "aten.narrow"):
         ranks = math.prod(axes[axis] for axis in output.splits(args[1]))
         args[2:4] = [None if value is None else value // ranks for value in args[2:4]]
-    elif node.op in GROUPED and len(args) > GROUPED[node.op] and args[GROUPED[node.op]] > 1:
+    elif node.op in CONVOLUTIONS and len(args) > GROUPS and args[GROUPS] > 1:
         # Only groups split the channels of a convolution that has several.
-        args[GROUPED[node.op]] //= math.prod(axes[axis] for axis in output.splits(len(shape) - _rank(node.op) - 1))
+        args[GROUPS] //= math.prod(axes[axis] for axis in output.splits(len(shape) - _rank(node.op) - 1))
     return tuple(args), kwargs
 
 

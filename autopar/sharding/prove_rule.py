@@ -74,7 +74,7 @@ def prove(
     if not wanted.requires_grad:
         return
     grad = torch.randn(wanted.shape, generator=generator).to(wanted.dtype)
-    gradient_layout = _gradients(out)
+    gradient_layout = out.gradient
     leaves = [x for x in whole if x.requires_grad]
     expected = torch.autograd.grad(wanted, leaves, grad)
     torch.autograd.backward(found, shard(grad, gradient_layout, axes, generator=generator))
@@ -83,15 +83,11 @@ def prove(
         if x.requires_grad:
             grads = [torch.zeros_like(part) if part.grad is None else part.grad for part in parts]
             what = f"the gradient of operand {index}"
-            _compare(what, grads, expected_of[id(x)], _gradients(layout), axes, limit)
+            _compare(what, grads, expected_of[id(x)], layout.gradient, axes, limit)
 
 
 def _layout(choice: Mapping[str, Strategy], pick: Callable[[Strategy], SpmdType]) -> Layout:
     return Layout(tuple((axis, pick(choice[axis])) for axis in split_order(choice)))
-
-
-def _gradients(layout: Layout) -> Layout:
-    return Layout(tuple((axis, kind.gradient) for axis, kind in layout.types))
 
 
 def _compare(

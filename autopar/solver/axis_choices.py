@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import EXPERTS, ModelGraph, Node, OpGraph, TensorMeta
+from autopar.graph.ir import CONVOLUTIONS, EXPERTS, ModelGraph, Node, OpGraph, TensorMeta
 from autopar.graph.size import BATCH, SEQ, Size, divide, size_at
 from autopar.sharding.check import fits, refusal
 from autopar.sharding.layout import CONTEXT, I, Layout, P, R, S, SpmdType
@@ -96,10 +96,10 @@ def choices_of(
     return _featured(node, found, axes) if split_matmuls else found
 
 
-def feature_splits(node: Node, strategies: Iterable[Strategy]) -> list[Strategy]:
-    """Of a matmul's strategies (or those of experts, which are matmuls too), those that split a feature factor: one
-    whose size depends on neither b nor s."""
-    if node.op not in _MATMULS:
+def feature_splits(node: Node, strategies: Iterable[Strategy], convolutions: bool = False) -> list[Strategy]:
+    """Of a matmul's strategies (or those of experts, which are matmuls too; also of ``convolutions``, if asked), those
+    that split a feature factor: one whose size depends on neither b nor s."""
+    if node.op not in _MATMULS and not (convolutions and node.op in CONVOLUTIONS):
         return []
     return [s for s in strategies if isinstance(s.extent, int)]
 

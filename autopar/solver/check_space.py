@@ -15,7 +15,6 @@ from autopar.solver.block_problem import feature_splits
 from autopar.solver.capabilities import refusals
 from autopar.solver.fix import Fix
 from autopar.solver.space import configs, divisors, judged, wished
-from autopar.solver.work import CONVOLUTIONS
 
 
 def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None:
@@ -74,10 +73,7 @@ def _check_model_axis(model: ModelGraph, job: Job, size: int, sequence: bool) ->
         )
     for kind in model.kinds.values():
         for node in kind.graph.of("op"):
-            found = strategies_of(node, kind.graph)
-            splits = feature_splits(node, found)
-            if node.op in CONVOLUTIONS:
-                splits = [strategy for strategy in found if isinstance(strategy.extent, int)]
+            splits = feature_splits(node, strategies_of(node, kind.graph), convolutions=True)
             if any(size_at(split.extent or 0, 1, 1) % size == 0 for split in splits):
                 return
     raise BadInputError(f"fix: tp={size} divides no feature dimension of any matmul of {model.name}; choose another tp")

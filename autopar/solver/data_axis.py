@@ -182,7 +182,7 @@ class DataAxis:
         """Of these, inside a shard group: what zero 2 and 3 do in every micro-batch."""
         if not elements:
             return 0.0
-        nbytes = elements * self.ops.gradient_bytes
+        nbytes = elements * self.ops.job.gradient_bytes
         seconds = 0.0
         if self.shards > 1:
             seconds += self._shared_s("reduce_scatter", nbytes)
@@ -196,7 +196,7 @@ class DataAxis:
         """Of these, across replicas: once a step."""
         if not elements or self.replicas == 1:
             return 0.0
-        nbytes = elements * self.ops.gradient_bytes / self.shards
+        nbytes = elements * self.ops.job.gradient_bytes / self.shards
         across = min(self.collectives.over("all_reduce", nbytes, cut(span, self.shards)[1]) for span in self.spans)
         return across + self._host_s(elements)
 

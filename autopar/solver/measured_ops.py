@@ -23,7 +23,8 @@ from autopar.job import Job
 from autopar.measured import Measured
 from autopar.profiler.shapes import WIDTHS, Point, family
 from autopar.profiler.surface import Surface, relative_fit
-from autopar.solver.work import ATTENTION, MATMULS, LocalTensor, Matmul, Work, is_causal
+from autopar.solver.work import ATTENTION, MATMULS, is_causal
+from autopar.solver.work_parts import LocalTensor, Matmul, Work
 
 BELOW, ABOVE = 2.0, 4.0
 """Octaves outside the measured range of a size that its surface is still read at: efficiencies stay as they are towards

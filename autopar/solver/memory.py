@@ -199,7 +199,7 @@ class MemoryModel:
         backwards of a step (`orders.Moment`). ``halved``: as in `StageBackward`."""
         master, compute = self.job.master_bytes, self.job.compute_bytes
         if self.keeps_buffers:
-            return master if stack_of(self.job.stack).gradients == "master" else compute
+            return self.job.gradient_bytes
         if done == "none":
             return 0.0
         if done != "all" and halved:

@@ -23,7 +23,8 @@ from autopar.graph.ir import EXPERTS, Node
 from autopar.job import NARROW_BYTES, Job
 from autopar.solver.measured_ops import MeasuredOps
 from autopar.solver.stack_work import LINEAR, as_run
-from autopar.solver.work import Attention, LocalTensor, Matmul, Work, variant, work
+from autopar.solver.work import variant, work
+from autopar.solver.work_parts import Attention, LocalTensor, Matmul, Work
 from autopar.stack import stack_of
 
 __all__ = ["LocalTensor", "OpCosts", "OpTime"]
@@ -98,11 +99,6 @@ class OpCosts:
         narrow = self.device.peak(str(self.job.linear_dtype))
         wide = WIDE_SHARE if self.job.linear_dtype == "fp4" else 0.0
         return 1 / ((1 - wide) / narrow + wide / self.device.peak(self.job.dtype))
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes per element of gradients as they are reduced."""
-        return self.job.master_bytes if self.stack.gradients == "master" else self.job.compute_bytes
 
     def seconds(self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> OpTime:
         """Time of ``node`` on local tensors; ``inputs`` and ``grads`` (wants a gradient) follow ``node.operands()``."""

@@ -29,8 +29,8 @@ from autopar.sharding.layout import CONTEXT, Layout, SpmdType
 from autopar.sharding.local import produced_layouts
 from autopar.sharding.rules import Strategy
 from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.expert_work import exchanged_rows
 from autopar.solver.op_costs import LocalTensor, OpCosts
-from autopar.solver.work import exchanged_rows
 
 _WIDTHS = {
     "float64": 8,

@@ -1,4 +1,5 @@
-"""FLOP and bytes of the scans of state-space models, as `codegen/runtime/scans.py` computes them.
+"""The work of recurrences along the sequence: scans of state-space models, as `codegen/runtime/scans.py` computes them,
+and torch's recurrent layers.
 
 Products of one head: with c chunks of l positions, heads of width p and states of n numbers, the chunked scan does
 ``c (l*l*n + l*l*p + 2*l*p*n)`` multiply-adds, of any number of groups (arXiv 2405.21060, section 6.3). Mamba's scan has
@@ -7,7 +8,13 @@ a decay for each channel and state, so it has no such products: it streams its s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, log2, prod
+
+from autopar.graph.ir import Node
+from autopar.solver.work_parts import Counted, LocalTensor, Matmul, Work
+
+SELECTIVE, CHUNKED = "autopar.selective_scan", "autopar.state_space_scan"
 
 Products = tuple[tuple[int, int, int, int], ...]
 """(batch, m, n, k) of each matrix product."""
@@ -47,3 +54,44 @@ def chunked(x: tuple[int, ...], states: int, chunk: int) -> tuple[Products, int,
         streamed,
         30 + 7 * rounds,
     )
+
+
+def scan_products(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[Matmul, ...]:
+    """The matrix products of a scan's forward."""
+    return tuple(Matmul(*product) for product in _scanned(node, shapes)[0])
+
+
+def scan(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Scans of state-space models; backward runs each product twice, and streams twice as much."""
+    shapes = [tensor.shape for tensor in inputs]
+    matmuls = scan_products(node, shapes)
+    _, streamed, kernels = _scanned(node, shapes)
+    size = inputs[0].bytes_per_element
+    moved = sum(tensor.nbytes for tensor in inputs) + output.nbytes + streamed * size
+    return (
+        Work(matmuls, nbytes=moved, kernels=kernels + len(matmuls)),
+        Work(2 * matmuls, nbytes=2 * moved, kernels=2 * (kernels + len(matmuls))),
+    )
+
+
+def recurrent(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """LSTM and GRU: for each layer and direction the inputs' product at once, and one small product a position."""
+    x, first = inputs[0].shape, 3 if node.op == "autopar.lstm" else 2
+    batch, length = (x[0], x[1]) if node.args[-2] else (x[1], x[0])
+    matrices = [tensor.shape for tensor in inputs[first:] if len(tensor.shape) == 2]
+    whole = [Matmul(1, batch * length, gates, width) for gates, width in matrices[::2]]
+    steps = [Matmul(length, batch, gates, width) for gates, width in matrices[1::2]]
+    read = sum(tensor.nbytes for tensor in inputs) + output.nbytes
+    gated = sum(batch * length * gates * inputs[0].bytes_per_element for gates, _ in matrices[1::2])
+    forward = (*whole, *steps)
+    kernels = len(whole) + 2 * length * len(steps)
+    return (
+        Work(forward, matmul_bytes=read, nbytes=3 * gated, kernels=kernels),
+        Work(2 * forward, matmul_bytes=2 * read, nbytes=6 * gated, kernels=2 * kernels),
+    )
+
+
+def _scanned(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[Products, int, int]:
+    if node.op == SELECTIVE:
+        return selective(shapes[0], shapes[2][-1])
+    return chunked(shapes[0], shapes[3][-1], node.args[5])

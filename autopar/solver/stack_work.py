@@ -20,7 +20,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autopar.graph.ir import Node
-from autopar.solver.work import ATTENTION, MATMULS, Attention, Matmul, Work, is_pointwise
+from autopar.solver.work import ATTENTION, MATMULS, is_pointwise
+from autopar.solver.work_parts import Attention, Matmul, Work
 from autopar.stack import Stack
 
 LINEAR = "aten.linear"

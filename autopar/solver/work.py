@@ -2,15 +2,13 @@
 
 Prices follow from this by a roofline (`autopar.solver.op_costs`). Bytes are those of the kernels that eager PyTorch
 runs: each reads its operands from memory and writes its result there; views move nothing. FLOP are those of matmuls
-and attention; everything else is bound by bytes.
+and attention; everything else is bound by bytes. Mixtures of experts and recurrences have files of their own
+(`expert_work`, `scan_work`).
 
 Conventions
 * a matmul of (m, k) and (k, n) is 2*m*n*k FLOP; its backward is one such matmul for each operand with a gradient;
 * fused attention runs two matmuls forward and five backward (the scores are computed again: FlashAttention-2, Dao,
   arXiv 2307.08691, section 4), so 2.5 times the forward; a causal mask halves the work done;
-* the experts of a mixture are two grouped matmuls, each of (an expert's rows, k) and (k, n) for every expert that a
-  rank holds. A token has k rows, one for each expert it chose; where a rank holds a part of the experts, the one that
-  is waited for has `IMBALANCE` times its share of them;
 * `flops`, which counts model FLOP for MFU, does **not** halve causal attention (PaLM, arXiv 2204.02311, appendix B;
   Megatron, arXiv 2104.04473), so that figures compare with those papers.
 """
@@ -18,98 +16,16 @@ Conventions
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from math import ceil, prod
-from typing import Any, NamedTuple
+from dataclasses import replace
+from math import prod
+from typing import Any
 
-from autopar.graph.ir import EXPERTS, IMBALANCE, Node
-from autopar.solver import scan_work
+from autopar.graph.ir import CONVOLUTIONS, EXPERTS, RECURRENT, Node
+from autopar.solver.expert_work import experts_work
+from autopar.solver.scan_work import CHUNKED, SELECTIVE, recurrent, scan, scan_products
+from autopar.solver.work_parts import NOTHING, Attention, Counted, LocalTensor, Matmul, Work
 
 ATTENTION = "aten.scaled_dot_product_attention"
-
-
-class LocalTensor(NamedTuple):
-    """One rank's piece of a tensor (a named tuple, because prices are looked up by it: its hash must be cheap)."""
-
-    shape: tuple[int, ...]
-    bytes_per_element: int
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.bytes_per_element
-
-
-class Matmul(NamedTuple):
-    """``batch`` products of (m, k) and (k, n)."""
-
-    batch: int
-    m: int
-    n: int
-    k: int
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.batch * self.m * self.n * self.k
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Fused attention of ``batch`` (samples times query heads) problems; ``matmuls``: 2 forward, 5 backward.
-    ``balanced``: whether queries split by position are chunks from both ends of the sequence, if they can be."""
-
-    batch: int
-    queries: int
-    keys: int
-    head_dim: int
-    causal: bool
-    matmuls: int
-    balanced: bool = True
-
-    @property
-    def share(self) -> float:
-        """The part of all keys that a query reads on average; blocks above the diagonal are skipped.
-
-        Fewer queries than keys are one rank's, split by position: half of all keys where each rank takes a chunk from
-        both ends of the sequence, which an even number of queries allows; else what the last rank reads.
-        """
-        if not self.causal:
-            return 1.0
-        return (
-            0.5
-            if (self.balanced and self.queries % 2 == 0) or self.queries >= self.keys
-            else 1 - self.queries / self.keys / 2
-        )
-
-    @property
-    def flops(self) -> float:
-        """FLOP done."""
-        return 2 * self.matmuls * self.batch * self.queries * self.keys * self.head_dim * self.share
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One direction of one operator: its matmul-like parts, other bytes moved, and how many kernels it launches.
-
-    ``nbytes`` are moved by streaming kernels and do not overlap with the matmuls, whose own operands are in
-    ``matmul_bytes``.
-    """
-
-    matmuls: tuple[Matmul, ...] = ()
-    attention: Attention | None = None
-    matmul_bytes: float = 0.0
-    nbytes: float = 0.0
-    kernels: float = 0
-
-    @property
-    def flops(self) -> float:
-        return sum(matmul.flops for matmul in self.matmuls) + (self.attention.flops if self.attention else 0)
-
-
-NOTHING = Work()
 
 
 def work(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> tuple[Work, Work]:
@@ -144,7 +60,7 @@ def flops(node: Node, input_shapes: Sequence[tuple[int, ...]], output_shape: tup
         (index, up), down = (input_shapes[1], input_shapes[3]), input_shapes[4]
         return 2.0 * prod(index) * (prod(up[1:]) + prod(down[1:]))
     if node.op in (SELECTIVE, CHUNKED):
-        return float(sum(matmul.flops for matmul in _scan_products(node, input_shapes)))
+        return float(sum(matmul.flops for matmul in scan_products(node, input_shapes)))
     matmul = matmul_of(node, input_shapes, output_shape)
     return float(matmul.flops) if matmul else 0.0
 
@@ -202,7 +118,6 @@ def _einsum_matmul(equation: str, shapes: Sequence[tuple[int, ...]]) -> Matmul:
     )
 
 
-Counted = tuple[Work, Work]
 Counter = Callable[[Node, Sequence[LocalTensor], LocalTensor, Sequence[bool]], Counted]
 
 
@@ -255,50 +170,6 @@ def _attention(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, g
         moved = backward.nbytes + 7 * (key.nbytes + value.nbytes)
         backward = replace(backward, nbytes=moved, kernels=2 * backward.kernels + 10)
     return forward, backward
-
-
-def expert_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
-    """Rows that the slowest rank's experts compute: one for each of their tokens' choices."""
-    held, experts = up.shape[0], int(node.kwargs["experts"])
-    more, less = IMBALANCE if held < experts else (1, 1)
-    return -(-index.elements * held * int(node.kwargs.get("ep", 1)) * more // (experts * less))
-
-
-def exchanged_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
-    """Rows that a rank sends to those it shares experts with, its own included; 0 where it shares none."""
-    ep = int(node.kwargs.get("ep", 1))
-    return -(-index.elements * up.shape[0] * ep // int(node.kwargs["experts"])) if ep > 1 else 0
-
-
-def _experts(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
-    """Rows gathered by expert, two grouped matmuls with the activation between them, and added up by token
-    (`codegen/runtime/experts.py`). Streams, in widths of a row: d twice to gather, three times to add; f seven times
-    for activation, gate and routing weight, eighteen times backwards. Sorting the choices: a dozen small kernels."""
-    hidden, index, _, up, down = inputs[:5]
-    rows, held = expert_rows(node, index, up), up.shape[0]
-    used = max(1, min(held, rows))
-    each, width, inner = ceil(rows / used), hidden.shape[-1], down.elements // (held * hidden.shape[-1])
-    wide = up.elements // (held * width)
-    size = hidden.bytes_per_element
-    d, f = rows * width * size, rows * inner * size
-    read = (up.nbytes + down.nbytes) * used / held
-    moved = read + d + rows * wide * size + f + d
-    sort = 12 * index.nbytes
-    forward = (Matmul(used, each, wide, width), Matmul(used, each, width, inner))
-    back = [m for m in forward if grads[0]]
-    back += [Matmul(m.batch, m.n, m.k, m.m) for m, grad in zip(forward, grads[3:5], strict=True) if grad]
-    # Sent rows are gathered by rank, received ones by expert, and both put back.
-    sent = 4 * exchanged_rows(node, index, up) * width * size
-    biases = sum(bias.nbytes for bias in inputs[5:]) + (rows * (wide + width) * 3 * size if inputs[5:] else 0)
-    return (
-        Work(forward, matmul_bytes=moved, nbytes=5 * d + output.nbytes + 7 * f + sort + sent + biases, kernels=24),
-        Work(
-            tuple(back),
-            matmul_bytes=2 * moved,
-            nbytes=5 * d + output.nbytes + 18 * f + sort + sent + biases,
-            kernels=16 + len(back),
-        ),
-    )
 
 
 def _elementwise(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
@@ -414,49 +285,6 @@ def _dropout(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, gra
     return moved, moved
 
 
-def _scan(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
-    """Scans of state-space models; backward runs each product twice, and streams twice as much."""
-    shapes = [tensor.shape for tensor in inputs]
-    matmuls = _scan_products(node, shapes)
-    _, streamed, kernels = _scanned(node, shapes)
-    size = inputs[0].bytes_per_element
-    moved = sum(tensor.nbytes for tensor in inputs) + output.nbytes + streamed * size
-    return (
-        Work(matmuls, nbytes=moved, kernels=kernels + len(matmuls)),
-        Work(2 * matmuls, nbytes=2 * moved, kernels=2 * (kernels + len(matmuls))),
-    )
-
-
-def _scanned(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[scan_work.Products, int, int]:
-    if node.op == SELECTIVE:
-        return scan_work.selective(shapes[0], shapes[2][-1])
-    return scan_work.chunked(shapes[0], shapes[3][-1], node.args[5])
-
-
-def _scan_products(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[Matmul, ...]:
-    return tuple(Matmul(*product) for product in _scanned(node, shapes)[0])
-
-
-def _recurrent(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
-    """LSTM and GRU: for each layer and direction the inputs' product at once, and one small product a position."""
-    x, first = inputs[0].shape, 3 if node.op == "autopar.lstm" else 2
-    batch, length = (x[0], x[1]) if node.args[-2] else (x[1], x[0])
-    matrices = [tensor.shape for tensor in inputs[first:] if len(tensor.shape) == 2]
-    whole = [Matmul(1, batch * length, gates, width) for gates, width in matrices[::2]]
-    steps = [Matmul(length, batch, gates, width) for gates, width in matrices[1::2]]
-    read = sum(tensor.nbytes for tensor in inputs) + output.nbytes
-    gated = sum(batch * length * gates * inputs[0].bytes_per_element for gates, _ in matrices[1::2])
-    forward = (*whole, *steps)
-    kernels = len(whole) + 2 * length * len(steps)
-    return (
-        Work(forward, matmul_bytes=read, nbytes=3 * gated, kernels=kernels),
-        Work(2 * forward, matmul_bytes=2 * read, nbytes=6 * gated, kernels=2 * kernels),
-    )
-
-
-SELECTIVE, CHUNKED = "autopar.selective_scan", "autopar.state_space_scan"
-RECURRENT = frozenset(f"autopar.{name}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
-CONVOLUTIONS = frozenset(f"aten.{kind}{rank}d" for kind in ("conv", "conv_transpose") for rank in (1, 2, 3))
 MATMULS = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum")
 VIEWS = (
     *("view", "reshape", "unflatten", "flatten", "transpose", "permute", "t", "numpy_T", "movedim"),
@@ -483,8 +311,8 @@ _FAMILIES: tuple[tuple[Counter, Sequence[str]], ...] = (
 
 _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILIES for name in names} | {
     **dict.fromkeys(CONVOLUTIONS, _matmul),
-    **dict.fromkeys((SELECTIVE, CHUNKED), _scan),
-    **dict.fromkeys(RECURRENT, _recurrent),
+    **dict.fromkeys((SELECTIVE, CHUNKED), scan),
+    **dict.fromkeys(RECURRENT, recurrent),
     ATTENTION: _attention,
     "aten.cat": _cat,
     "aten.embedding": _embedding,
@@ -492,7 +320,7 @@ _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILI
     "autopar.cast": _cast,
     "aten.to": _cast,
     "autopar.rotary": _rotary,
-    EXPERTS: _experts,
+    EXPERTS: experts_work,
     "autopar.cross_entropy": _cross_entropy,
 }
 

@@ -6,8 +6,9 @@ group: each of them is a convolution of its own.
 
 from __future__ import annotations
 
+from autopar.graph.ir import CONVOLUTIONS
 from autopar.sharding.factors import Mismatch, Names
-from autopar.sharding.local import GROUPED
+from autopar.sharding.local import GROUPS
 from autopar.sharding.rules.entry import Call, Entry
 
 _AXES = "xyz"
@@ -17,7 +18,7 @@ def _convolution(call: Call) -> str:
     """Input ``b (g c) x``, weight ``(g n) c k``, bias ``(g n)``; transposed convolutions have weight ``(g c) n k``."""
     transposed = "transpose" in call.node.op
     rank = len(call.shapes[1]) - 2
-    groups = call.arg(GROUPED[call.node.op], "groups", 1)
+    groups = call.arg(GROUPS, "groups", 1)
     batch = "b " if len(call.shapes[0]) == rank + 2 else ""
     before, kernel, after = (" ".join(f"{prefix}{axis}^" for axis in _AXES[:rank]) for prefix in ("", "k", "o"))
     if groups == 1:
@@ -51,7 +52,7 @@ _POOLS = [f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for r
 _RESIZES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "linear1d", "bilinear2d", "bicubic2d")]
 
 ENTRIES = [
-    *(Entry(op, compute=_convolution, once="2") for op in GROUPED),
+    *(Entry(op, compute=_convolution, once="2") for op in CONVOLUTIONS),
     *(Entry(f"aten.{op}", compute=_windows) for op in (*_POOLS, *_RESIZES)),
     Entry("aten.group_norm", compute=_group_norm),
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from autopar.graph.ir import RECURRENT
 from autopar.sharding.rules.entry import Call, Entry
-
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def _recurrent(call: Call) -> str:
@@ -21,4 +20,4 @@ def _recurrent(call: Call) -> str:
     return f"{', '.join([x, *states, *weights])} -> {result}"
 
 
-ENTRIES = [Entry(f"autopar.{kind}", compute=_recurrent) for kind in KINDS]
+ENTRIES = [Entry(op, compute=_recurrent) for op in RECURRENT]

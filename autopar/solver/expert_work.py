@@ -1,0 +1,58 @@
+"""The work of a mixture's experts, as `codegen/runtime/experts.py` computes them.
+
+They are two grouped matmuls, each of (an expert's rows, k) and (k, n) for every expert that a rank holds. A token has k
+rows, one for each expert it chose; where a rank holds a part of the experts, the one that is waited for has `IMBALANCE`
+times its share of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from autopar.graph.dispatch import fullest_rows, sent_rows
+from autopar.graph.ir import Node
+from autopar.solver.work_parts import Counted, LocalTensor, Matmul, Work
+
+
+def expert_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
+    """Rows that the slowest rank's experts compute: one for each of their tokens' choices."""
+    return fullest_rows(index.elements, up.shape[0], int(node.kwargs["experts"]), int(node.kwargs.get("ep", 1)))
+
+
+def exchanged_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
+    """Rows that a rank sends to those it shares experts with, its own included; 0 where it shares none."""
+    ep = int(node.kwargs.get("ep", 1))
+    return sent_rows(index.elements, up.shape[0], int(node.kwargs["experts"]), ep) if ep > 1 else 0
+
+
+def experts_work(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Rows gathered by expert, two grouped matmuls with the activation between them, and added up by token.
+
+    Streams, in widths of a row: d twice to gather, three times to add; f seven times for activation, gate and routing
+    weight, eighteen times backwards. Sorting the choices: a dozen small kernels."""
+    hidden, index, _, up, down = inputs[:5]
+    rows, held = expert_rows(node, index, up), up.shape[0]
+    used = max(1, min(held, rows))
+    each, width, inner = ceil(rows / used), hidden.shape[-1], down.elements // (held * hidden.shape[-1])
+    wide = up.elements // (held * width)
+    size = hidden.bytes_per_element
+    d, f = rows * width * size, rows * inner * size
+    read = (up.nbytes + down.nbytes) * used / held
+    moved = read + d + rows * wide * size + f + d
+    sort = 12 * index.nbytes
+    forward = (Matmul(used, each, wide, width), Matmul(used, each, width, inner))
+    back = [m for m in forward if grads[0]]
+    back += [Matmul(m.batch, m.n, m.k, m.m) for m, grad in zip(forward, grads[3:5], strict=True) if grad]
+    # Sent rows are gathered by rank, received ones by expert, and both put back.
+    sent = 4 * exchanged_rows(node, index, up) * width * size
+    biases = sum(bias.nbytes for bias in inputs[5:]) + (rows * (wide + width) * 3 * size if inputs[5:] else 0)
+    return (
+        Work(forward, matmul_bytes=moved, nbytes=5 * d + output.nbytes + 7 * f + sort + sent + biases, kernels=24),
+        Work(
+            tuple(back),
+            matmul_bytes=2 * moved,
+            nbytes=5 * d + output.nbytes + 18 * f + sort + sent + biases,
+            kernels=16 + len(back),
+        ),
+    )
