@@ -3,11 +3,11 @@
     python benchmarks/published.py [--runs FILE --sweeps FILE --json OUT]
 
 Every record that can be represented (`published_rows`) is predicted through `autopar.predict`: its architecture is
-built by transformers on the meta device, traced, sharded, priced. Memory limits do not apply: the runs ran. Printed
-by group: number of runs, mean absolute, median signed and 90th percentile error of the
-step time, the same of the trivial formula, of memory, and for sweeps Kendall's tau and the regret of the predicted
-best. Records that cannot be represented are counted by reason. ``--plot FILE`` writes the scatter as HTML;
-``--residuals`` writes the intervals of predictions (``autopar/catalog/residuals.yaml``) from these runs.
+built by transformers on the meta device, traced, sharded, priced. Memory limits do not apply: the runs ran. Printed by
+group: number of runs, mean absolute, median signed and 90th percentile error of the step time, the same of the trivial
+formula, of memory, and for sweeps Kendall's tau and the regret of the predicted best. Records that cannot be
+represented are counted by reason. ``--plot FILE`` writes the scatter as HTML; ``--residuals`` writes the intervals of
+predictions (``autopar/catalog/residuals.yaml``) from these runs.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
     path.write_text(json.dumps(config))
     roomy = _roomy(real)
     plan = predict(str(path), job, roomy, {"recompute": "none", **fix})
-    short = _needed(plan) - real.device.memory_bytes
+    short = max(_held(plan)) - real.device.memory_bytes
     if "recompute" not in fix and short > 0:
-        spared = _needed(plan) - _needed(predict(str(path), job, roomy, {**fix, "recompute": "full"}))
+        spared = max(_held(plan)) - max(_held(predict(str(path), job, roomy, {**fix, "recompute": "full"})))
         again = recomputing(fix, record["model"]["layers"], min(1.0, short / max(spared, 1)))
         plan = predict(str(path), job, roomy, {**fix, "recompute": again})
     told = plan.predicted
@@ -94,7 +94,7 @@ def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
     stated = record["measured"].get("mfu")
     if measured is None and stated:
         measured = told.step_time * told.mfu / stated
-    ranks = [sum(told.memory[stage]["total"] for stage in plan.stages_of(rank)) for rank in range(plan.mesh.pp)]
+    ranks = _held(plan)
     reserve, workspace = real.device.reserve_bytes, stack_of(job.stack).workspaces * real.device.workspace_bytes
     peak = real.device.peak(job.linear_dtype or job.dtype)
     flops = told.mfu * told.step_time * peak * real.devices
@@ -119,10 +119,11 @@ def _roomy(cluster: Any) -> Any:
     return type(cluster)(tuple(replace(group, device=device) for group in cluster.groups))
 
 
-def _needed(plan: Any) -> int:
-    """Bytes of the fullest rank."""
-    memory = plan.predicted.memory
-    return max(sum(memory[stage]["total"] for stage in plan.stages_of(rank)) for rank in range(plan.mesh.pp))
+def _held(plan: Any) -> list[int]:
+    """Bytes of every pipeline rank."""
+    from autopar.report.diff import rank_bytes
+
+    return [sum(kinds.values()) for kinds in rank_bytes(plan)]
 
 
 def predict_all(records: Iterable[Record], processes: int, keep: bool = False) -> list[dict[str, Any]]:

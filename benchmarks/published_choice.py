@@ -26,16 +26,18 @@ OTHER_MESHES = 3
 def refusal(record: Record) -> str | None:
     """Why a record is not compared, or None."""
     model, gpu = record["model"], record["hardware"]["gpu"]
-    try:
-        family = family_of(record)
-    except RefusedError:
+    if model.get("moe") or model.get("attention"):
         return "model with experts, state spaces or latent attention"
+    try:
+        family, device = family_of(record), device_of(gpu)
+    except RefusedError as error:
+        return str(error)
     if record["group"] in ("korthikanti_fig1_memory", "internevo_memory", "megatron_ci_golden_small"):
         return "states memory, no step time"
     if record["dtype"] not in ("bf16", "fp16"):
         return "fp8 or narrower"
-    if device_of(gpu) not in COMPARED:
-        return "device that the catalog does not have"
+    if device not in COMPARED:
+        return "device that is not compared"
     if record.get("suspect") or record.get("exclude"):
         return "marked as doubtful"
     needed = [model.get(name) for name in ("layers", "hidden", "heads", "ffn", "seq_len")]

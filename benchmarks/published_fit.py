@@ -64,30 +64,24 @@ def set_stacks(changes: dict[str, float]) -> None:
     stacks.stack_of.cache_clear()
 
 
-class Fit:
-    """Plans of published runs, and how far they are off under given constants."""
+Entry = tuple[str, str, float, Any, Any]
+"""Group, id, measured seconds, plan, model graph."""
 
-    def __init__(self, entries: list[tuple[str, str, float, Any, Any]]) -> None:
-        self.entries = entries
-
-    def part(self, task: tuple[int, int, dict[str, float]]) -> list[tuple[str, str, float]]:
-        """(group, id, log of predicted over measured) of every so many-th plan."""
-        from autopar.solver.reprice import price_plan
-
-        first, step, changes = task
-        set_stacks(changes)
-        found = []
-        for group, name, measured, plan, model in self.entries[first::step]:
-            priced = price_plan(plan, model, with_device(plan.cluster, changes))
-            found.append((group, name, log(priced.step_time / measured)))
-        return found
-
-
-FIT: Fit
+ENTRIES: list[Entry] = []
+"""The runs; processes that a pool forks have them too."""
 
 
 def _run(task: tuple[int, int, dict[str, float]]) -> list[tuple[str, str, float]]:
-    return FIT.part(task)
+    """(group, id, log of predicted over measured) of every so many-th run, from one on, under given constants."""
+    from autopar.solver.reprice import price_plan
+
+    first, step, changes = task
+    set_stacks(changes)
+    found = []
+    for group, name, measured, plan, model in ENTRIES[first::step]:
+        priced = price_plan(plan, model, with_device(plan.cluster, changes))
+        found.append((group, name, log(priced.step_time / measured)))
+    return found
 
 
 def errors(pool: Any, workers: int, changes: dict[str, float]) -> list[tuple[str, str, float]]:
@@ -124,13 +118,11 @@ def without(stack: str) -> dict[str, float]:
     return found
 
 
-def left_out(entries: list[tuple[str, str, float, Any, Any]]) -> dict[str, tuple[int, float, float]]:
+def left_out(entries: list[Entry]) -> dict[str, tuple[int, float, float]]:
     """Per group: runs, mean absolute error of time with all constants, and with those known without the group."""
-    global FIT
     found = {}
     for group in sorted({entry[0] for entry in entries}):
-        mine = [entry for entry in entries if entry[0] == group]
-        FIT = Fit(mine)
+        mine = ENTRIES[:] = [entry for entry in entries if entry[0] == group]
         stack = mine[0][3].job.stack
         kept = {f"{stack}.{name}": value for name, value in stacks.catalog()["stacks"][stack]["values"].items()}
         now = {f"{device}.{part}": constant(f"{device}.{part}")["value"] for device in devices(mine) for part in FITTED}
@@ -140,15 +132,15 @@ def left_out(entries: list[tuple[str, str, float, Any, Any]]) -> dict[str, tuple
     return found
 
 
-def devices(entries: list[tuple[str, str, float, Any, Any]]) -> set[str]:
+def devices(entries: list[Entry]) -> set[str]:
     """Names of the devices of plans."""
     return {entry[3].cluster.device.name for entry in entries}
 
 
-def plans_of(records: list[Any], cache: Path | None) -> list[tuple[str, str, float, Any, Any]]:
+def plans_of(records: list[Any], cache: Path | None) -> list[Entry]:
     """(group, id, measured seconds, plan, model graph) of every record that can be predicted; kept in ``cache``."""
     if cache and cache.exists():
-        kept: list[tuple[str, str, float, Any, Any]] = pickle.loads(cache.read_bytes())
+        kept: list[Entry] = pickle.loads(cache.read_bytes())
         wanted = {record["id"] for record in records}
         return shared([entry for entry in kept if entry[1] in wanted])
     entries = [entry for entry in published.predict_all(records, 2, keep=True) if "plan" in entry]
@@ -158,7 +150,7 @@ def plans_of(records: list[Any], cache: Path | None) -> list[tuple[str, str, flo
     return shared(found)
 
 
-def shared(entries: list[tuple[str, str, float, Any, Any]]) -> list[tuple[str, str, float, Any, Any]]:
+def shared(entries: list[Entry]) -> list[Entry]:
     """The same with one graph for all plans of a model, whose rules are then looked up once."""
     graphs: dict[str, Any] = {}
     return [(*rest, plan, graphs.setdefault(graph.fingerprint(), graph)) for *rest, plan, graph in entries]
@@ -166,7 +158,6 @@ def shared(entries: list[tuple[str, str, float, Any, Any]]) -> list[tuple[str, s
 
 def main() -> None:
     """Fit and print."""
-    global FIT
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", required=True)
     parser.add_argument("--constants", default="")
@@ -180,10 +171,10 @@ def main() -> None:
         for record in published.read(published.RUNS)
         if record["group"] in given.groups.split(",") and record["split"] == "train" and seconds_or_none(record)
     ][:: given.every]
-    FIT = Fit(plans_of(records, given.cache))
-    print(f"{len(FIT.entries)} runs of {len(records)}")
+    ENTRIES[:] = plans_of(records, given.cache)
+    print(f"{len(ENTRIES)} runs of {len(records)}")
     if given.left_out:
-        for group, (count, fitted, alone) in left_out(FIT.entries).items():
+        for group, (count, fitted, alone) in left_out(list(ENTRIES)).items():
             print(f"{group:28s} n={count:4d} with its own constants {fitted:6.1%}  without {alone:6.1%}")
         return
     held = {name: float(value) for name, _, value in (one.partition("=") for one in given.set.split(",") if one)}

@@ -78,6 +78,14 @@ def test_records_are_chosen_or_counted():
     assert left["fp8 or narrower"] == 1
 
 
+def test_what_is_not_compared():
+    record = BY_ID["automodel_Llama3_70B"]
+    model, hardware = record["model"], record["hardware"]
+    assert refusal({**record, "model": {**model, "moe": {"experts": 8, "topk": 2}}}).startswith("model with experts")
+    assert "TPUv4" in refusal({**record, "hardware": {**hardware, "gpu": "TPUv4"}})
+    assert refusal({**record, "hardware": {**hardware, "gpu": "GB200"}}) == "device that is not compared"
+
+
 @pytest.mark.proof  # a minute and a half
 @pytest.mark.parametrize("identity", ["vtrain_single_0479", "internevo_tgs_tp2_z4_16"])
 def test_theirs_is_never_predicted_faster(identity):
