@@ -24,7 +24,7 @@ from autopar.solver.config_bounds import shape_bound, stage_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import parse_fix
 from autopar.solver.halves import sure_halves
-from autopar.solver.interval import interval_of
+from autopar.solver.interval import interval_of, residuals
 from autopar.solver.measured_ops import MeasuredOps
 from autopar.solver.op_costs import LocalTensor, OpCosts
 from autopar.solver.reprice import check_price
@@ -195,6 +195,8 @@ def test_the_plan_says_where_its_prices_are_from(tmp_path):
     check_price(again, model)
     low, high = interval_of(again, model)
     assert low < plan.predicted.step_time < high
+    step, published = plan.predicted.step_time, residuals("torch")  # of catalog figures, not of measured ones
+    assert (low / step, high / step) != pytest.approx(published, rel=0.01)
     with pytest.raises(BadInputError, match=rf"priced by profile {measured.digest} .*the cluster given has no profile"):
         again.check_cluster(two)
     without = search(model, job, two, {})

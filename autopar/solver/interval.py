@@ -5,7 +5,7 @@ measured over predicted seconds (``catalog/residuals.yaml``). A prediction for a
 groups; any other, of what autopar emits too, takes all groups', each with the same weight: of how a new stack does,
 groups that were fitted say less than how they differ.
 
-A device that was measured here, or is the user's own, has no published runs. There the constants of `RATES` are moved
+A device that was measured, or is priced by a profile, has no published runs. There the constants of `RATES` are moved
 by `SPREAD`, an assumption: how much a rate measured alone may differ under load. The plan is priced with one at a time
 at either end; the changes in the step time, taken as independent, add in quadrature to each side.
 """
@@ -44,8 +44,8 @@ RATES = (
 
 def interval_of(plan: Plan, model: ModelGraph) -> tuple[float, float]:
     """(low, high) seconds between which the measured step time lies with a probability of about 80 %."""
-    step_time = plan.predicted.step_time
-    if plan.cluster.device.origin == "catalog":
+    step_time, device = plan.predicted.step_time, plan.cluster.device
+    if device.origin == "catalog" and device.measured is None:
         low, high = residuals(plan.job.stack)
         return step_time * min(1.0, low), step_time * max(1.0, high)
     faster: list[float] = []
