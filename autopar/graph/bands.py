@@ -58,8 +58,8 @@ def band_of(buffer: torch.Tensor | None) -> tuple[int, int, int] | None:
 
 def _positions(new: Draft, size: int, low: int, high: int, dtype: str, rank: int) -> Ref:
     places = Ref(new.emit("aten.arange", size, shape=(size,), dtype="int64"))
-    rows = Ref(new.emit("aten.unsqueeze", places, 1, shape=(size, 1)))
-    columns = Ref(new.emit("aten.unsqueeze", places, 0, shape=(1, size)))
+    rows = new.unsqueeze(places, 1)
+    columns = new.unsqueeze(places, 0)
     square = (size, size)
     distance = Ref(new.emit("aten.sub", rows, columns, shape=square))
     band: Ref | None = None
@@ -71,5 +71,5 @@ def _positions(new: Draft, size: int, low: int, high: int, dtype: str, rank: int
     assert band is not None  # not all ones
     band = new.cast(band, dtype)
     for _ in range(rank - 2):
-        band = Ref(new.emit("aten.unsqueeze", band, 0, shape=(1, *new.shape(band))))
+        band = new.unsqueeze(band, 0)
     return band

@@ -61,7 +61,7 @@ def embedding(node: Node, new: Draft) -> Ref | None:
 def _expanded(result: Ref, node: Node, new: Draft) -> Ref:
     if new.shape(result) == node.meta.shape:
         return result
-    return Ref(new.emit("aten.expand", result, node.meta.shape, shape=node.meta.shape))
+    return new.expand(result, node.meta.shape)
 
 
 def mask(node: Node, new: Draft) -> Ref | None:
@@ -100,8 +100,7 @@ def index(node: Node, new: Draft) -> Ref | None:
     result = x
     for place in range(rank):
         if place not in places:
-            shape = new.shape(result)
-            result = Ref(new.emit("aten.unsqueeze", result, place, shape=(*shape[:place], 1, *shape[place:])))
+            result = new.unsqueeze(result, place)
     return result if new.shape(result) == node.meta.shape else None
 
 
@@ -112,12 +111,12 @@ def _picked(x: Ref, rows: Ref, columns: Ref, node: Node, new: Draft) -> Ref | No
         return None
     places = new.cast(columns, "int64")
     for place in range(1, len(new.shape(x))):
-        places = Ref(new.emit("aten.unsqueeze", places, place, shape=(*new.shape(places), 1)))
+        places = new.unsqueeze(places, place)
     shape = (size, 1, *rest)
     if rest:
-        places = Ref(new.emit("aten.expand", places, shape, shape=shape))
+        places = new.expand(places, shape)
     taken = Ref(new.emit("aten.gather", x, 1, places, shape=shape))
-    return Ref(new.emit("aten.squeeze", taken, 1, shape=node.meta.shape))
+    return new.squeeze(taken, 1)
 
 
 def gather(node: Node, new: Draft) -> Ref | None:
@@ -127,9 +126,9 @@ def gather(node: Node, new: Draft) -> Ref | None:
     if thin == x or len(node.args) > 3 or any(size != 1 for at, size in enumerate(new.shape(thin)) if at != dim):
         return None
     for _ in new.shape(thin)[:dim]:
-        thin = Ref(new.emit("aten.squeeze", thin, 0, shape=new.shape(thin)[1:]))
+        thin = new.squeeze(thin, 0)
     for _ in new.shape(thin)[1:]:
-        thin = Ref(new.emit("aten.squeeze", thin, 1, shape=(new.shape(thin)[0], *new.shape(thin)[2:])))
+        thin = new.squeeze(thin, 1)
     return Ref(new.emit("aten.index", thin, (places,), shape=node.meta.shape))
 
 

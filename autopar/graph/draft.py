@@ -113,6 +113,24 @@ class Draft:
         shape[dim] = end - start
         return Ref(self.emit("aten.slice", x, dim, start, end, shape=shape))
 
+    def squeeze(self, x: Ref, dim: int) -> Ref:
+        shape = self.shape(x)
+        return Ref(self.emit("aten.squeeze", x, dim, shape=shape[:dim] + shape[dim + 1 :]))
+
+    def unsqueeze(self, x: Ref, dim: int) -> Ref:
+        shape = self.shape(x)
+        return Ref(self.emit("aten.unsqueeze", x, dim, shape=(*shape[:dim], 1, *shape[dim:])))
+
+    def expand(self, x: Ref, shape: tuple[int | Size, ...]) -> Ref:
+        return Ref(self.emit("aten.expand", x, shape, shape=shape))
+
+    def pad(self, x: Ref, pads: tuple[Any, ...], value: float) -> Ref:
+        """``pads``: (before, after) of the last dim, then of the one before it, as in `torch.nn.functional.pad`."""
+        shape = list(self.shape(x))
+        for place in range(len(pads) // 2):
+            shape[-1 - place] = shape[-1 - place] + pads[2 * place] + pads[2 * place + 1]
+        return Ref(self.emit("aten.pad", x, pads, "constant", float(value), shape=shape))
+
     def flatten(self, x: Ref, start: int, end: int) -> Ref:
         if start == end:
             return x

@@ -46,18 +46,18 @@ def _inner(value: Any, new: Draft) -> tuple[Ref, int] | None:
     return (flat.args[0], flat.args[2]) if flat and flat.args[1] == 0 else None
 
 
-def _moved(node: Node, new: Draft, args: tuple[Any, ...], rest: Sequence[int | Size]) -> Ref | None:
-    """``node`` with ``args``, its tensors taken before they were flattened; its result is flattened instead. ``rest``:
-    the shape of its result but for the leading dim. None unless all tensors were flattened alike, or have no such dim.
+def _moved(node: Node, new: Draft, args: tuple[Any, ...], tensors: Sequence[str] | None = None) -> Ref | None:
+    """``node`` with ``args``, its ``tensors`` (all it reads, if not told) taken before they were flattened; its result
+    is flattened instead. None unless all of them were flattened alike, or have no such dim.
     """
     found: dict[str, Ref] = {}
     leads: set[tuple[int | Size, ...]] = set()
-    for name in node.operands():
+    for name in node.operands() if tensors is None else tensors:
         inner = _inner(Ref(name), new)
         if inner is not None:
             found[name] = inner[0]
             leads.add(new.shape(inner[0])[: inner[1] + 1])
-        elif len(new.shape(name)) >= len(node.meta.shape) or node.op == "autopar.topk":
+        elif len(new.shape(name)) >= len(node.meta.shape):
             return None
     if len(leads) != 1:
         return None
@@ -67,12 +67,12 @@ def _moved(node: Node, new: Draft, args: tuple[Any, ...], rest: Sequence[int | S
         return found[name].name if name in found else name
 
     args, options = map_refs(args, whole), map_refs(node.kwargs, whole)
-    result = new.emit(node.op, *args, shape=(*lead, *rest), dtype=node.meta.dtype, options=options)
+    result = new.emit(node.op, *args, shape=(*lead, *node.meta.shape[1:]), dtype=node.meta.dtype, options=options)
     return new.flatten(Ref(result), 0, len(lead) - 1)
 
 
 def elementwise(node: Node, new: Draft) -> Ref | None:
-    return _moved(node, new, node.args, node.meta.shape[1:]) if node.meta.shape else None
+    return _moved(node, new, node.args) if node.meta.shape else None
 
 
 def along(node: Node, new: Draft) -> Ref | None:
@@ -83,21 +83,20 @@ def along(node: Node, new: Draft) -> Ref | None:
     if dims is None or dims == () or 0 in (dims if isinstance(dims, tuple) else (dims,)):
         return None
     shifted = tuple(dim + more for dim in dims) if isinstance(dims, tuple) else dims + more
-    return _moved(node, new, (*node.args[:place], shifted, *node.args[place + 1 :]), node.meta.shape[1:])
+    return _moved(node, new, (*node.args[:place], shifted, *node.args[place + 1 :]))
 
 
 def pair(node: Node, new: Draft) -> Ref | None:
     inner = _inner(node.args[0], new)
     if inner is None or len(node.args) != 3 or 0 in node.args[1:]:
         return None
-    args = (node.args[0], *(dim + inner[1] for dim in node.args[1:]))
-    return _moved(node, new, args, node.meta.shape[1:])
+    return _moved(node, new, (node.args[0], *(dim + inner[1] for dim in node.args[1:])))
 
 
 def unflatten(node: Node, new: Draft) -> Ref | None:
     x, dim, sizes = node.args
     inner = _inner(x, new)
-    return _moved(node, new, (x, dim + inner[1], sizes), node.meta.shape[1:]) if inner and dim else None
+    return _moved(node, new, (x, dim + inner[1], sizes)) if inner and dim else None
 
 
 def expand(node: Node, new: Draft) -> Ref | None:
@@ -105,21 +104,12 @@ def expand(node: Node, new: Draft) -> Ref | None:
     if inner is None or len(new.shape(x)) != len(node.meta.shape) or new.shape(x)[0] != node.meta.shape[0]:
         return None
     shape = (*new.shape(inner[0])[: inner[1] + 1], *node.meta.shape[1:])
-    return _moved(node, new, (x, shape), node.meta.shape[1:])
+    return _moved(node, new, (x, shape))
 
 
 def experts(node: Node, new: Draft) -> Ref | None:
     """The weights of all experts stay as they are."""
-    inners = [_inner(value, new) for value in node.args[:3]]
-    if any(inner is None for inner in inners):
-        return None
-    tensors = [inner[0] for inner in inners if inner]
-    leads = {new.shape(tensor)[:-1] for tensor in tensors}
-    if len(leads) != 1:
-        return None
-    shape = new.shape(tensors[0])
-    result = new.emit(node.op, *tensors, *node.args[3:], shape=shape, dtype=node.meta.dtype, options=node.kwargs)
-    return new.flatten(Ref(result), 0, len(shape) - 2)
+    return _moved(node, new, node.args, [value.name for value in node.args[:3]])
 
 
 RULES: dict[str, list[Rule]] = {

@@ -195,8 +195,7 @@ class Importer:
         picked = Ref(self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype))
         if keep:
             return [picked, index]
-        thin = shape[:dim] + shape[dim + 1 :]
-        return [Ref(self.draft.emit("aten.squeeze", result, dim, shape=thin)) for result in (picked, index)]
+        return [self.draft.squeeze(result, dim) for result in (picked, index)]
 
     def _recurrent(self, args: tuple[Any, ...], values: Sequence[torch.Tensor]) -> list[Ref]:
         """The results of a recurrent layer, each by an operator that takes all it takes, and which result."""
@@ -316,7 +315,7 @@ class Importer:
         return [self.draft.slice(x, dim, start, end) for start, end in pairwise(ends)]
 
     def _expanded(self, x: Ref, shape: tuple[int | Size, ...]) -> Ref:
-        return x if self.draft.shape(x) == shape else Ref(self.draft.emit("aten.expand", x, shape, shape=shape))
+        return x if self.draft.shape(x) == shape else self.draft.expand(x, shape)
 
     def _place(self) -> str:
         return f"module {self.draft.module!r}" if self.draft.module else "the model"

@@ -52,7 +52,7 @@ def padding(node: Node, new: Draft) -> Ref | None:
             continue
         before = (count, 0) if place == 0 else (0, count)
         pads = (*(0,) * (2 * (len(node.meta.shape) - 1 - dim)), *before)
-        return Ref(new.emit("aten.pad", rest, pads, "constant", float(number), shape=node.meta.shape))
+        return new.pad(rest, pads, number)
     return None
 
 

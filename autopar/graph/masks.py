@@ -46,7 +46,7 @@ def rules(values: dict[str, torch.Tensor], nominal: int | None, limits: set[int]
             if _kind(constant_graph(new, condition.name), values, nominal, limits) == "full":
                 if new.shape(kept) == node.meta.shape:
                     return kept
-                return Ref(new.emit("aten.expand", kept, node.meta.shape, shape=node.meta.shape))
+                return new.expand(kept, node.meta.shape)
         return None
 
     return {

@@ -72,12 +72,9 @@ def _repeated(
             copies[node.name] = names[node.name]
     one = Ref(copies[name])
     if heads == 1:
-        return new.emit("aten.expand", one, shape, shape=shape)
-    apart = (*shape[:dim], 1, heads, *shape[dim + 1 :])
-    wide = (*shape[:dim], BATCH, heads, *shape[dim + 1 :])
-    one = Ref(new.emit("aten.unsqueeze", one, dim, shape=apart))
-    one = Ref(new.emit("aten.expand", one, wide, shape=wide))
-    return new.flatten(one, dim, dim + 1).name
+        return new.expand(one, shape).name
+    wide = new.expand(new.unsqueeze(one, dim), (*shape[:dim], BATCH, heads, *shape[dim + 1 :]))
+    return new.flatten(wide, dim, dim + 1).name
 
 
 def _has_batch(size: int | Size) -> bool:

@@ -32,6 +32,9 @@ for _name in ("selective_scan", "state_space_scan"):
 SELECTIVE = {"dt", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus"}
 CHUNKED = {"dt", "A", "B", "C", "chunk_size", "D", "dt_bias", "dt_softplus"}
 
+STATES = ("return_last_state", "return_final_states", "initial_states", "seq_idx", "cu_seqlens")
+"""Arguments about states that are handed in or out, which are those of generation, not of training."""
+
 
 def _selective(
     x: Tensor,
@@ -87,13 +90,11 @@ def _recognised(function: Any) -> Callable[..., Tensor] | None:
     if found is None:
         return None
     plain: Callable[..., Any] = function
+    asked = STATES if found is _selective else (*STATES, "z")
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        """States that are handed in or out are those of generation, not of training: these calls stay as they are."""
-        asked = ("return_last_state", "return_final_states", "initial_states", "seq_idx", "cu_seqlens", "z")
-        if any(kwargs.get(name) is not None and kwargs[name] is not False for name in asked[:-1]):
-            return plain(*args, **kwargs)
-        if found is _chunked and kwargs.get("z") is not None:
+        """What the operator has no form for stays as it is."""
+        if any(kwargs.get(name) is not None and kwargs[name] is not False for name in asked):
             return plain(*args, **kwargs)
         return found(*args, **kwargs)
 

@@ -42,12 +42,7 @@ def reshape(node: Node, new: Draft) -> Ref | None:
             continue
         if len(old) > 1 and len(sizes) == 1 and sizes[0] in old and all(s in (1, sizes[0]) for s in old):
             for place in reversed([p for p in range(len(old)) if p != old.index(sizes[0])]):
-                shape = new.shape(x)
-                x = Ref(
-                    new.emit(
-                        "aten.squeeze", x, first + place, shape=shape[: first + place] + shape[first + place + 1 :]
-                    )
-                )
+                x = new.squeeze(x, first + place)
             continue
         x = new.flatten(x, first, last)
         if len(sizes) > 1:
@@ -98,9 +93,9 @@ def unflatten(node: Node, new: Draft) -> Ref | None:
     if inner and inner.args[1] == dim and new.shape(inner.args[0])[dim : inner.args[2] + 1] == result:
         return inner.args[0]  # type: ignore[no-any-return]
     if count == 2 and result[0] == 1:
-        return Ref(new.emit("aten.unsqueeze", x, dim, shape=node.meta.shape))
+        return new.unsqueeze(x, dim)
     if count == 2 and result[1] == 1:
-        return Ref(new.emit("aten.unsqueeze", x, dim + 1, shape=node.meta.shape))
+        return new.unsqueeze(x, dim + 1)
     if sum(size == -1 for size in sizes) == 0:
         return new.unflatten(x, dim, result)
     return None
@@ -142,7 +137,7 @@ def expand(node: Node, new: Draft) -> Ref | None:
         return x  # type: ignore[no-any-return]
     if node.args == (x, node.meta.shape):
         return None
-    return Ref(new.emit("aten.expand", x, node.meta.shape, shape=node.meta.shape))
+    return new.expand(x, node.meta.shape)
 
 
 def transposed(node: Node, new: Draft) -> Ref | None:
@@ -328,7 +323,7 @@ def repeated(node: Node, new: Draft) -> Ref | None:
         return None
     if node.meta.shape == shape:
         return x  # type: ignore[no-any-return]
-    return Ref(new.emit("aten.expand", x, node.meta.shape, shape=node.meta.shape))
+    return new.expand(x, node.meta.shape)
 
 
 def _padded(node: Node, count: int, defaults: tuple[Any, ...]) -> tuple[Any, ...]:

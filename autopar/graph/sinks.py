@@ -44,21 +44,20 @@ def sinks(node: Node, new: Draft) -> Ref | None:
         return None
     length, wide = shape[2] + 1, width + ADDED
     one = Ref(new.emit("aten.full", (1, 1), 1.0, shape=(1, 1), dtype=new.meta(query).dtype))
-    place = _pad(one, (width, ADDED - 1, 0, 0), 0.0, (1, wide), new)
+    place = new.pad(one, (width, ADDED - 1, 0, 0), 0.0)
     logit = Ref(new.emit("aten.mul", heads, place, shape=(shape[1], 1, wide)))
     logit = Ref(new.emit("aten.div", logit, scale, shape=(shape[1], 1, wide)))
-    query = _pad(query, (0, ADDED, 1, 0), 0.0, (*shape[:2], length, wide), new)
+    query = new.pad(query, (0, ADDED, 1, 0), 0.0)
     query = Ref(new.emit("aten.add", query, logit, shape=new.shape(query)))
-    key = _pad(key, (0, ADDED, 1, 0), 0.0, (shape[0], groups, length, wide), new)
-    first = _pad(place, (0, 0, 0, shape[3]), 0.0, (length, wide), new)
+    key = new.pad(key, (0, ADDED, 1, 0), 0.0)
+    first = new.pad(place, (0, 0, 0, shape[3]), 0.0)
     key = Ref(new.emit("aten.add", key, first, shape=new.shape(key)))
-    value = _pad(value, (0, 0, 1, 0), 0.0, (shape[0], groups, length, new.shape(value)[3]), new)
+    value = new.pad(value, (0, 0, 1, 0), 0.0)
     boolean = new.meta(mask).dtype == "bool"
-    *lead, rows, columns = new.shape(mask)
-    if (rows, columns) != shape[2:]:
+    if new.shape(mask)[-2:] != shape[2:]:
         return None
-    mask = _pad(mask, (0, 0, 1, 0), False if boolean else LEAST, (*lead, length, columns), new)
-    mask = _pad(mask, (1, 0), True if boolean else 0.0, (*lead, length, length), new)
+    mask = new.pad(mask, (0, 0, 1, 0), False if boolean else LEAST)
+    mask = new.pad(mask, (1, 0), True if boolean else 0.0)
     options: dict[str, Any] = {"attn_mask": mask, "scale": scale}
     if groups != shape[1]:
         options["enable_gqa"] = True
@@ -100,11 +99,7 @@ def _per_head(sink: Any, heads: Any, new: Draft) -> Ref | None:
     thin = new.producer(wide.args[0], ("aten.unflatten", "aten.reshape", "aten.unsqueeze")) if wide else None
     if not wide or not thin or new.shape(wide.args[0]) != (1, heads, 1, 1):
         return None
-    return Ref(new.emit("aten.select", wide.args[0], 0, 0, shape=(heads, 1, 1)))
-
-
-def _pad(x: Ref, pads: tuple[Any, ...], value: float | bool, shape: tuple[Any, ...], new: Draft) -> Ref:
-    return Ref(new.emit("aten.pad", x, pads, "constant", float(value), shape=shape))
+    return new.select(wide.args[0], 0, 0)
 
 
 RULES: dict[str, list[Rule]] = {"aten.matmul": [sinks]}

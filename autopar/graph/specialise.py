@@ -46,9 +46,7 @@ def raised_in(error: BaseException) -> str:
         trace = trace.tb_next
     found, paths = "", dict[int, str]()
     for frame, line in frames:
-        names = frame.f_code.co_varnames
-        module = frame.f_locals.get(names[0]) if names else None
-        if not isinstance(module, nn.Module) or frame.f_code.co_name != "forward":
+        if (module := _forward_of(frame)) is None:
             continue
         paths = paths or {id(child): path.partition("model")[2].lstrip(".") for path, child in module.named_modules()}
         if id(module) in paths and paths[id(module)]:
@@ -56,13 +54,19 @@ def raised_in(error: BaseException) -> str:
     return found
 
 
+def _forward_of(frame: FrameType) -> nn.Module | None:
+    """The module whose forward ``frame`` runs."""
+    names = frame.f_code.co_varnames
+    module = frame.f_locals.get(names[0]) if names else None
+    return module if frame.f_code.co_name == "forward" and isinstance(module, nn.Module) else None
+
+
 def _place(paths: dict[int, str]) -> str:
     """Path, class, file and line of the innermost forward of the user's model on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        names = frame.f_code.co_varnames
-        module = frame.f_locals.get(names[0]) if names else None
-        if frame.f_code.co_name == "forward" and id(module) in paths:
+        module = _forward_of(frame)
+        if module is not None and id(module) in paths:
             path = paths[id(module)]
             where = f"{type(module).__name__}.forward, {frame.f_code.co_filename}:{frame.f_lineno}"
             return f"module {path!r} ({where})" if path else f"the model ({where})"

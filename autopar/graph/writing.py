@@ -45,8 +45,7 @@ def written_back(view: torch.fx.Node, args: tuple[Any, ...], value: Ref, draft: 
         else:
             stop = start + (1 if name == "select" else args[3])
         if name == "select":
-            wide = (*shape[:dim], 1, *shape[dim + 1 :])
-            value = Ref(draft.emit("aten.unsqueeze", value, dim, shape=wide))
+            value = draft.unsqueeze(value, dim)
         before = draft.slice(base, dim, 0, start) if start != 0 else None
         after = draft.slice(base, dim, stop, shape[dim]) if stop != shape[dim] else None
         parts = tuple(part for part in (before, value, after) if part is not None)
