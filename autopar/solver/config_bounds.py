@@ -1,33 +1,30 @@
 """Bounds for a whole configuration: no sharding, recomputation or spread over stages takes less, or fits in less.
 
-`shape_bound` divides work evenly; `quick_bound` adds up what a configuration surely waits for; `stage_bound` spreads
-the least seconds and the least bytes of every kind of block over stages, as if one decision had both.
+`shape_bound` divides work evenly; `quick_bound` adds up what a configuration surely waits for; `stage_bound` solves the
+least stage problem (`least_problem`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import cast
 
 from autopar.graph.ir import TensorMeta
 from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import spread_bound
 from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
-from autopar.solver.elements import least_elements, least_groups, smallest_block, still_elements, total_elements
+from autopar.solver.elements import least_groups, still_elements, total_elements
 from autopar.solver.evaluate import assess, placed
-from autopar.solver.halves import sure_halves
 from autopar.solver.laps import laps_bound
+from autopar.solver.least_problem import least_problem
 from autopar.solver.op_costs import LocalTensor
 from autopar.solver.path_bound import path_bound, program_bound
 from autopar.solver.prices import element_bytes
 from autopar.solver.reach import reach
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Shape
-from autopar.solver.spread import block_runs, overheads, staged
-from autopar.solver.stages import BlockRun, Option, StageProblem, solve_stages
+from autopar.solver.stages import solve_stages
 from autopar.solver.steps import Step
 
 
@@ -127,18 +124,30 @@ def loose_bound(context: Context, configs: Sequence[Config], shardings: Sharding
 
 
 def stage_bound(
-    context: Context, config: Config, shardings: Shardings, sharp: bool = False, paths: bool = True
+    context: Context,
+    config: Config,
+    shardings: Shardings,
+    sharp: bool = False,
+    paths: bool = True,
+    enough: float = float("inf"),
 ) -> float:
     """A valid bound for one configuration: stages over the least seconds and the least bytes of every kind, as if one
     decision had both. Infinite when even that does not fit. ``sharp``: see `Shardings.kind_bounds`, and with
-    `program_bound`; ``paths``: with `path_bound`; both take longer."""
-    found = _spread_bound(context, [config], shardings, paths, sharp)
+    `program_bound`; ``paths``: with `path_bound`; both take longer. ``enough``: seconds from which on a higher bound is
+    of no use."""
     each, once = _least_exposed(context, config, placed(context, config, 0).data)
-    return max(found + config.micro_batches * each + once, _only_bound(context, config, shardings))
+    beside = config.micro_batches * each + once
+    found = _spread_bound(context, [config], shardings, paths, sharp, enough - beside)
+    return max(found + beside, _only_bound(context, config, shardings))
 
 
 def _spread_bound(
-    context: Context, configs: Sequence[Config], shardings: Shardings, paths: bool, sharp: bool = False
+    context: Context,
+    configs: Sequence[Config],
+    shardings: Shardings,
+    paths: bool,
+    sharp: bool = False,
+    enough: float = float("inf"),
 ) -> float:
     begin = time.perf_counter()
     problem = least_problem(context, configs, shardings, sharp)
@@ -150,8 +159,9 @@ def _spread_bound(
     if found < float("inf") and configs[0].pp == 1 and sharp:
         answer = solve_stages(problem, work_limit=0.5, balance=False)
         found = max(found, answer.bound) if answer else found  # none within the limit proves nothing
-    if found < float("inf") and configs[0].pp > 1 and paths:
-        found = max(found, path_bound(problem), program_bound(problem) if sharp else 0.0)
+    if found < enough and configs[0].pp > 1 and paths:
+        found = max(found, path_bound(problem))
+        found = max(found, program_bound(problem)) if sharp and found < enough else found
     context.clock.add("bounds", begin)
     context.clock.counts["stage bounds"] += 1
     return found
@@ -168,125 +178,3 @@ def _only_bound(context: Context, config: Config, shardings: Shardings) -> float
         for kind, choices in context.freedom()
     ]
     return assess(context, config, [blocks], shardings.fastest().boundary).step_time * (1 - 1e-12)
-
-
-def least_problem(
-    context: Context, configs: Sequence[Config], shardings: Shardings, sharp: bool = False
-) -> StageProblem:
-    """Stages of the least bytes and seconds of every kind, and of every configuration (all of one shape)."""
-    if (tuple(configs), sharp) == context.memo.get("last problem", (None, None))[0]:
-        return cast(StageProblem, context.memo["last problem"][1])
-    problem = _least_problem(context, configs, shardings, sharp)
-    context.memo["last problem"] = (tuple(configs), sharp), problem
-    return problem
-
-
-def _least_problem(context: Context, configs: Sequence[Config], shardings: Shardings, sharp: bool) -> StageProblem:
-    bytes_of = shardings.kind_bytes()
-    # Whatever passes between stages is split at most over the whole model axis.
-    handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
-    places = [placed(context, config, handed) for config in configs]
-    config, pairs = configs[0], list(zip(configs, places, strict=True))
-    runs = []
-    for run in block_runs(context, config, extended=True):
-        kind = run.kind
-        elements = float(least_elements(context, config, run.start))
-        trains = float(least_elements(context, config, run.start, trains=True))
-        frozen = elements - trains
-        passes = context.model.kinds[kind].passes_gradient or (run.root and config.pp == 1)
-        still = 0.0 if passes else elements
-        copies = min(place.data.least_copies_s(elements, run.root, frozen, still) for place in places)
-        seconds = {choice: shardings.least_seconds(kind, choice, sharp) + copies for choice in run.choices}
-        optimizer = min(_least_optimizer(context, one, trains / place.memory.shards) for one, place in pairs)
-        reduce = min(place.data.reduce_s(int(trains)) if place.data.exposes else 0.0 for place in places)
-        resident = min(place.memory.least_resident(elements, run.root and run.sure, frozen) for place in places)
-        sure = _sure_halves(context, config, kind) if SCHEDULES[config.schedule].splits_backward else (0.0, 0.0)
-        options = []
-        # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
-        is_last = run.start + run.count == len(context.model.blocks)
-        first_back = is_last and config.vpp == 1 and not SCHEDULES[config.schedule].splits_backward
-        for choice in run.choices:
-            kept, needed = shardings.least_kept(kind, choice), 0.0
-            if shardings.size == 1:  # there is one decision, and these are its bytes
-                cost = shardings.fastest().costs[kind][choice]
-                kept, needed = float(cost.inflight), float(cost.transient) if first_back else 0.0
-            forward, backward = shardings.least_parts(kind, choice)
-            # The slowest forward and backward count apart under GPipe: only their sum is known.
-            ahead = min(forward, seconds[choice]) if config.schedule != "gpipe" else 0.0
-            back = seconds[choice] - ahead
-            # Nothing is known of the halves of a backward: all of it may wait.
-            options.append(
-                Option(
-                    choice,
-                    ahead,
-                    back,
-                    resident,
-                    kept,
-                    needed,
-                    reduce,
-                    optimizer,
-                    weight_s=back,
-                    either_s=max(0.0, back - backward),
-                    sure_input_s=sure[0],
-                    sure_weight_s=sure[1],
-                )
-            )
-        runs.append(BlockRun(kind, run.count, _unbeaten(options)))
-    room = context.cluster.device.memory_bytes
-    overhead = overheads(places[0], config, least=True)
-    beside = [least_stage(context, one, place.data) for one, place in pairs]
-    least = [min(seconds) for seconds in zip(*beside, strict=True)]
-    problem = staged(context, config, places[0], runs, overhead, room, least)
-    return replace(problem, transfer_s=min(place.transfer_s(least=True) for place in places))
-
-
-def least_stage(context: Context, config: Config, data: DataAxis) -> tuple[float, float, float]:
-    """Network seconds of one stage of several that nothing can hide, (each micro-batch, in the first forward, in the
-    last backward): what is gathered before the first block begins, and what the block whose backward ends last
-    reduces. It is not known which blocks these are: the smallest count."""
-    if config.pp == 1:
-        return 0.0, 0.0, 0.0
-    held, trained = smallest_block(context, config)
-    gather = data.gather_s(held)
-    scatter, replicate = data.scatter_s(trained), data.replicate_s(trained)
-    # A root group, which may be all that a stage has, is not gathered again for the backward.
-    each = gather if data.gathers_each else 0.0
-    once = 0.0 if data.gathers_each or data.ahead else gather
-    if data.exposes or data.drains:  # what is reduced after the last backward counts with the blocks, or has no waiter
-        return each, once, 0.0
-    return (each, once, scatter + replicate) if data.defers else (each + scatter, once, replicate)
-
-
-def _sure_halves(context: Context, config: Config, kind: str) -> tuple[float, float]:
-    key = ("sure halves", kind, config.micro_batch, config.cp * config.tp)
-    if key not in context.memo:
-        seq, ranks = context.job.seq_len, config.cp * config.tp
-        context.memo[key] = sure_halves(context.ops, context.model.kinds[kind], config.micro_batch, seq, ranks)
-    first, second = context.memo[key]
-    return float(first), float(second)
-
-
-def _unbeaten(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Without those that another one takes no more seconds and bytes than, of whatever part of the block they are."""
-
-    def entries(option: Option) -> tuple[float, ...]:
-        sure = option.backward_s - option.either_s
-        return option.forward_s, option.backward_s, sure, option.inflight, option.transient
-
-    kept: list[Option] = []
-    for place, option in enumerate(options):
-        mine = entries(option)
-        others = (*kept, *options[place + 1 :])
-        beaten = (all(a <= b for a, b in zip(entries(other), mine, strict=True)) for other in others)
-        if not any(beaten):
-            kept.append(option)
-    return tuple(kept)
-
-
-def _least_optimizer(context: Context, config: Config, share: float) -> float:
-    """Seconds of the optimizer and clipping that grow with the elements a rank keeps, caches and launches left out."""
-    device, job = context.cluster.device, context.job
-    moved = (6 + 2 * job.moments) * share * job.master_bytes
-    if config.offload == "state":
-        return moved / device.host_memory_bandwidth
-    return moved / max(device.memory_bandwidth, device.cache_bandwidth)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import log2
 
 from autopar.solver.chain import work_of
-from autopar.solver.config_bounds import least_problem, least_stage
 from autopar.solver.context import Context
 from autopar.solver.evaluate import placed
+from autopar.solver.least_problem import least_problem, least_stage
 from autopar.solver.mixes import mixed
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Family, Shape

@@ -25,6 +25,11 @@ class Found:
     priced: dict[Config, float] = field(default_factory=dict)
     rest: float = INFINITE
 
+    @property
+    def enough(self) -> float:
+        """The bound from which on nothing may beat the best plan by more than the gap."""
+        return INFINITE if self.best is None else self.best.step_time / (1 + self.gap)
+
     def promising(self, bound: float) -> bool:
         """Whether what has this bound may beat the best plan by more than the gap."""
         return self.best is None or bound * (1 + self.gap) < self.best.step_time

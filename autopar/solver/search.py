@@ -60,7 +60,11 @@ from autopar.solver.steps import Step
 Item = Shape | Family | Config
 """What the queue holds."""
 
-PATIENCE, BETTER = 16, 1e-3
+NEAR = 0.01
+"""How much above the best plan an estimate may be that is looked into before bounds are; what is missed so, and may be
+faster, is met again by its bound."""
+
+PATIENCE, BETTER = 8, 1e-3
 """Configurations priced one after the other that are no better, after which no better ones are sought; and how much
 shorter a step has to be to count as better."""
 
@@ -222,7 +226,7 @@ class _Walk:
                 told.add(order)
                 heapq.heappush(likely, (guess * missed, order))
                 continue
-            if found.best is not None and guess > found.best.step_time * (1 + HOPE):
+            if found.best is not None and guess > found.best.step_time * (1 + NEAR):
                 break
             if self.watch.over(found.best is not None):
                 return
@@ -271,7 +275,8 @@ class _Walk:
         as well. Infinite if nothing fits."""
         shardings = self.shardings(item)
         if isinstance(item, Config):
-            return max(bound, stage_bound(self.context, item, shardings, sharp=step == Step.SPREAD))
+            sharp = step == Step.SPREAD
+            return max(bound, stage_bound(self.context, item, shardings, sharp, enough=self.found.enough))
         return max(bound, loose_bound(self.context, self.space(item), shardings))
 
     def space(self, item: Shape | Family) -> list[Config]:

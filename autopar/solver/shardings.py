@@ -126,6 +126,7 @@ class Shardings:
         self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
         self._again_of: dict[tuple[str, tuple[str, ...] | None], float] = {}
         self._least_moved: dict[tuple[str, str, tuple[str, ...]], float] = {}
+        self.memo: dict[Any, Any] = {}
 
     def _once(self, what: Any, find: Callable[[], Found]) -> Found:
         """What an earlier search found, or else is found now. A search counts as work what it asks for, found or not:
