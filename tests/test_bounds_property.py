@@ -19,7 +19,7 @@ from autopar.solver.config_bounds import loose_bound, quick_bound, shape_bound, 
 from autopar.solver.context import Context
 from autopar.solver.fix import parse_fix
 from autopar.solver.room import has_room, state_fits
-from autopar.solver.shardings import Shardings
+from autopar.solver.shardings import KnownShardings
 from autopar.solver.simulate import StageTimes, simulate
 from autopar.solver.space import OPEN, Config, open_configs_of
 
@@ -90,7 +90,7 @@ def test_no_bound_of_a_configuration_is_above_any_of_its_plans(seed: int) -> Non
     for config, some in plans.items():
         for nbytes in (AMPLE, draw.choice(some).nbytes):
             context = Context.of(trial.model, trial.job, with_memory(trial.cluster, nbytes), parse_fix(trial.fix))
-            shardings = Shardings(context, *config.sharding)
+            shardings = KnownShardings(context).of(config.sharding)
             best = min(plan.seconds for plan in some if plan.nbytes <= nbytes) * ROUNDING
             shape = config.shape
             assert has_room(context, shape.outline)

@@ -25,7 +25,7 @@ from autopar.solver.evaluate import assess
 from autopar.solver.fix import parse_fix
 from autopar.solver.reprice import check_price
 from autopar.solver.search import search
-from autopar.solver.shardings import Shardings
+from autopar.solver.shardings import KnownShardings
 from autopar.solver.space import configs
 
 ROUNDING = 1 + 1e-9
@@ -127,7 +127,7 @@ def test_the_bound_covers_free_blocks_where_memory_is_short(seed: int) -> None:
     context = Context.of(graph, job, cluster, parse_fix(fix))
     space = [c for c in configs(graph, job, cluster, parse_fix(fix)) if c.tp > 1 and c.pad_heads == 1 and c.vpp == 1]
     config = draw.choice(space)
-    shardings = Shardings(context, *config.sharding)
+    shardings = KnownShardings(context).of(config.sharding)
     costs = {}
     for kind in graph.kinds:
         decisions = list(every_decision(graph, shardings, kind))

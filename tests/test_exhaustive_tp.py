@@ -30,7 +30,7 @@ from autopar.solver.evaluate import Assessment, assess
 from autopar.solver.fix import parse_fix
 from autopar.solver.problem import path, shortest
 from autopar.solver.search import search
-from autopar.solver.shardings import Shardings
+from autopar.solver.shardings import KnownShardings, Shardings
 from autopar.solver.space import Config, configs
 
 PROBLEMS = 50
@@ -132,7 +132,7 @@ def every_plan(model: ModelGraph, context: Context, space: Sequence[Config]) -> 
     blocks, best = len(model.blocks), float("inf")
     for config in space:
         if config.sharding not in known:
-            shardings = Shardings(context, *config.sharding)
+            shardings = KnownShardings(context).of(config.sharding)
             kinds = front(model, shardings)
             known[config.sharding] = shardings, list(chains([kinds[block.kind] for block in model.blocks]))
         shardings, ways = known[config.sharding]

@@ -30,7 +30,7 @@ from autopar.solver.op_costs import LocalTensor, OpCosts
 from autopar.solver.reprice import check_price
 from autopar.solver.room import has_room
 from autopar.solver.search import search
-from autopar.solver.shardings import Shardings
+from autopar.solver.shardings import KnownShardings
 from autopar.solver.space import configs
 
 ROUNDING = 1 + 1e-9
@@ -136,7 +136,7 @@ def test_bounds_hold_with_an_erratic_profile(seed):
     context = Context.of(trial.model, trial.job, trial.cluster, parse_fix(trial.fix))
     for config in dict.fromkeys(plan.config for plan in plans):
         least = min(plan.seconds for plan in plans if plan.config == config) * ROUNDING
-        shardings = Shardings(context, *config.sharding)
+        shardings = KnownShardings(context).of(config.sharding)
         assert has_room(context, config.shape.outline)
         for work in (None, shardings.cheap_bound(), shardings.least_work()):
             assert 0 < shape_bound(context, config.shape, work) <= least

@@ -22,7 +22,7 @@ from autopar.solver.liveness import dtype_of
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.orders import peaks
 from autopar.solver.search import search
-from autopar.solver.shardings import Shardings
+from autopar.solver.shardings import KnownShardings, Shardings
 from autopar.solver.space import configs
 from autopar.solver.spread import spread, stage_problem
 from autopar.solver.stages import rank_bytes, solve_stages
@@ -218,7 +218,7 @@ def test_the_stage_ilp_never_counts_fewer_bytes_than_the_plan(tied, fix):
         fixed = parse_fix({**fix, "zero": zero})
         context = Context.of(graph, job, Cluster.parse("1x4:h100"), fixed)
         for config in configs(graph, job, context.cluster, fixed):
-            answer = Shardings(context, *config.sharding).fastest()
+            answer = KnownShardings(context).of(config.sharding).fastest()
             problem, costs_of = stage_problem(context, config, [answer])
             found = solve_stages(problem, balance=False)
             counted = rank_bytes(problem, found.counts)

@@ -17,8 +17,8 @@ from autopar.solver.config_bounds import quick_bound, stage_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.search import search
-from autopar.solver.shardings import Shardings
-from autopar.solver.space import Sharding, configs
+from autopar.solver.shardings import KnownShardings, Shardings
+from autopar.solver.space import configs
 from autopar.solver.spread import best_stages
 
 JOB = Job(global_batch=16, seq_len=64, dtype="bf16")
@@ -148,10 +148,10 @@ def test_bounds_hold_for_every_configuration():
     for nbytes in (80 * 2**30, 12 * 2**20):
         cluster = with_memory(Cluster.parse("1x4:h100"), nbytes)
         context = Context.of(model, job, cluster, Fix())
-        known: dict[Sharding, Shardings] = {}
+        known = KnownShardings(context)
         fitted = 0
         for config in configs(model, job, cluster, Fix()):
-            shardings = known.setdefault(config.sharding, Shardings(context, *config.sharding))
+            shardings = known.of(config.sharding)
             assessed = best_stages(context, config, [shardings.fastest()])
             if assessed is None:
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import gcd
 
 from autopar.errors import BadInputError
 from autopar.graph.ir import EXPERTS, IMBALANCE, BlockKind, ModelGraph, Node, OpGraph, TensorMeta
@@ -42,9 +43,13 @@ def shared_experts(graph: OpGraph) -> int:
     return max((int(node.kwargs.get("ep", 1)) for node in graph.of("op") if node.op == EXPERTS), default=1)
 
 
+def _experts(kind: BlockKind) -> Iterator[Node]:
+    return (node for node in kind.graph.of("op") if node.op == EXPERTS)
+
+
 def check_experts(model: ModelGraph, ep: int) -> None:
     """Raise BadInputError unless ``ep`` ranks can share the model's experts."""
-    nodes = [(kind, node) for kind in model.kinds.values() for node in kind.graph.of("op") if node.op == EXPERTS]
+    nodes = [(kind, node) for kind in model.kinds.values() for node in _experts(kind)]
     if not nodes:
         raise BadInputError(f"ep={ep}: {model.name} has no experts to share; leave ep=1")
     tied = {name for group in model.tied for name in group}
@@ -61,6 +66,17 @@ def check_experts(model: ModelGraph, ep: int) -> None:
                 f"ep={ep}: the experts of {kind.name} are not parameters of their own that train (they are computed, "
                 "shared or frozen), and cannot be divided among ranks; leave ep=1"
             )
+
+
+def sharing_sizes(model: ModelGraph) -> tuple[int, ...]:
+    """How many ranks can share the model's experts, from 1 on, which is all where there are none to share."""
+    counts = {int(node.kwargs["experts"]) for kind in model.kinds.values() for node in _experts(kind)}
+    try:
+        check_experts(model, 1)
+    except BadInputError:
+        return (1,)
+    whole = gcd(*counts)
+    return tuple(n for n in range(1, whole + 1) if whole % n == 0)
 
 
 _cache: dict[tuple[int, int], tuple[BlockKind, BlockKind]] = {}

@@ -24,12 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autopar.graph.ir import BlockKind, ModelGraph
+from autopar.graph.ir import EXPERTS, BlockKind, ModelGraph
 from autopar.sharding.layout import Layout
 from autopar.solver.axis_choices import NO_DEMANDS, AxesChoice, Demands, check_axes, feature_splits
 from autopar.solver.kind_structure import KindStructures, name_now
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Choice, Op, Output, Problem, Source
+from autopar.solver.shared_bounds import Shared, Sharing, least_of
 from autopar.solver.structure import Structure, Ways
 from autopar.solver.ties import Ties, ties_of
 
@@ -38,11 +39,13 @@ __all__ = ["Demands", "ModelProblem", "Ties", "feature_splits", "model_problem",
 
 @dataclass(frozen=True, slots=True)
 class ModelProblem:
-    """The abstract problem of all block kinds on these axes, and the strategies its choices stand for."""
+    """The abstract problem of all block kinds on these axes, and the strategies its choices stand for. ``shared``: of
+    experts that may be shared, all that they may do."""
 
     problem: Problem
     choices: dict[str, tuple[AxesChoice, ...]]
     axes: dict[str, int]
+    shared: dict[str, list[Shared]]
 
 
 def model_problem(
@@ -53,12 +56,13 @@ def model_problem(
     resident_price: float = 0.0,
     again: frozenset[str] = frozenset(),
     memo: dict[Any, Any] | None = None,
+    sharing: Sharing | None = None,
 ) -> ModelProblem:
     """All kinds of ``model``, each weighted with how many blocks it has.
 
     ``resident_price``: seconds per micro-batch that each parameter element that trains costs. ``again``: kinds that are
-    recomputed in backward. ``memo``: where to remember structures, of one model and its ties only. Raises
-    UnsupportedError where sequences cannot be split over cp.
+    recomputed in backward. ``memo``: where to remember structures, of one model and its ties only. ``sharing``: the
+    problem is that of `shared_bounds`. Raises UnsupportedError where sequences cannot be split over cp.
     """
     check_axes(model, prices.axes, prices.job.seq_len, demands.sequence)
     memo = {} if memo is None else memo
@@ -68,17 +72,18 @@ def model_problem(
     conversions: dict[str, dict[tuple[Layout, Layout], float]] = {}
     hubs: dict[str, frozenset[Layout]] = {}
     choices: dict[str, tuple[AxesChoice, ...]] = {}
+    shared: dict[str, list[Shared]] = {}
     weights = {kind: float(sum(block.kind == kind for block in model.blocks)) for kind in model.kinds}
     for kind in model.kinds.values():
         structure = _structure(kind, prices, ties, demands, kind.name in again, memo)
-        priced = _Priced(structure, prices)
+        priced = _Priced(structure, prices, sharing)
         sources += priced.sources(resident_price)
         outputs += structure.outputs
         conversions |= priced.conversions()
-        ops += priced.ops(choices)
+        ops += priced.ops(choices, shared)
         hubs |= structure.hubs
     problem = Problem(tuple(sources), tuple(ops), conversions, tuple(outputs), weights, hubs)  # type: ignore[arg-type]
-    return ModelProblem(problem, choices, dict(prices.axes))
+    return ModelProblem(problem, choices, dict(prices.axes), shared)
 
 
 def _structure(
@@ -95,29 +100,36 @@ def _structure(
 class _Priced:
     """A structure with the seconds and bytes of axes of one size and one micro-batch."""
 
-    def __init__(self, structure: Structure, prices: AxisPrices) -> None:
-        self.structure, self.prices = structure, prices
+    def __init__(self, structure: Structure, prices: AxisPrices, sharing: Sharing | None) -> None:
+        self.structure, self.prices, self.sharing = structure, prices, sharing
         self.parts = {place: prices.held(part) for place, part in structure.parts}
 
     def sources(self, resident: float) -> list[Source]:
         """``resident``: seconds that an element of a parameter that trains costs."""
         found = []
+        free = self.sharing.held if self.sharing else frozenset()
         for source in self.structure.sources:
+            share = 0.0 if source.name in free else source.share
             options = {
-                layout: (resident * self.parts[part].elements * source.share if source.share else 0.0, 0.0)
+                layout: (resident * self.parts[part].elements * share if share else 0.0, 0.0)
                 for layout, part in source.layouts.items()
             }
             found.append(Source(source.name, options, source.tie))  # type: ignore[arg-type]
         return found
 
-    def ops(self, choices: dict[str, tuple[AxesChoice, ...]]) -> list[Op]:
-        """The operators; notes in ``choices`` what theirs stand for."""
+    def ops(self, choices: dict[str, tuple[AxesChoice, ...]], shared: dict[str, list[Shared]]) -> list[Op]:
+        """The operators; notes in ``choices`` what theirs stand for, and in ``shared`` what experts do."""
         parts = self.parts
+        experts: dict[int, Shared] = {}
         once: dict[int, float] = {}
         twice: dict[int, float] = {}
         for place, each in self.structure.operations:
             inside = [(inner, parts[part]) for inner, part in each.inside]
             inputs = [parts[part] for part in each.inputs]
+            if self.sharing and each.node.op == EXPERTS:
+                experts[place] = self.sharing.prices(self.prices, each.node, inputs, parts[each.output], each.grads)
+                once[place], twice[place] = (least_of(experts[place], again) for again in (False, True))
+                continue
             price, _ = self.prices.timed(each.node, inputs, parts[each.output], each.grads, inside)
             once[place] = price.seconds
             twice[place] = price.seconds + price.forward_s
@@ -126,6 +138,8 @@ class _Priced:
         for op in self.structure.ops:
             if isinstance(op, Ways):
                 seconds = twice if op.again else once
+                if op.ways[0].operation in experts:
+                    shared[op.name] = [experts[way.operation] for way in op.ways]
                 priced = tuple(
                     [
                         Choice(

@@ -81,7 +81,7 @@ class SizeBounds:
         queue = []
         for order, shape in enumerate(shapes(context.model, context.job, cluster, context.fix)):
             if has_room(context, shape.outline):
-                queue.append((shape_bound(context, shape), order, 0, shape))
+                queue.append((shape_bound(context.sharing(shape.outline.ep), shape), order, 0, shape))
         heapq.heapify(queue)
         return Size(cluster, queue[0][0], 0, queue) if queue else None
 
@@ -111,7 +111,7 @@ class SizeBounds:
         return size.bound >= seconds
 
     def _refined(self, shape: Shape, level: int) -> float:
-        context, shardings = self.context, self._shardings.of(shape.outline.sharding)
+        context, shardings = self.context.sharing(shape.outline.ep), self._shardings.of(shape.outline.sharding)
         if level == Step.STAGES:
             space = list(open_configs_of(shape, context.job, context.cluster, context.fix))
             return loose_bound(context, space, shardings)  # infinite where not even that fits

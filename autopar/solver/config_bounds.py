@@ -14,7 +14,7 @@ from autopar.schedule import SCHEDULES
 from autopar.solver.bounds import spread_bound
 from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
-from autopar.solver.elements import least_groups, still_elements, total_elements
+from autopar.solver.elements import least_experts, least_groups, still_elements, total_elements
 from autopar.solver.evaluate import assess, placed
 from autopar.solver.laps import laps_bound
 from autopar.solver.least_problem import least_problem
@@ -83,7 +83,9 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
     each, once = _least_exposed(context, config, place.data)
     if config.pp == 1:
         return max(m * (work + each) + once, _least_communication(context, config, place.data)) + optimizer
-    return spread_bound(work, config.pp, m, config.vpp) + optimizer
+    # In a stage's micro-batch neither blocks nor what their data ranks send can be faster than alone.
+    each, _ = _least_sent(context, config, place.data)
+    return spread_bound(max(work, each), config.pp, m, config.vpp) + optimizer
 
 
 def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
@@ -103,18 +105,29 @@ def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[fl
 
 
 def _least_communication(context: Context, config: Config, data: DataAxis) -> float:
-    """Network seconds of a step without stages: gathers, twice under zero 3 but for the root group and what no
-    gradient passes, and reductions, each of them once a step or in each micro-batch."""
+    """Network seconds of a step without stages."""
+    each, once = _least_sent(context, config, data)
+    return config.micro_batches * each + once
+
+
+def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
+    """Network seconds of all blocks (in each micro-batch, once a step): gathers, twice under zero 3 but for the root
+    group and what no gradient passes, and reductions."""
     own, rooted = least_groups(context, config)
     trained, rooted_trained = least_groups(context, config, trains=True)
-    gathers = sum(data.gather_s(n) for n in own) + data.gather_s(rooted)
+    experts = [least_experts(context, config, index) if n else 0 for index, n in enumerate(own)]
+    each = [data.of("gather_s", n + expert, expert) for n, expert in zip(own, experts, strict=True)]
+    gathers = sum(each) + (data.gather_s(rooted) if config.pp == 1 else 0.0)
     if data.gathers_each:
         kinds = [context.model.kinds[block.kind] for block in context.model.blocks]
-        gathers += sum(data.gather_s(n) for n, kind in zip(own, kinds, strict=True) if kind.passes_gradient)
-    reduced = (*trained, rooted_trained)
-    scatters, replicates = (sum(seconds(n) for n in reduced) for seconds in (data.scatter_s, data.replicate_s))
-    m = config.micro_batches
-    return (m if data.gathers_each else 1) * gathers + (1 if data.defers else m) * scatters + replicates
+        gathers += sum(seconds for seconds, kind in zip(each, kinds, strict=True) if kind.passes_gradient)
+    scatters, replicates = (
+        sum(data.of(what, n + expert, expert) for n, expert in zip(trained, experts, strict=True))
+        + (data.of(what, rooted_trained, 0) if config.pp == 1 else 0.0)
+        for what in ("scatter_s", "replicate_s")
+    )
+    each_s = (gathers if data.gathers_each else 0.0) + (0.0 if data.defers else scatters)
+    return each_s, gathers + scatters + replicates - each_s
 
 
 def loose_bound(context: Context, configs: Sequence[Config], shardings: Shardings, paths: bool = True) -> float:

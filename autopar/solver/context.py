@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from autopar.cluster import Cluster
-from autopar.graph.dispatch import dispatched
+from autopar.graph.dispatch import dispatched, sharing_sizes
 from autopar.graph.ir import Block, ModelGraph
 from autopar.graph.padding import padded
 from autopar.job import Job
@@ -20,6 +20,7 @@ from autopar.solver.fix import Fix
 from autopar.solver.halves import HalvedBackward
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.recompute import Recompute, choices
+from autopar.solver.shared_bounds import Sharing
 from autopar.solver.ties import Ties, ties_of
 
 
@@ -36,9 +37,9 @@ class Clock:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of one search shares. ``model``: with its experts divided among ranks, if ``ep`` is fixed;
-    ``source``: as it was given. ``equal_blocks``: see there; ``paddings``: its like for the model
-    with padded heads."""
+    """What every part of one search shares. ``model``: with its experts divided among ``ep`` ranks; ``source``: as it
+    was given. ``equal_blocks``: see there; ``paddings``: its like for the model with padded heads, ``sharings``: for
+    each number of ranks that share experts."""
 
     model: ModelGraph
     job: Job
@@ -55,6 +56,8 @@ class Context:
     paddings: dict[int, Context] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     source: ModelGraph | None = None
+    ep: int = 1
+    sharings: dict[int, Context] = field(default_factory=dict)
 
     @staticmethod
     def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True) -> Context:
@@ -75,7 +78,26 @@ class Context:
             HalvedBackward(ops),
             equal_blocks,
             source=source,
+            ep=fix.ep or 1,
         )
+
+    def sharing(self, ep: int) -> Context:
+        """The context of the model whose experts ``ep`` data ranks share."""
+        if ep == self.ep:
+            return self
+        if ep not in self.sharings:
+            model = dispatched(self.source or self.model, ep)
+            costs, halved, ties = BlockCosts(self.job), HalvedBackward(self.ops), ties_of(model)
+            self.sharings[ep] = replace(
+                self, model=model, ties=ties, costs=costs, halved=halved, paddings={}, memo={}, ep=ep, sharings={}
+            )
+        return self.sharings[ep]
+
+    def sharing_sizes(self) -> Sharing:
+        """All numbers of ranks that may share the experts."""
+        if "sharing" not in self.memo:
+            self.memo["sharing"] = Sharing.of(self.model, sharing_sizes(self.model)[1:])
+        return cast(Sharing, self.memo["sharing"])
 
     def padded(self, ranks: int) -> Context:
         """The context of the model whose heads are padded to a multiple of ``ranks``."""

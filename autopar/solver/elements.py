@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import cast
 
 from autopar.graph.dispatch import expert_parameters, shared_experts
 from autopar.solver.context import Context
@@ -35,9 +36,19 @@ def still_elements(context: Context) -> tuple[int, int]:
     return own, root
 
 
+def least_experts(context: Context, config: Config, index: int) -> int:
+    """Elements of experts that data ranks share, of block ``index`` per rank when all of them are split."""
+    key = ("least experts", context.model.blocks[index].kind)
+    if key not in context.memo:
+        graph = context.model.kinds[context.model.blocks[index].kind].graph
+        shared = expert_parameters(graph) if shared_experts(graph) > 1 else ()
+        context.memo[key] = sum(prod(node.meta.at(1, 1)) for node in shared)
+    return int(context.memo[key]) // config.tp
+
+
 def least_elements(context: Context, config: Config, index: int, trains: bool = False) -> int:
-    """Parameter elements of block ``index`` per rank when all of them are split. Of a tied parameter the first block
-    counts, and the last, if it surely sits in another stage. ``trains``: only what trains."""
+    """Parameter elements of block ``index`` per rank when all of them are split, without `least_experts`. Of a tied
+    parameter the first block counts, and the last, if it surely sits in another stage. ``trains``: only what trains."""
     apart = config.pp > 1 and index == len(context.model.blocks) - 1
     key = ("least elements", index, apart, trains)
     if key not in context.memo:
@@ -54,15 +65,18 @@ def least_groups(context: Context, config: Config, trains: bool = False) -> tupl
     return own, sum(least) - sum(own)
 
 
-def smallest_block(context: Context, config: Config) -> tuple[int, int]:
-    """The fewest elements of any block per rank when all of them are split; and of those that train."""
-    if "smallest block" not in context.memo:
-        blocks = range(len(context.model.blocks))
-        context.memo["smallest block"] = tuple(
-            min(_whole_elements(context, i, i == len(blocks) - 1, trains) for i in blocks) for trains in (False, True)
-        )
-    held, trained = context.memo["smallest block"]
-    return held // config.tp, trained // config.tp
+def blocks_held(context: Context, config: Config) -> frozenset[tuple[int, int, int]]:
+    """For every block, how many elements a rank holds when all of them are split, how many of these train, and how many
+    are of experts that data ranks share, which count in both."""
+    key = ("blocks held", config.tp, config.pp > 1)
+    if key not in context.memo:
+        found = set()
+        for index in range(len(context.model.blocks)):
+            held, trained = (least_elements(context, config, index, trains) for trains in (False, True))
+            expert = least_experts(context, config, index)
+            found.add((held + expert, trained + expert, expert))
+        context.memo[key] = frozenset(found)
+    return cast(frozenset[tuple[int, int, int]], context.memo[key])
 
 
 def _whole_elements(context: Context, index: int, apart: bool, trains: bool) -> int:
@@ -70,7 +84,6 @@ def _whole_elements(context: Context, index: int, apart: bool, trains: bool) -> 
     block = blocks[index]
     total = 0
     graph = context.model.kinds[block.kind].graph
-    # Experts that data ranks share are gathered by fewer ranks, or none: least of all they cost nothing.
     shared = {node.name for node in expert_parameters(graph)} if shared_experts(graph) > 1 else set()
     for node in graph.of("parameter"):
         if (trains and not node.meta.requires_grad) or node.name in shared:

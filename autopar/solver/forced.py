@@ -67,7 +67,8 @@ class Question:
 def context_of(plan: Plan, model: ModelGraph) -> Context:
     """The context in which ``plan`` was searched. Raises BadInputError for another model."""
     plan.check_model(model.fingerprint(), model.name)
-    return Context.of(model, plan.job, plan.cluster, parse_fix(plan.fixed), plan.equal_blocks)
+    context = Context.of(model, plan.job, plan.cluster, parse_fix(plan.fixed), plan.equal_blocks)
+    return context.sharing(plan.mesh.ep)
 
 
 def most_used(plan: Plan, kind: str) -> Candidate:

@@ -83,6 +83,7 @@ def _answers(context: Context, config: Config, known: KnownShardings) -> list[li
 
 def _least_memory(context: Context, config: Config, known: KnownShardings) -> Iterator[Assessment]:
     """Stages that use the least memory, whatever the room."""
+    context = context.sharing(config.ep)
     for answers in _answers(context, config, known):
         problem, costs_of = stage_problem(context, config, answers, extended=True)
         boundary = max(answer.boundary for answer in answers)
@@ -172,6 +173,10 @@ def _conflict_text(context: Context) -> str:
     return f"These cannot hold together with {room}: {', '.join(f'{k}={v}' for k, v in left.items())}. "
 
 
+def _any_fits(context: Context, config: Config, known: KnownShardings) -> bool:
+    return any(best_stages(context, config, some, extended=True) for some in _answers(context, config, known))
+
+
 def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> Config | None:
     """A configuration that fits, among those that take least memory."""
     key = ("fits", fix, str(cluster), tries)  # what is in conflict and what would fit ask alike
@@ -180,8 +185,8 @@ def _fits(context: Context, fix: Fix, cluster: Cluster, tries: int = TRIES) -> C
         known = KnownShardings(other)
         fitting = (
             config
-            for config in _leanest(_space(context.model, context.job, cluster, fix), tries)
-            if any(best_stages(other, config, some, extended=True) for some in _answers(other, config, known))
+            for config in _leanest(_space(other.source or other.model, context.job, cluster, fix), tries)
+            if _any_fits(other.sharing(config.ep), config, known)
         )
         context.memo[key] = next(fitting, None)
     return cast(Config | None, context.memo[key])

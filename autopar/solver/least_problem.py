@@ -10,8 +10,8 @@ from typing import cast
 from autopar.schedule import SCHEDULES
 from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
-from autopar.solver.elements import least_elements, smallest_block
-from autopar.solver.evaluate import placed
+from autopar.solver.elements import blocks_held, least_elements, least_experts
+from autopar.solver.evaluate import Placed, placed
 from autopar.solver.halves import sure_halves
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config
@@ -45,10 +45,16 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
         frozen = elements - trains
         passes = context.model.kinds[kind].passes_gradient or (run.root and config.pp == 1)
         still = 0.0 if passes else elements
-        copies = min(place.data.least_copies_s(elements, run.root, frozen, still) for place in places)
-        optimizer = min(_least_optimizer(context, one, trains / place.memory.shards) for one, place in pairs)
-        reduce = min(place.data.reduce_s(int(trains)) if place.data.exposes else 0.0 for place in places)
-        resident = min(place.memory.least_resident(elements, run.root and run.sure, frozen) for place in places)
+        expert, root = float(least_experts(context, config, run.start)), run.root and run.sure
+        moved = min(place.data.least_copies_s(elements, run.root, frozen, still) for place in places)
+        copies = moved + min(_experts_data(place).least_copies_s(expert, run.root) for place in places)
+        optimizer = min(_least_optimizer(context, one, place, trains, expert) for one, place in pairs)
+        reduced = (place.data.of("reduce_s", int(trains + expert), int(expert)) for place in places)
+        reduce = min(reduced) if all(place.data.exposes for place in places) else 0.0
+        resident = min(
+            place.memory.least_resident(elements, root, frozen) + place.memory.experts.least_resident(expert, root)
+            for place in places
+        )
         sure = _sure_halves(context, config, kind) if halved else (0.0, 0.0)
         # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
         is_last = run.start + run.count == len(context.model.blocks)
@@ -88,12 +94,14 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
 def least_stage(context: Context, config: Config, data: DataAxis) -> tuple[float, float, float]:
     """Network seconds of one stage of several that nothing can hide, (each micro-batch, in the first forward, in the
     last backward): what is gathered before the first block begins, and what the block whose backward ends last
-    reduces. It is not known which blocks these are: the smallest count."""
+    reduces. It is not known which blocks these are: the least counts."""
     if config.pp == 1:
         return 0.0, 0.0, 0.0
-    held, trained = smallest_block(context, config)
-    gather = data.gather_s(held)
-    scatter, replicate = data.scatter_s(trained), data.replicate_s(trained)
+    blocks = blocks_held(context, config)
+    gather = min(data.of("gather_s", held, expert) for held, _, expert in blocks)
+    scatter, replicate = (
+        min(data.of(what, trained, expert) for _, trained, expert in blocks) for what in ("scatter_s", "replicate_s")
+    )
     # A root group, which may be all that a stage has, is not gathered again for the backward.
     each = gather if data.gathers_each else 0.0
     once = 0.0 if data.gathers_each or data.ahead else gather
@@ -164,9 +172,14 @@ def _sure_halves(context: Context, config: Config, kind: str) -> tuple[float, fl
     return float(first), float(second)
 
 
-def _least_optimizer(context: Context, config: Config, share: float) -> float:
+def _experts_data(place: Placed) -> DataAxis:
+    return place.data.experts or place.data
+
+
+def _least_optimizer(context: Context, config: Config, place: Placed, trains: float, expert: float) -> float:
     """Seconds of the optimizer and clipping that grow with the elements a rank keeps, caches and launches left out."""
     device, job = context.cluster.device, context.job
+    share = trains / place.memory.shards + expert / place.memory.experts.shards
     moved = (6 + 2 * job.moments) * share * job.master_bytes
     if config.offload == "state":
         return moved / device.host_memory_bandwidth

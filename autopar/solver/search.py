@@ -48,6 +48,7 @@ from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.found import HOPE, INFINITE, Found
 from autopar.solver.infeasible import explain, least_memory
 from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
+from autopar.solver.missed import Missed
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.price import price
@@ -64,9 +65,13 @@ NEAR = 0.01
 """How much above the best plan an estimate may be that is looked into before bounds are; what is missed so, and may be
 faster, is met again by its bound."""
 
-PATIENCE, BETTER = 8, 1e-3
-"""Configurations priced one after the other that are no better, after which no better ones are sought; and how much
-shorter a step has to be to count as better."""
+PROOFS = 600
+"""Bounds that are sharpened at most, unless a number of steps is given: of some thousand that are nearly equal, the
+least hardly rises."""
+
+PATIENCE, STEPS, BETTER = 8, 1500, 1e-3
+"""Configurations priced one after the other that are no better, and steps, after which no better ones are sought; and
+how much shorter a step has to be to count as better."""
 
 
 def search(
@@ -100,6 +105,7 @@ def search(
         found.keep(leanest if leanest is not None and within_memory(context, leanest) else None)
     if found.best is None:
         raise InfeasibleError(explain(context) if explained else f"{model.name} does not fit on {cluster}")
+    context = context.sharing(found.best.config.ep)
     best = polished(context, found.best)
     free = free_step_time(context, best, found.known.of(best.config.sharding)) if equal_blocks else None
     seconds = dict(context.clock.seconds)
@@ -155,7 +161,7 @@ def explore(
     walk = _Walk(context, watch or Watch(Limits()), wanted)
     for shape in space:
         if has_room(context, shape.outline):
-            walk.add(shape_bound(context, shape), Step.ARITHMETIC, shape)
+            walk.add(shape_bound(walk.of(shape), shape), Step.ARITHMETIC, shape)
     walk.meshes = len(walk.left)
     try:
         walk.find()
@@ -179,7 +185,8 @@ class _Walk:
         self.left: dict[tuple[int, ...], int] = {}
         self.likely: list[tuple[float, int]] = []
         self.crowded = Crowded()
-        self.missed: dict[Shape, float] = {}
+        self.missed = Missed()
+        self.sharpened = 0
         self.seconds: dict[Config, float] = {}
         self.made = self.meshes = 0
 
@@ -190,7 +197,7 @@ class _Walk:
         if not self.found.promising(bound):
             self.found.rest = min(self.found.rest, bound)
             return []
-        likely = estimate(self.context, item, self.shardings(item), step, bound)
+        likely = estimate(self.of(item), item, self.shardings(item), step, bound)
         entry = _Entry(bound, likely, self.made, step, item)
         self.made += 1
         self.entries[entry.order] = entry
@@ -198,30 +205,36 @@ class _Walk:
         heapq.heappush(self.likely, (entry.estimate, entry.order))
         return [entry]
 
+    def of(self, item: Item) -> Context:
+        """The context of the model as the item shares its experts."""
+        return self.context.sharing(item.ep if isinstance(item, Config) else _shape(item).outline.ep)
+
     def shardings(self, item: Item) -> Shardings:
         return self.known.of(item.sharding if isinstance(item, Config) else _shape(item).outline.sharding)
 
     def find(self) -> None:
-        """Work off what is likely to be fastest, until as many priced configurations as `PATIENCE` are no better. What
-        is not likely to fit comes only if nothing else does."""
-        self._find(self.likely)
+        """Work off what is likely to be fastest, until as many priced configurations as `PATIENCE` are no better: first
+        what has no stages, which is soon done and says what the rest has to beat. What is not likely to fit comes only
+        if nothing else does."""
+        self._find([pair for pair in self.likely if _mesh(self.entries[pair[1]].item)[0] == 1])
+        self._find([(entry.estimate, entry.order) for entry in self.entries.values()])
         if self.found.best is None:
             self.crowded = Crowded()
             self._find([(entry.estimate, entry.order) for entry in self.entries.values()], patient=True)
 
     def _find(self, likely: list[tuple[float, int]], patient: bool = False) -> None:
-        found, waited, told = self.found, 0, set()
+        found, waited, refined, told = self.found, 0, 0, set()
         heapq.heapify(likely)
         self.likely = likely
-        while likely and waited < PATIENCE:
+        while likely and waited < PATIENCE and refined < STEPS:
             guess, order = heapq.heappop(likely)
             entry = self.entries.get(order)
             if entry is None or not found.promising(entry.bound):
                 continue
             if not patient and isinstance(entry.item, Config) and self.crowded.has(entry.item):
                 continue
-            # What was too low for one configuration of a shape is likely to be for another.
-            missed = self.missed.get(entry.item.shape if isinstance(entry.item, Config) else _shape(entry.item), 1.0)
+            # What was too low for one configuration is likely to be for others.
+            missed = self.missed.factor(entry.item)
             if missed > 1.0 and order not in told:
                 told.add(order)
                 heapq.heappush(likely, (guess * missed, order))
@@ -232,15 +245,20 @@ class _Walk:
                 return
             before = found.best.step_time if found.best else INFINITE
             self.refine(entry)
-            if entry.step == Step.SPREAD and found.best is not None:
-                waited = 0 if found.best.step_time < before * (1 - BETTER) else waited + 1
+            if found.best is None or entry.step == Step.ARITHMETIC:
+                continue
+            refined += 1
+            if found.best.step_time < before * (1 - BETTER):
+                waited = refined = 0
+            elif entry.step == Step.SPREAD:
+                waited += 1
 
     def prove(self) -> None:
         """Refine what has the least bound, until no bound stands in the way of the gap, or one that can't be raised."""
         found = self.found
         queue = [(entry.bound, entry.order) for entry in self.entries.values()]
         heapq.heapify(queue)
-        while queue and found.best is not None and found.promising(queue[0][0]) and not self.watch.over(True):
+        while queue and found.best is not None and found.promising(queue[0][0]) and not self._proved_enough():
             entry = self.entries[heapq.heappop(queue)[1]]
             if not entry.proved and entry.step >= Step.STAGES:
                 bound = self.sharper(entry.item, entry.step, entry.bound)
@@ -254,6 +272,10 @@ class _Walk:
             if entry.step == Step.SPREAD and found.promising(entry.bound):
                 break
         self._sharpen()
+
+    def _proved_enough(self) -> bool:
+        """Whether limits end the search, or so many bounds were sharpened that more would tell little."""
+        return self.watch.over(True) or (self.watch.limits.work is None and self.sharpened >= PROOFS)
 
     def _sharpen(self) -> None:
         """Raise the bounds of what was priced, the least first, as long as that raises the least of all bounds."""
@@ -273,15 +295,16 @@ class _Walk:
     def sharper(self, item: Item, step: Step, bound: float) -> float:
         """A bound raised by the paths of its schedule; at the end by recomputation's own ILP and the program of stages
         as well. Infinite if nothing fits."""
-        shardings = self.shardings(item)
+        context, shardings = self.of(item), self.shardings(item)
+        self.sharpened += 1
         if isinstance(item, Config):
             sharp = step == Step.SPREAD
-            return max(bound, stage_bound(self.context, item, shardings, sharp, enough=self.found.enough))
-        return max(bound, loose_bound(self.context, self.space(item), shardings))
+            return max(bound, stage_bound(context, item, shardings, sharp=sharp, enough=self.found.enough))
+        return max(bound, loose_bound(context, self.space(item), shardings))
 
     def space(self, item: Shape | Family) -> list[Config]:
         """The configurations of an item, their order open."""
-        context = self.context
+        context = self.of(item)
         space = open_configs_of(_shape(item), context.job, context.cluster, context.fix)
         return [
             one
@@ -314,7 +337,7 @@ class _Walk:
 
     def _refined(self, entry: _Entry) -> list[tuple[float, Step, Item]]:
         """Itself with a sharper bound, what it consists of, or, once it is priced, nothing."""
-        context, item, shardings = self.context, entry.item, self.shardings(entry.item)
+        context, item, shardings = self.of(entry.item), entry.item, self.shardings(entry.item)
         if entry.step == Step.SPREAD:
             assert isinstance(item, Config)
             self.found.priced[item] = entry.bound
@@ -322,7 +345,7 @@ class _Walk:
             if seconds == INFINITE:
                 self._crowd(item, shardings)
             elif entry.estimate < INFINITE:
-                self.missed[item.shape] = max(1.0, seconds / entry.estimate)
+                self.missed.add(item, entry.estimate, seconds)
             return []
         sharper = Step(entry.step + 1)
         if isinstance(item, Config):
@@ -342,7 +365,7 @@ class _Walk:
     def _price(self, config: Config, shardings: Shardings) -> float:
         """See `price`; each configuration once."""
         if config not in self.seconds:
-            self.seconds[config] = price(self.context, config, shardings, self.found)
+            self.seconds[config] = price(self.of(config), config, shardings, self.found)
         return self.seconds[config]
 
     def _crowd(self, item: Config, shardings: Shardings) -> None:

@@ -25,6 +25,7 @@ from autopar.solver.intra_block import relaxed_bound, solve
 from autopar.solver.prices import AxisPrices
 from autopar.solver.problem import Problem
 from autopar.solver.recompute import Recompute, Rerun, moved_of, rerun, runs_again
+from autopar.solver.shared_bounds import part_shift, seconds_shift
 from autopar.solver.space import Sharding
 
 LEAN = (0.3, 3.0)
@@ -77,7 +78,9 @@ class KnownShardings:
 
     def of(self, key: Sharding) -> Shardings:
         if key not in self._known:
-            self._known[key] = Shardings(self.context, *key)
+            axes, batch, pad_heads, apart, ep = key
+            alone = self.of((axes, batch, pad_heads, apart, 1)) if ep > 1 and self.context.ep == 1 else None
+            self._known[key] = Shardings(self.context.sharing(ep), axes, batch, pad_heads, apart, alone)
         return self._known[key]
 
 
@@ -86,6 +89,7 @@ def _results(context: Context, *key: Any) -> dict[Any, Any]:
     a block are the same; the batch of a step and sizes of axes that split no block may differ."""
     if "blocks" not in context.memo:
         fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
+        fix = replace(fix, ep=None)
         group = context.cluster.groups[0]
         links = (group.devices_per_node, group.intra_node, group.inter_node)
         job = replace(context.job, global_batch=1)
@@ -95,7 +99,8 @@ def _results(context: Context, *key: Any) -> dict[Any, Any]:
 
 class Shardings:
     """All answers for model axes of these sizes (outermost first) and ``batch`` samples a micro-batch, heads padded
-    to a multiple of ``pad_heads``. ``apart``: how far apart neighbours on each axis are (see `space.Sharding`)."""
+    to a multiple of ``pad_heads``. ``apart``: how far apart neighbours on each axis are (see `space.Sharding`);
+    ``alone``: those of the same where no ranks share experts, which bounds follow from (`shared_bounds`)."""
 
     def __init__(
         self,
@@ -104,23 +109,25 @@ class Shardings:
         batch: int,
         pad_heads: int = 1,
         apart: Iterable[int] = (),
+        alone: Shardings | None = None,
     ) -> None:
-        self.axes, apart = dict(axes), tuple(apart)
+        self.axes, apart, self.alone = dict(axes), tuple(apart), alone
         self._results = _results(context, tuple(self.axes.items()), batch, pad_heads, apart)
         self.context, self.batch = (context := context.padded(pad_heads)), batch
         self.prices = AxisPrices(
             context.ops, context.collectives, self.axes, batch, dict(zip(self.axes, apart, strict=False)) or None
         )
         self.size = self.prices.ranks
-        self._built: dict[frozenset[str], ModelProblem] = {}
+        self._built: dict[tuple[frozenset[str], bool], ModelProblem] = {}
         self._decisions: dict[str, BlockDecision] = {}
         self._fastest: Answered | None = None
         self._lean: list[Answered] | None = None
-        self._relaxed: float | None = None
+        self._relaxed: dict[bool, float] = {}
+        self._cheap: float | None = None
         self._least_work: float | None = None
         self._total_bound: float | None = None
         self._kind_bounds: dict[bool, dict[str, KindBound]] = {}
-        self._least_of: dict[tuple[str, frozenset[str]], float] = {}
+        self._least_of: dict[tuple[str, frozenset[str], bool], float] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
         self._least_seconds: dict[tuple[str, str, bool], float] = {}
         self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
@@ -136,17 +143,18 @@ class Shardings:
         found: Found = self._results[what]
         return found
 
-    def built(self, again: frozenset[str]) -> ModelProblem:
-        """The problem of all kinds; those of ``again`` are recomputed."""
-        found = self._built.get(again)
+    def built(self, again: frozenset[str], shared: bool = False) -> ModelProblem:
+        """The problem of all kinds; those of ``again`` are recomputed. ``shared``: that of `shared_bounds`."""
+        found = self._built.get((again, shared))
         if found is None:
             begin = time.perf_counter()
             context = self.context
             price = context.gradient_price()
-            found = self._built[again] = self._once(
-                ("problem", again),
+            sharing = context.sharing_sizes() if shared else None
+            found = self._built[again, shared] = self._once(
+                ("problem", again, shared),
                 lambda: model_problem(
-                    context.model, self.prices, context.ties, context.demands(), price, again, context.memo
+                    context.model, self.prices, context.ties, context.demands(), price, again, context.memo, sharing
                 ),
             )
             context.clock.add("strategies", begin)
@@ -157,13 +165,36 @@ class Shardings:
         """Seconds of all blocks for one micro-batch by the ILP's linear relaxation: no sharding needs fewer."""
         if self.size == 1:
             return self.bound()
-        if self._relaxed is None:
-            problem = self.built(self.context.always_again()).problem
+        if self.alone is None:
+            return self.relaxed()
+        if self._cheap is None:
+            again = self.context.always_again()
+            shifts = (count * self._shift(kind, again) for kind, count in self.context.counts.items())
+            self._cheap = self.alone.relaxed(shared=True) + sum(shifts)
+        return self._cheap
+
+    def relaxed(self, shared: bool = False) -> float:
+        """The optimum of the relaxation. ``shared``: see `built`."""
+        if shared not in self._relaxed:
+            problem = self.built(self.context.always_again(), shared).problem
             begin = time.perf_counter()
-            self._relaxed = self._once("relaxed", lambda: relaxed_bound(problem))
+            self._relaxed[shared] = self._once(("relaxed", shared), lambda: relaxed_bound(problem))
             self.context.clock.add("relaxations", begin)
             self.context.clock.counts["relaxations"] += 1
-        return self._relaxed
+        return self._relaxed[shared]
+
+    def _shift(self, name: str, again: frozenset[str]) -> float:
+        """How much more a kind takes at least than by the least of any sharing of experts."""
+        assert self.alone is not None
+        kind, ep = self.context.model.kinds[name], self.context.ep
+        twice = runs_again(kind).runs if name in again else frozenset()
+        shared = self.alone.built(again, shared=True).shared
+        found = [
+            seconds_shift(ways, ep, node in twice)
+            for node in kind.graph.nodes
+            if (ways := shared.get(f"{name}/{node}"))
+        ]
+        return sum(found) * (1 - 1e-12)
 
     def bound(self) -> float:
         """Seconds of all blocks for one micro-batch: no sharding on this axis needs fewer."""
@@ -243,7 +274,7 @@ class Shardings:
     def _kind_bound(self, name: str, sharp: bool) -> KindBound:
         context = self.context
         forward = self._fastest_forward(name) * (1 - 1e-12)
-        backward = self._fastest_part(name, "backward_s") * (1 - 1e-12)
+        backward = self.fastest_part(name, "backward_s") * (1 - 1e-12)
         again = self._fastest_forward(name, runs_again(context.model.kinds[name]).runs) * (1 - 1e-12)
         if self.size == 1:
             cost = self.fastest().costs[name]["none"]
@@ -253,10 +284,10 @@ class Shardings:
             return KindBound(none, none + again, forward, backward)
         ways = {Recompute.of(choice).recompute for choice in context.choices_of(name)}
         if ways == {"full"}:
-            return KindBound(float("inf"), self._least(name, context.always_again()), forward, backward)
-        none = self._least(name, frozenset())
+            return KindBound(float("inf"), self.least(name, context.always_again()), forward, backward)
+        none = self.least(name, frozenset())
         if sharp and "full" in ways:
-            return KindBound(none, self._least(name, frozenset(context.model.kinds)), forward, backward)
+            return KindBound(none, self.least(name, frozenset(context.model.kinds)), forward, backward)
         return KindBound(none, none + again, forward, backward)
 
     def least_seconds(self, name: str, choice: str, sharp: bool = False) -> float:
@@ -353,27 +384,35 @@ class Shardings:
 
     def _fastest_forward(self, name: str, of: frozenset[str] | None = None) -> float:
         """The fastest forward of each operator (those of these names), conversions free."""
-        return self._fastest_part(name, "forward_s", of)
+        return self.fastest_part(name, "forward_s", of)
 
-    def _fastest_part(self, name: str, part: str, of: frozenset[str] | None = None) -> float:
+    def fastest_part(self, name: str, part: str, of: frozenset[str] | None = None) -> float:
         """The least of a part of the `Price` of each operator (those of these names), conversions free."""
         graph = self.context.model.kinds[name].graph
         nodes = [node for node in graph.of("op") if of is None or node.name in of]
         if self.size == 1:
             return float(sum(getattr(self.prices.operator(node, graph, {})[0], part) for node in nodes))
+        if self.alone is not None:
+            kind, other = (shardings.context.model.kinds[name] for shardings in (self, self.alone))
+            shift = part_shift(self.prices, self.alone.built(frozenset()).choices, kind, other, part, of)
+            return self.alone.fastest_part(name, part, of) + shift
         ways = self.built(frozenset()).choices
         return sum(
             min(float(getattr(self.prices.operator(node, graph, way)[0], part)) for way in ways[f"{name}/{node.name}"])
             for node in nodes
         )
 
-    def _least(self, name: str, again: frozenset[str]) -> float:
-        """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs)."""
-        if (name, again) in self._least_of:
-            return self._least_of[name, again]
+    def least(self, name: str, again: frozenset[str], shared: bool = False) -> float:
+        """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs).
+        ``shared``: see `built`."""
+        if self.alone is not None:
+            shared = self.alone.context.sharing_sizes().has(name)
+            return self.alone.least(name, again, shared) + self._shift(name, again)
+        if (name, again, shared) in self._least_of:
+            return self._least_of[name, again, shared]
         begin = time.perf_counter()
         prefix = f"{name}/"
-        whole = self.built(again).problem
+        whole = self.built(again, shared).problem
         part = Problem(
             tuple(source for source in whole.sources if source.name.startswith(prefix)),
             tuple(op for op in whole.ops if op.name.startswith(prefix)),
@@ -381,7 +420,10 @@ class Shardings:
             tuple(output for output in whole.outputs if output.tensor.startswith(prefix)),
             hubs=whole.hubs,
         )
-        bound = self._least_of[name, again] = self._once(("least", name, again), lambda: solve(part).bound)
+        # What stands for every sharing of experts is loose anyway: its relaxation will do.
+        find = (lambda: relaxed_bound(part)) if shared else (lambda: solve(part).bound)
+        bound = self._once(("least", name, again, shared), find)
+        self._least_of[name, again, shared] = bound
         self.context.clock.add("bounds", begin)
         self.context.clock.counts["intra-block ILPs"] += 1
         return bound

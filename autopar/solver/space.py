@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from autopar.cluster import Cluster
+from autopar.graph.dispatch import sharing_sizes
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import can_pad
 from autopar.job import Job
@@ -33,9 +34,9 @@ SEARCHED_SCHEDULES = ("1f1b", "gpipe", "interleaved", "zbv", "dualpipev")
 OPEN: Order = ()
 """No order yet (`Config`)."""
 
-Sharding = tuple[tuple[tuple[str, int], ...], int, int, tuple[int, ...]]
-"""The model axes with their sizes, samples per micro-batch, padding of heads, and how far apart neighbours on each axis
-are; nothing where the axes are the innermost."""
+Sharding = tuple[tuple[tuple[str, int], ...], int, int, tuple[int, ...], int]
+"""The model axes with their sizes, samples per micro-batch, padding of heads, how far apart neighbours on each axis
+are (nothing where the axes are the innermost), and the data ranks that share experts."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -88,6 +89,7 @@ class Config:
             self.tp_parts,
             self.pad_heads,
             model_order(self.order or AXES),
+            self.ep,
         )
         return Shape(outline, self.schedule, self.vpp)
 
@@ -108,7 +110,8 @@ class Config:
 class Outline:
     """What is decided first of a configuration: the sizes of the axes and micro-batches, and the padding of heads.
 
-    ``order``: as which the order of the mesh axes places the model axes (`model_order`)."""
+    ``order``: as which the order of the mesh axes places the model axes (`model_order`); ``ep``: data ranks that share
+    experts."""
 
     pp: int
     dp: int
@@ -119,10 +122,11 @@ class Outline:
     tp_parts: tuple[int, ...] = ()
     pad_heads: int = 1
     order: Order = AXES
+    ep: int = 1
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order)
+        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order, self.ep)
 
     @property
     def sharding(self) -> Sharding:
@@ -159,7 +163,7 @@ def _sharding(mesh: Mesh, micro_batch: int, pad_heads: int) -> Sharding:
         strides = [found.strides() for found in (mesh, replace(mesh, order=AXES))]
         if any(strides[0][axis] != strides[1][axis] for axis in axes):
             apart = tuple(strides[0][axis] for axis in axes)
-    return tuple(axes.items()), micro_batch, pad_heads, apart
+    return tuple(axes.items()), micro_batch, pad_heads, apart, mesh.ep
 
 
 def configs(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
@@ -212,6 +216,7 @@ def shapes(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[
 def outlines(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Outline]:
     """All sizes of axes and micro-batches. A tensor axis stays inside a node unless it is fixed."""
     devices, node = cluster.devices, cluster.devices_per_node
+    sharing = (fix.ep,) if fix.ep else sharing_sizes(model)
     for pp in divisors(devices):
         if fix.pp not in (None, pp) or pp * (fix.vpp or 1) > len(model.blocks):
             continue
@@ -229,8 +234,17 @@ def outlines(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterato
                     if fix.micro_batch == micro_batch or (fix.micro_batch is None and small):
                         count = job.global_batch // dp // micro_batch
                         order = model_order(_fixed_order(pp, dp, cp, tp, fix)) if fix.order else AXES
-                        for pad_heads in paddings:
-                            yield Outline(pp, dp, tp, cp, micro_batch, count, fix.tp_parts, pad_heads, order)
+                        for pad_heads, ep in product(paddings, _sharing(sharing, dp * cp, tp, node)):
+                            yield Outline(pp, dp, tp, cp, micro_batch, count, fix.tp_parts, pad_heads, order, ep)
+
+
+def _sharing(sizes: Sequence[int], data: int, tp: int, node: int) -> list[int]:
+    """Of these numbers of data ranks that may share experts, none, the most that fit in a node, and those that fill
+    nodes; a single one is fixed."""
+    there = [n for n in sizes if data % n == 0]
+    near = max(1, node // tp)
+    most = max((n for n in there if near % n == 0), default=1)
+    return there if len(sizes) == 1 else [n for n in there if n in (1, most) or n % near == 0]
 
 
 def _contexts(model: ModelGraph, job: Job, ranks: int, tp: int, fix: Fix) -> list[int]:
@@ -246,10 +260,7 @@ def _contexts(model: ModelGraph, job: Job, ranks: int, tp: int, fix: Fix) -> lis
 
 
 def _wished_of(shape: Shape, cluster: Cluster, fix: Fix) -> Iterator[Config]:
-    outline, node = shape.outline, cluster.devices_per_node
-    ep = fix.ep or 1
-    if outline.dp * outline.cp % ep:
-        return
+    outline, node, ep = shape.outline, cluster.devices_per_node, shape.outline.ep
     fixed = _fixed_order(outline.pp, outline.dp, outline.cp, outline.tp, fix)
     several = ep == 1 and not fixed and len(orders_of(outline.pp, outline.dp, outline.ranks, node)) > 1
     near = inside(replace(outline.mesh, order=fixed or AXES), node)

@@ -1,0 +1,90 @@
+"""What bounds of blocks whose experts data ranks share follow from: one problem for every number of them (``ep``).
+
+Of a decision x for a block only its experts' seconds s(x) depend on ep, and what each rank holds of their parameters,
+whose price is not below zero. With z(x) the seconds of all else, and the least of any ep for those of the experts,
+
+    seconds(x) = z(x) + s(x) + price(x) >= min (z + least s) + min over strategies of the experts (s - least s)
+
+so that one linear program or ILP, in which experts take the least of any ep and are held for nothing, bounds each. What
+may be decided under an ep may be decided without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from autopar.graph.dispatch import PARAMETERS, expert_parameters
+from autopar.graph.ir import EXPERTS, BlockKind, ModelGraph, Node
+from autopar.solver.axis_choices import AxesChoice
+from autopar.solver.op_costs import LocalTensor
+from autopar.solver.prices import AxisPrices, Price
+
+Ways = Mapping[str, Sequence[AxesChoice]]
+"""What each operator may do, by "kind/node"."""
+
+Shared = dict[int, Price]
+"""What experts take in one of these ways, by ep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """That any of these numbers of ranks may share experts; ``held``: their parameters, as "kind/node"."""
+
+    sizes: tuple[int, ...]
+    held: frozenset[str]
+
+    @staticmethod
+    def of(model: ModelGraph, sizes: tuple[int, ...]) -> Sharing:
+        kinds = model.kinds.values()
+        return Sharing(
+            sizes, frozenset(f"{kind.name}/{node.name}" for kind in kinds for node in expert_parameters(kind.graph))
+        )
+
+    def has(self, kind: str) -> bool:
+        """Whether blocks of this kind have experts."""
+        return any(name.partition("/")[0] == kind for name in self.held)
+
+    def prices(
+        self, prices: AxisPrices, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]
+    ) -> Shared:
+        """What experts take whose local ``inputs`` are those of a rank that shares none."""
+        found = {}
+        for ep in self.sizes:
+            parts = [
+                one._replace(shape=(-(-one.shape[0] // ep), *one.shape[1:])) if place >= PARAMETERS else one
+                for place, one in enumerate(inputs)
+            ]
+            shared = replace(node, kwargs={**node.kwargs, "ep": ep})
+            found[ep], _ = prices.timed(shared, parts, output, grads, ())
+        return found
+
+
+def least_of(shared: Shared, again: bool) -> float:
+    """The least seconds of any ep; ``again``: with a second forward."""
+    return min(_seconds(price, again) for price in shared.values())
+
+
+def seconds_shift(ways: Sequence[Shared], ep: int, again: bool) -> float:
+    """How much more experts take at least than the least of any ep, whatever their strategy."""
+    return min(_seconds(shared[ep], again) - least_of(shared, again) for shared in ways)
+
+
+def _seconds(price: Price, again: bool) -> float:
+    return price.seconds + (price.forward_s if again else 0.0)
+
+
+def part_shift(
+    prices: AxisPrices, ways: Ways, shared: BlockKind, alone: BlockKind, part: str, of: frozenset[str] | None
+) -> float:
+    """What sharing adds to the sum of the least of a part of the `Price` of each operator (those of these names)."""
+    total = 0.0
+    for node in shared.graph.of("op"):
+        if node.op == EXPERTS and (of is None or node.name in of):
+            mine = ways[f"{shared.name}/{node.name}"]
+            ours, other = (
+                min(getattr(prices.operator(kind.graph.nodes[node.name], kind.graph, way)[0], part) for way in mine)
+                for kind in (shared, alone)
+            )
+            total += ours - other
+    return float(total)
