@@ -351,6 +351,7 @@ _CALLS |= {
     "aten.upsample_linear1d": [(_WAVE, (24,), False)],
     "aten.upsample_bilinear2d": [(_IMAGE, (12, 12), True)],
     "aten.upsample_bicubic2d": [(_IMAGE, (12, 12), True)],
+    "aten.batch_norm": [(_IMAGE, _t(8), _t(8), 1e-5), (_WAVE, None, None, 1e-5), (_t(6, 8), _t(8), _t(8), 1e-5)],
     "aten.group_norm": [(_IMAGE, 4, _t(8), _t(8)), (_WAVE, 2)],
 }
 _CALLS |= {f"aten.{op}": [(_X, 2, False)] for op in ("_softmax", "_log_softmax")}

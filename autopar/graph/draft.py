@@ -14,7 +14,8 @@ from typing import Any
 from autopar.graph.ir import COMPUTE, Node, OpGraph, Ref, TensorMeta, map_refs
 from autopar.graph.size import Size
 
-FLOATING = frozenset({COMPUTE, "float64", "float32", "float16", "bfloat16"})
+FLOATING = frozenset({COMPUTE, "float64", "float32", "float16", "bfloat16", "complex64", "complex128"})
+"""Dtypes of tensors that gradients flow through."""
 RANDOM = frozenset({"aten.dropout", "aten.rand", "aten.randn", "aten.rand_like", "aten.randn_like", "aten.bernoulli"})
 
 

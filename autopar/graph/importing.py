@@ -23,7 +23,7 @@ from autopar.graph.draft import Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
 from autopar.graph.size import Size
-from autopar.graph.sizes import Sizes
+from autopar.graph.sizes import SizeOfValuesError, Sizes
 from autopar.graph.writing import written_back
 
 TRACE_DTYPE = torch.bfloat16
@@ -31,10 +31,43 @@ TRACE_DTYPE = torch.bfloat16
 
 SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy"})
 CASTS = frozenset({"to", "_to_copy", "type_as"})
+FROM_VALUES = (
+    "computes sizes, or chooses what to run, from the values of tensors. Experts of a mixture are recognised where one "
+    "module holds the weights of all of them stacked (three dims, with or without biases), is called with hidden "
+    "states, the chosen experts' indices and their weights, and computes for each token the weighted sum of "
+    "down(act(up(x)))"
+)
+"""What is told of code that cannot be traced because it depends on data."""
 LISTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "broadcast_tensors"})
 DROPPED_ARGUMENTS = frozenset({"device", "pin_memory", "layout", "memory_format", "non_blocking", "copy"})
 DIM_ARGUMENTS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"})
-RENAMED = {"view": "reshape", "_unsafe_view": "reshape", "__and__": "bitwise_and", "__or__": "bitwise_or"}
+SHAPED_AS = {"reshape_as": "reshape", "view_as": "reshape", "expand_as": "expand"}
+"""Operators that take a shape from another tensor."""
+RENAMED = {
+    "view": "reshape",
+    "_unsafe_view": "reshape",
+    "__and__": "bitwise_and",
+    "__or__": "bitwise_or",
+    "__xor__": "bitwise_xor",
+    "concat": "cat",
+    "concatenate": "cat",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "negative": "neg",
+    "absolute": "abs",
+    "clip": "clamp",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "special_expit": "sigmoid",
+}
+"""Other names of one operator."""
+OF_TWO = {"max.other": "maximum", "min.other": "minimum"}
+"""Overloads that compute something else than their namesakes."""
 
 
 @dataclass(slots=True)
@@ -90,7 +123,10 @@ class Importer:
             if node.op == "call_function":
                 path = module_path(node)
                 self.draft.module = self.draft.module if path is None else path
-                self._call(module, node, no_grad)
+                try:
+                    self._call(module, node, no_grad)
+                except SizeOfValuesError:
+                    raise UnsupportedError(f"{self._place()} {FROM_VALUES}") from None
 
     def _call(self, module: torch.fx.GraphModule, node: torch.fx.Node, no_grad: bool) -> None:
         target, value = node.target, node.meta.get("val")
@@ -166,10 +202,13 @@ class Importer:
         elif name == "copy":
             shape = self.sizes.shape(value)
             self._values[node] = self._expanded(self.draft.cast(args[1], dtype_name(value.dtype)), shape)
+        elif name in SHAPED_AS:
+            shape = self.sizes.shape(value)
+            self._values[node] = Ref(self.draft.emit(f"aten.{SHAPED_AS[name]}", args[0], shape, shape=shape))
         elif change and name in ("fill", "zero"):
             self._values[node] = self._filled(args[1] if name == "fill" else 0, value)
         else:
-            name = RENAMED.get(name, name)
+            name = OF_TWO.get(f"{name}.{target._overloadname}", RENAMED.get(name, name))
             shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
             op = f"aten.{name}" if op.startswith("aten.") else op
             self._values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))

@@ -7,6 +7,7 @@ Names are torch's without overloads ("aten.linear"), plus a few composites ("aut
     autopar.cross_entropy(logits, labels, ignore)    sum over targets, float32 or wider; logits [..., v], labels [...]
     autopar.topk(x, k, dim, largest=True)            the indices of torch.topk, int64
     autopar.experts(...)                             the experts of a mixture (`autopar.graph.experts`)
+    aten.batch_norm(x, weight, bias, eps)            by the statistics of the batch itself
     autopar.cast(x, dtype)                           dtype "float32" (at least) or "compute" or torch's name
 
 Shape operators are canonical too: `aten.unflatten(x, dim, sizes)` (one entry may be -1), `aten.flatten(x, start, end)`,
@@ -131,6 +132,9 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "aten.scaled_dot_product_attention": F.scaled_dot_product_attention,
     "aten.rms_norm": F.rms_norm,
     "aten.layer_norm": lambda x, shape, weight=None, bias=None, eps=1e-5: F.layer_norm(x, shape, weight, bias, eps),
+    "aten.batch_norm": lambda x, weight=None, bias=None, eps=1e-5: F.batch_norm(
+        x, None, None, weight, bias, training=True, eps=eps
+    ),
     "aten.embedding": lambda weight, ids, *rest: F.embedding(ids, weight, *rest),
     "aten.unflatten": lambda x, dim, sizes: x.unflatten(dim, sizes),
     "aten.flatten": lambda x, start, end: x.flatten(start, end),

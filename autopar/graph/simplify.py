@@ -242,6 +242,14 @@ def layer_norm(node: Node, new: Draft) -> Ref | None:
     return Ref(new.emit(node.op, *node.args[:5], shape=node.meta.shape)) if len(node.args) > 5 else None
 
 
+def batch_norm(node: Node, new: Draft) -> Ref | None:
+    """By the batch's own statistics: (x, weight, bias, eps)."""
+    if len(node.args) < 8 or not node.args[5] or any(isinstance(each, Ref) for each in node.args[3:5]):
+        return None
+    given = (*node.args[:3], node.args[7])
+    return Ref(new.emit(node.op, *given, shape=node.meta.shape, dtype=node.meta.dtype))
+
+
 def product(node: Node, new: Draft) -> Ref | None:
     """Products with a matrix on the right are linear layers; a batch flattened for them is put back after."""
     bias, alpha = None, node.kwargs
@@ -353,6 +361,7 @@ RULES: dict[str, list[Rule]] = {
     "aten.log_softmax": [softmax],
     "aten.layer_norm": [layer_norm],
     "aten.group_norm": [layer_norm],
+    "aten.batch_norm": [batch_norm],
     **{f"aten.{name}": [product] for name in ("addmm", "mm", "matmul", "linear")},
     "aten.bmm": [batched],
     "aten.baddbmm": [batched],
