@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -141,6 +142,26 @@ def test_batch_norms_norm_by_the_micro_batch_of_each_data_rank(dropout):
     assert re.search(r"F\.batch_norm\(\w+,None,None,weight=self\.norm\.weight.*,training=True,eps=1e-5", source)
 
 
+class Relative(nn.Module):
+    """Scores by distance, picked by a table that all samples and heads (in one dim) share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        scores = self.scores(x).view(b, s, 2, WIDTH).transpose(1, 2).reshape(2 * b, s, WIDTH)
+        places = torch.arange(s, device=x.device)
+        distance = (places[:, None] - places[None]).clamp(-3, 4) + 3
+        return torch.gather(scores, -1, distance.expand(2 * b, s, s)).softmax(-1)
+
+
+@pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2, "sp": False}])
+def test_a_table_shared_by_samples_and_heads_is_read_by_each(fix):
+    proved(Relative(), SAMPLE, **fix)
+
+
 class Aliases(nn.Module):
     """The same operators by other names."""
 
@@ -254,3 +275,86 @@ def test_what_torch_refuses_is_told_with_its_place():
     outer = Outer(Spectrum())
     with pytest.raises(UnsupportedError, match=r"in module 'inner' \(Spectrum, .*: Unsupported dtype BFloat16"):
         trace(outer, SAMPLE, square)
+
+
+class Dropping(nn.Module):
+    """Stochastic depth, in both spellings: what a layer adds is left out for some samples."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.linear, self.spelling = nn.Linear(WIDTH, WIDTH), spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = self.linear(x)
+        if not self.training:
+            return x + added
+        shape = (x.shape[0], 1, 1)
+        if self.spelling == "floor":
+            kept = 0.75 + torch.rand(shape, dtype=x.dtype, device=x.device)
+            return x + added.div(0.75) * kept.floor_()
+        return x + added * x.new_empty(shape).bernoulli_(0.75).div_(0.75)
+
+
+@pytest.mark.parametrize("spelling", ["floor", "bernoulli"])
+def test_samples_dropped_at_random_are_a_dropout(spelling):
+    graph = proved(Dropping(spelling), SAMPLE, dp=2)
+    (dropout,) = (node for kind in graph.kinds.values() for node in kind.graph.of("op") if node.op == "aten.dropout")
+    assert dropout.args[1:] == (0.25, True)
+    assert [str(size) for size in dropout.meta.shape] == ["b", "1", "1"]
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.rand_like(x))
+
+
+def test_other_random_numbers_are_refused_with_their_place():
+    with pytest.raises(UnsupportedError, match=r"module 'inner' draws random numbers \(aten\.rand_like\)"):
+        trace(Outer(Noisy(WIDTH, WIDTH)), SAMPLE, square)
+
+
+class Sinusoids(nn.Module):
+    """Positions from a table of sinusoids with a blank row, as of fairseq's models."""
+
+    def __init__(self, blank: int | None) -> None:
+        super().__init__()
+        self.linear, self.blank = nn.Linear(WIDTH, WIDTH), blank
+        rates = torch.exp(torch.arange(4).float() * -(math.log(10000) / 3))
+        angles = torch.arange(600).float().unsqueeze(1) * rates.unsqueeze(0)
+        table = torch.cat([angles.sin(), angles.cos()], 1)
+        if blank is not None:
+            table[blank] = 0
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device) + 2
+        return self.linear(x + self.table.index_select(0, places).to(x.dtype))
+
+
+@pytest.mark.parametrize("blank", [None, 3])
+def test_tables_of_sinusoids_are_computed(blank):
+    graph = proved(Sinusoids(blank), SAMPLE, cp=2)
+    assert not graph.buffers
+    (table,) = (node for node in graph.constants.of("op") if node.op == "autopar.sinusoids")
+    assert table.args == ((600, WIDTH) if blank is None else (600, WIDTH, blank))
+    model = Sinusoids(blank)
+    model.table[4, 1] += 1e-3
+    assert "table" in trace(model, SAMPLE, square).buffers, "nothing is guessed"
+
+
+class Summed(nn.Module):
+    """Products written with an ellipsis, of tensors of different rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.einsum("...sd,...td->...st", x, x)
+        return torch.einsum("...st,...td,hd->...sh", scores, x, self.weight)
+
+
+def test_an_ellipsis_stands_for_the_dims_there_are():
+    graph = proved(Summed(), SAMPLE, tp=2, sp=False)
+    equations = [node.args[0] for kind in graph.kinds.values() for node in kind.graph.of("op") if "einsum" in node.op]
+    assert equations == ["asd,atd->ast", "ast,atd,hd->ash"]

@@ -24,7 +24,7 @@ def casts_traced() -> Iterator[None]:
                     held[name] = function(tensor)  # type: ignore[assignment]
         return self
 
-    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:

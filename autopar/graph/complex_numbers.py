@@ -27,11 +27,7 @@ def real_pairs(node: Node, new: Draft) -> Ref | None:
     if parts is None or parts[1] is None:
         return None
     shape = node.meta.shape
-    wide = [
-        Ref(new.emit("aten.unsqueeze", _sized(part, shape[:-1], new), len(shape) - 1, shape=(*shape[:-1], 1)))
-        for part in parts
-        if part is not None
-    ]
+    wide = [new.unsqueeze(_sized(part, shape[:-1], new), len(shape) - 1) for part in parts if part is not None]
     return Ref(new.emit("aten.cat", tuple(wide), len(shape) - 1, shape=shape, dtype=node.meta.dtype))
 
 
@@ -88,7 +84,7 @@ def _taken(pairs: Ref, new: Draft) -> Parts:
 
 
 def _sized(x: Ref, shape: tuple[int | Size, ...], new: Draft) -> Ref:
-    return x if new.shape(x) == shape else Ref(new.emit("aten.expand", x, shape, shape=shape))
+    return x if new.shape(x) == shape else new.expand(x, shape)
 
 
 REAL = {"complex64": "float32", "complex128": "float64"}

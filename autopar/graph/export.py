@@ -130,7 +130,8 @@ def fake_copy(
     for module in copied.modules():
         if getattr(module, "gradient_checkpointing", False) is True:
             module.__dict__["gradient_checkpointing"] = False  # recomputation is the plan's choice
-        if getattr(config := getattr(module, "config", None), "use_cache", False) is True:
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False) is True:
             config.use_cache = False  # not every forward has an argument for it
     return copied.train()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from string import ascii_letters
 from typing import Any
 
 from autopar.errors import UnsupportedError
@@ -242,6 +243,25 @@ def layer_norm(node: Node, new: Draft) -> Ref | None:
     return Ref(new.emit(node.op, *node.args[:5], shape=node.meta.shape)) if len(node.args) > 5 else None
 
 
+def einsum(node: Node, new: Draft) -> Ref | None:
+    """The dims that an ellipsis stands for by letters of their own."""
+    equation, operands = node.args[0], node.args[1]
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if "..." not in terms or not arrow:
+        return None
+    counts = [
+        len(new.shape(x)) - len(term.replace("...", "")) for x, term in zip(operands, terms.split(","), strict=True)
+    ]
+    most = max(count for count, term in zip(counts, terms.split(","), strict=True) if "..." in term)
+    letters = [letter for letter in ascii_letters if letter not in equation][:most]
+    written = [
+        term.replace("...", "".join(letters[most - count :]))
+        for term, count in zip(terms.split(","), counts, strict=True)
+    ]
+    full = f"{','.join(written)}->{result.replace('...', ''.join(letters))}"
+    return Ref(new.emit(node.op, full, operands, shape=node.meta.shape, dtype=node.meta.dtype))
+
+
 def batch_norm(node: Node, new: Draft) -> Ref | None:
     """By the batch's own statistics: (x, weight, bias, eps)."""
     if len(node.args) < 8 or not node.args[5] or any(isinstance(each, Ref) for each in node.args[3:5]):
@@ -362,6 +382,7 @@ RULES: dict[str, list[Rule]] = {
     "aten.layer_norm": [layer_norm],
     "aten.group_norm": [layer_norm],
     "aten.batch_norm": [batch_norm],
+    "aten.einsum": [einsum],
     **{f"aten.{name}": [product] for name in ("addmm", "mm", "matmul", "linear")},
     "aten.bmm": [batched],
     "aten.baddbmm": [batched],

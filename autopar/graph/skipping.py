@@ -35,7 +35,7 @@ def every_layer() -> Iterator[set[str]]:
         places.add(sys._getframe(1).f_code.co_qualname)
         return torch.tensor(1.0)
 
-    torch.rand = rand  # type: ignore[assignment]
+    torch.rand = rand
     try:
         yield places
     finally:

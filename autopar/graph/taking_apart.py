@@ -54,9 +54,8 @@ def _refusal(what: str) -> UnsupportedError:
 
 def _unknown(x: Any) -> bool:
     """Whether dim 0 of ``x`` has a symbolic size; not one that follows from values, which nothing can stand for."""
-    if not isinstance(x, torch.Tensor) or x.ndim == 0 or not isinstance(x.shape[0], torch.SymInt):
-        return False
-    return not free_unbacked_symbols(x.shape[0])
+    size: Any = x.shape[0] if isinstance(x, torch.Tensor) and x.ndim > 0 else 0
+    return isinstance(size, torch.SymInt) and not free_unbacked_symbols(size)
 
 
 @contextlib.contextmanager
