@@ -358,3 +358,44 @@ def test_an_ellipsis_stands_for_the_dims_there_are():
     graph = proved(Summed(), SAMPLE, tp=2, sp=False)
     equations = [node.args[0] for kind in graph.kinds.values() for node in kind.graph.of("op") if "einsum" in node.op]
     assert equations == ["asd,atd->ast", "ast,atd,hd->ash"]
+
+
+class Gridded(nn.Module):
+    """Adds places of a grid, in both orders, and a sum in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = torch.arange(2, device=x.device), torch.arange(4, device=x.device)
+        one, other = torch.meshgrid(rows, columns, indexing="ij")
+        two, last = torch.meshgrid(columns, rows, indexing="xy")
+        places = (one + 3 * other + 5 * two + 7 * last).flatten().to(x.dtype)
+        return self.linear(x + places) + x.sum(-1, keepdim=True, dtype=torch.float32).to(x.dtype)
+
+
+def test_grids_are_tensors_repeated():
+    assert not {"aten.meshgrid"} & ops(proved(Gridded(), SAMPLE, tp=2, sp=False))
+
+
+class Sharing(nn.Module):
+    """Four layers, two of which are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4))
+        self.layers[3][0] = self.layers[1][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_share_parameters_are_one_block():
+    graph = proved(Sharing(), SAMPLE, dp=2)
+    assert [block.kind for block in graph.blocks] == ["Model"]
+    assert len(graph.parameters) == 8

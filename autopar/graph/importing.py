@@ -22,6 +22,7 @@ from autopar.graph.aliases import Change, change_of
 from autopar.graph.draft import Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
+from autopar.graph.other_names import CASTS, LISTS, OF_TWO, RENAMED, SAME, SHAPED_AS
 from autopar.graph.size import Size
 from autopar.graph.sizes import SizeOfValuesError, Sizes
 from autopar.graph.writing import written_back
@@ -29,8 +30,6 @@ from autopar.graph.writing import written_back
 TRACE_DTYPE = torch.bfloat16
 """The model is traced with parameters of this dtype, so that upcasts to float32 show."""
 
-SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy"})
-CASTS = frozenset({"to", "_to_copy", "type_as"})
 FROM_VALUES = (
     "computes sizes, or chooses what to run, from the values of tensors. Experts of a mixture are recognised where one "
     "module holds the weights of all of them stacked (three dims, with or without biases), is called with hidden "
@@ -38,36 +37,8 @@ FROM_VALUES = (
     "down(act(up(x)))"
 )
 """What is told of code that cannot be traced because it depends on data."""
-LISTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "broadcast_tensors"})
 DROPPED_ARGUMENTS = frozenset({"device", "pin_memory", "layout", "memory_format", "non_blocking", "copy"})
 DIM_ARGUMENTS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"})
-SHAPED_AS = {"reshape_as": "reshape", "view_as": "reshape", "expand_as": "expand"}
-"""Operators that take a shape from another tensor."""
-RENAMED = {
-    "view": "reshape",
-    "_unsafe_view": "reshape",
-    "__and__": "bitwise_and",
-    "__or__": "bitwise_or",
-    "__xor__": "bitwise_xor",
-    "concat": "cat",
-    "concatenate": "cat",
-    "multiply": "mul",
-    "divide": "div",
-    "true_divide": "div",
-    "subtract": "sub",
-    "negative": "neg",
-    "absolute": "abs",
-    "clip": "clamp",
-    "greater": "gt",
-    "greater_equal": "ge",
-    "less": "lt",
-    "less_equal": "le",
-    "not_equal": "ne",
-    "special_expit": "sigmoid",
-}
-"""Other names of one operator."""
-OF_TWO = {"max.other": "maximum", "min.other": "minimum"}
-"""Overloads that compute something else than their namesakes."""
 
 
 @dataclass(slots=True)
@@ -335,10 +306,14 @@ class Importer:
 
     def _items(self, args: tuple[Any, ...], node: torch.fx.Node, target: Any, values: Sequence[Any]) -> list[Ref]:
         """The items of a split: slices, or selections from one unflatten when the pieces are equal."""
-        if target._schema.name == "aten::broadcast_tensors":
-            return [
-                self._expanded(tensor, self.sizes.shape(value)) for tensor, value in zip(args[0], values, strict=True)
-            ]
+        if target._schema.name in ("aten::broadcast_tensors", "aten::meshgrid"):
+            pairs = [(tensor, self.sizes.shape(value)) for tensor, value in zip(args[0], values, strict=True)]
+            if target._schema.name == "aten::meshgrid":
+                swapped = "xy" in args[1:] or node.kwargs.get("indexing") == "xy"
+                pairs = [
+                    (self._along(tensor, place, len(pairs), swapped), s) for place, (tensor, s) in enumerate(pairs)
+                ]
+            return [self._expanded(tensor, shape) for tensor, shape in pairs]
         x: Ref = args[0]
         names = [argument.name for argument in target._schema.arguments]
         dim = dict(zip(names, args, strict=False)).get("dim", 0)
@@ -352,6 +327,14 @@ class Importer:
         for size in sizes:
             ends.append(ends[-1] + size)
         return [self.draft.slice(x, dim, start, end) for start, end in pairwise(ends)]
+
+    def _along(self, x: Ref, place: int, count: int, swapped: bool) -> Ref:
+        """A tensor of one dim as the ``place``-th of ``count`` dims of a grid; ``swapped``: the first two in turn."""
+        place = 1 - place if swapped and place < 2 else place
+        for dim in range(count):
+            if dim != place:
+                x = self.draft.unsqueeze(x, min(dim, len(self.draft.shape(x))))
+        return x
 
     def _expanded(self, x: Ref, shape: tuple[int | Size, ...]) -> Ref:
         return x if self.draft.shape(x) == shape else self.draft.expand(x, shape)

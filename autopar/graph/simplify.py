@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from string import ascii_letters
 from typing import Any
 
 from autopar.errors import UnsupportedError
@@ -239,37 +238,6 @@ def softmax(node: Node, new: Draft) -> Ref | None:
     return Ref(new.emit(node.op, new.cast(x, dtype), dim, shape=node.meta.shape))
 
 
-def layer_norm(node: Node, new: Draft) -> Ref | None:
-    return Ref(new.emit(node.op, *node.args[:5], shape=node.meta.shape)) if len(node.args) > 5 else None
-
-
-def einsum(node: Node, new: Draft) -> Ref | None:
-    """The dims that an ellipsis stands for by letters of their own."""
-    equation, operands = node.args[0], node.args[1]
-    terms, arrow, result = equation.replace(" ", "").partition("->")
-    if "..." not in terms or not arrow:
-        return None
-    counts = [
-        len(new.shape(x)) - len(term.replace("...", "")) for x, term in zip(operands, terms.split(","), strict=True)
-    ]
-    most = max(count for count, term in zip(counts, terms.split(","), strict=True) if "..." in term)
-    letters = [letter for letter in ascii_letters if letter not in equation][:most]
-    written = [
-        term.replace("...", "".join(letters[most - count :]))
-        for term, count in zip(terms.split(","), counts, strict=True)
-    ]
-    full = f"{','.join(written)}->{result.replace('...', ''.join(letters))}"
-    return Ref(new.emit(node.op, full, operands, shape=node.meta.shape, dtype=node.meta.dtype))
-
-
-def batch_norm(node: Node, new: Draft) -> Ref | None:
-    """By the batch's own statistics: (x, weight, bias, eps)."""
-    if len(node.args) < 8 or not node.args[5] or any(isinstance(each, Ref) for each in node.args[3:5]):
-        return None
-    given = (*node.args[:3], node.args[7])
-    return Ref(new.emit(node.op, *given, shape=node.meta.shape, dtype=node.meta.dtype))
-
-
 def product(node: Node, new: Draft) -> Ref | None:
     """Products with a matrix on the right are linear layers; a batch flattened for them is put back after."""
     bias, alpha = None, node.kwargs
@@ -379,10 +347,6 @@ RULES: dict[str, list[Rule]] = {
     "aten.scaled_dot_product_attention": [attention],
     "aten.softmax": [softmax],
     "aten.log_softmax": [softmax],
-    "aten.layer_norm": [layer_norm],
-    "aten.group_norm": [layer_norm],
-    "aten.batch_norm": [batch_norm],
-    "aten.einsum": [einsum],
     **{f"aten.{name}": [product] for name in ("addmm", "mm", "matmul", "linear")},
     "aten.bmm": [batched],
     "aten.baddbmm": [batched],

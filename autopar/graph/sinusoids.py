@@ -13,7 +13,9 @@ Table = tuple[int, int, int | None]
 
 def table_of(buffer: torch.Tensor | None) -> Table | None:
     """The arguments with which `sinusoids` gives the very numbers of ``buffer``; None if there are none."""
-    if buffer is None or buffer.is_meta or buffer.ndim != 2 or buffer.numel() < SMALLEST or buffer.shape[1] < 4:
+    if buffer is None or buffer.is_meta or buffer.ndim != 2 or not buffer.is_floating_point():
+        return None
+    if buffer.numel() < SMALLEST or buffer.shape[0] < 3 or buffer.shape[1] < 4:
         return None
     from autopar.codegen.runtime.operators import sinusoids
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph import (
+    arguments,
     broadcasting,
     complex_numbers,
     flattening,
@@ -156,7 +157,7 @@ def _traced(
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     limits: set[int] = set()
     recognised = masks.rules(values, _nominal_seq(model), limits)
-    passes = (broadcasting, joining, flattening, raising, sinks, complex_numbers, random_numbers)
+    passes = (arguments, broadcasting, joining, flattening, raising, sinks, complex_numbers, random_numbers)
     patterns = tuple(each.RULES for each in passes)
     draft = simplify(draft, *patterns, recognised)
     draft = share_samples(draft, values)
