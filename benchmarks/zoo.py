@@ -155,6 +155,8 @@ def _examine(entry: Entry, ranks: Sequence[int], only: Sequence[str], result: Re
                 continue
             label = name if len(ranks) == 1 else f"{name}@{count}"
             result.plans[label] = _plan(model, graph, example, count, given | fix, result)
+    if result.plans and result.worst is None and result.status == "ok":
+        result.status, result.message = "unsupported", str(next(iter(result.plans.values())))
 
 
 def _plan(

@@ -96,6 +96,13 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"hidden_size": 32, "n_layer": 4, "n_head": 8, "vocab_size": 64, **_TOKENS},
         "AutoModelForCausalLM",
     ),
+    "gptj": (  # rotary positions by pairs, of a part of each head
+        "GPTJConfig",
+        {"n_embd": 32, "n_layer": 4, "n_head": 8, "rotary_dim": 2, "vocab_size": 64, "n_positions": 64, **_TOKENS},
+        "AutoModelForCausalLM",
+    ),
+    "stablelm": ("StableLmConfig", _DECODER, "AutoModelForCausalLM"),
+    "bitnet": ("BitNetConfig", _DECODER, "AutoModelForCausalLM"),
     # Experts.
     "mixtral": (
         "MixtralConfig",
@@ -117,6 +124,27 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
             "num_experts_per_tok": 2,
             "n_group": 4,
             "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        "AutoModelForCausalLM",
+    ),
+    "deepseek_v2": (  # rotary positions in complex numbers
+        "DeepseekV2Config",
+        {
+            **_DECODER,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 8,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
             "first_k_dense_replace": 1,
             "q_lora_rank": 16,
             "kv_lora_rank": 16,
@@ -182,6 +210,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "AutoModelForMaskedLM",
     ),
+    "roformer": ("RoFormerConfig", _TEXT, "AutoModelForMaskedLM"),
     # Encoder and decoder.
     "t5": (
         "T5Config",
@@ -205,6 +234,22 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
     ),
     # Vision.
     "vit": ("ViTConfig", {**_VISION, "num_labels": 8}, "AutoModelForImageClassification"),
+    "resnet": (  # batch norms
+        "ResNetConfig",
+        {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32],
+            "depths": [1, 2],
+            "layer_type": "basic",
+            "num_labels": 8,
+        },
+        "AutoModelForImageClassification",
+    ),
+    "convnext": (
+        "ConvNextConfig",
+        {"patch_size": 2, "num_stages": 2, "hidden_sizes": [16, 32], "depths": [2, 2], "image_size": 16},
+        "AutoModelForImageClassification",
+    ),
     "siglip": (
         "SiglipConfig",
         {"text_config": {**_TEXT, "max_position_embeddings": 64}, "vision_config": _VISION},

@@ -91,7 +91,7 @@ class T:
     """A tensor argument of an example: its shape, and what its values are.
 
     ``kind``: "real", "positive", "unit" (inside 0..1), "mask" (booleans, no row of the last dim all false), "marks"
-    (booleans, ``high`` true along dim 1), or "index" below ``high``.
+    (booleans, ``high`` true along dim 1), "index" below ``high``, or "places", indices that differ along the last dim.
     """
 
     shape: tuple[int, ...]
@@ -109,6 +109,9 @@ class T:
             return (ranks < self.high).view(*self.shape[:2], 1).expand(self.shape)
         if self.kind == "index":
             return torch.randint(0, self.high, self.shape, generator=generator)
+        if self.kind == "places":  # all different along the last dim
+            wide = torch.rand((*self.shape[:-1], self.high), generator=generator).argsort(-1)
+            return wide[..., : self.shape[-1]]
         if self.kind == "unit":
             return 0.1 + 0.8 * torch.rand(self.shape, generator=generator, dtype=torch.float64)
         drawn = torch.randn(self.shape, generator=generator, dtype=torch.float64)
@@ -116,7 +119,7 @@ class T:
 
     @property
     def meta(self) -> TensorMeta:
-        dtype = {"mask": "bool", "marks": "bool", "index": "int64"}.get(self.kind, "compute")
+        dtype = {"mask": "bool", "marks": "bool", "index": "int64", "places": "int64"}.get(self.kind, "compute")
         return TensorMeta(self.shape, dtype, dtype == "compute")
 
 
@@ -167,6 +170,10 @@ def _index(high: int, *shape: int) -> T:
     return T(shape, "index", high)
 
 
+def _places(high: int, *shape: int) -> T:
+    return T(shape, "places", high)
+
+
 _X = _t(4, 8, 16)
 _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.linear": [(_X, _t(8, 16)), (_X, _t(8, 16), _t(8)), (_t(4, 8), _t(16, 8), _t(16)), (_t(8), _t(4, 8))],
@@ -213,7 +220,11 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
         (_X, T((4, 8, 16), "marks", 2), _t(8, 16)),
     ],
     "aten.gather": [(_X, 1, _index(8, 4, 4, 16)), (_X, 2, _index(16, 4, 4, 8))],
-    "aten.scatter": [(_X, 2, _index(16, 4, 8, 2), 1.0), (_t(4, 8), 1, _index(8, 2, 3), 0.0)],
+    "aten.scatter": [
+        (_X, 2, _index(16, 4, 8, 2), 1.0),
+        (_t(4, 8), 1, _index(8, 2, 3), 0.0),
+        (_X, 2, _places(16, 4, 8, 2), _t(4, 8, 2)),
+    ],
     "autopar.topk": [(_X, 3, 2), (_X, 2, 1), (_X, 2, 2, False)],
     "aten.sum": [(_X, (1,), True), (_X, (0, 2)), (_X,), (_X, 1)],
     "aten.mean": [(_X, (2,), True), (_X, 1), (_X,)],
@@ -351,6 +362,7 @@ _CALLS |= {
     "aten.upsample_linear1d": [(_WAVE, (24,), False)],
     "aten.upsample_bilinear2d": [(_IMAGE, (12, 12), True)],
     "aten.upsample_bicubic2d": [(_IMAGE, (12, 12), True)],
+    "aten.batch_norm": [(_IMAGE, _t(8), _t(8), 1e-5), (_WAVE, None, None, 1e-5), (_t(6, 8), _t(8), _t(8), 1e-5)],
     "aten.group_norm": [(_IMAGE, 4, _t(8), _t(8)), (_WAVE, 2)],
 }
 _CALLS |= {f"aten.{op}": [(_X, 2, False)] for op in ("_softmax", "_log_softmax")}

@@ -86,6 +86,32 @@ def traced(name: str) -> ModelGraph:
     return trace(model, example.inputs, example.loss)
 
 
+PLANS = {
+    "qwen2": ["dp", "tp+sp", "search"],
+    "mixtral": ["tp", "ep"],
+    "t5": ["cp", "pp"],
+    "mamba2": ["zero3", "tp+sp"],
+    "deepseek_v2": ["tp+sp"],
+    "resnet": ["dp", "tp"],
+}
+"""A part of `make zoo` that continuous integration runs: every kind of plan once, on models that differ most."""
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_of_a_few_architectures_compute_the_same(name):
+    result = zoo.examine(ZOO[name], (4,), PLANS[name])
+    assert (result.status, result.no_rule, result.message) == ("ok", [], "")
+    assert list(result.plans) == PLANS[name]
+    assert result.worst is not None
+    assert result.worst < 1e-10
+
+
+def test_a_model_that_can_have_no_plan_is_not_ok():
+    result = zoo.examine(ZOO["resnet"], (4,), ["cp"])
+    assert result.status == "unsupported"
+    assert "traced for one sequence length only" in result.message
+
+
 def test_constants_are_those_of_one_sample():
     """Masks of sliding windows, ALiBi repeated for (batch x heads), positions: all built at the batch size."""
     for name in ("mistral", "bloom", "opt"):

@@ -239,6 +239,12 @@ def _reduce(name: str) -> Renderer:
     return write
 
 
+def _batch_norm(site: Site) -> Expr:
+    x, weight, bias = (argument(value, site.sizes) for value in site.args[:3])
+    given = (("weight", weight), ("bias", bias), ("training", literal(True)), ("eps", literal(site.args[3])))
+    return Call("F.batch_norm", (x, literal(None), literal(None), *given))
+
+
 def _dropout(site: Site) -> Expr:
     x, p, train = argument(site.args[0], site.sizes), site.arg(1, "p", 0.5), site.arg(2, "train", True)
     return Call("F.dropout", (x, literal(p), Text("self.training"))) if p and train else x
@@ -266,6 +272,7 @@ RENDERERS: dict[str, Renderer] = {
     "aten.scaled_dot_product_attention": _attention,
     "aten.rms_norm": _norm("rms_norm"),
     "aten.layer_norm": _norm("layer_norm"),
+    "aten.batch_norm": _batch_norm,
     "aten.embedding": _embedding,
     "aten.gelu": _function("F.gelu", "approximate", defaults=("none",)),
     "aten.silu": _function("F.silu"),
@@ -273,6 +280,7 @@ RENDERERS: dict[str, Renderer] = {
     "aten.softmax": _reduce("softmax"),
     "aten.dropout": _dropout,
     "autopar.rotary": _function("rotary"),
+    "autopar.sinusoids": _factory("sinusoids"),
     "autopar.selective_scan": _function("selective_scan"),
     "autopar.state_space_scan": _function("state_space_scan", "chunk"),
     "autopar.cross_entropy": _cross_entropy,

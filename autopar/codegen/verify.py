@@ -26,11 +26,13 @@ from autopar.codegen.ranks import local_ranks, on_rank, per_rank
 from autopar.codegen.tokens import looked_for, lookups, loss_targets, target_classes
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
+from autopar.graph.batch_norms import by_batch
 from autopar.graph.export import LossOf
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
 from autopar.graph.ops import draws_random
 from autopar.graph.size import size_at
+from autopar.graph.skipping import every_layer
 from autopar.graph.trace import trace
 from autopar.plan import Plan
 from autopar.sharding.data_parallel import samples_mixed
@@ -160,6 +162,7 @@ def _compare(
     reference = wide_copy(twin.model, graph, dtype, seed)
     dropout = _drops(graph)
     reference.train(not dropout)  # random masks cannot be compared: dropout is off on both sides
+    by_batch(reference)
     batch = random_batch(graph, inputs, samples, plan.job.seq_len, dtype, seed)
     weights = {name: weight.detach() for name, weight in reference.named_parameters()}
     shares = _micro_batches(source, plan, graph, batch)
@@ -257,7 +260,7 @@ def _single_device(
     runner = LossOf(model, loss)
     total = 0.0
     for share, part in shares:
-        with keep_wide() if wide else nullcontext():
+        with keep_wide() if wide else nullcontext(), every_layer():
             value = runner(dict(part)) * share
         value.backward()
         total += float(value.detach())

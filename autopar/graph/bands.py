@@ -1,6 +1,7 @@
-"""Buffers that hold a band of a square matrix, as causal and local masks are kept, become the formula of that band.
+"""Buffers whose values follow a formula become that formula: emitted code can compute them, whatever their size.
 
-Emitted code can compute them, whatever their size, and `autopar.graph.masks` recognises what they mean.
+A band of a square matrix, as causal and local masks are kept (`autopar.graph.masks` recognises what they mean), and a
+table of sinusoidal positions (`autopar.graph.sinusoids`).
 """
 
 from __future__ import annotations
@@ -10,28 +11,43 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from autopar.graph.buffers import value_of
 from autopar.graph.draft import Draft, live
-from autopar.graph.ir import Ref, map_refs
+from autopar.graph.ir import Node, Ref, map_refs
+from autopar.graph.sinusoids import table_of
 
 SMALLEST = 64
 """Elements below which a buffer is written down as it is."""
 
 
-def unfold_bands(draft: Draft, model: nn.Module) -> Draft:
-    """``draft`` with the buffers of ``model`` that are bands of ones (or True) computed from positions."""
+def unfold_buffers(draft: Draft, model: nn.Module) -> Draft:
+    """``draft`` with the buffers of ``model`` that follow a formula computed."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     new = Draft(_taken=frozenset(draft.nodes))
     names: dict[str, str] = {}
     for node in draft.nodes.values():
-        if node.kind == "buffer" and (band := band_of(buffers.get(node.target))) is not None:
+        if node.kind == "buffer" and node.target in buffers:
             new.module = node.target.rpartition(".")[0]
-            names[node.name] = _positions(new, *band, node.meta.dtype, len(node.meta.shape)).name
-            continue
+            if (computed := _computed(node, model, new)) is not None:
+                names[node.name] = computed.name
+                continue
         args, kwargs = map_refs(node.args, names.__getitem__), map_refs(node.kwargs, names.__getitem__)
         new.module = node.module
         names[node.name] = new.add(replace(node, args=args, kwargs=kwargs))
     new.output = names[draft.output]
     return live(new)
+
+
+def _computed(node: Node, model: nn.Module, new: Draft) -> Ref | None:
+    """The value of a buffer by its formula, if it has one."""
+    shape, dtype = node.meta.shape, node.meta.dtype
+    buffer = value_of(model, node.target) if len(shape) >= 2 else None
+    if (band := band_of(buffer)) is not None:
+        return _positions(new, *band, dtype, len(shape))
+    if (table := table_of(buffer)) is not None:
+        given = table if table[-1] is not None else table[:-1]
+        return Ref(new.emit("autopar.sinusoids", *given, shape=shape, dtype=dtype, options={"dtype": dtype}))
+    return None
 
 
 def band_of(buffer: torch.Tensor | None) -> tuple[int, int, int] | None:

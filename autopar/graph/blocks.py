@@ -132,10 +132,22 @@ def _segments(draft: Draft, layers: Mapping[str, str], shared: set[str]) -> list
             segments.append(Segment(path))
         segments[-1].nodes.append(node.name)
     paths = [segment.path for segment in segments if segment.path]
-    if len(set(paths)) < 2 or len(set(paths)) != len(paths):
+    if len(set(paths)) < 2 or len(set(paths)) != len(paths) or _share(draft, segments, layers):
         whole = Segment("", [name for segment in segments for name in segment.nodes])
         return [whole]
     return _absorb(segments)
+
+
+def _share(draft: Draft, segments: Sequence[Segment], layers: Mapping[str, str]) -> bool:
+    """Whether a layer reads a parameter of another: such layers are no blocks, whose parameters are their own."""
+    for segment in segments:
+        own = re.sub(r"@\d+", "", segment.path)
+        for name in segment.nodes if own else ():
+            for operand in draft.nodes[name].operands():
+                leaf = draft.nodes[operand]
+                if leaf.kind == "parameter" and layer_of(leaf.target, layers) not in (None, own):
+                    return True
+    return False
 
 
 def _absorb(segments: list[Segment]) -> list[Segment]:

@@ -10,7 +10,7 @@ from torch import nn
 
 LARGEST = 4096
 """Elements up to which a buffer's values are kept with the graph."""
-_SMALL_MODULE = 1_000_000
+_SMALL_MODULE = 10_000_000
 
 
 def known_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -22,14 +22,23 @@ def known_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tens
     found: dict[str, torch.Tensor] = {}
     for full in names:
         path, _, name = full.rpartition(".")
-        owner = model.get_submodule(path)
-        buffer = owner._buffers.get(name)
+        buffer = model.get_submodule(path)._buffers.get(name)
         if buffer is None or buffer.numel() > LARGEST:
             continue
-        value = buffer.detach().cpu() if buffer.device.type != "meta" else _recovered(model, path, name)
-        if value is not None and value.shape == buffer.shape and value.dtype == buffer.dtype:
+        value = value_of(model, full)
+        if value is not None:
             found[full] = value
     return found
+
+
+def value_of(model: nn.Module, full: str) -> torch.Tensor | None:
+    """The values of one buffer of any size, on the CPU; None if they cannot be known."""
+    path, _, name = full.rpartition(".")
+    buffer = model.get_submodule(path)._buffers.get(name)
+    if buffer is None:
+        return None
+    value = buffer.detach().cpu() if buffer.device.type != "meta" else _recovered(model, path, name)
+    return value if value is not None and value.shape == buffer.shape and value.dtype == buffer.dtype else None
 
 
 def _recovered(model: nn.Module, path: str, name: str) -> torch.Tensor | None:

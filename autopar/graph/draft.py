@@ -14,8 +14,11 @@ from typing import Any
 from autopar.graph.ir import COMPUTE, Node, OpGraph, Ref, TensorMeta, map_refs
 from autopar.graph.size import Size
 
-FLOATING = frozenset({COMPUTE, "float64", "float32", "float16", "bfloat16"})
-RANDOM = frozenset({"aten.dropout", "aten.rand", "aten.randn", "aten.rand_like", "aten.randn_like", "aten.bernoulli"})
+FLOATING = frozenset({COMPUTE, "float64", "float32", "float16", "bfloat16", "complex64", "complex128"})
+"""Dtypes of tensors that gradients flow through."""
+_RANDOM = "dropout rand randn rand_like randn_like randint randint_like randperm bernoulli uniform normal exponential"
+RANDOM = frozenset(f"aten.{name}" for name in _RANDOM.split()) | {"aten.multinomial"}
+"""Operators that give other numbers each time."""
 
 
 @dataclass(slots=True)

@@ -17,12 +17,15 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
+from autopar.graph.batch_norms import forget_averages
+from autopar.graph.cast_modules import casts_traced
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
-from autopar.graph.importing import TRACE_DTYPE
+from autopar.graph.importing import FROM_VALUES, TRACE_DTYPE
 from autopar.graph.leaves import stopping
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
+from autopar.graph.skipping import NOTE, every_layer
 from autopar.graph.specialise import raised_in, watched
 from autopar.graph.taking_apart import unknown_lengths
 
@@ -40,10 +43,12 @@ class BatchSpec:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """``fixed_in``: for each number that a symbolic size turned out to be, the place in the model that fixed it."""
+    """``fixed_in``: for each number that a symbolic size turned out to be, the place in the model that fixed it.
+    ``notes``: what the user should be told of how the model was traced."""
 
     program: ExportedProgram
     fixed_in: dict[int, str]
+    notes: tuple[str, ...] = ()
 
 
 class LossOf(nn.Module):
@@ -125,6 +130,9 @@ def fake_copy(
     for module in copied.modules():
         if getattr(module, "gradient_checkpointing", False) is True:
             module.__dict__["gradient_checkpointing"] = False  # recomputation is the plan's choice
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False  # not every forward has an argument for it
     return copied.train()
 
 
@@ -150,7 +158,7 @@ def export(
             raise CannotFoldError(str(error)) from error
         every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         # A float32 buffer may have met half-precision activations where torch does not promote.
-        if "dtype" in str(error) and every - narrow:
+        if any(word in str(error) for word in ("dtype", "scalar type")) and every - narrow:
             return export(model, batch, loss, fold, static_seq, every)
         raise UnsupportedError(_reason(model, error)) from error
 
@@ -166,6 +174,7 @@ def _export(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
     replace_experts(copied)
+    averages = forget_averages(copied)
     if fold:
         fold.watch(copied)
     with mode:
@@ -173,13 +182,21 @@ def _export(
     dynamic = {
         key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
-    taken = (warnings.catch_warnings(), unknown_lengths(), stopping(), scans_whole(copied), recurrent_whole())
-    with contextlib.ExitStack() as stack, watched(copied) as fixed_in:
+    taken = (
+        warnings.catch_warnings(),
+        unknown_lengths(),
+        stopping(),
+        scans_whole(copied),
+        recurrent_whole(),
+        casts_traced(),
+    )
+    with contextlib.ExitStack() as stack, watched(copied) as fixed_in, every_layer() as skipping:
         for context in taken:
             stack.enter_context(context)
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
-    return Exported(program, fixed_in)
+    notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
+    return Exported(program, fixed_in, averages + notes)
 
 
 _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could not extract")
@@ -188,11 +205,7 @@ _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could 
 def _reason(model: nn.Module, error: Exception) -> str:
     place = raised_in(error)
     if place and any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
-        return (
-            f"torch.export cannot trace {type(model).__name__}: {place} computes sizes, or chooses what to run, from "
-            "the values of tensors. Experts of a mixture are recognised where one module holds the weights of all of "
-            "them stacked (three dims, with or without biases), is called with hidden states, the chosen experts' "
-            "indices and their weights, and computes for each token the weighted sum of down(act(up(x)))"
-        )
+        return f"torch.export cannot trace {type(model).__name__}: {place} {FROM_VALUES}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {lines[0]}"
+    where = f"in {place}: " if place else ""
+    return f"torch.export cannot trace {type(model).__name__}: {where}{type(error).__name__}: {lines[0]}"

@@ -46,22 +46,39 @@ def _inner(value: Any, new: Draft) -> tuple[Ref, int] | None:
     return (flat.args[0], flat.args[2]) if flat and flat.args[1] == 0 else None
 
 
+def _repeated(name: str, new: Draft) -> Ref | None:
+    """What ``name`` repeats along its leading dim, without that dim."""
+    wide = new.producer(Ref(name), "aten.expand")
+    if wide is None:
+        return None
+    thin: Ref = wide.args[0]
+    shape = new.shape(thin)
+    if len(shape) < len(wide.meta.shape):
+        return thin
+    return new.squeeze(thin, 0) if shape[0] == 1 else None
+
+
 def _moved(node: Node, new: Draft, args: tuple[Any, ...], tensors: Sequence[str] | None = None) -> Ref | None:
     """``node`` with ``args``, its ``tensors`` (all it reads, if not told) taken before they were flattened; its result
-    is flattened instead. None unless all of them were flattened alike, or have no such dim.
+    is flattened instead. None unless all of them were flattened alike, have no such dim, or are the same all along it.
     """
     found: dict[str, Ref] = {}
+    same: dict[str, Ref] = {}
     leads: set[tuple[int | Size, ...]] = set()
     for name in node.operands() if tensors is None else tensors:
         inner = _inner(Ref(name), new)
         if inner is not None:
             found[name] = inner[0]
             leads.add(new.shape(inner[0])[: inner[1] + 1])
+        elif node.op == "aten.gather" and (thin := _repeated(name, new)) is not None:
+            same[name] = thin
         elif len(new.shape(name)) >= len(node.meta.shape):
             return None
     if len(leads) != 1:
         return None
     lead = leads.pop()
+    for name, thin in same.items():
+        found[name] = new.expand(thin, (*lead, *new.shape(name)[1:]))
 
     def whole(name: str) -> str:
         return found[name].name if name in found else name

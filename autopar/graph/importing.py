@@ -22,19 +22,23 @@ from autopar.graph.aliases import Change, change_of
 from autopar.graph.draft import Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
+from autopar.graph.other_names import CASTS, LISTS, OF_TWO, RENAMED, SAME, SHAPED_AS
 from autopar.graph.size import Size
-from autopar.graph.sizes import Sizes
+from autopar.graph.sizes import SizeOfValuesError, Sizes
 from autopar.graph.writing import written_back
 
 TRACE_DTYPE = torch.bfloat16
 """The model is traced with parameters of this dtype, so that upcasts to float32 show."""
 
-SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy"})
-CASTS = frozenset({"to", "_to_copy", "type_as"})
-LISTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "broadcast_tensors"})
+FROM_VALUES = (
+    "computes sizes, or chooses what to run, from the values of tensors. Experts of a mixture are recognised where one "
+    "module holds the weights of all of them stacked (three dims, with or without biases), is called with hidden "
+    "states, the chosen experts' indices and their weights, and computes for each token the weighted sum of "
+    "down(act(up(x)))"
+)
+"""What is told of code that cannot be traced because it depends on data."""
 DROPPED_ARGUMENTS = frozenset({"device", "pin_memory", "layout", "memory_format", "non_blocking", "copy"})
 DIM_ARGUMENTS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"})
-RENAMED = {"view": "reshape", "_unsafe_view": "reshape", "__and__": "bitwise_and", "__or__": "bitwise_or"}
 
 
 @dataclass(slots=True)
@@ -90,7 +94,10 @@ class Importer:
             if node.op == "call_function":
                 path = module_path(node)
                 self.draft.module = self.draft.module if path is None else path
-                self._call(module, node, no_grad)
+                try:
+                    self._call(module, node, no_grad)
+                except SizeOfValuesError:
+                    raise UnsupportedError(f"{self._place()} {FROM_VALUES}") from None
 
     def _call(self, module: torch.fx.GraphModule, node: torch.fx.Node, no_grad: bool) -> None:
         target, value = node.target, node.meta.get("val")
@@ -166,10 +173,13 @@ class Importer:
         elif name == "copy":
             shape = self.sizes.shape(value)
             self._values[node] = self._expanded(self.draft.cast(args[1], dtype_name(value.dtype)), shape)
+        elif name in SHAPED_AS:
+            shape = self.sizes.shape(value)
+            self._values[node] = Ref(self.draft.emit(f"aten.{SHAPED_AS[name]}", args[0], shape, shape=shape))
         elif change and name in ("fill", "zero"):
             self._values[node] = self._filled(args[1] if name == "fill" else 0, value)
         else:
-            name = RENAMED.get(name, name)
+            name = OF_TWO.get(f"{name}.{target._overloadname}", RENAMED.get(name, name))
             shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
             op = f"aten.{name}" if op.startswith("aten.") else op
             self._values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
@@ -296,10 +306,14 @@ class Importer:
 
     def _items(self, args: tuple[Any, ...], node: torch.fx.Node, target: Any, values: Sequence[Any]) -> list[Ref]:
         """The items of a split: slices, or selections from one unflatten when the pieces are equal."""
-        if target._schema.name == "aten::broadcast_tensors":
-            return [
-                self._expanded(tensor, self.sizes.shape(value)) for tensor, value in zip(args[0], values, strict=True)
-            ]
+        if target._schema.name in ("aten::broadcast_tensors", "aten::meshgrid"):
+            pairs = [(tensor, self.sizes.shape(value)) for tensor, value in zip(args[0], values, strict=True)]
+            if target._schema.name == "aten::meshgrid":
+                swapped = "xy" in args[1:] or node.kwargs.get("indexing") == "xy"
+                pairs = [
+                    (self._along(tensor, place, len(pairs), swapped), s) for place, (tensor, s) in enumerate(pairs)
+                ]
+            return [self._expanded(tensor, shape) for tensor, shape in pairs]
         x: Ref = args[0]
         names = [argument.name for argument in target._schema.arguments]
         dim = dict(zip(names, args, strict=False)).get("dim", 0)
@@ -313,6 +327,14 @@ class Importer:
         for size in sizes:
             ends.append(ends[-1] + size)
         return [self.draft.slice(x, dim, start, end) for start, end in pairwise(ends)]
+
+    def _along(self, x: Ref, place: int, count: int, swapped: bool) -> Ref:
+        """A tensor of one dim as the ``place``-th of ``count`` dims of a grid; ``swapped``: the first two in turn."""
+        place = 1 - place if swapped and place < 2 else place
+        for dim in range(count):
+            if dim != place:
+                x = self.draft.unsqueeze(x, min(dim, len(self.draft.shape(x))))
+        return x
 
     def _expanded(self, x: Ref, shape: tuple[int | Size, ...]) -> Ref:
         return x if self.draft.shape(x) == shape else self.draft.expand(x, shape)

@@ -5,8 +5,10 @@ Names are torch's without overloads ("aten.linear"), plus a few composites ("aut
 
     autopar.rotary(x, cos, sin)                      x*cos + rotate_half(x)*sin, last dim whole
     autopar.cross_entropy(logits, labels, ignore)    sum over targets, float32 or wider; logits [..., v], labels [...]
+    autopar.sinusoids(rows, width, blank, dtype=)    the table of sinusoidal positions, computed in float32
     autopar.topk(x, k, dim, largest=True)            the indices of torch.topk, int64
     autopar.experts(...)                             the experts of a mixture (`autopar.graph.experts`)
+    aten.batch_norm(x, weight, bias, eps)            by the statistics of the batch itself
     autopar.cast(x, dtype)                           dtype "float32" (at least) or "compute" or torch's name
 
 Shape operators are canonical too: `aten.unflatten(x, dim, sizes)` (one entry may be -1), `aten.flatten(x, start, end)`,
@@ -99,11 +101,11 @@ def draws_random(node: Node) -> bool:
     return False
 
 
-def _travelling(name: str) -> Callable[..., torch.Tensor]:
+def _travelling(name: str, module: str = "scans") -> Callable[..., torch.Tensor]:
     """A function of the runtime that travels with emitted code (torch alone, so that importing it is no circle)."""
 
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-        function = getattr(import_module("autopar.codegen.runtime.scans"), name)
+        function = getattr(import_module(f"autopar.codegen.runtime.{module}"), name)
         return function(*args, **kwargs)  # type: ignore[no-any-return]
 
     return call
@@ -124,6 +126,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.cast": cast,
     "autopar.topk": topk,
     "autopar.experts": experts,
+    "autopar.sinusoids": lambda *args, dtype: _travelling("sinusoids", "operators")(*args, dtype=dtype, device=None),
     "autopar.selective_scan": _travelling("selective_scan"),
     "autopar.state_space_scan": _travelling("state_space_scan"),
     **{op: _recurrent(op.removeprefix("autopar.")) for op in RECURRENT},
@@ -131,6 +134,9 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "aten.scaled_dot_product_attention": F.scaled_dot_product_attention,
     "aten.rms_norm": F.rms_norm,
     "aten.layer_norm": lambda x, shape, weight=None, bias=None, eps=1e-5: F.layer_norm(x, shape, weight, bias, eps),
+    "aten.batch_norm": lambda x, weight=None, bias=None, eps=1e-5: F.batch_norm(
+        x, None, None, weight, bias, training=True, eps=eps
+    ),
     "aten.embedding": lambda weight, ids, *rest: F.embedding(ids, weight, *rest),
     "aten.unflatten": lambda x, dim, sizes: x.unflatten(dim, sizes),
     "aten.flatten": lambda x, start, end: x.flatten(start, end),

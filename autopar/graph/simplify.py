@@ -238,10 +238,6 @@ def softmax(node: Node, new: Draft) -> Ref | None:
     return Ref(new.emit(node.op, new.cast(x, dtype), dim, shape=node.meta.shape))
 
 
-def layer_norm(node: Node, new: Draft) -> Ref | None:
-    return Ref(new.emit(node.op, *node.args[:5], shape=node.meta.shape)) if len(node.args) > 5 else None
-
-
 def product(node: Node, new: Draft) -> Ref | None:
     """Products with a matrix on the right are linear layers; a batch flattened for them is put back after."""
     bias, alpha = None, node.kwargs
@@ -351,8 +347,6 @@ RULES: dict[str, list[Rule]] = {
     "aten.scaled_dot_product_attention": [attention],
     "aten.softmax": [softmax],
     "aten.log_softmax": [softmax],
-    "aten.layer_norm": [layer_norm],
-    "aten.group_norm": [layer_norm],
     **{f"aten.{name}": [product] for name in ("addmm", "mm", "matmul", "linear")},
     "aten.bmm": [batched],
     "aten.baddbmm": [batched],

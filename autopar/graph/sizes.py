@@ -8,15 +8,21 @@ from typing import Any
 import sympy
 import torch
 from sympy.polys.polyerrors import BasePolynomialError
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._sympy.functions import Max, Min
 
 from autopar.errors import UnsupportedError
 from autopar.graph.size import Size
 
-SYMBOLS = {"b": sympy.Symbol("b"), "s": sympy.Symbol("s")}
+SYMBOLS = {name: sympy.Symbol(name, integer=True, positive=True) for name in ("b", "s")}
 
 
 class FixedSequenceError(UnsupportedError):
     """The model can be traced for one sequence length only; tracing falls back to that of the example inputs."""
+
+
+class SizeOfValuesError(UnsupportedError):
+    """A tensor's size follows from the values of others."""
 
 
 class Sizes:
@@ -27,7 +33,8 @@ class Sizes:
         self._cache: dict[Any, int | Size] = {}
 
     def read(self, value: int | torch.SymInt) -> int | Size:
-        """``value`` as a polynomial. Raises FixedSequenceError when it is not one."""
+        """``value`` as a polynomial. Raises FixedSequenceError when it is not one, SizeOfValuesError when it is no
+        function of b and s at all."""
         if isinstance(value, int):
             return value
         expression = value.node.expr
@@ -38,7 +45,10 @@ class Sizes:
     def _polynomial(self, expression: sympy.Expr) -> int | Size:
         if expression.is_Integer:
             return int(expression)
-        renamed = expression.xreplace(self._roles)
+        if unbacked := free_unbacked_symbols(expression):
+            raise SizeOfValuesError(f"a tensor size follows from values ({', '.join(map(str, unbacked))})")
+        # sympy's own maximum knows that b and s are positive.
+        renamed = expression.xreplace(self._roles).replace(Max, sympy.Max).replace(Min, sympy.Min)
         try:
             terms = sympy.Poly(renamed, *SYMBOLS.values(), domain="ZZ").terms()
         except BasePolynomialError:

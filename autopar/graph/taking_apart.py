@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from autopar.errors import UnsupportedError
 
@@ -40,6 +41,9 @@ class Samples:
     def __getattr__(self, name: str) -> Any:
         raise _refusal(name)
 
+    def __getitem__(self, index: Any) -> Any:
+        raise _refusal("indexing")
+
 
 def _refusal(what: str) -> UnsupportedError:
     return UnsupportedError(
@@ -49,7 +53,9 @@ def _refusal(what: str) -> UnsupportedError:
 
 
 def _unknown(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.ndim > 0 and isinstance(x.shape[0], torch.SymInt)
+    """Whether dim 0 of ``x`` has a symbolic size; not one that follows from values, which nothing can stand for."""
+    size: Any = x.shape[0] if isinstance(x, torch.Tensor) and x.ndim > 0 else 0
+    return isinstance(size, torch.SymInt) and not free_unbacked_symbols(size)
 
 
 @contextlib.contextmanager

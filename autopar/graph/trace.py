@@ -13,8 +13,19 @@ import torch
 from torch import nn
 
 from autopar.errors import BadInputError, UnsupportedError
-from autopar.graph import broadcasting, flattening, joining, losses, masks, raising, sinks
-from autopar.graph.bands import unfold_bands
+from autopar.graph import (
+    arguments,
+    broadcasting,
+    complex_numbers,
+    flattening,
+    joining,
+    losses,
+    masks,
+    raising,
+    random_numbers,
+    sinks,
+)
+from autopar.graph.bands import unfold_buffers
 from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import known_values
 from autopar.graph.export import BatchSpec, Exported, Loss, export
@@ -72,6 +83,7 @@ def trace(
             if node.kind != "input":
                 used[node.kind][block.parameters[node.target]] = node.meta
     used["buffer"].update({node.target: node.meta for node in traced.blocks.constants.of("buffer")})
+    notes = (*notes, *traced.notes)
     if unused := [full for full in parameters if full not in used["parameter"]]:
         notes = (*notes, f"{len(unused)} parameters take no part in the loss and are left out: {', '.join(unused[:3])}")
     values = {**traced.values, **known_values(model, used["buffer"].keys() - traced.values.keys())}
@@ -117,6 +129,7 @@ class _Traced:
     batch: dict[str, TensorMeta]
     values: dict[str, torch.Tensor]
     limits: frozenset[int]
+    notes: tuple[str, ...]
 
 
 def _traced(
@@ -139,19 +152,21 @@ def _traced(
         if not (promoting := promoting_buffers(draft) - narrow):
             break
         narrow |= promoting
-    draft = unfold_bands(draft, model)
+    draft = unfold_buffers(draft, model)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     limits: set[int] = set()
     recognised = masks.rules(values, _nominal_seq(model), limits)
-    patterns = (broadcasting.RULES, joining.RULES, flattening.RULES, raising.RULES, sinks.RULES)
+    passes = (arguments, broadcasting, joining, flattening, raising, sinks, complex_numbers, random_numbers)
+    patterns = tuple(each.RULES for each in passes)
     draft = simplify(draft, *patterns, recognised)
     draft = share_samples(draft, values)
     draft = simplify(draft, *patterns, recognised)
     draft, count = losses.lower(draft)
     draft = simplify(draft, *patterns)
+    random_numbers.refuse_others(draft)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
-    return _Traced(cut(draft, layers, class_names, fold), count, metas, values, frozenset(limits))
+    return _Traced(cut(draft, layers, class_names, fold), count, metas, values, frozenset(limits), exported.notes)
 
 
 @dataclass(frozen=True, slots=True)

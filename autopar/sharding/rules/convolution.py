@@ -1,4 +1,4 @@
-"""Convolutions and what goes with them on images and sound: pooling, resizing, group norms.
+"""Convolutions and what goes with them on images and sound: pooling, resizing, group and batch norms.
 
 Batch and channels split; positions stay whole (a window reaches over its neighbours). A convolution in groups splits by
 group: each of them is a convolution of its own.
@@ -48,6 +48,14 @@ def _group_norm(call: Call) -> str:
     return f"{', '.join([f'b {rest}', *['c^'] * (len(call.operands) - 1)])} -> b {rest}"
 
 
+def _batch_norm(call: Call) -> str:
+    """Channels are normed apart, each over all samples and positions."""
+    names = Names()
+    dims = [names.take(size) + ("" if dim == 1 else "^") for dim, size in enumerate(call.shapes[0])]
+    whole = " ".join(dims)
+    return f"{', '.join([whole, *[dims[1]] * (len(call.operands) - 1)])} -> {whole}"
+
+
 _POOLS = [f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)]
 _RESIZES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "linear1d", "bilinear2d", "bicubic2d")]
 
@@ -55,4 +63,5 @@ ENTRIES = [
     *(Entry(op, compute=_convolution, once="2") for op in CONVOLUTIONS),
     *(Entry(f"aten.{op}", compute=_windows) for op in (*_POOLS, *_RESIZES)),
     Entry("aten.group_norm", compute=_group_norm),
+    Entry("aten.batch_norm", compute=_batch_norm),
 ]

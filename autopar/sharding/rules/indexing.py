@@ -62,11 +62,17 @@ def _along(call: Call) -> tuple[list[str], list[str]]:
 
 
 def _scatter(call: Call) -> str:
-    """One number written at places along a dim; the other dims are shared where x and the index agree in size."""
-    if len(call.operands) != 2 or len(call.node.args) != 4:
-        raise Mismatch("scatter of a tensor, or with a reduction")
+    """A number, or one for each index, written at places along a dim; the other dims are shared where x and the index
+    agree in size."""
+    if len(call.node.args) != 4 or call.node.kwargs:
+        raise Mismatch("scatter with a reduction")
     source, index = _along(call)
-    return f"{' '.join(source)}, {' '.join(index)} -> {' '.join(source)}"
+    given = [" ".join(source), " ".join(index)]
+    if len(call.operands) == 3:
+        if call.shapes[2] != call.shapes[1]:
+            raise Mismatch("scatter of a tensor larger than its index")
+        given.append(given[1])
+    return f"{', '.join(given)} -> {given[0]}"
 
 
 def _masked_scatter(call: Call) -> str:

@@ -1,5 +1,6 @@
 """Operators that PyTorch has no function for, on whole tensors and over a split vocabulary."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -19,6 +20,22 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the last dim, halves paired (RoFormer, arXiv 2104.09864)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def sinusoids(
+    rows: int, width: int, blank: int | None = None, *, dtype: torch.dtype, device: torch.device | None
+) -> Tensor:
+    """Sinusoidal positions (arXiv 1706.03762, section 3.5), sines before cosines; row ``blank`` is zero.
+
+    In float32 whatever ``dtype`` is: the numbers are those of the model's own table.
+    """
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=device).float() * -(math.log(10000) / (half - 1)))
+    angles = torch.arange(rows, device=device).float().unsqueeze(1) * rates
+    table = F.pad(torch.cat((angles.sin(), angles.cos()), 1), (0, width % 2))
+    if blank is not None:
+        table[blank] = 0
+    return table.to(dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore: int = -100) -> Tensor:
