@@ -19,7 +19,8 @@ from dataclasses import replace
 from typing import Any
 
 from autopar import Cluster, Job
-from autopar.cluster import Link
+from autopar.cluster import Device, Link
+from autopar.stack import Stack
 
 VOCABULARY, PADDED_TO = 50_257, 128
 """GPT-2's tokens, taken where a GPT record names no vocabulary, and what Megatron-LM pads them to a multiple of, for
@@ -52,6 +53,11 @@ DTYPES = (
     (r"fp16", "fp16", None),
     (r"fp32|tf32", "fp32", None),
 )
+PYTORCH_WORKSPACES, DETERMINISTIC_BYTES = 2, 8 * 4 * 2**20
+"""PyTorch's own workspaces (of the thread that runs forwards, and of autograd's), and bytes of one where runs are
+deterministic."""
+COMPILED_LOSS = "2025"
+"""The year from which on torchtitan compiles the loss (torchtitan/components/loss.py)."""
 RACK = 64
 """Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
 
@@ -79,6 +85,13 @@ def peak_bytes(record: Record) -> float | None:
     return float(found) * 2**30 if found else None
 
 
+def workspace_bytes(record: Record, device: Device, stack: Stack) -> float:
+    """Bytes of workspaces of matmul libraries, as `Stack.workspaces` counts them. Deterministic runs ask for eight
+    chunks of 4 MiB for each of PyTorch's (CUBLAS_WORKSPACE_CONFIG=:4096:8, as PyTorch's notes on randomness say)."""
+    each = max(DETERMINISTIC_BYTES, device.workspace_bytes) if record.get("deterministic") else device.workspace_bytes
+    return PYTORCH_WORKSPACES * each + (stack.workspaces - PYTORCH_WORKSPACES) * device.workspace_bytes
+
+
 def is_reserved(record: Record) -> bool:
     """Whether the bytes are those that the allocator reserved (torchtitan), not those that were allocated."""
     return "reserved" in (record.get("notes") or "")
@@ -88,16 +101,20 @@ def config_of(record: Record) -> dict[str, Any]:
     """A Hugging Face configuration with the record's sizes.
 
     Llama and InternLM (whose attention has biases) are Llamas; mixtures of experts see `_experts`. GPT of Megatron is
-    GPT-2, with its dropout. MPT is Starcoder2 (one up projection, GELU, layer norms, no biases, tied embeddings), whose
+    GPTBigCode (GPT-2 whose query, key and value lie head by head, as Megatron-LM has them, so that ranks split them),
+    with its dropout. MPT is Starcoder2 (one up projection, GELU, layer norms, no biases, tied embeddings), whose
     rotary positions stand in for ALiBi.
     """
     model = record["model"]
     family, told = family_of(record), record.get("ci_args") or {}
+    if "distill" in (model.get("name") or ""):
+        raise RefusedError("two models, one the other's teacher")
     layers, hidden, heads = (_stated(model, name) for name in ("layers", "hidden", "heads"))
     seq_len = _stated(model, "seq_len")
     if family == "gpt":
         return {
-            "model_type": "gpt2",
+            "model_type": "gpt_bigcode",
+            "multi_query": False,
             "n_layer": layers,
             "n_embd": hidden,
             "n_head": heads,
@@ -187,11 +204,21 @@ def stack_name(record: Record) -> str:
         ("megatron|nemo|bridge|mcore", "megatron"),
     ):
         if re.search(words, told):
-            unfused = (record.get("ci_args") or {}).get("attention-backend") == "unfused" or (
-                (record.get("ci_args") or {}).get("transformer-impl") == "local"
-            )
-            return "megatron-unfused" if name == "megatron" and unfused else name
+            return name + _variant(record, name)
     return "compiled" if "fsdp" in str(record.get("zero_stage")) else "megatron"
+
+
+def _variant(record: Record, stack: str) -> str:
+    """What follows a stack's name where a recipe, or the date of a source, says that it is run otherwise."""
+    told = record.get("ci_args") or {}
+    if stack == "compiled":
+        dated = re.search(r"20\d\d-?[01]\d", str(record.get("source")))
+        return "-loss" if dated and dated[0] >= COMPILED_LOSS else ""
+    if stack != "megatron":
+        return ""
+    if told.get("attention-backend") == "unfused" or told.get("transformer-impl") == "local":
+        return "-unfused"
+    return "-compiled-loss" if told.get("cross-entropy-loss-fusion") else ""
 
 
 def fix_of(record: Record) -> dict[str, Any]:
@@ -237,7 +264,10 @@ def _schedule(record: Record, pp: int, micro_batches: int) -> dict[str, Any]:
     vpp = record.get("vpp") or 1
     if "layers per virtual stage" in (record.get("notes") or "") and record.get("vpp"):
         vpp = max(1, record["model"]["layers"] // pp // vpp)
-    vpp = int((record.get("ci_args") or {}).get("num-virtual-stages-per-pipeline-rank", vpp))
+    told = record.get("ci_args") or {}
+    vpp = int(told.get("num-virtual-stages-per-pipeline-rank", vpp))
+    if int(told.get("microbatch-group-size-per-virtual-pipeline-stage", pp)) != pp:
+        raise RefusedError("interleaves other groups than one micro-batch a rank")
     if vpp > 1 and micro_batches % pp == 0:
         return {"schedule": "interleaved", "vpp": vpp, **_even(record, pp * vpp)}
     return {"schedule": "1f1b" if micro_batches >= pp else "gpipe", **_even(record, pp)}
