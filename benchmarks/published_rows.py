@@ -112,6 +112,7 @@ def config_of(record: Record) -> dict[str, Any]:
     layers, hidden, heads = (_stated(model, name) for name in ("layers", "hidden", "heads"))
     seq_len = _stated(model, "seq_len")
     if family == "gpt":
+        dropout = told.get("attention-dropout", DROPOUT)  # recipes that turn it off turn both off
         return {
             "model_type": "gpt_bigcode",
             "multi_query": False,
@@ -122,8 +123,8 @@ def config_of(record: Record) -> dict[str, Any]:
             "n_positions": seq_len,
             "vocab_size": _padded(model["vocab"] or VOCABULARY, record.get("tp") or 1),
             "tie_word_embeddings": not told.get("untie-embeddings-and-output-weights"),
-            "attn_pdrop": float(told.get("attention-dropout", DROPOUT)),
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop"), float(told.get("hidden-dropout", DROPOUT))),
+            "attn_pdrop": float(dropout),
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop"), float(told.get("hidden-dropout", dropout))),
         }
     sizes = {
         "num_hidden_layers": layers,
@@ -319,7 +320,8 @@ def _zero(record: Record, data: int) -> dict[str, Any]:
         level = 1
     else:
         level = int(str(stage)[0])
-    shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data
+    instances = int((record.get("ci_args") or {}).get("num-distributed-optimizer-instances", 1))
+    shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data // instances
     shards = min(shards, data)
     return {"zero": 0} if level == 0 or shards == 1 else {"zero": level, "fsdp": shards}
 
