@@ -31,14 +31,18 @@ class Stack:
     buffers: bool
     overlaps: bool
     balanced: bool
+    grouped: bool
+    once: bool
     copies: float
     pointwise: float
     kernels: float
     matmul: float
+    experts: float
     attention_speed: float
     host_s: float
     collective_host_s: float
     step_s: float
+    imbalance: float
     state_passes: float
     workspaces: float
     reserved: float

@@ -31,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from published_plot import write_scatter
 from published_rows import (
+    CHEAP,
     Record,
     RefusedError,
     cluster_of,
@@ -112,7 +113,7 @@ def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
 
 @lru_cache(maxsize=SHARED)
 def _planned(path: str, config: str, job: Any, real: Any, fixed: tuple[tuple[str, Any], ...], layers: int) -> Any:
-    """The plan of a run. Where recomputation is not fixed: none, or of as many layers as it takes to fit."""
+    """The plan of a run. Where recomputation is not fixed: none, or as little as it takes to fit."""
     from autopar import predict
 
     Path(path).write_text(config)
@@ -121,9 +122,8 @@ def _planned(path: str, config: str, job: Any, real: Any, fixed: tuple[tuple[str
     short = max(_held(plan)) - real.device.memory_bytes
     if "recompute" in fix or short <= 0:
         return plan
-    spared = max(_held(plan)) - max(_held(predict(path, job, roomy, {**fix, "recompute": "full"})))
-    again = recomputing(fix, layers, min(1.0, short / max(spared, 1)))
-    return predict(path, job, roomy, {**fix, "recompute": again})
+    most = [max(_held(predict(path, job, roomy, {**fix, "recompute": again}))) for again in (CHEAP, "full")]
+    return predict(path, job, roomy, {**fix, "recompute": recomputing(fix, layers, short, max(_held(plan)), *most)})
 
 
 def _roomy(cluster: Any) -> Any:

@@ -2,10 +2,12 @@
 
 A record's facts are copied as they stand. What a source does not state (null) is taken so:
 
-* recompute: none, or as many whole layers of each stage as it takes to fit (NVIDIA's recipes, the only rows without
-  it, recompute as little as they can); vocabulary of a GPT: GPT-2's 50,257 tokens as Megatron-LM pads them; kv_heads:
-  as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest whole nodes; vpp: one stage a rank;
-  cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is DeepSeek-V3's (`_experts`).
+* recompute: none, or what is cheap (all but matmuls and attention) in as many layers of each stage as it takes to fit,
+  or beside that whole layers (NVIDIA's recipes, the only rows without it, recompute norms, activations and small
+  projections first: scripts/performance/configs of Megatron-Bridge); vocabulary of a GPT: GPT-2's 50,257 tokens as
+  Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest
+  whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is
+  DeepSeek-V3's (`_experts`).
 * zero_stage: left to the prediction, like any part of a plan that is not fixed.
 
 `RefusedError` says why a record cannot be represented.
@@ -56,6 +58,8 @@ DTYPES = (
 PYTORCH_WORKSPACES, DETERMINISTIC_BYTES = 2, 8 * 4 * 2**20
 """PyTorch's own workspaces (of the thread that runs forwards, and of autograd's), and bytes of one where runs are
 deterministic."""
+CHEAP = "selective(matmul+attention)"
+"""What is recomputed first where a source does not say."""
 COMPILED_LOSS = "2025"
 """The year from which on torchtitan compiles the loss (torchtitan/components/loss.py)."""
 RACK = 64
@@ -199,7 +203,7 @@ def stack_name(record: Record) -> str:
         return "torch"
     for words, name in (
         ("deepspeed|bigscience|vtrain", "megatron-deepspeed"),
-        ("torchtitan|fms-fsdp|torch.compile", "compiled"),
+        ("torchtitan|fms-fsdp|torch.compile|automodel", "compiled"),
         ("llm-foundry|mosaicml", "composer"),
         ("internevo|internlm", "internevo"),
         ("megatron|nemo|bridge|mcore", "megatron"),
@@ -293,16 +297,24 @@ def _even(record: Record, stages: int) -> dict[str, Any]:
     return {"stages": ",".join(map(str, each))}
 
 
-def recomputing(fix: Mapping[str, Any], layers: int, share: float) -> str:
-    """A fix of "recompute" under which this share of each stage's layers run again."""
+def recomputing(fix: Mapping[str, Any], layers: int, short: float, none: float, cheap: float, full: float) -> str:
+    """A fix of "recompute" that spares ``short`` bytes: `CHEAP` in as many layers of each stage as it takes, and where
+    that does not do, whole layers. ``none``, ``cheap``, ``full``: bytes with either in all layers."""
+    if short <= none - cheap:
+        return _mixed(fix, layers, "none", CHEAP, short / (none - cheap))
+    return _mixed(fix, layers, CHEAP, "full", min(1.0, (short - (none - cheap)) / max(cheap - full, 1)))
+
+
+def _mixed(fix: Mapping[str, Any], layers: int, some: str, others: str, share: float) -> str:
+    """A fix of "recompute" with ``others`` in this share of each stage's layers."""
     if "stages" not in fix:
-        return f"none,1-{max(1, round(share * layers))}:full"
-    parts, begin = ["none"], 0
+        return f"{some},1-{max(1, round(share * layers))}:{others}"
+    parts, begin = [some], 0
     for size in map(int, str(fix["stages"]).split(",")):
         first = max(begin, 1)
         count = round(share * (min(begin + size, layers + 1) - first))
         if count:
-            parts.append(f"{first}-{first + count - 1}:full")
+            parts.append(f"{first}-{first + count - 1}:{others}")
         begin += size
     return ",".join(parts)
 
