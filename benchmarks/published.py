@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -84,8 +85,10 @@ def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
         raise RefusedError("excluded by its source")
     config, job, fix = config_of(record), job_of(record), fix_of(record)
     real, layers = cluster_of(record), record["model"]["layers"]
-    path = str(Path(folder) / f"{os.getpid()}.json")
-    plan = _planned(path, json.dumps(config), job, real, tuple(fix.items()), layers)
+    written = json.dumps(config)
+    # A graph is found again by the name of its file.
+    path = str(Path(folder) / str(os.getpid()) / f"{hashlib.sha256(written.encode()).hexdigest()[:12]}.json")
+    plan = _planned(path, written, job, real, tuple(fix.items()), layers)
     told = plan.predicted
     measured = seconds(record)
     stated = record["measured"].get("mfu")
@@ -116,6 +119,7 @@ def _planned(path: str, config: str, job: Any, real: Any, fixed: tuple[tuple[str
     """The plan of a run. Where recomputation is not fixed: none, or as little as it takes to fit."""
     from autopar import predict
 
+    Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_text(config)
     fix, roomy = dict(fixed), _roomy(real)
     plan = predict(path, job, roomy, {"recompute": "none", **fix})
