@@ -19,25 +19,33 @@ FILE = Path(__file__).parent / "catalog" / "stacks.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Constants of one stack, in seconds, bytes or fractions; each is explained in the catalog's file."""
+    """Constants of one stack, in seconds, bytes or fractions; each is explained in the catalog's file. ``family``: its
+    name, or of a variant, that of the stack whose figures it has."""
 
     name: str
     title: str
+    family: str
     attention: str
+    loss: str
     gradients: str
     buffers: bool
     overlaps: bool
     balanced: bool
+    grouped: bool
+    once: bool
     copies: float
     pointwise: float
     kernels: float
     matmul: float
+    experts: float
     attention_speed: float
     host_s: float
     collective_host_s: float
     step_s: float
+    imbalance: float
     state_passes: float
     workspaces: float
+    reserved: float
 
 
 def stack_names() -> tuple[str, ...]:
@@ -62,7 +70,7 @@ def read_stack(name: str, data: dict[str, Any]) -> Stack:
             raise BadInputError(
                 f"stack {name!r}: no {text}; every stack says what it is and where its figures are from"
             )
-    values: dict[str, Any] = {"name": name, "title": entry["title"]}
+    values: dict[str, Any] = {"name": name, "title": entry["title"], "family": entry.get("of", name)}
     names = [field.name for field in fields(Stack) if field.name not in values]
     if unknown := set(entry["values"]) - set(names):
         raise BadInputError(f"stack {name!r}: unknown constant {sorted(unknown)[0]!r}; known: {', '.join(names)}")

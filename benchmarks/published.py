@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from published_plot import write_scatter
 from published_rows import (
+    CHEAP,
     Record,
     RefusedError,
     cluster_of,
@@ -40,6 +43,7 @@ from published_rows import (
     peak_bytes,
     recomputing,
     seconds,
+    workspace_bytes,
 )
 from published_stats import errors, left_out, spread, summary, sweep_figures, trivial_seconds
 
@@ -50,6 +54,8 @@ ENOUGH = 10
 """Runs of a stack below which its predictions take the interval of all groups."""
 CHUNK = 30
 """Records that a process takes at once."""
+SHARED = 256
+"""Plans that a process keeps: runs that differ in nothing but what was measured share one."""
 ROOMY = 64
 """Times its memory a device is given: what ran is priced, whether the model of memory thinks that it fits or not."""
 
@@ -72,30 +78,25 @@ def predicted(record: Record, folder: str, keep: bool = False) -> dict[str, Any]
 
 
 def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
-    from autopar import predict
     from autopar.models import model_graph
     from autopar.stack import stack_of
 
     if record.get("exclude"):
         raise RefusedError("excluded by its source")
     config, job, fix = config_of(record), job_of(record), fix_of(record)
-    real = cluster_of(record)
-    path = Path(folder) / f"{os.getpid()}.json"
-    path.write_text(json.dumps(config))
-    roomy = _roomy(real)
-    plan = predict(str(path), job, roomy, {"recompute": "none", **fix})
-    short = max(_held(plan)) - real.device.memory_bytes
-    if "recompute" not in fix and short > 0:
-        spared = max(_held(plan)) - max(_held(predict(str(path), job, roomy, {**fix, "recompute": "full"})))
-        again = recomputing(fix, record["model"]["layers"], min(1.0, short / max(spared, 1)))
-        plan = predict(str(path), job, roomy, {**fix, "recompute": again})
+    real, layers = cluster_of(record), record["model"]["layers"]
+    written = json.dumps(config)
+    # A graph is found again by the name of its file.
+    path = str(Path(folder) / str(os.getpid()) / f"{hashlib.sha256(written.encode()).hexdigest()[:12]}.json")
+    plan = _planned(path, written, job, real, tuple(fix.items()), layers)
     told = plan.predicted
     measured = seconds(record)
     stated = record["measured"].get("mfu")
     if measured is None and stated:
         measured = told.step_time * told.mfu / stated
     ranks = _held(plan)
-    reserve, workspace = real.device.reserve_bytes, stack_of(job.stack).workspaces * real.device.workspace_bytes
+    stack = stack_of(job.stack)
+    beside = workspace_bytes(record, real.device, stack) - real.device.reserve_bytes
     peak = real.device.peak(job.linear_dtype or job.dtype)
     flops = told.mfu * told.step_time * peak * real.devices
     low, high = told.interval
@@ -106,11 +107,27 @@ def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
         "low_s": low,
         "high_s": high,
         "trivial_s": trivial_seconds(flops / 6 / job.tokens, job.tokens, peak, real.devices),
-        "predicted_bytes": (max(ranks) if is_reserved(record) else ranks[-1]) - reserve + workspace,
+        "predicted_bytes": (max(ranks) + beside) * stack.reserved if is_reserved(record) else ranks[-1] + beside,
         "measured_bytes": peak_bytes(record),
         "breakdown": told.breakdown,
-        **({"plan": plan, "graph": model_graph(str(path), None, None)} if keep else {}),
+        **({"plan": plan, "graph": model_graph(path, None, None)} if keep else {}),
     }
+
+
+@lru_cache(maxsize=SHARED)
+def _planned(path: str, config: str, job: Any, real: Any, fixed: tuple[tuple[str, Any], ...], layers: int) -> Any:
+    """The plan of a run. Where recomputation is not fixed: none, or as little as it takes to fit."""
+    from autopar import predict
+
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(config)
+    fix, roomy = dict(fixed), _roomy(real)
+    plan = predict(path, job, roomy, {"recompute": "none", **fix})
+    short = max(_held(plan)) - real.device.memory_bytes
+    if "recompute" in fix or short <= 0:
+        return plan
+    most = [max(_held(predict(path, job, roomy, {**fix, "recompute": again}))) for again in (CHEAP, "full")]
+    return predict(path, job, roomy, {**fix, "recompute": recomputing(fix, layers, short, max(_held(plan)), *most)})
 
 
 def _roomy(cluster: Any) -> Any:
@@ -130,7 +147,7 @@ def predict_all(records: Iterable[Record], processes: int, keep: bool = False) -
     """Rows of all records, in their order; records of one model go to one process, which traces it once."""
     by_model: dict[str, list[tuple[int, Record]]] = defaultdict(list)
     for index, record in enumerate(records):
-        by_model[json.dumps(record.get("model"), sort_keys=True) + str(record.get("dtype"))].append((index, record))
+        by_model[_model(record)].append((index, record))
     # The largest models first, so that no process ends long after the other.
     tasks = sorted(by_model.values(), key=lambda task: _size(task[0][1]), reverse=True)
     cut = [task[start : start + CHUNK] for task in tasks for start in range(0, len(task), CHUNK)]
@@ -141,6 +158,14 @@ def predict_all(records: Iterable[Record], processes: int, keep: bool = False) -
             if sys.stderr.isatty():
                 print(f"\r{len(found)} runs", end="", file=sys.stderr)
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+
+def _model(record: Record) -> str:
+    """What runs of one model have in common."""
+    try:
+        return json.dumps(config_of(record)) + str(record.get("dtype"))
+    except Exception:
+        return ""
 
 
 def _size(record: Record) -> float:
@@ -224,10 +249,13 @@ def write_residuals(path: Path, rows: list[Mapping[str, Any]]) -> None:
     """The intervals by stack, and of all groups, which serve a stack without runs of its own."""
     import yaml
 
+    from autopar.stack import stack_of
+
     ratios = ratios_of(rows)
     stacks: dict[str, list[list[float]]] = {}
-    for name in sorted({row["stack"] for row in rows}):
-        some = list(ratios_of(row for row in rows if row["stack"] == name).values())
+    families = {row["stack"]: stack_of(row["stack"]).family for row in rows}
+    for name in sorted(set(families.values())):
+        some = list(ratios_of(row for row in rows if families[row["stack"]] == name).values())
         if sum(map(len, some)) >= ENOUGH:
             stacks[name] = some
     content = {
@@ -266,7 +294,8 @@ def main() -> None:
     for reason, count in skipped.most_common():
         print(f"{count:6d} not predicted: {reason}")
     done = [row for row in rows if "skipped" not in row]
-    shares = left_out(ratios_of(done)) if len(groups) > 1 else {}
+    ratios = ratios_of(done)
+    shares = left_out(ratios) if len(ratios) > 1 else {}
     if shares:
         counts = {name: groups[name]["n"] for name in shares}
         inside = sum(share * counts[name] for name, share in shares.items()) / sum(counts.values())

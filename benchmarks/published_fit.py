@@ -56,11 +56,13 @@ def with_device(cluster: Any, changes: dict[str, float]) -> Any:
 
 
 def set_stacks(changes: dict[str, float]) -> None:
-    """Set stack constants in this process."""
+    """Set stack constants in this process, of their variants too."""
+    every = stacks.catalog()["stacks"]
     for name, value in changes.items():
         owner, _, part = name.partition(".")
-        if owner in stacks.stack_names():
-            stacks.catalog()["stacks"][owner]["values"][part] = value
+        for other, entry in every.items() if owner in every else ():
+            if owner in (other, entry.get("of")):
+                entry["values"][part] = value
     stacks.stack_of.cache_clear()
 
 
@@ -107,7 +109,7 @@ def without(stack: str) -> dict[str, float]:
     """Constants as they are known without a stack's own runs: the mean of the other stacks', and of devices that only
     its runs calibrate those of a relative."""
     every = {name: entry["values"] for name, entry in stacks.catalog()["stacks"].items()}
-    family = {name for name in every if name == stack or name.startswith("megatron-un")} | {"torch"}
+    family = {name for name, entry in stacks.catalog()["stacks"].items() if name == stack or "of" in entry} | {"torch"}
     found = {}
     for name, rule in stacks.catalog()["constants"].items():
         if "low" in rule and name != "copies":

@@ -2,10 +2,12 @@
 
 A record's facts are copied as they stand. What a source does not state (null) is taken so:
 
-* recompute: none, or as many whole layers of each stage as it takes to fit (NVIDIA's recipes, the only rows without
-  it, recompute as little as they can); vocabulary of a GPT: GPT-2's 50,257 tokens as Megatron-LM pads them; kv_heads:
-  as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest whole nodes; vpp: one stage a rank;
-  cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is DeepSeek-V3's (`_experts`).
+* recompute: none, or what is cheap (all but matmuls and attention) in as many layers of each stage as it takes to fit,
+  or beside that whole layers (NVIDIA's recipes, the only rows without it, recompute norms, activations and small
+  projections first: scripts/performance/configs of Megatron-Bridge); vocabulary of a GPT: GPT-2's 50,257 tokens as
+  Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest
+  whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is
+  DeepSeek-V3's (`_experts`).
 * zero_stage: left to the prediction, like any part of a plan that is not fixed.
 
 `RefusedError` says why a record cannot be represented.
@@ -19,7 +21,8 @@ from dataclasses import replace
 from typing import Any
 
 from autopar import Cluster, Job
-from autopar.cluster import Link
+from autopar.cluster import Device, Link
+from autopar.stack import Stack
 
 VOCABULARY, PADDED_TO = 50_257, 128
 """GPT-2's tokens, taken where a GPT record names no vocabulary, and what Megatron-LM pads them to a multiple of, for
@@ -52,6 +55,13 @@ DTYPES = (
     (r"fp16", "fp16", None),
     (r"fp32|tf32", "fp32", None),
 )
+PYTORCH_WORKSPACES, DETERMINISTIC_BYTES = 2, 8 * 4 * 2**20
+"""PyTorch's own workspaces (of the thread that runs forwards, and of autograd's), and bytes of one where runs are
+deterministic."""
+CHEAP = "selective(matmul+attention)"
+"""What is recomputed first where a source does not say."""
+COMPILED_LOSS = "2025"
+"""The year from which on torchtitan compiles the loss (torchtitan/components/loss.py)."""
 RACK = 64
 """Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
 
@@ -79,6 +89,13 @@ def peak_bytes(record: Record) -> float | None:
     return float(found) * 2**30 if found else None
 
 
+def workspace_bytes(record: Record, device: Device, stack: Stack) -> float:
+    """Bytes of workspaces of matmul libraries, as `Stack.workspaces` counts them. Deterministic runs ask for eight
+    chunks of 4 MiB for each of PyTorch's (CUBLAS_WORKSPACE_CONFIG=:4096:8, as PyTorch's notes on randomness say)."""
+    each = max(DETERMINISTIC_BYTES, device.workspace_bytes) if record.get("deterministic") else device.workspace_bytes
+    return PYTORCH_WORKSPACES * each + (stack.workspaces - PYTORCH_WORKSPACES) * device.workspace_bytes
+
+
 def is_reserved(record: Record) -> bool:
     """Whether the bytes are those that the allocator reserved (torchtitan), not those that were allocated."""
     return "reserved" in (record.get("notes") or "")
@@ -88,16 +105,21 @@ def config_of(record: Record) -> dict[str, Any]:
     """A Hugging Face configuration with the record's sizes.
 
     Llama and InternLM (whose attention has biases) are Llamas; mixtures of experts see `_experts`. GPT of Megatron is
-    GPT-2, with its dropout. MPT is Starcoder2 (one up projection, GELU, layer norms, no biases, tied embeddings), whose
+    GPTBigCode (GPT-2 whose query, key and value lie head by head, as Megatron-LM has them, so that ranks split them),
+    with its dropout. MPT is Starcoder2 (one up projection, GELU, layer norms, no biases, tied embeddings), whose
     rotary positions stand in for ALiBi.
     """
     model = record["model"]
     family, told = family_of(record), record.get("ci_args") or {}
+    if "distill" in (model.get("name") or ""):
+        raise RefusedError("two models, one the other's teacher")
     layers, hidden, heads = (_stated(model, name) for name in ("layers", "hidden", "heads"))
     seq_len = _stated(model, "seq_len")
     if family == "gpt":
+        dropout = told.get("attention-dropout", DROPOUT)  # recipes that turn it off turn both off
         return {
-            "model_type": "gpt2",
+            "model_type": "gpt_bigcode",
+            "multi_query": False,
             "n_layer": layers,
             "n_embd": hidden,
             "n_head": heads,
@@ -105,8 +127,8 @@ def config_of(record: Record) -> dict[str, Any]:
             "n_positions": seq_len,
             "vocab_size": _padded(model["vocab"] or VOCABULARY, record.get("tp") or 1),
             "tie_word_embeddings": not told.get("untie-embeddings-and-output-weights"),
-            "attn_pdrop": float(told.get("attention-dropout", DROPOUT)),
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop"), float(told.get("hidden-dropout", DROPOUT))),
+            "attn_pdrop": float(dropout),
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop"), float(told.get("hidden-dropout", dropout))),
         }
     sizes = {
         "num_hidden_layers": layers,
@@ -181,17 +203,27 @@ def stack_name(record: Record) -> str:
         return "torch"
     for words, name in (
         ("deepspeed|bigscience|vtrain", "megatron-deepspeed"),
-        ("torchtitan|fms-fsdp|torch.compile", "compiled"),
+        ("torchtitan|fms-fsdp|torch.compile|automodel", "compiled"),
         ("llm-foundry|mosaicml", "composer"),
         ("internevo|internlm", "internevo"),
         ("megatron|nemo|bridge|mcore", "megatron"),
     ):
         if re.search(words, told):
-            unfused = (record.get("ci_args") or {}).get("attention-backend") == "unfused" or (
-                (record.get("ci_args") or {}).get("transformer-impl") == "local"
-            )
-            return "megatron-unfused" if name == "megatron" and unfused else name
+            return name + _variant(record, name)
     return "compiled" if "fsdp" in str(record.get("zero_stage")) else "megatron"
+
+
+def _variant(record: Record, stack: str) -> str:
+    """What follows a stack's name where a recipe, or the date of a source, says that it is run otherwise."""
+    told = record.get("ci_args") or {}
+    if stack == "compiled":
+        dated = re.search(r"20\d\d-?[01]\d", str(record.get("source")))
+        return "-loss" if dated and dated[0] >= COMPILED_LOSS else ""
+    if stack != "megatron":
+        return ""
+    if told.get("attention-backend") == "unfused" or told.get("transformer-impl") == "local":
+        return "-unfused"
+    return "-compiled-loss" if told.get("cross-entropy-loss-fusion") else ""
 
 
 def fix_of(record: Record) -> dict[str, Any]:
@@ -237,7 +269,10 @@ def _schedule(record: Record, pp: int, micro_batches: int) -> dict[str, Any]:
     vpp = record.get("vpp") or 1
     if "layers per virtual stage" in (record.get("notes") or "") and record.get("vpp"):
         vpp = max(1, record["model"]["layers"] // pp // vpp)
-    vpp = int((record.get("ci_args") or {}).get("num-virtual-stages-per-pipeline-rank", vpp))
+    told = record.get("ci_args") or {}
+    vpp = int(told.get("num-virtual-stages-per-pipeline-rank", vpp))
+    if int(told.get("microbatch-group-size-per-virtual-pipeline-stage", pp)) != pp:
+        raise RefusedError("interleaves other groups than one micro-batch a rank")
     if vpp > 1 and micro_batches % pp == 0:
         return {"schedule": "interleaved", "vpp": vpp, **_even(record, pp * vpp)}
     return {"schedule": "1f1b" if micro_batches >= pp else "gpipe", **_even(record, pp)}
@@ -262,16 +297,24 @@ def _even(record: Record, stages: int) -> dict[str, Any]:
     return {"stages": ",".join(map(str, each))}
 
 
-def recomputing(fix: Mapping[str, Any], layers: int, share: float) -> str:
-    """A fix of "recompute" under which this share of each stage's layers run again."""
+def recomputing(fix: Mapping[str, Any], layers: int, short: float, none: float, cheap: float, full: float) -> str:
+    """A fix of "recompute" that spares ``short`` bytes: `CHEAP` in as many layers of each stage as it takes, and where
+    that does not do, whole layers. ``none``, ``cheap``, ``full``: bytes with either in all layers."""
+    if short <= none - cheap:
+        return _mixed(fix, layers, "none", CHEAP, short / (none - cheap))
+    return _mixed(fix, layers, CHEAP, "full", min(1.0, (short - (none - cheap)) / max(cheap - full, 1)))
+
+
+def _mixed(fix: Mapping[str, Any], layers: int, some: str, others: str, share: float) -> str:
+    """A fix of "recompute" with ``others`` in this share of each stage's layers."""
     if "stages" not in fix:
-        return f"none,1-{max(1, round(share * layers))}:full"
-    parts, begin = ["none"], 0
+        return f"{some},1-{max(1, round(share * layers))}:{others}"
+    parts, begin = [some], 0
     for size in map(int, str(fix["stages"]).split(",")):
         first = max(begin, 1)
         count = round(share * (min(begin + size, layers + 1) - first))
         if count:
-            parts.append(f"{first}-{first + count - 1}:full")
+            parts.append(f"{first}-{first + count - 1}:{others}")
         begin += size
     return ",".join(parts)
 
@@ -289,7 +332,8 @@ def _zero(record: Record, data: int) -> dict[str, Any]:
         level = 1
     else:
         level = int(str(stage)[0])
-    shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data
+    instances = int((record.get("ci_args") or {}).get("num-distributed-optimizer-instances", 1))
+    shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data // instances
     shards = min(shards, data)
     return {"zero": 0} if level == 0 or shards == 1 else {"zero": level, "fsdp": shards}
 

@@ -124,3 +124,20 @@ def test_gloo_reduce_scatter_costs_an_all_reduce():
     for nbytes in (10, 10**8):
         assert costs.seconds("reduce_scatter", nbytes, 4, 1) == costs.seconds("all_reduce", nbytes, 4, 1)
     assert costs.seconds("reduce_scatter", 10**8, 4, 1) > 1.9 * costs.seconds("all_gather", 10**8, 4, 1)
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_token_that_goes_once_to_a_rank_moves_less(costs, size):
+    nbytes = 10**9
+    every, one, eight = (costs.exchange(nbytes, size, 1, choices) for choices in (0, 1, 8))
+    assert every == costs.seconds("all_to_all", nbytes * size, size, 1)
+    # A token of one choice goes where it goes; of eight, some share a rank, and more a node.
+    assert one == pytest.approx(every, rel=0.03)
+    assert eight < every
+    assert costs.exchange(nbytes, 1, 1, 8) == costs.exchange(0, size, 1, 8) == 0
+
+
+def test_nodes_are_reached_once(costs):
+    """Eight choices on 8 nodes of 8: 8 (1 - 1/8) = 7 rows leave a node, of 8 (1 - (7/8)^8) (1 - 1/8) = 4.6 tokens."""
+    every, once = (costs.exchange(8 * 10**9, 64, 1, choices) for choices in (0, 8))
+    assert once / every == pytest.approx(1 - (7 / 8) ** 8, rel=0.02)

@@ -25,9 +25,12 @@ from autopar.graph.trace import trace
 from autopar.job import Job
 from autopar.models import model_graph
 from autopar.sharding.rules import has_rule
+from autopar.solver.expert_work import EVEN
 from autopar.solver.search import search
+from autopar.solver.stack_work import as_run, work_of
 from autopar.solver.work import flops, work
 from autopar.solver.work_parts import LocalTensor
+from autopar.stack import stack_of
 
 FORMS: dict[str, dict[str, Any]] = {
     "halves": {"gate": "halves", "activation": "silu"},
@@ -294,3 +297,20 @@ def test_work_counts_the_rows_of_chosen_experts() -> None:
     # Fewer rows than experts: only as many matrices are read.
     few = [LocalTensor(shape, 2) for shape in ((2, 64), (2, 2), (2, 2), *shapes[3:])]
     assert work(node(8, 8), few, LocalTensor((2, 64), 2), [True] * 5)[0].matmuls[0].batch == 4
+
+
+def test_stacks_run_experts_otherwise() -> None:
+    operands = [LocalTensor(shape, 2) for shape in ((4096, 64), (4096, 2), (4096, 2), (2, 96, 64), (2, 64, 48))]
+    given = (node(2, 8), operands, LocalTensor((4096, 64), 2), [True] * 5)
+    emitted, megatron = stack_of("torch"), stack_of("megatron")
+    assert work_of(*given, emitted) == work(*given)
+    forward, backward = work_of(*given, megatron)
+    assert forward.flops == pytest.approx(work(*given)[0].flops * megatron.imbalance / EVEN, rel=1e-3)
+    # A kernel for each of two experts, and for its cast where operands are narrow.
+    whole = replace(megatron, grouped=True)
+    for part, matmuls in ((0, 2), (1, 4)):
+        kernels = [as_run(given[0], forward, backward, 2, stack)[part].kernels for stack in (megatron, whole)]
+        narrow = [as_run(given[0], forward, backward, 2, stack, 1.0)[part].kernels for stack in (megatron, whole)]
+        assert kernels[0] - kernels[1] == matmuls
+        assert narrow[0] - narrow[1] == matmuls + 2
+    assert as_run(given[0], forward, backward, 2, emitted) == (forward, backward)

@@ -7,11 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from autopar import Cluster
+from autopar.stack import stack_of
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from published import RUNS, SWEEPS, figures, predicted, read  # noqa: E402
-from published_rows import RefusedError, cluster_of, config_of, devices_of, fix_of, job_of, seconds, stack_name  # noqa: E402
+from published_rows import (  # noqa: E402
+    RefusedError,
+    cluster_of,
+    config_of,
+    devices_of,
+    fix_of,
+    job_of,
+    recomputing,
+    seconds,
+    stack_name,
+    workspace_bytes,
+)
 from published_stats import kendall_tau, regret, summary, sweep_figures, trivial_seconds  # noqa: E402
 
 RECORDS = read(RUNS)
@@ -53,12 +67,55 @@ def test_the_trivial_formula():
 )
 def test_stacks(group, stack):
     found = [stack_name(record) for record in RECORDS if record["group"] == group]
-    assert found.count(stack) > len(found) / 2
+    assert found.count(stack) >= len(found) / 2
 
 
 def test_eager_is_not_compiled():
     assert stack_name(BY_ID["titan_8b_8_eager"]) == "torch"
     assert stack_name(BY_ID["titan_8b_8_compile"]) == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("told", "stack"),
+    [
+        ({}, "megatron"),
+        ({"transformer-impl": "local"}, "megatron-unfused"),
+        ({"cross-entropy-loss-fusion": True}, "megatron-compiled-loss"),
+    ],
+)
+def test_recipes_name_variants(told, stack):
+    assert stack_name({**of_group("megatron_ci_golden_small"), "ci_args": told}) == stack
+
+
+def test_torchtitan_compiles_the_loss_from_2025_on():
+    assert stack_name(BY_ID["titan_8b_h200_4n"]) == "compiled-loss"
+
+
+def test_recipes_change_the_record():
+    record = of_group("megatron_ci_golden_small")
+    still = config_of({**record, "ci_args": {"attention-dropout": 0.0}})
+    assert (still["attn_pdrop"], still["resid_pdrop"]) == (0.0, 0.0)
+    assert config_of({**record, "ci_args": {}})["resid_pdrop"] == 0.1
+    halves = fix_of({**record, "ci_args": {"num-distributed-optimizer-instances": 2}})
+    assert halves["fsdp"] == fix_of({**record, "ci_args": {}})["fsdp"] // 2
+    with pytest.raises(RefusedError, match="teacher"):
+        config_of({**record, "model": {**record["model"], "name": "gpt3_modelopt_distill"}})
+    staged = {**record, "pp": 2, "ci_args": {"microbatch-group-size-per-virtual-pipeline-stage": 5}}
+    with pytest.raises(RefusedError, match="other groups"):
+        fix_of(staged)
+
+
+def test_deterministic_runs_have_larger_workspaces():
+    device, stack = Cluster.parse("1x1:a100-80g").device, stack_of("megatron")
+    plain, fixed = (workspace_bytes({"deterministic": told}, device, stack) for told in (False, True))
+    assert plain == stack.workspaces * device.workspace_bytes
+    assert fixed - plain == 2 * (2**25 - device.workspace_bytes)
+
+
+def test_as_little_is_recomputed_as_fits():
+    assert recomputing({}, 8, 5, 100, 90, 50) == "none,1-4:selective(matmul+attention)"
+    assert recomputing({}, 8, 30, 100, 90, 50) == "selective(matmul+attention),1-4:full"
+    assert recomputing({"stages": "5,5"}, 8, 500, 100, 90, 50) == "selective(matmul+attention),1-4:full,5-8:full"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import autopar
 from autopar import Cluster, Job
 from autopar.errors import BadInputError, UnsupportedError
+from autopar.solver.interval import residuals
 from autopar.stack import catalog, read_stack, stack_names, stack_of
 
 FIX = {"pp": 1, "dp": 8, "tp": 1, "zero": 1, "micro_batch": 1, "recompute": "full"}
@@ -42,7 +43,7 @@ def test_a_stack_without_source_is_refused():
 
 
 def test_unknown_names_are_told():
-    with pytest.raises(BadInputError, match="unknown stack 'horovod'; one of compiled, composer"):
+    with pytest.raises(BadInputError, match="unknown stack 'horovod'; one of compiled, compiled-loss, composer"):
         Job(8, 128, stack="horovod")
     with pytest.raises(BadInputError, match="unknown linear_dtype 'int8'; one of fp8, fp4"):
         Job(8, 128, linear_dtype="int8")
@@ -101,3 +102,19 @@ def test_nothing_is_emitted_for_other_stacks(more, tmp_path):
 def test_no_bound_is_above_what_is_found(name):
     plan = autopar.search("gpt2", Job(32, 512, "fp16", stack=name), Cluster.parse("1x4:a100-80g"))
     assert plan.bound <= plan.predicted.step_time * (1 + 1e-9)
+
+
+def test_variants_have_the_interval_of_their_family():
+    assert stack_of("compiled-loss").family == "compiled"
+    assert residuals("compiled-loss") == residuals("compiled") != residuals("composer")
+
+
+def test_losses_differ_by_their_copies_of_logits():
+    logits = 2048 * 128_256 * 4
+    held = {
+        name: predicted(name).predicted.memory[0]["total"]
+        for name in ("megatron", "megatron-compiled-loss", "compiled", "compiled-loss")
+    }
+    assert held["megatron-compiled-loss"] - held["megatron"] == pytest.approx(logits, rel=0.05)
+    # Three in float32 against two in bfloat16, until something else is the most.
+    assert logits < held["compiled"] - held["compiled-loss"] <= 2.01 * logits

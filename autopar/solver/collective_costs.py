@@ -9,6 +9,9 @@ factors are the "bus bandwidth" of nccl-tests, doc/PERFORMANCE.md):
     all_to_all                   V/n (n-1)/n    in n-1 messages
     send_recv                    V              in one
 
+Rows that go to experts are an all-to-all, or go to each rank once however many of its experts a token chose, and to
+each node once, whose ranks hand it on (`CollectiveCosts.exchange`; deepseek-ai/DeepEP, README).
+
 **Hierarchy.** A ring of l ranks a node crosses each node boundary once, and l rings that leave by l different ports run
 at once; so the ring moves at the pace of the slower of the link inside the node and l ports. All groups of an axis run
 at the same time, each device through its own share of a port (`Link.shared_by`).
@@ -101,6 +104,28 @@ class CollectiveCosts:
             self._seconds[key] = found
         return found
 
+    def exchange(self, nbytes: float, size: int, stride: int, choices: int = 0) -> float:
+        """Time in which every rank of such an axis sends ``nbytes`` to experts on all of them, its own included.
+
+        ``choices``: of each token, where a token goes once to every node that has any of its experts, and there once
+        to every rank that does (DeepEP; tokens choose evenly); 0 where it goes once to every expert.
+        """
+        if size == 1 or nbytes <= 0:
+            return 0.0
+        if not choices:
+            return self.seconds("all_to_all", nbytes * size, size, stride)
+        place = self.placement(size, stride)
+        return min(self._dispatched(nbytes / choices, choices, place, protocol) for protocol in self._protocols)
+
+    def _dispatched(self, nbytes: float, choices: int, place: Placement, protocol: Protocol) -> float:
+        """``nbytes``: of all tokens of a rank, once."""
+        intra, inter = self.cluster.intra_node, self.cluster.inter_node
+        start = max(self.cluster.device.collective_s + protocol.start_s, self.stack.collective_host_s)
+        inside = nbytes * _others(place.ranks, choices) / (intra.device_bandwidth * protocol.bandwidth)
+        outside = nbytes * _others(place.nodes, choices) / (inter.device_bandwidth * protocol.bandwidth)
+        near, far = (place.per_node - 1) * protocol.intra, (place.nodes - 1) * protocol.inter
+        return start + max(inside, outside) + near * intra.latency_s + far * inter.latency_s
+
     def over(self, kind: str, nbytes: float, span: Span) -> float:
         """`seconds` of groups that span several axes."""
         if len(span) == 1:
@@ -177,6 +202,11 @@ class CollectiveCosts:
         # NCCL's all-reduce alone may go up and down a tree instead, in fewer steps.
         tree = (place.per_node - 1) * step + ceil(log2(place.nodes)) * hop + transfer * (1 / TREE_BANDWIDTH - 1)
         return start + 2 * (transfer + (ring if self._gloo else min(ring, tree)))
+
+
+def _others(places: int, choices: int) -> float:
+    """How many other places have an expert that a token chose, on average."""
+    return (places - 1) * (1 - (1 - 1 / places) ** choices)
 
 
 def placement_of(size: int, stride: int, per_node: int) -> Placement:

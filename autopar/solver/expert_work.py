@@ -1,8 +1,12 @@
-"""The work of a mixture's experts, as `codegen/runtime/experts.py` computes them.
+"""The work of a mixture's experts, as `codegen/runtime/experts.py` computes them, and as other stacks do.
 
 They are two grouped matmuls, each of (an expert's rows, k) and (k, n) for every expert that a rank holds. A token has k
 rows, one for each expert it chose; where a rank holds a part of the experts, the one that is waited for has `IMBALANCE`
 times its share of them.
+
+Other stacks (`Stack`) may have routing that is forced to be even (``imbalance``), and matmuls of experts that are one
+kernel each, with a kernel that casts its operand where operands are narrow (``grouped``; Transformer Engine's
+GroupedLinear, transformer_engine/pytorch/module/grouped_linear.py).
 """
 
 from __future__ import annotations
@@ -10,14 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from autopar.graph.dispatch import fullest_rows, sent_rows
-from autopar.graph.ir import Node
+from autopar.graph.dispatch import sent_rows
+from autopar.graph.ir import IMBALANCE, Node
 from autopar.solver.work_parts import Counted, LocalTensor, Matmul, Work
 
+EVEN = IMBALANCE[0] / IMBALANCE[1]
+"""What the fullest rank's experts have of an even share, where nothing is known of the stack."""
 
-def expert_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
+
+def expert_rows(node: Node, index: LocalTensor, up: LocalTensor, imbalance: float = EVEN) -> int:
     """Rows that the slowest rank's experts compute: one for each of their tokens' choices."""
-    return fullest_rows(index.elements, up.shape[0], int(node.kwargs["experts"]), int(node.kwargs.get("ep", 1)))
+    experts = int(node.kwargs["experts"])
+    even = index.elements * up.shape[0] * int(node.kwargs.get("ep", 1)) / experts
+    return ceil(even * (imbalance if up.shape[0] < experts else 1) - 1e-9)
 
 
 def exchanged_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
@@ -26,13 +35,19 @@ def exchanged_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:
     return sent_rows(index.elements, up.shape[0], int(node.kwargs["experts"]), ep) if ep > 1 else 0
 
 
-def experts_work(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+def experts_work(
+    node: Node,
+    inputs: Sequence[LocalTensor],
+    output: LocalTensor,
+    grads: Sequence[bool],
+    imbalance: float = EVEN,
+) -> Counted:
     """Rows gathered by expert, two grouped matmuls with the activation between them, and added up by token.
 
     Streams, in widths of a row: d twice to gather, three times to add; f seven times for activation, gate and routing
     weight, eighteen times backwards. Sorting the choices: a dozen small kernels."""
     hidden, index, _, up, down = inputs[:5]
-    rows, held = expert_rows(node, index, up), up.shape[0]
+    rows, held = expert_rows(node, index, up, imbalance), up.shape[0]
     used = max(1, min(held, rows))
     each, width, inner = ceil(rows / used), hidden.shape[-1], down.elements // (held * hidden.shape[-1])
     wide = up.elements // (held * width)

@@ -25,6 +25,7 @@ from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
 from autopar.plan import Plan
 from autopar.solver.reprice import price_plan
+from autopar.stack import stack_of
 
 RESIDUALS = Path(__file__).parents[1] / "catalog" / "residuals.yaml"
 SPREAD = 0.25
@@ -58,9 +59,9 @@ def interval_of(plan: Plan, model: ModelGraph) -> tuple[float, float]:
 
 
 def residuals(stack: str) -> tuple[float, float]:
-    """The 10th and 90th percentile of measured over predicted seconds for a stack."""
+    """The 10th and 90th percentile of measured over predicted seconds for a stack and its variants."""
     known = _residuals()
-    found = known["stacks"].get(stack, known["all"])
+    found = known["stacks"].get(stack_of(stack).family, known["all"])
     return float(found["low"]), float(found["high"])
 
 

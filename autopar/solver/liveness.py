@@ -41,7 +41,7 @@ from autopar.sharding.execute import local_shape, run_op
 from autopar.sharding.layout import CONTEXT, Layout
 from autopar.sharding.local import blocks_at, produced_layouts
 from autopar.sharding.simulate import LocalWorld
-from autopar.solver.stand_ins import Conversion, InPlaceCrossEntropy, VocabCrossEntropy, all_reduced
+from autopar.solver.stand_ins import LOSSES, Conversion, VocabCrossEntropy, all_reduced
 from autopar.solver.work import ATTENTION
 from autopar.stack import stack_of
 
@@ -254,8 +254,9 @@ class _Run:
             needs, layout = produced_layouts(node, choice)
             operands = [[self._find(name, need)] for name, need in zip(node.operands(), needs, strict=True)]
             split = self.lean or any(strategy.variant for strategy in choice.values())
-            if node.op == "autopar.cross_entropy" and stack_of(self.job.stack).buffers:
-                made = InPlaceCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
+            loss = LOSSES.get(stack_of(self.job.stack).loss)
+            if node.op == "autopar.cross_entropy" and loss:
+                made = loss.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
             elif node.op == "autopar.cross_entropy" and split:
                 made = VocabCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
             else:

@@ -22,8 +22,8 @@ from autopar.cluster import Device
 from autopar.graph.ir import EXPERTS, Node
 from autopar.job import NARROW_BYTES, Job
 from autopar.solver.measured_ops import MeasuredOps
-from autopar.solver.stack_work import LINEAR, as_run
-from autopar.solver.work import variant, work
+from autopar.solver.stack_work import LINEAR, as_run, work_of
+from autopar.solver.work import variant
 from autopar.solver.work_parts import Attention, LocalTensor, Matmul, Work
 from autopar.stack import stack_of
 
@@ -110,7 +110,7 @@ class OpCosts:
 
     def _priced(self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> OpTime:
         """By the profile if there is one that knows the operator, else by the roofline."""
-        forward, backward = work(node, inputs, output, grads)
+        forward, backward = work_of(node, inputs, output, grads, self.stack)
         source = self.device.origin
         if self._measured:
             known = self._measured.seconds(node, inputs, output, grads, (forward, backward), self._time)
@@ -120,10 +120,10 @@ class OpCosts:
         width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
         forward, backward = as_run(node, forward, backward, width, self.stack, self._narrow)
         linear = self._linear if node.op in (LINEAR, EXPERTS) else 0.0
-        host = self.stack.host_s
+        host, speed = self.stack.host_s, self.stack.experts if node.op == EXPERTS else 1.0
         return OpTime(
-            self._time(forward, width, linear),
-            self._time(backward, width, linear),
+            self._time(forward, width, linear, speed),
+            self._time(backward, width, linear, speed),
             source,
             host * forward.kernels,
             host * backward.kernels,
@@ -146,7 +146,7 @@ class OpCosts:
         forward, backward = (
             sum(matmul.flops for matmul in part.matmuls) / matmul_rate
             + (part.attention.flops / attention_rate if part.attention else 0.0)
-            for part in work(node, inputs, output, grads)
+            for part in work_of(node, inputs, output, grads, self.stack)
         )
         return forward, backward
 
@@ -154,7 +154,7 @@ class OpCosts:
         self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]
     ) -> float:
         """What the operands of the arithmetic of its backward take to read and write."""
-        return self._moved(work(node, inputs, output, grads)[1].matmul_bytes)
+        return self._moved(work_of(node, inputs, output, grads, self.stack)[1].matmul_bytes)
 
     def stream_seconds(self, nbytes: float, kernels: int = 1) -> float:
         """Time of ``kernels`` kernels that read and write ``nbytes`` bytes together."""
@@ -193,9 +193,9 @@ class OpCosts:
         fill = _attention_fill(attention, self.device.processors)
         return attention.flops / (peak * self.device.attention_efficiency * self.stack.attention_speed * fill)
 
-    def _time(self, part: Work, width: int, linear: float = 0.0) -> float:
-        """On the device."""
-        seconds = sum(self.matmul_seconds(matmul, width, linear) for matmul in part.matmuls)
+    def _time(self, part: Work, width: int, linear: float = 0.0, speed: float = 1.0) -> float:
+        """On the device; ``speed``: of its matmuls."""
+        seconds = sum(self.matmul_seconds(matmul, width, linear) for matmul in part.matmuls) / speed
         if part.attention:
             seconds += self.attention_seconds(part.attention, width)
         seconds = max(seconds, self._moved(part.matmul_bytes))

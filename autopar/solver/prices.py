@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import NamedTuple
 
-from autopar.graph.ir import EXPERTS, IMBALANCE, Node, OpGraph, TensorMeta
+from autopar.graph.ir import EXPERTS, Node, OpGraph, TensorMeta
 from autopar.graph.size import Size
 from autopar.job import Job
 from autopar.mesh import strides
@@ -254,17 +254,17 @@ def exchange_seconds(
     node: Node, inputs: Sequence[LocalTensor], collectives: CollectiveCosts, tensor_ranks: int
 ) -> float:
     """What experts that ``ep`` data ranks share take to send tokens there and back, either way: the rows and their
-    weights, as many as the fullest rank gets (`IMBALANCE`), the rows that come back, and before them how many there
-    are. Data ranks are ``tensor_ranks`` apart."""
+    weights, as many as the fullest rank gets (`Stack.imbalance`), the rows that come back, and before them how many
+    there are. Data ranks are ``tensor_ranks`` apart."""
     ep = int(node.kwargs.get("ep", 1))
     if ep == 1:
         return 0.0
     hidden, index, weights, up = inputs[:4]
-    rows = exchanged_rows(node, index, up) * ep * IMBALANCE[0] / IMBALANCE[1]
-    width = hidden.shape[-1] * hidden.bytes_per_element
-    counts = ep * ep * up.shape[0] * 4
-    moved = (rows * width, rows * weights.bytes_per_element, rows * width, counts)
-    return sum(collectives.seconds("all_to_all", nbytes, ep, tensor_ranks) for nbytes in moved)
+    rows = exchanged_rows(node, index, up) * collectives.stack.imbalance
+    width, counts = hidden.shape[-1] * hidden.bytes_per_element, up.shape[0] * 4
+    choices = index.shape[-1] if collectives.stack.once else 0
+    moved = (rows * width, rows * weights.bytes_per_element, rows * width, ep * counts)
+    return sum(collectives.exchange(nbytes, ep, tensor_ranks, choices) for nbytes in moved)
 
 
 def _in_order(tensor: LocalTensor, split: SpmdType) -> bool:

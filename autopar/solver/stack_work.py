@@ -17,14 +17,25 @@ these casts with what made the operands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from autopar.graph.ir import Node
-from autopar.solver.work import ATTENTION, MATMULS, is_pointwise
-from autopar.solver.work_parts import Attention, Matmul, Work
+from autopar.graph.ir import EXPERTS, Node
+from autopar.solver.expert_work import experts_work
+from autopar.solver.work import ATTENTION, MATMULS, is_pointwise, work
+from autopar.solver.work_parts import Attention, Counted, LocalTensor, Matmul, Work
 from autopar.stack import Stack
 
 LINEAR = "aten.linear"
+
+
+def work_of(
+    node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool], stack: Stack
+) -> Counted:
+    """`work`, with the rows that experts of this stack have."""
+    if node.op != EXPERTS:
+        return work(node, inputs, output, grads)
+    return experts_work(node, inputs, output, grads, stack.imbalance)
 
 
 def as_run(
@@ -36,6 +47,8 @@ def as_run(
         return _unfused(forward, width), _unfused(backward, width)
     if node.op == ATTENTION and not stack.balanced:
         return _unbalanced(forward), _unbalanced(backward)
+    if node.op == EXPERTS:
+        return _experts(forward, width, stack, narrow, False), _experts(backward, width, stack, narrow, True)
     if is_pointwise(node):
         return _fused(forward, stack), _fused(backward, stack)
     if node.op.removeprefix("aten.") in MATMULS:
@@ -54,6 +67,19 @@ def _cast(forward: Work, backward: Work, moved: float) -> tuple[Work, Work]:
         replace(forward, nbytes=forward.nbytes + moved * read, kernels=forward.kernels + 2),
         replace(backward, nbytes=backward.nbytes + moved * made, kernels=backward.kernels + bool(made)),
     )
+
+
+def _experts(part: Work, width: int, stack: Stack, narrow: float, back: bool) -> Work:
+    """Two casts of rows where operands are narrow: forward of what goes into the matmuls, backward of the gradients of
+    what comes out. Where matmuls are a kernel for each expert, casts are too."""
+    casts = 2 if narrow and part.matmuls else 0
+    if casts:
+        cast = sum(each.batch * each.m * (each.n if back else each.k) for each in part.matmuls[:2])
+        part = replace(part, nbytes=part.nbytes + (width + narrow) * cast, kernels=part.kernels + casts)
+    fused = _fused(part, stack)
+    if stack.grouped or not part.matmuls:
+        return fused
+    return replace(fused, kernels=fused.kernels + (part.matmuls[0].batch - 1) * (len(part.matmuls) + casts))
 
 
 def _fused(part: Work, stack: Stack) -> Work:

@@ -133,7 +133,7 @@ class InPlaceCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = logits.to(_wide(logits).dtype, copy=True)
+        wide = logits.to(_wide_type(logits), copy=True)
         ctx.save_for_backward(wide, labels)
         ctx.dtype = logits.dtype
         return wide.sum()
@@ -143,5 +143,40 @@ class InPlaceCrossEntropy(torch.autograd.Function):
         return ctx.saved_tensors[0].to(ctx.dtype, copy=True), None
 
 
+class CompiledInPlaceCrossEntropy(InPlaceCrossEntropy):
+    """The same under torch.compile, which makes what is summed in a tensor of its own, and copies it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        total = InPlaceCrossEntropy.forward(ctx, logits, labels)
+        return total + logits.new_empty(logits.shape, dtype=_wide_type(logits)).sum()
+
+
+class CompiledCrossEntropy(torch.autograd.Function):
+    """The tensors of a compiled cross-entropy: logits as they came are kept, their gradient is made in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        total = logits.new_empty(logits.shape[:-1], dtype=_wide_type(logits))
+        ctx.save_for_backward(logits, labels, total)
+        return total.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+LOSSES: Mapping[str, type[torch.autograd.Function]] = {
+    "compiled": CompiledCrossEntropy,
+    "in-place": InPlaceCrossEntropy,
+    "in-place-compiled": CompiledInPlaceCrossEntropy,
+}
+"""Of stacks (`Stack.loss`); what is plain is run as it is."""
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype == torch.float64 else torch.float32
+
+
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(_wide_type(x))
