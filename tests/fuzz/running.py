@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import isfinite
+from threading import local
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
@@ -75,26 +76,60 @@ def _one_device(
     }
 
 
+class LocalNew:
+    """Stands in for `runtime.weights.New`: parameters that are what one rank holds of ``weights``, with their splits.
+
+    DTensors, which hold them elsewhere, cost more to make than a case takes to run.
+    """
+
+    def __init__(self, mesh: DeviceMesh, own: Mapping[str, int], splits: tuple[str, ...]) -> None:
+        self.mesh, self.own, self.splits = mesh, own, splits
+
+    def axis(self, name: str) -> DeviceMesh:
+        return _axis(self.mesh, name)
+
+    def whole(self, *shape: int, trains: bool = True) -> nn.Parameter:
+        return self.split(*shape, trains=trains)
+
+    def split(self, *shape: int, trains: bool = True, **dims: int) -> nn.Parameter:
+        local = torch.zeros(shape, dtype=torch.float64)
+        split = {axis: dims[axis] for axis in self.splits if axis in dims}
+        parameter: Any = nn.Parameter(self.part(local, split), trains)
+        parameter.split, parameter.to_local = split, lambda: parameter
+        return parameter
+
+    def part(self, whole: Tensor, split: Mapping[str, int]) -> Tensor:
+        """What this rank holds of a tensor that axes, outermost first, split on dims."""
+        for axis, dim in split.items():
+            whole = whole.chunk(self.axis(axis).size(), dim)[self.own[axis]]
+        return whole.clone()
+
+
+@cache
+def _axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    return mesh[name]
+
+
 def _all_ranks(
     source: str, plan: Plan, model: nn.Module, graph: ModelGraph, batch: Mapping[str, Tensor]
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the emitted module; copies of a gradient that ranks have are stacked on a new dim 0."""
-    module = load_module(source)
+    module: Any = load_module(source)
     mesh, axes = plan.mesh, {axis: size for axis, size in plan.mesh.axes().items() if axis != "pp"}
     first = {name: group[0] for group in graph.tied for name in group}
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     places = coordinates(axes)
     targets = max(int(module.count_targets(dict(batch))), 1)
+    made = local()
+    module.New = lambda *_: made.new
 
     def work(rank: int, device_mesh: DeviceMesh) -> tuple[float, dict[str, tuple[Tensor, dict[str, int]]]]:
         own = places[rank]
+        new = made.new = LocalNew(device_mesh, own, tuple(mesh.tp_axes()))
         stages = [module.build_stage(i, device_mesh, torch.device("cpu"), torch.float64) for i in range(mesh.pp)]
         for stage in stages:
             for name, parameter in stage.named_parameters():
-                whole = weights[first.get(name, name)]
-                for axis, dim in _splits(parameter).items():
-                    whole = whole.chunk(axes[axis], dim)[own[axis]]
-                _local(parameter).detach().copy_(whole)
+                parameter.detach().copy_(new.part(weights[first.get(name, name)], parameter.split))
         total = 0.0
         for index in range(plan.micro_batches):
             part = {
@@ -112,10 +147,10 @@ def _all_ranks(
         for stage in stages:
             for name, parameter in stage.named_parameters():
                 if parameter.requires_grad:
-                    key, gradient = first.get(name, name), parameter.grad
-                    local = torch.zeros_like(_local(parameter)) if gradient is None else _local(gradient)
+                    key = first.get(name, name)
+                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     before = gradients[key][0] if key in gradients else 0.0
-                    gradients[key] = (local + before, _splits(parameter))
+                    gradients[key] = (gradient.detach() + before, parameter.split)
         return total, gradients
 
     results = ranks_of(tuple(axes.items())).run(work)
@@ -132,26 +167,13 @@ def _all_ranks(
 
 def _joined(name: str, results: list[dict[str, tuple[Tensor, dict[str, int]]]], axes: Mapping[str, int]) -> Tensor:
     """The gradient summed over the data ranks and put together from its parts; copies stacked on dim 0."""
-    parts = [result[name][0].detach().unsqueeze(0) for result in results]
+    parts = [result[name][0].unsqueeze(0) for result in results]
     split = results[0][name][1]
     for axis, size in reversed(axes.items()):
         # Innermost axis first: neighbours are the ranks that differ on it alone.
-        inner = 1
-        runs = [parts[place : place + size] for place in range(0, len(parts), size * inner)]
+        runs = [parts[place : place + size] for place in range(0, len(parts), size)]
         if axis in ("dp", "cp"):
             parts = [torch.stack(run).sum(0) for run in runs]
         else:
             parts = [torch.cat(run, split[axis] + 1 if axis in split else 0) for run in runs]
     return parts[0]
-
-
-def _local(x: Any) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x.detach() if isinstance(x, nn.Parameter) else x
-
-
-def _splits(x: Any) -> dict[str, int]:
-    """The axes that split a parameter, outermost first, and the dims they split."""
-    if not isinstance(x, DTensor):
-        return {}
-    names = x.device_mesh.mesh_dim_names or ()
-    return {axis: kind.dim for axis, kind in zip(names, x.placements, strict=True) if isinstance(kind, Shard)}
