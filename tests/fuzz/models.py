@@ -114,7 +114,8 @@ def _layers(pick: Any, members: Members, classes: list[str], body: Body, x: Valu
     arguments = "x, ids" if extra else "x"
     lines = [f"{name} = x.shape[{x.shape.index(size)}]" for name, size in (("b", BATCH), ("s", SEQ)) if name in sizes]
     norm = pick((f"self.norm({made})", str(made)))
-    inner.lines.append(f"self.norm = nn.LayerNorm({_width(x)})" if "norm" in norm else "pass")
+    if "norm" in norm:
+        inner.lines.append(f"self.norm = nn.LayerNorm({_width(x)})")
     classes.append(_class("Layer", inner.lines, arguments, [*lines, *layer.lines, f"return x + {norm}"]))
     given = "Layer()"
     members.lines.append(
@@ -153,7 +154,7 @@ def _tokens(pick: Any) -> Drawn:
     if pick((False, True)):
         x = _steps(body, pick((1, 2)), x)
     x = _brought(body, x, BS, width)
-    loss = pick(("head", "tied", "head", "square", "target"))
+    loss = pick(("head", "tied", "head", "sine", "target"))
     if loss in ("head", "tied"):
         inputs.append(("labels", (LENGTH,), "ids"))
         bias = pick(("", ", bias=False"))
@@ -164,8 +165,8 @@ def _tokens(pick: Any) -> Drawn:
         logits, labels = ("logits[:, :-1]", "labels[:, 1:]") if shift else ("logits", "labels")
         body.lines.append(f"logits = self.head({x})")
         body.lines.append(f"return F.cross_entropy({logits}.flatten(0, 1), {labels}.flatten())")
-    elif loss == "square":
-        body.lines.append(f"return {x}.square().{pick(('mean', 'sum'))}()")
+    elif loss == "sine":
+        body.lines.append(f"return ({x} + 0.3).sin().{pick(('mean', 'sum'))}()")
     else:
         inputs.append(("target", (LENGTH, width), "real"))
         body.lines.append(f"return F.{pick(('mse_loss', 'l1_loss'))}({x}, target)")
@@ -207,6 +208,8 @@ def _image(pick: Any) -> Drawn:
 def _ended(pick: Any, members: Members, classes: list[str], body: Body, x: Value, inputs: list[Any]) -> Drawn:
     n = pick((8, 12, 5))
     x = _brought(body, x, (BATCH,), n)
+    members.lines.append(f"self.last = nn.Parameter(torch.randn({n}))")  # something trains
+    x = body.aside(f"{x} + self.last", *x.shape)
     if pick((True, False)):
         inputs.append(("labels", (), "ids"))
         body.lines.append(f"return F.cross_entropy({x}, labels)")
@@ -217,7 +220,6 @@ def _ended(pick: Any, members: Members, classes: list[str], body: Body, x: Value
 
 
 def _drawn(members: Members, classes: list[str], body: Body, inputs: list[Any]) -> Drawn:
-    # What takes no part in the loss would be cut away: a parameter there is wherever there is none.
     names = ", ".join(name for name, _, _ in inputs)
     classes.append(_class("Model", members.lines, names, body.lines))
     return Drawn("\n\n".join([_HEAD, *classes]), tuple(inputs))
@@ -251,4 +253,3 @@ def built(drawn: Drawn) -> tuple[nn.Module, dict[str, Tensor], ModelGraph]:
         name: torch.randint(0, 5, shape) if kind == "ids" else torch.randn(shape) for name, shape, kind in drawn.inputs
     }
     return model, inputs, trace(model, inputs)
-

@@ -191,7 +191,9 @@ def _image(body: Body, x: Value) -> bool:
 def image(body: Body, x: Value) -> Value:
     """Convolutions, pools, resizing and group norms of [b, c, h, w]."""
     b, c, h, w = x.shape
-    assert isinstance(c, int) and isinstance(h, int) and isinstance(w, int)
+    assert isinstance(c, int)
+    assert isinstance(h, int)
+    assert isinstance(w, int)
     n, g = body.width(), body.pick([g for g in (1, 2, 4) if c % g == 0])
     n = n if n % g == 0 else n * g
     forms = [

@@ -15,7 +15,7 @@ from typing import Any
 from autopar.cluster import Cluster
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import BlockKind, ModelGraph, Node
-from autopar.graph.size import SEQ, Size, size_at
+from autopar.graph.size import SEQ, size_at
 from autopar.job import Job
 from autopar.mesh import Mesh
 from autopar.plan import SAVEABLE, Candidate, Plan, Predicted, Run, Stage
@@ -55,7 +55,7 @@ MESHES = (
 LENGTHS = (8, 12, 16)
 
 
-class DeadEnd(Exception):
+class DeadEndError(Exception):
     """``node`` leaves in a layout that some reader cannot take."""
 
     def __init__(self, node: str) -> None:
@@ -145,8 +145,9 @@ class _Decisions:
         while True:
             try:
                 decision = _Drawing(self, kind, ties, frozenset(even)).decision()
-            except DeadEnd as end:
-                assert end.node not in even, end.node
+            except DeadEndError as end:
+                if end.node in even:
+                    raise
                 even.add(end.node)
                 continue
             check_decision(kind, decision, self.batch, self.seq)
@@ -200,7 +201,7 @@ class _Drawing:
         for index, name in enumerate(self.graph.outputs):
             outputs[name] = self._leaves(index, name)
             if not self._reachable(name, outputs[name]):
-                raise DeadEnd(name)
+                raise DeadEndError(name)
             self._convert(name, outputs[name])
         for node in self.graph.of("parameter"):
             if node.name not in self.held:
@@ -253,7 +254,7 @@ class _Drawing:
                 choice[axis] = next((s for s in strategies if s.name == name), strategies[0])
             if self._possible(node, choice):
                 return choice
-        raise DeadEnd(next(name for name in node.operands() if not self._reachable(name, None)))
+        raise DeadEndError(next(name for name in node.operands() if not self._reachable(name, None)))
 
     def _strategies(self, node: Node, axis: str) -> list[Strategy]:
         """What the operator may do on one axis alone."""
@@ -312,6 +313,3 @@ class _Drawing:
             source = self.pick(list(self._sources(name, need)))
             self.conversions.append(Conversion(name, source, need))
             self.held[name].append(need)
-
-
-assert Size

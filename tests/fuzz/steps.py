@@ -58,15 +58,53 @@ def wide(body: Body, x: Value) -> bool:
     return bool(x.wide_dims())
 
 
-UNARY = """
-{x}.sin() F.gelu({x}) F.silu({x}) {x}.tanh() {x}.sigmoid() F.relu({x}) {x}.square() -{x} {x}*0.5 {x}+1.5 1.0-{x}
-{x}/3.0 {x}.abs() F.softplus({x}) F.elu({x}) F.leaky_relu({x},0.1) F.hardtanh({x},-1.5,1.5) F.mish({x}) {x}.erf()
-{x}.cos() {x}.clamp(-2.0,2.0) {x}.clamp_min(0.1) ({x}.square()+1.0).sqrt() ({x}.abs()+0.5).log()
-({x}.square()+0.5).rsqrt() ({x}.abs()+1.0).reciprocal() {x}.tanh().exp() {x}**2 F.logsigmoid({x})
-{x}.sigmoid().logit() {x}.clone() {x}.float().sigmoid() F.gelu({x},approximate="tanh") F.selu({x}) {x}.atan()
-{x}.tanh().expm1() {x}.square().log1p() F.hardswish({x}) F.softsign({x}) F.relu({x})**2 {x}.detach().tanh()*{x}
-{x}.nan_to_num() torch.threshold({x},0.1,0.0) {x}.neg().exp2().log1p() {x}.round().detach()+{x}
-""".split()
+UNARY = [
+    "{x}.sin()",
+    "F.gelu({x})",
+    "F.silu({x})",
+    "{x}.tanh()",
+    "{x}.sigmoid()",
+    "F.relu({x})",
+    "{x}.square()",
+    "-{x}",
+    "{x}*0.5",
+    "{x}+1.5",
+    "1.0-{x}",
+    "{x}/3.0",
+    "{x}.abs()",
+    "F.softplus({x})",
+    "F.elu({x})",
+    "F.leaky_relu({x},0.1)",
+    "F.hardtanh({x},-1.5,1.5)",
+    "F.mish({x})",
+    "{x}.erf()",
+    "{x}.cos()",
+    "{x}.clamp(-2.0,2.0)",
+    "{x}.clamp_min(0.1)",
+    "({x}.square()+1.0).sqrt()",
+    "({x}.abs()+0.5).log()",
+    "({x}.square()+0.5).rsqrt()",
+    "({x}.abs()+1.0).reciprocal()",
+    "{x}.tanh().exp()",
+    "{x}**2",
+    "F.logsigmoid({x})",
+    "{x}.sigmoid().logit()",
+    "{x}.clone()",
+    "{x}.float().sigmoid()",
+    'F.gelu({x},approximate="tanh")',
+    "F.selu({x})",
+    "{x}.atan()",
+    "{x}.tanh().expm1()",
+    "{x}.square().log1p()",
+    "F.hardswish({x})",
+    "F.softsign({x})",
+    "F.relu({x})**2",
+    "{x}.detach().tanh()*{x}",
+    "{x}.nan_to_num()",
+    "torch.threshold({x},0.1,0.0)",
+    "{x}.neg().exp2().log1p()",
+    "{x}.round().detach()+{x}",
+]
 
 
 @step(always)
@@ -74,12 +112,24 @@ def unary(body: Body, x: Value) -> Value:
     return body.emit(body.pick(UNARY).format(x=x), *x.shape)
 
 
-BINARY = """
-{x}+{y} {x}*{y} {x}-{y} {y}-{x} {x}/({y}.abs()+1.0) torch.maximum({x},{y}) torch.where({x}>{y},{x},{y}*0.5)
-torch.lerp({x},{y},0.3) torch.atan2({x},{y}.abs()+1.0) torch.hypot({x},{y}+3.0) torch.logaddexp({x},{y})
-torch.addcmul({x},{x},{y}) ({x}.abs()+0.5)**{y}.tanh() {x}*({y}>0.0) torch.minimum({y},{x})
-torch.addcdiv({x},{y},{x}.square()+1.0)
-""".split()
+BINARY = [
+    "{x}+{y}",
+    "{x}*{y}",
+    "{x}-{y}",
+    "{y}-{x}",
+    "{x}/({y}.abs()+1.0)",
+    "torch.maximum({x},{y})",
+    "torch.where({x}>{y},{x},{y}*0.5)",
+    "torch.lerp({x},{y},0.3)",
+    "torch.atan2({x},{y}.abs()+1.0)",
+    "torch.hypot({x},{y}+3.0)",
+    "torch.logaddexp({x},{y})",
+    "torch.addcmul({x},{x},{y})",
+    "({x}.abs()+0.5)**{y}.tanh()",
+    "{x}*({y}>0.0)",
+    "torch.minimum({y},{x})",
+    "torch.addcdiv({x},{y},{x}.square()+1.0)",
+]
 
 
 @step(featured)
@@ -172,7 +222,7 @@ def softmax(body: Body, x: Value) -> Value:
     return body.emit(body.pick(forms).format(x=x, d=dim), *x.shape)
 
 
-REDUCTIONS = "sum mean amax logsumexp var std amin norm prod".split()
+REDUCTIONS = ("sum", "mean", "amax", "logsumexp", "var", "std", "amin", "norm", "prod")
 
 
 @step(deep)
