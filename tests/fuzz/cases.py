@@ -22,7 +22,7 @@ PLANS = 8
 
 @dataclass
 class Counts:
-    """What has been run: cases, by operator (of the traced graph) and by mesh; models, and those not to compare with."""
+    """What has been run: cases, by operator of the graph and by mesh; models, and those not to compare with."""
 
     cases: int = 0
     models: int = 0
