@@ -23,8 +23,9 @@ def transposed(body: Body, x: Value) -> Value:
         order = list(range(x.rank))
         order[a], order[b] = b, a
         return body.emit(f"{x}.permute({', '.join(map(str, order))})", *shape)
-    turned = body.aside(f"{x}.transpose(0, {a})", *x.shape)
-    made = body.aside(f"({turned} * {body.along(x) if a != x.rank - 1 else 0.5}).tanh()", *x.shape)
+    turned = body.aside(f"{x}.transpose(0, {a})", x.shape[a], *x.shape[1:a], x.shape[0], *x.shape[a + 1 :])
+    factor = body.along(turned) if isinstance(turned.last, int) else "0.5"
+    made = body.aside(f"({turned} * {factor}).tanh()", *turned.shape)
     return body.emit(f"{made}.transpose(0, {a})", *x.shape)
 
 
