@@ -1,4 +1,4 @@
-# make demo | test | check | subset | experts | proof | memory | zoo | snapshots | examples | readme: each makes .venv
+# make demo | test | check | subset | experts | proof | fuzz | memory | zoo | snapshots | examples | readme: each makes .venv
 # first, once, from the pinned constraints.txt.
 PYTHON := $(firstword $(foreach python,$(PYTHON) python3 python3.13 python3.12 python3.11,\
 	$(shell $(python) -c 'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
@@ -8,7 +8,7 @@ CODE := autopar tests examples benchmarks
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check subset experts proof memory zoo snapshots examples readme clean
+.PHONY: demo test check subset experts proof fuzz memory zoo snapshots examples readme clean
 
 demo: $(READY)
 	$(BIN)/autopar search llama3-8b --cluster 8x8:h100 --global-batch 512 --seq-len 8192
@@ -34,6 +34,12 @@ experts: $(READY)
 # All of it. One case alone: make proof ONLY="llama dp2 tp2 fp64 zero0 m2x1"
 proof: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m proof --only "$(ONLY)"
+
+# Drawn models under drawn plans, each against one device. One batch again: make fuzz SEED=1 BATCH=17
+CASES ?= 300
+SEED ?= 1
+fuzz: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED) $(if $(BATCH),--batch $(BATCH))
 
 # Every architecture of benchmarks/zoo_models.py on 4 and 8 ranks. One alone: make zoo ONLY=llama
 zoo: $(READY)

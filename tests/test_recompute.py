@@ -159,6 +159,21 @@ def test_attention_made_of_matmuls_keeps_no_scores() -> None:
     assert held < 64 * 64 * 4 * 2 + 8192  # not two heads of 64 x 64 scores
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_run_again_as_a_whole(kind: type[nn.RNNBase]) -> None:
+    """They work in place on the results of their matmuls: kept ones would not be what the forward computed with."""
+    torch.manual_seed(0)
+    layer, x = kind(4, 3, batch_first=True).double(), torch.randn(2, 5, 4, dtype=torch.float64)
+
+    def gradients(call: Call) -> list[Tensor]:
+        loss = call(lambda y: layer(y)[0], x).square().sum()
+        return list(torch.autograd.grad(loss, list(layer.parameters())))
+
+    kept = gradients(partial(selective, keep=("matmul",)))
+    for found, expected in zip(kept, gradients(lambda block, y: block(y)), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_backward_twice_is_refused() -> None:
     x = torch.randn(2, 8, 32, requires_grad=True)
     result = selective(Layer(0.0), x, keep=("matmul",)).sum()

@@ -188,6 +188,7 @@ COMPOSITES = {
         "rms_norm(x, (8,), weight, 1e-05)",
     ),
     "nn.functional": (lambda x, w: F.rms_norm(x, (8,), w, 1e-5), "rms_norm(x, (8,), weight, 1e-05)"),
+    "nn.functional, weight apart": (lambda x, w: w * F.rms_norm(x, (8,)), "rms_norm(x, (8,), weight, None)"),
     "gelu tanh": (
         lambda x, w: 0.5 * (x * w) * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x * w + 0.044715 * (x * w) ** 3))),
         "gelu(y, 'tanh')",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hand_plans import gpt2, graph_of, llama, on_axes, plan_of
+from hand_plans import Axis, decide, gpt2, graph_of, llama, on_axes, plan_of
+from torch import nn
 
 from autopar.cluster import Cluster
 from autopar.codegen import twin
@@ -16,6 +17,7 @@ from autopar.graph.ir import ModelGraph
 from autopar.graph.trace import trace
 from autopar.job import Job
 from autopar.plan import Mesh, Plan
+from autopar.sharding.layout import P, R, S
 from autopar.solver.search import search
 
 MODELS = {"llama": llama(2), "gpt2": gpt2(2)}
@@ -143,6 +145,30 @@ def test_a_stage_index_counts_all_stages_of_all_ranks() -> None:
     assert set().union(*held) == set(GRAPHS["llama"].parameters)
     assert sum(map(len, held)) == len(GRAPHS["llama"].parameters)
     assert verify(chosen, model).worst[1] <= 1e-12
+
+
+def test_ways_to_two_layouts_that_begin_alike_have_their_beginning_once() -> None:
+    """``x`` is read as R, S(2) and as R, R: both by way of R, I."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(8, 4)
+            self.a, self.b = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            return (self.a(x) * self.b(x)).sum()
+
+    model, inputs = Two(), {"input_ids": torch.arange(8)}
+    graph, mesh = trace(model, inputs), Mesh(tp=4, tp_parts=(2, 2))
+    [kind] = graph.kinds.values()
+    axes = {"tp0": Axis({"a": (R, R), "b": (R, R)}), "tp1": Axis({"a": (S(2), P), "b": (R, R)})}
+    decision = decide(kind, mesh.model_axes(), axes)
+    assert [str(c.target) for c in decision.conversions if c.tensor == "embed"] == ["tp0:R tp1:S(2)", "tp0:R tp1:R"]
+    chosen = plan_of(graph, {kind.name: decision}, mesh)
+    assert module_source(chosen, graph).count("(embed, self.tp0)") == 1
+    assert verify(chosen, model, inputs).worst[1] <= 1e-12
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ class Body:
     _steps: list[Step] = field(default_factory=list)
     _held: dict[str, list[tuple[Layout, str]]] = field(default_factory=dict)
     _hints: dict[str, str] = field(default_factory=dict)
+    _converted: dict[str, Expr] = field(default_factory=dict)
 
     def program(self) -> Program:
         """The statements. Raises UnsupportedError for what cannot be written."""
@@ -292,6 +293,12 @@ class Body:
         return prod(self.setting.axes[name] for name in outer if count(layout[name].blocks) < count(kind.blocks))
 
     def _step(self, key: str, expr: Expr, hint: str, group: str, comments: tuple[str, ...] = ()) -> str:
+        """The key of one more value; of one there is where ways to two layouts begin alike."""
+        while key in self._converted:
+            if self._converted[key] == expr:
+                return key
+            key += " again"
+        self._converted[key] = expr
         self._hints[key] = hint
         self._steps.append(Step(key, expr, hint, group, comments))
         return key

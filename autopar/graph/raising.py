@@ -55,9 +55,17 @@ def rms_cast(node: Node, new: Draft) -> Ref | None:
     x, dtype = node.args
     norm = new.producer(x, "aten.rms_norm")
     up = new.producer(norm.args[0], "autopar.cast") if norm else None
-    if not norm or not up or up.args[1] != "float32" or norm.args[2] is not None or new.meta(up.args[0]).dtype != dtype:
+    if not norm or not up or up.args[1] != "float32" or _weight_and_eps(norm)[0] is not None:
+        return None
+    if new.meta(up.args[0]).dtype != dtype:
         return None
     return Ref(new.emit("aten.rms_norm", up.args[0], *norm.args[1:], shape=norm.meta.shape))
+
+
+def _weight_and_eps(norm: Node) -> tuple[Any, Any]:
+    """Of an rms_norm, whose last arguments may be left out."""
+    weight, eps = (*norm.args[2:], None, None)[:2]
+    return weight, eps
 
 
 def rms_weight(node: Node, new: Draft) -> Ref | None:
@@ -66,10 +74,11 @@ def rms_weight(node: Node, new: Draft) -> Ref | None:
         return None
     for weight, value in _either(node):
         norm = new.producer(value, "aten.rms_norm")
-        if not norm or norm.args[2] is not None or not isinstance(weight, Ref):
+        if not norm or not isinstance(weight, Ref):
             continue
-        if new.meta(weight).shape == norm.args[1] and new.meta(weight).dtype == norm.meta.dtype:
-            x, width, _, eps = norm.args
+        x, width = norm.args[:2]
+        own, eps = _weight_and_eps(norm)
+        if own is None and new.meta(weight).shape == width and new.meta(weight).dtype == norm.meta.dtype:
             return Ref(new.emit("aten.rms_norm", x, width, weight, eps, shape=norm.meta.shape))
     return None
 

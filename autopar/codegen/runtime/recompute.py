@@ -48,6 +48,9 @@ def _packets(library: str, names: str) -> Iterable[Any]:
 KEEPABLE: dict[str, frozenset[Any]] = {name: frozenset(_packets(*where)) for name, where in _NAMES.items()}
 """What may be kept, and the operators that each name stands for."""
 
+_ALWAYS_AGAIN = ("experts", "lstm", "gru", "rnn_tanh", "rnn_relu")
+"""What runs again as a whole. Recurrent layers change the results of their matmuls in place, which would be kept so."""
+
 _PASSING = frozenset(
     (
         *(packet for name in KEEPABLE if name not in ("matmul", "attention") for packet in KEEPABLE[name]),
@@ -149,12 +152,12 @@ class _Kept:
     def __init__(self, names: Sequence[str]) -> None:
         self.wanted = frozenset().union(*(KEEPABLE[name] for name in names))
         self.results: dict[Any, deque[_Result]] = defaultdict(deque)
-        self.inside = {"attention": 0, "experts": 0}
+        self.inside = dict.fromkeys(("attention", *_ALWAYS_AGAIN), 0)
 
     def includes(self, op: Any) -> bool:
-        # Attention that runs as plain matmuls has scores of its own, which nobody asked to keep; experts run again.
+        # Attention that runs as plain matmuls has scores of its own, which nobody asked to keep.
         plain = self.inside["attention"] and op in KEEPABLE["matmul"]
-        return op in self.wanted and not plain and not self.inside["experts"]
+        return op in self.wanted and not plain and not any(self.inside[name] for name in _ALWAYS_AGAIN)
 
 
 class _WithinComposite(TorchFunctionMode):

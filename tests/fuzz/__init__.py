@@ -1,0 +1,16 @@
+"""Drawn models under drawn plans: the emitted module on all ranks against the model on one device, in float64.
+
+writing, steps, moves   what a model is written with: steps of one to a few operators, on values of symbolic shapes
+models                  models as source text of plain PyTorch: tokens, features or images; with or without repeated
+                        layers; shared, tied and frozen parameters; widths and vocabularies that do not divide
+plans                   a mesh of 2 to 8 ranks (dp, cp, tp in one or two axes, pp); on each axis any strategy of every
+                        operator and any layout of every tensor that `check_decision` passes; conversions follow
+world                   ranks as threads with real collectives, kept from case to case
+running                 one case: loss and every gradient, to 1e-10 by the measure of `autopar.codegen.compare`
+cases, batches          under hypothesis, with a seed for each batch of models; each model comes with several plans
+
+Not drawn: experts, state-space scans, dropout, padded heads, FSDP2 and its levels (they need processes), offload, and
+16-bit dtypes (see tests/proof).
+
+Continuous integration runs `test_fuzz.py`; more of them: `make fuzz CASES=10000 SEED=1`.
+"""
