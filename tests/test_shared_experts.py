@@ -39,7 +39,7 @@ def test_no_bound_is_above_what_a_configuration_takes(model: ModelGraph) -> None
     """For every sharing of experts, with model axes and without."""
     context = Context.of(model, JOB, Cluster.parse("2x4:h100"), Fix())
     known, priced = KnownShardings(context), {1: 0, 2: 0, 4: 0}
-    for config in list(configs(model, JOB, context.cluster, Fix(micro_batch=1)))[::7]:
+    for config in list(configs(model, JOB, context.cluster, Fix(micro_batch=1)))[::5]:
         of, shardings = context.sharing(config.ep), known.of(config.sharding)
         seconds = price(of, config, shardings, Found(0.0, known))
         if seconds == INFINITE:
@@ -48,7 +48,7 @@ def test_no_bound_is_above_what_a_configuration_takes(model: ModelGraph) -> None
         bounds = [quick_bound(of, config, work) for work in (shardings.cheap_bound(), shardings.least_work())]
         bounds += [stage_bound(of, config, shardings, sharp) for sharp in (False, True)]
         assert max(*bounds, loose_bound(of, [config], shardings)) <= seconds, str(config)
-    assert min(priced.values()) > 5
+    assert min(priced.values()) > 3
 
 
 def test_a_relaxation_for_all_sharings_is_below_that_of_each(model: ModelGraph) -> None:
