@@ -91,7 +91,6 @@ PLANS = {
     "mixtral": ["tp", "ep"],
     "t5": ["cp", "pp"],
     "mamba2": ["zero3", "tp+sp"],
-    "deepseek_v2": ["tp+sp"],
     "resnet": ["dp", "tp"],
 }
 """A part of `make zoo` that continuous integration runs: every kind of plan once, on models that differ most."""
