@@ -91,6 +91,19 @@ def test_torchtitan_compiles_the_loss_from_2025_on():
     assert stack_name(BY_ID["titan_8b_h200_4n"]) == "compiled-loss"
 
 
+def test_containers_name_variants():
+    new, old = (
+        next(r for r in RECORDS if r["id"].startswith(f"bridge_{c}_Qwen3_30B_a3B_DGX-GB200"))
+        for c in ("26.06", "26.04")
+    )
+    assert (stack_name(new), stack_name(old)) == ("megatron-graphs", "megatron")
+    assert (
+        stack_name({**new, "dtype": "bf16"})
+        == stack_name({**new, "model": {**new["model"], "moe": None}})
+        == "megatron"
+    )
+
+
 def test_recipes_change_the_record():
     record = of_group("megatron_ci_golden_small")
     still = config_of({**record, "ci_args": {"attention-dropout": 0.0}})
