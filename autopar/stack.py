@@ -33,6 +33,7 @@ class Stack:
     balanced: bool
     grouped: bool
     once: bool
+    hidden: bool
     copies: float
     pointwise: float
     kernels: float

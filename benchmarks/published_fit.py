@@ -56,12 +56,13 @@ def with_device(cluster: Any, changes: dict[str, float]) -> Any:
 
 
 def set_stacks(changes: dict[str, float]) -> None:
-    """Set stack constants in this process, of their variants too."""
+    """Set stack constants in this process, of variants too where these have the same."""
     every = stacks.catalog()["stacks"]
     for name, value in changes.items():
         owner, _, part = name.partition(".")
+        old = every[owner]["values"][part] if owner in every else None
         for other, entry in every.items() if owner in every else ():
-            if owner in (other, entry.get("of")):
+            if owner in (other, entry.get("of")) and entry["values"][part] == old:
                 entry["values"][part] = value
     stacks.stack_of.cache_clear()
 

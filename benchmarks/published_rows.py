@@ -60,6 +60,8 @@ PYTORCH_WORKSPACES, DETERMINISTIC_BYTES = 2, 8 * 4 * 2**20
 deterministic."""
 CHEAP = "selective(matmul+attention)"
 """What is recomputed first where a source does not say."""
+STEP_GRAPHS = "26.06"
+"""The container from which on NVIDIA's recipes for mixtures in MXFP8 make whole steps a CUDA graph."""
 COMPILED_LOSS = "2025"
 """The year from which on torchtitan compiles the loss (torchtitan/components/loss.py)."""
 RACK = 64
@@ -223,7 +225,11 @@ def _variant(record: Record, stack: str) -> str:
         return ""
     if told.get("attention-backend") == "unfused" or told.get("transformer-impl") == "local":
         return "-unfused"
-    return "-compiled-loss" if told.get("cross-entropy-loss-fusion") else ""
+    if told.get("cross-entropy-loss-fusion"):
+        return "-compiled-loss"
+    container = re.search(r"\((\d\d\.\d\d)[.\d]* NeMo Container\)", str(record.get("source")))
+    graphs = container and container[1] >= STEP_GRAPHS and record["model"].get("moe") and "mxfp8" in record["dtype"]
+    return "-graphs" if graphs else ""
 
 
 def fix_of(record: Record) -> dict[str, Any]:

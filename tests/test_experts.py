@@ -26,6 +26,7 @@ from autopar.job import Job
 from autopar.models import model_graph
 from autopar.sharding.rules import has_rule
 from autopar.solver.expert_work import EVEN
+from autopar.solver.prices import exposed
 from autopar.solver.search import search
 from autopar.solver.stack_work import as_run, work_of
 from autopar.solver.work import flops, work
@@ -314,3 +315,9 @@ def test_stacks_run_experts_otherwise() -> None:
         assert kernels[0] - kernels[1] == matmuls
         assert narrow[0] - narrow[1] == matmuls + 2
     assert as_run(given[0], forward, backward, 2, emitted) == (forward, backward)
+
+
+def test_exchanges_hide_behind_as_much_as_experts_take() -> None:
+    plain, hiding = stack_of("megatron"), stack_of("megatron-graphs")
+    assert exposed(3.0, 2.0, plain) == 3.0
+    assert (exposed(3.0, 2.0, hiding), exposed(1.0, 2.0, hiding)) == (1.0, 0.0)

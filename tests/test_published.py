@@ -91,6 +91,16 @@ def test_torchtitan_compiles_the_loss_from_2025_on():
     assert stack_name(BY_ID["titan_8b_h200_4n"]) == "compiled-loss"
 
 
+def test_containers_name_variants():
+    new, old = (
+        next(record for record in RECORDS if record["id"].startswith(f"bridge_{container}_Qwen3_30B_a3B_DGX-GB200"))
+        for container in ("26.06", "26.04")
+    )
+    dense = {**new, "model": {**new["model"], "moe": None}}
+    assert stack_name(new) == "megatron-graphs"
+    assert {stack_name(record) for record in (old, dense, {**new, "dtype": "bf16"})} == {"megatron"}
+
+
 def test_recipes_change_the_record():
     record = of_group("megatron_ci_golden_small")
     still = config_of({**record, "ci_args": {"attention-dropout": 0.0}})

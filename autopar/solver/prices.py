@@ -31,6 +31,7 @@ from autopar.sharding.rules import Strategy
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.expert_work import exchanged_rows
 from autopar.solver.op_costs import LocalTensor, OpCosts
+from autopar.stack import Stack
 
 _WIDTHS = {
     "float64": 8,
@@ -192,8 +193,9 @@ class AxisPrices:
         price = Price(time.forward, time.backward, 0.0, time.host_forward, time.host_backward)
         if node.op == EXPERTS:
             tensor_ranks = prod(size for axis, size in self.axes.items() if axis != CONTEXT)
-            seconds = exchange_seconds(node, inputs, self.collectives, tensor_ranks)
-            price += Price(seconds, seconds, 2 * seconds)
+            sent = exchange_seconds(node, inputs, self.collectives, tensor_ranks)
+            forward, backward = (exposed(sent, beside, self.ops.stack) for beside in (time.forward, time.backward))
+            price += Price(forward, backward, forward + backward)
         for each, moved in inside:
             seconds = self.collective(each.collective, moved.nbytes, each.axis)
             price += Price(0.0, seconds, seconds) if each.backward else Price(seconds, 0.0, seconds)
@@ -265,6 +267,11 @@ def exchange_seconds(
     choices = index.shape[-1] if collectives.stack.once else 0
     moved = (rows * width, rows * weights.bytes_per_element, rows * width, ep * counts)
     return sum(collectives.exchange(nbytes, ep, tensor_ranks, choices) for nbytes in moved)
+
+
+def exposed(sent: float, beside: float, stack: Stack) -> float:
+    """Of the seconds of an exchange those that a stack does not hide behind the experts of another micro-batch."""
+    return max(0.0, sent - beside) if stack.hidden else sent
 
 
 def _in_order(tensor: LocalTensor, split: SpmdType) -> bool:

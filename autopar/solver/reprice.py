@@ -29,7 +29,7 @@ from autopar.solver.groups import root_blocks
 from autopar.solver.halves import HalvedBackward
 from autopar.solver.memory import BlockBytes, MemoryModel
 from autopar.solver.op_costs import LocalTensor, OpCosts
-from autopar.solver.prices import AxisPrices, element_bytes, exchange_seconds
+from autopar.solver.prices import AxisPrices, element_bytes, exchange_seconds, exposed
 from autopar.solver.rank_order import transfers
 from autopar.solver.recompute import exposed_copy, operator_key, step_key
 from autopar.solver.simulate import simulate
@@ -247,8 +247,9 @@ def _block_seconds(
         output = LocalTensor(shape, element_bytes(node.meta.dtype, job))
         time = ops.seconds(node, inputs, output, [meta.requires_grad for meta in operands])
         sent = exchange_seconds(node, inputs, collectives, plan.mesh.tp) if node.op == EXPERTS else 0.0
-        pieces[operator_key(node)], starts[operator_key(node)] = time.forward + sent, time.host_forward
-        backward += time.backward + sent
+        starts[operator_key(node)] = time.host_forward
+        pieces[operator_key(node)] = time.forward + exposed(sent, time.forward, ops.stack)
+        backward += time.backward + exposed(sent, time.backward, ops.stack)
         waits += time.host_backward
         for axis, strategy in chosen(node, graph, decision).items():
             for inner in strategy.inner:
