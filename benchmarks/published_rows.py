@@ -243,11 +243,10 @@ def fix_of(record: Record) -> dict[str, Any]:
     if batch % (micro_batch * (data // cp)):
         raise RefusedError("the global batch is no whole number of micro-batches")
     micro_batches = batch // (micro_batch * (data // cp))
-    fix: dict[str, Any] = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "micro_batch": micro_batch}
+    mesh = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "ep": record.get("ep") or 1}
+    fix: dict[str, Any] = {**mesh, "micro_batch": micro_batch}
     if tp > 1 and record.get("sp") is not None:
         fix["sp"] = record["sp"]
-    if (record.get("ep") or 1) > 1:
-        fix["ep"] = record["ep"]
     if record.get("recompute"):
         fix["recompute"] = _recompute(record)
     if pp > 1:

@@ -23,10 +23,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
+from autopar.solver.answers import Answered
 from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment
 from autopar.solver.polish import polished
-from autopar.solver.shardings import Answered, Shardings
+from autopar.solver.shardings import Shardings
 from autopar.solver.spread import best_stages, compatible
 
 MOST = 16

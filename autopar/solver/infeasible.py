@@ -13,11 +13,12 @@ from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.mesh import AXES
+from autopar.solver.answers import Answered
 from autopar.solver.context import Context
 from autopar.solver.equal_blocks import together
 from autopar.solver.evaluate import Assessment, assess, host_shortage
 from autopar.solver.fix import Fix
-from autopar.solver.shardings import Answered, KnownShardings
+from autopar.solver.shardings import KnownShardings
 from autopar.solver.space import Config, configs
 from autopar.solver.spread import best_stages, spread, stage_problem
 from autopar.solver.stages import rank_bytes, solve_stages

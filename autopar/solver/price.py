@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from autopar.solver.answers import Answered
 from autopar.solver.context import Context
 from autopar.solver.equal_blocks import together
 from autopar.solver.evaluate import Assessment, assess
 from autopar.solver.found import INFINITE, Found
-from autopar.solver.shardings import Answered, Shardings
+from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, in_order
 from autopar.solver.spread import best_stages
 

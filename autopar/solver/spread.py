@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from autopar.schedule import SCHEDULES
+from autopar.solver.answers import Answered
 from autopar.solver.candidates import BlockCost
 from autopar.solver.chain import fastest
 from autopar.solver.context import Context
@@ -19,7 +20,6 @@ from autopar.solver.memory import BlockBytes
 from autopar.solver.mixes import mixed
 from autopar.solver.reach import reach
 from autopar.solver.recompute import Recompute
-from autopar.solver.shardings import Answered
 from autopar.solver.space import Config
 from autopar.solver.stages import BlockRun, Counts, Option, StageProblem, solve_stages
 
