@@ -58,6 +58,7 @@ def cache_key(content: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)  # reads files, imports nothing
