@@ -250,7 +250,7 @@ class _Walk:
             refined += 1
             if found.best.step_time < before * (1 - BETTER):
                 waited = refined = 0
-            elif entry.step == Step.SPREAD:
+            elif isinstance(entry.item, Config) and self.seconds.get(entry.item, INFINITE) < INFINITE:
                 waited += 1
 
     def prove(self) -> None:
