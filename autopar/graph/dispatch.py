@@ -30,26 +30,25 @@ def sent_rows(choices: int, held: int, experts: int, ep: int) -> int:
     return -(-choices * held * ep // experts)
 
 
+def experts_of(graph: OpGraph) -> Iterator[Node]:
+    """The operators that are a mixture's experts."""
+    return (node for node in graph.of("op") if node.op == EXPERTS)
+
+
 def expert_parameters(graph: OpGraph) -> Iterator[Node]:
     """The parameters of a graph that hold experts, whatever reads them beside."""
-    names = dict.fromkeys(
-        name for node in graph.of("op") if node.op == EXPERTS for name in node.operands()[PARAMETERS:]
-    )
+    names = dict.fromkeys(name for node in experts_of(graph) for name in node.operands()[PARAMETERS:])
     return (graph.nodes[name] for name in names if graph.nodes[name].kind == "parameter")
 
 
 def shared_experts(graph: OpGraph) -> int:
     """Ranks that share the experts of a dispatched graph; 1 where none do."""
-    return max((int(node.kwargs.get("ep", 1)) for node in graph.of("op") if node.op == EXPERTS), default=1)
-
-
-def _experts(kind: BlockKind) -> Iterator[Node]:
-    return (node for node in kind.graph.of("op") if node.op == EXPERTS)
+    return max((int(node.kwargs.get("ep", 1)) for node in experts_of(graph)), default=1)
 
 
 def check_experts(model: ModelGraph, ep: int) -> None:
     """Raise BadInputError unless ``ep`` ranks can share the model's experts."""
-    nodes = [(kind, node) for kind in model.kinds.values() for node in _experts(kind)]
+    nodes = [(kind, node) for kind in model.kinds.values() for node in experts_of(kind.graph)]
     if not nodes:
         raise BadInputError(f"ep={ep}: {model.name} has no experts to share; leave ep=1")
     tied = {name for group in model.tied for name in group}
@@ -70,7 +69,7 @@ def check_experts(model: ModelGraph, ep: int) -> None:
 
 def sharing_sizes(model: ModelGraph) -> tuple[int, ...]:
     """How many ranks can share the model's experts, from 1 on, which is all where there are none to share."""
-    counts = {int(node.kwargs["experts"]) for kind in model.kinds.values() for node in _experts(kind)}
+    counts = {int(node.kwargs["experts"]) for kind in model.kinds.values() for node in experts_of(kind.graph)}
     try:
         check_experts(model, 1)
     except BadInputError:

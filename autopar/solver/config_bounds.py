@@ -84,8 +84,8 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
     if config.pp == 1:
         return max(m * (work + each) + once, _least_communication(context, config, place.data)) + optimizer
     # In a stage's micro-batch neither blocks nor what their data ranks send can be faster than alone.
-    each, _ = _least_sent(context, config, place.data)
-    return spread_bound(max(work, each), config.pp, m, config.vpp) + optimizer
+    sent = 0.0 if place.data.defers else _least_sent(context, config, place.data)[0]
+    return spread_bound(max(work, sent), config.pp, m, config.vpp) + optimizer
 
 
 def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
@@ -112,18 +112,20 @@ def _least_communication(context: Context, config: Config, data: DataAxis) -> fl
 
 def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
     """Network seconds of all blocks (in each micro-batch, once a step): gathers, twice under zero 3 but for the root
-    group and what no gradient passes, and reductions."""
+    group and what no gradient passes, and reductions. Of several stages' root groups nothing is sure."""
     own, rooted = least_groups(context, config)
     trained, rooted_trained = least_groups(context, config, trains=True)
+    if config.pp > 1:
+        rooted = rooted_trained = 0
     experts = [least_experts(context, config, index) if n else 0 for index, n in enumerate(own)]
     each = [data.of("gather_s", n + expert, expert) for n, expert in zip(own, experts, strict=True)]
-    gathers = sum(each) + (data.gather_s(rooted) if config.pp == 1 else 0.0)
+    gathers = sum(each) + data.gather_s(rooted)
     if data.gathers_each:
         kinds = [context.model.kinds[block.kind] for block in context.model.blocks]
         gathers += sum(seconds for seconds, kind in zip(each, kinds, strict=True) if kind.passes_gradient)
     scatters, replicates = (
         sum(data.of(what, n + expert, expert) for n, expert in zip(trained, experts, strict=True))
-        + (data.of(what, rooted_trained, 0) if config.pp == 1 else 0.0)
+        + data.of(what, rooted_trained, 0)
         for what in ("scatter_s", "replicate_s")
     )
     each_s = (gathers if data.gathers_each else 0.0) + (0.0 if data.defers else scatters)

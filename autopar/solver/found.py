@@ -32,7 +32,7 @@ class Found:
 
     def promising(self, bound: float) -> bool:
         """Whether what has this bound may beat the best plan by more than the gap."""
-        return self.best is None or bound * (1 + self.gap) < self.best.step_time
+        return self.best is None or bound < self.enough
 
     def near(self, seconds: float) -> bool:
         """Whether this many may still become the best plan."""

@@ -46,15 +46,13 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
         passes = context.model.kinds[kind].passes_gradient or (run.root and config.pp == 1)
         still = 0.0 if passes else elements
         expert, root = float(least_experts(context, config, run.start)), run.root and run.sure
-        moved = min(place.data.least_copies_s(elements, run.root, frozen, still) for place in places)
-        copies = moved + min(_experts_data(place).least_copies_s(expert, run.root) for place in places)
+        copies = min(place.data.least_copies_s(elements, run.root, frozen, still) for place in places)
+        if expert:
+            copies += min((place.data.experts or place.data).least_copies_s(expert, run.root) for place in places)
         optimizer = min(_least_optimizer(context, one, place, trains, expert) for one, place in pairs)
         reduced = (place.data.of("reduce_s", int(trains + expert), int(expert)) for place in places)
         reduce = min(reduced) if all(place.data.exposes for place in places) else 0.0
-        resident = min(
-            place.memory.least_resident(elements, root, frozen) + place.memory.experts.least_resident(expert, root)
-            for place in places
-        )
+        resident = min(place.memory.least_resident(elements + expert, root, frozen, expert) for place in places)
         sure = _sure_halves(context, config, kind) if halved else (0.0, 0.0)
         # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
         is_last = run.start + run.count == len(context.model.blocks)
@@ -172,14 +170,10 @@ def _sure_halves(context: Context, config: Config, kind: str) -> tuple[float, fl
     return float(first), float(second)
 
 
-def _experts_data(place: Placed) -> DataAxis:
-    return place.data.experts or place.data
-
-
 def _least_optimizer(context: Context, config: Config, place: Placed, trains: float, expert: float) -> float:
     """Seconds of the optimizer and clipping that grow with the elements a rank keeps, caches and launches left out."""
     device, job = context.cluster.device, context.job
-    share = trains / place.memory.shards + expert / place.memory.experts.shards
+    share = (trains + (expert * place.memory.thinner if expert else 0.0)) / place.memory.shards
     moved = (6 + 2 * job.moments) * share * job.master_bytes
     if config.offload == "state":
         return moved / device.host_memory_bandwidth

@@ -233,8 +233,11 @@ class MemoryModel:
         copies = 2 * master if self.shards == 1 else master * (1 + 1 / self.shards)
         return max(master, copies if self.shards > 1 else copies - compute) * elements
 
-    def least_resident(self, elements: float, root: bool = False, frozen: float = 0.0) -> float:
-        """Bytes that surely stand, of so many elements, whenever most micro-batches are in flight."""
+    def least_resident(self, elements: float, root: bool = False, frozen: float = 0.0, expert: float = 0.0) -> float:
+        """Bytes that surely stand, of so many elements, whenever most micro-batches are in flight; ``frozen`` and
+        ``expert``: as in `resident`."""
+        if expert and self.ep > 1:
+            return self.least_resident(elements - expert, root, frozen) + self.experts.least_resident(expert, root)
         held = self.per_element(root)
         steady = is_steady(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)
         gradients = min(self.kept_gradients(done, self.splits) for done in ("one", "some")) if steady else 0.0

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autopar.graph.dispatch import PARAMETERS, expert_parameters
-from autopar.graph.ir import EXPERTS, BlockKind, ModelGraph, Node
+from autopar.graph.dispatch import PARAMETERS, expert_parameters, experts_of
+from autopar.graph.ir import BlockKind, ModelGraph, Node
 from autopar.solver.axis_choices import AxesChoice
 from autopar.solver.op_costs import LocalTensor
 from autopar.solver.prices import AxisPrices, Price
@@ -79,8 +79,8 @@ def part_shift(
 ) -> float:
     """What sharing adds to the sum of the least of a part of the `Price` of each operator (those of these names)."""
     total = 0.0
-    for node in shared.graph.of("op"):
-        if node.op == EXPERTS and (of is None or node.name in of):
+    for node in experts_of(shared.graph):
+        if of is None or node.name in of:
             mine = ways[f"{shared.name}/{node.name}"]
             ours, other = (
                 min(getattr(prices.operator(kind.graph.nodes[node.name], kind.graph, way)[0], part) for way in mine)
