@@ -18,10 +18,10 @@ PARAMETERS = 3
 """Where an experts operator's parameters begin among its operands."""
 
 
-def fullest_rows(choices: int, held: int, experts: int, ep: int) -> int:
+def fullest_rows(choices: int, held: int, experts: int, ep: int, imbalance: tuple[int, int] = IMBALANCE) -> int:
     """Rows that the experts of the rank that is waited for compute, which holds ``held`` of ``experts``, where each of
-    the ``ep`` that share them has tokens that made so many choices."""
-    more, less = IMBALANCE if held < experts else (1, 1)
+    the ``ep`` that share them has tokens that made so many choices. ``imbalance``: of an even share, as a fraction."""
+    more, less = imbalance if held < experts else (1, 1)
     return -(-choices * held * ep * more // (experts * less))
 
 

@@ -98,7 +98,7 @@ class Answers:
             begin = time.perf_counter()
             context = self.context
             price = context.gradient_price()
-            sharing = context.sharing_sizes() if shared else None
+            sharing = context.any_sharing() if shared else None
             found = self._built[again, shared] = self._once(
                 ("problem", again, shared),
                 lambda: model_problem(

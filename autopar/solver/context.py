@@ -85,16 +85,17 @@ class Context:
         """The context of the model whose experts ``ep`` data ranks share."""
         if ep == self.ep:
             return self
+        self.sharings.setdefault(self.ep, self)
         if ep not in self.sharings:
             model = dispatched(self.source or self.model, ep)
             costs, halved, ties = BlockCosts(self.job), HalvedBackward(self.ops), ties_of(model)
             self.sharings[ep] = replace(
-                self, model=model, ties=ties, costs=costs, halved=halved, paddings={}, memo={}, ep=ep, sharings={}
+                self, model=model, ties=ties, costs=costs, halved=halved, paddings={}, memo={}, ep=ep
             )
         return self.sharings[ep]
 
-    def sharing_sizes(self) -> Sharing:
-        """All numbers of ranks that may share the experts."""
+    def any_sharing(self) -> Sharing:
+        """That any number of ranks that can may share the experts."""
         if "sharing" not in self.memo:
             self.memo["sharing"] = Sharing.of(self.model, sharing_sizes(self.model)[1:])
         return cast(Sharing, self.memo["sharing"])
@@ -106,7 +107,13 @@ class Context:
             return self
         if ranks not in self.paddings:
             self.paddings[ranks] = replace(
-                self, model=model, costs=BlockCosts(self.job), halved=HalvedBackward(self.ops), paddings={}, memo={}
+                self,
+                model=model,
+                costs=BlockCosts(self.job),
+                halved=HalvedBackward(self.ops),
+                paddings={},
+                memo={},
+                sharings={},
             )
         return self.paddings[ranks]
 

@@ -12,9 +12,10 @@ GroupedLinear, transformer_engine/pytorch/module/grouped_linear.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from math import ceil
 
-from autopar.graph.dispatch import sent_rows
+from autopar.graph.dispatch import fullest_rows, sent_rows
 from autopar.graph.ir import IMBALANCE, Node
 from autopar.solver.work_parts import Counted, LocalTensor, Matmul, Work
 
@@ -24,9 +25,9 @@ EVEN = IMBALANCE[0] / IMBALANCE[1]
 
 def expert_rows(node: Node, index: LocalTensor, up: LocalTensor, imbalance: float = EVEN) -> int:
     """Rows that the slowest rank's experts compute: one for each of their tokens' choices."""
-    experts = int(node.kwargs["experts"])
-    even = index.elements * up.shape[0] * int(node.kwargs.get("ep", 1)) / experts
-    return ceil(even * (imbalance if up.shape[0] < experts else 1) - 1e-9)
+    share = Fraction(imbalance).limit_denominator(1000).as_integer_ratio()
+    experts, ep = int(node.kwargs["experts"]), int(node.kwargs.get("ep", 1))
+    return fullest_rows(index.elements, up.shape[0], experts, ep, share)
 
 
 def exchanged_rows(node: Node, index: LocalTensor, up: LocalTensor) -> int:

@@ -281,7 +281,7 @@ class Shardings(Answers):
         """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs).
         ``shared``: see `built`."""
         if self.alone is not None:
-            shared = self.alone.context.sharing_sizes().has(name)
+            shared = self.alone.context.any_sharing().has(name)
             return self.alone.least(name, again, shared) + self._shift(name, again)
         if (name, again, shared) in self._least_of:
             return self._least_of[name, again, shared]

@@ -135,7 +135,8 @@ def _width(x: Value) -> int:
 
 def _tokens(pick: Any) -> Drawn:
     """Token ids, and targets for each of them."""
-    members, classes = Members(pick), []  # type: ignore[var-annotated]
+    members = Members(pick)
+    classes: list[str] = []
     body = Body(pick, members, frozenset("bs"), "input_ids")
     vocabulary, width = pick(VOCABULARIES), pick((8, 4, 12, 16, 6))
     members.lines.append(f"self.embed = nn.Embedding({vocabulary}, {width})")
@@ -175,7 +176,8 @@ def _tokens(pick: Any) -> Drawn:
 
 def _features(pick: Any) -> Drawn:
     """A vector or a matrix for each sample, and one target."""
-    members, classes = Members(pick), []  # type: ignore[var-annotated]
+    members = Members(pick)
+    classes: list[str] = []
     body = Body(pick, members, frozenset("b"))
     shape = pick(((8,), (4, 6), (6, 8), (3, 4, 4)))
     body.lines.append("b = features.shape[0]")
@@ -190,7 +192,8 @@ def _features(pick: Any) -> Drawn:
 
 def _image(pick: Any) -> Drawn:
     """Channels of an image for each sample, and one target."""
-    members, classes = Members(pick), []  # type: ignore[var-annotated]
+    members = Members(pick)
+    classes: list[str] = []
     body = Body(pick, members, frozenset("b"))
     shape = pick(((4, 4, 4), (3, 6, 4), (8, 2, 2)))
     body.lines.append("b = image.shape[0]")
