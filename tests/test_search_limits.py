@@ -1,5 +1,6 @@
 """Searches that are stopped: the plan so far, with what is honestly known of it."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -14,6 +15,7 @@ from autopar.solver import search as search_module
 from autopar.solver.config_bounds import quick_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix
+from autopar.solver.found import INFINITE
 from autopar.solver.limits import OPTIMAL, Limits, Progress, Watch
 from autopar.solver.objectives import search_parts
 from autopar.solver.search import explore, search
@@ -115,3 +117,22 @@ def test_a_gap_that_is_asked_for_is_reached_or_more_is_tried():
 def test_limits_that_make_no_sense_are_refused(limits, message):
     with pytest.raises(BadInputError, match=message):
         autopar.search("llama3-8b", JOB, CLUSTER, **limits)
+
+
+def test_what_does_not_fit_is_no_reason_to_stop_seeking(monkeypatch):
+    """Where nodes are far apart pipelines are likely to be best: they are tried until some fit."""
+    cluster = Cluster.parse("8x1:h100")
+    group = cluster.groups[0]
+    cluster = Cluster((replace(group, inter_node=replace(group.inter_node, bandwidth=2e9)),))
+    model, job = decoder(16), Job(64, 256)
+    real, staged = search_module.price, []
+
+    def none_of_the_first_fits(context, config, shardings, found):
+        if config.pp > 1:
+            staged.append(config)
+        return INFINITE if config.pp > 1 and len(staged) <= 20 else real(context, config, shardings, found)
+
+    monkeypatch.setattr(search_module, "price", none_of_the_first_fits)
+    monkeypatch.setattr(search_module._Walk, "prove", lambda walk: None)
+    explore(Context.of(model, job, cluster, Fix()), shapes(model, job, cluster, Fix()), Watch(Limits(gap=0.0)))
+    assert len(staged) > 20
