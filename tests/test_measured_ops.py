@@ -138,7 +138,7 @@ def test_bounds_hold_with_an_erratic_profile(seed):
         least = min(plan.seconds for plan in plans if plan.config == config) * ROUNDING
         shardings = KnownShardings(context).of(config.sharding)
         assert has_room(context, config.shape.outline)
-        for work in (None, shardings.cheap_bound(), shardings.least_work()):
+        for work in (None, shardings.least_work()):
             assert 0 < shape_bound(context, config.shape, work) <= least
         assert stage_bound(context, config, shardings, True) <= least
 

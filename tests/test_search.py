@@ -156,7 +156,7 @@ def test_bounds_hold_for_every_configuration():
             if assessed is None:
                 continue
             fitted += 1
-            cheap = quick_bound(context, config, shardings.cheap_bound())
+            cheap = quick_bound(context, config, shardings.least_work())
             sharp = quick_bound(context, config, shardings.bound())
             assert cheap <= sharp * (1 + 1e-6)
             assert sharp <= assessed.step_time

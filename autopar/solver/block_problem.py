@@ -40,12 +40,14 @@ __all__ = ["Demands", "ModelProblem", "Ties", "feature_splits", "model_problem",
 @dataclass(frozen=True, slots=True)
 class ModelProblem:
     """The abstract problem of all block kinds on these axes, and the strategies its choices stand for. ``shared``: of
-    experts that may be shared, all that they may do."""
+    experts that may be shared, all that they may do; ``least``: of other operators, the least seconds forward and the
+    least backward of any choice."""
 
     problem: Problem
     choices: dict[str, tuple[AxesChoice, ...]]
     axes: dict[str, int]
     shared: dict[str, list[Shared]]
+    least: dict[str, tuple[float, float]]
 
 
 def model_problem(
@@ -73,6 +75,7 @@ def model_problem(
     hubs: dict[str, frozenset[Layout]] = {}
     choices: dict[str, tuple[AxesChoice, ...]] = {}
     shared: dict[str, list[Shared]] = {}
+    least: dict[str, tuple[float, float]] = {}
     weights = {kind: float(sum(block.kind == kind for block in model.blocks)) for kind in model.kinds}
     for kind in model.kinds.values():
         structure = _structure(kind, prices, ties, demands, kind.name in again, memo)
@@ -80,10 +83,10 @@ def model_problem(
         sources += priced.sources(resident_price)
         outputs += structure.outputs
         conversions |= priced.conversions()
-        ops += priced.ops(choices, shared)
+        ops += priced.ops(choices, shared, least)
         hubs |= structure.hubs
     problem = Problem(tuple(sources), tuple(ops), conversions, tuple(outputs), weights, hubs)  # type: ignore[arg-type]
-    return ModelProblem(problem, choices, dict(prices.axes), shared)
+    return ModelProblem(problem, choices, dict(prices.axes), shared, least)
 
 
 def _structure(
@@ -117,12 +120,19 @@ class _Priced:
             found.append(Source(source.name, options, source.tie))  # type: ignore[arg-type]
         return found
 
-    def ops(self, choices: dict[str, tuple[AxesChoice, ...]], shared: dict[str, list[Shared]]) -> list[Op]:
-        """The operators; notes in ``choices`` what theirs stand for, and in ``shared`` what experts do."""
+    def ops(
+        self,
+        choices: dict[str, tuple[AxesChoice, ...]],
+        shared: dict[str, list[Shared]],
+        least: dict[str, tuple[float, float]],
+    ) -> list[Op]:
+        """The operators; notes in ``choices`` what theirs stand for, and in ``shared`` and ``least`` what that class
+        says of them."""
         parts = self.parts
         experts: dict[int, Shared] = {}
         once: dict[int, float] = {}
         twice: dict[int, float] = {}
+        halves: dict[int, tuple[float, float]] = {}
         for place, each in self.structure.operations:
             inside = [(inner, parts[part]) for inner, part in each.inside]
             inputs = [parts[part] for part in each.inputs]
@@ -133,6 +143,7 @@ class _Priced:
             price, _ = self.prices.timed(each.node, inputs, parts[each.output], each.grads, inside)
             once[place] = price.seconds
             twice[place] = price.seconds + price.forward_s
+            halves[place] = price.forward_s, price.backward_s
         sizes = {place: part.nbytes for place, part in parts.items()}
         found = []
         for op in self.structure.ops:
@@ -152,11 +163,12 @@ class _Priced:
                         for way in op.ways
                     ]
                 )
-                possible = op.choices
-                if op.alike:
-                    kept = _undominated(priced)
-                    priced, possible = tuple(priced[index] for index in kept), tuple(possible[index] for index in kept)
-                choices[op.name] = possible
+                kept = _undominated(priced) if op.alike else range(len(priced))
+                priced = tuple([priced[index] for index in kept])
+                choices[op.name] = tuple([op.choices[index] for index in kept])
+                if op.name not in shared:
+                    forward, backward = zip(*(halves[op.ways[index].operation] for index in kept), strict=True)
+                    least[op.name] = min(forward), min(backward)
                 found.append(Op(op.name, op.operands, priced))
             else:
                 found.append(op)

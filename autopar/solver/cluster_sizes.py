@@ -22,7 +22,7 @@ from math import inf, prod
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
-from autopar.solver.config_bounds import loose_bound, refined_shape_bound, shape_bound
+from autopar.solver.config_bounds import loose_bound, shape_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix
 from autopar.solver.room import has_room
@@ -115,4 +115,4 @@ class SizeBounds:
         if level == Step.STAGES:
             space = list(open_configs_of(shape, context.job, context.cluster, context.fix))
             return loose_bound(context, space, shardings)  # infinite where not even that fits
-        return refined_shape_bound(context, shape, shardings, Step(level))
+        return shape_bound(context, shape, shardings.least_work())

@@ -7,6 +7,7 @@ least stage problem (`least_problem`).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from autopar.graph.ir import TensorMeta
@@ -25,7 +26,6 @@ from autopar.solver.reach import reach
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Shape
 from autopar.solver.stages import solve_stages
-from autopar.solver.steps import Step
 
 
 def shape_bound(context: Context, shape: Shape, work: float | None = None) -> float:
@@ -38,11 +38,6 @@ def shape_bound(context: Context, shape: Shape, work: float | None = None) -> fl
     # A micro-batch passes all stages, there and back; halved backwards may leave the weights' half for later.
     through = forward if SCHEDULES[shape.schedule].splits_backward else work
     return max(through, spread_bound(work, outline.pp, m, shape.vpp))
-
-
-def refined_shape_bound(context: Context, shape: Shape, shardings: Shardings, step: Step) -> float:
-    """`shape_bound` as sharp as `Step.RELAXED` or `Step.KINDS`."""
-    return shape_bound(context, shape, shardings.cheap_bound() if step == Step.RELAXED else shardings.least_work())
 
 
 def _arithmetic_s(context: Context) -> tuple[float, float]:
@@ -113,23 +108,34 @@ def _least_communication(context: Context, config: Config, data: DataAxis) -> fl
 def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
     """Network seconds of all blocks (in each micro-batch, once a step): gathers, twice under zero 3 but for the root
     group and what no gradient passes, and reductions. Of several stages' root groups nothing is sure."""
-    own, rooted = least_groups(context, config)
-    trained, rooted_trained = least_groups(context, config, trains=True)
+    groups, rooted, rooted_trained = _groups(context, config)
     if config.pp > 1:
         rooted = rooted_trained = 0
-    experts = [least_experts(context, config, index) if n else 0 for index, n in enumerate(own)]
-    each = [data.of("gather_s", n + expert, expert) for n, expert in zip(own, experts, strict=True)]
-    gathers = sum(each) + data.gather_s(rooted)
-    if data.gathers_each:
-        kinds = [context.model.kinds[block.kind] for block in context.model.blocks]
-        gathers += sum(seconds for seconds, kind in zip(each, kinds, strict=True) if kind.passes_gradient)
-    scatters, replicates = (
-        sum(data.of(what, n + expert, expert) for n, expert in zip(trained, experts, strict=True))
-        + data.of(what, rooted_trained, 0)
-        for what in ("scatter_s", "replicate_s")
-    )
+    gathers = data.gather_s(rooted)
+    scatters, replicates = data.scatter_s(rooted_trained), data.replicate_s(rooted_trained)
+    for (held, trained, expert, passes), count in groups.items():
+        twice = data.gathers_each and passes
+        gathers += count * (2 if twice else 1) * data.of("gather_s", held + expert, expert)
+        scatters += count * data.of("scatter_s", trained + expert, expert)
+        replicates += count * data.of("replicate_s", trained + expert, expert)
     each_s = (gathers if data.gathers_each else 0.0) + (0.0 if data.defers else scatters)
     return each_s, gathers + scatters + replicates - each_s
+
+
+def _groups(context: Context, config: Config) -> tuple[Counter[tuple[int, int, int, bool]], int, int]:
+    """What FSDP2 gathers at least: groups of blocks by elements, how many of them train, elements of experts, and
+    whether a gradient passes; the root group's elements, and those that train."""
+    key = ("groups", config.tp, config.pp > 1)
+    if key not in context.memo:
+        own, rooted = least_groups(context, config)
+        trained, rooted_trained = least_groups(context, config, trains=True)
+        found: Counter[tuple[int, int, int, bool]] = Counter()
+        for index, (n, trains) in enumerate(zip(own, trained, strict=True)):
+            passes = context.model.kinds[context.model.blocks[index].kind].passes_gradient
+            found[n, trains, least_experts(context, config, index) if n else 0, passes] += 1
+        context.memo[key] = found, rooted, rooted_trained
+    groups, root, root_trained = context.memo[key]
+    return groups, root, root_trained
 
 
 def loose_bound(context: Context, configs: Sequence[Config], shardings: Shardings, paths: bool = True) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 from autopar.errors import UnsupportedError
 from autopar.schedule import SCHEDULES
@@ -176,29 +177,28 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
     def tail(cost: BlockCost) -> int:
         return tail_elements(kinds[cost.kind], cost.decision)
 
-    times, blocks = [], []
+    # Equal stages take the same.
+    known: dict[Any, tuple[DataTimes, list[BlockBytes]]] = {}
+    found = []
     for costs, doubles, rooted in zip(stages, shared, roots, strict=True):
-        row = list(zip(costs, doubles, rooted, (halves(context, config, c) for c in costs), strict=True))
-        times.append(
-            place.data.stage(
-                [
-                    BlockTime(
-                        c.forward_s,
-                        c.backward_s,
-                        c.elements - double,
-                        root,
-                        half[0],
-                        c.frozen - still,
-                        not context.model.kinds[c.kind].passes_gradient,
-                        c.hosted / context.cluster.device.host_bandwidth if c.hosted else 0.0,
-                        c.expert,
-                    )
-                    for c, (double, still), root, half in row
-                ]
-            )
-        )
-        blocks.append(
-            [
+        key = (tuple(map(id, costs)), tuple(doubles), rooted)
+        if key not in known:
+            row = list(zip(costs, doubles, rooted, (halves(context, config, c) for c in costs), strict=True))
+            timed = [
+                BlockTime(
+                    c.forward_s,
+                    c.backward_s,
+                    c.elements - double,
+                    root,
+                    half[0],
+                    c.frozen - still,
+                    not context.model.kinds[c.kind].passes_gradient,
+                    c.hosted / context.cluster.device.host_bandwidth if c.hosted else 0.0,
+                    c.expert,
+                )
+                for c, (double, still), root, half in row
+            ]
+            held = [
                 BlockBytes(
                     c.elements,
                     c.inflight,
@@ -214,7 +214,9 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
                 )
                 for c, (double, still), root, half in row
             ]
-        )
+            known[key] = place.data.stage(timed), held
+        found.append(known[key])
+    times, blocks = [times for times, _ in found], [held for _, held in found]
     memory, host = place.memory.ranks(blocks), place.memory.hosts(blocks)
     exchanged = crossing * context.job.master_bytes / place.memory.shards
     tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.mesh.strides()["pp"])

@@ -12,6 +12,15 @@ and since ranks hold whole blocks, of the run with most work, of w seconds a blo
 
     sum_q floor((V - idle_q - o) / (m w)) >= n
 
+The bytes of each rank say more: with k micro-batches in flight whatever its stages are, blocks of that run take it at
+least t_q(n_q) seconds, convex in their number: of options with seconds w_i and bytes b_i on the lower hull, R_q / b_i
+blocks take R_q w_i / b_i seconds in R_q bytes, and other numbers what lies on the lines between. With W' the seconds of
+all other runs, V is possible only if there are n_q with
+
+    sum_q n_q = n,   t_q(n_q) <= (V - idle_q - o) / m,   sum_q t_q(n_q) + W' <= sum_q (V - idle_q - o) / m
+
+which the ranks that take least for one block more show first.
+
 The spread: stages as even as whole blocks allow (least squares, by dynamic programming), then blocks moved from ranks
 with more work to ranks with less.
 """
@@ -19,13 +28,15 @@ with more work to ranks with less.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.solver.bounds import crossings_of
 from autopar.solver.chain import Chain, Floats, bytes_of, chain_of, fastest, least_borders, work_of
-from autopar.solver.stages import StageProblem
+from autopar.solver.stages import BlockRun, StageProblem
 
 Ints = NDArray[np.int64]
 
@@ -48,12 +59,13 @@ def laps_bound(problem: StageProblem) -> float:
     if not problem.halves:
         bound = max(bound, work + 2 * crossings * c + first + optimizer)
     bound = max(bound, _whole(problem, chain, idle) + optimizer)
+    bound = max(bound, _in_room(problem, chain, idle, bound - optimizer) + optimizer)
     return bound * (1 - 1e-12)
 
 
 def forced_seconds(problem: StageProblem, chain: Chain) -> float:
     """R of the docstring, for one stage a rank or several; infinite if memory is too small for any spread."""
-    flying = min(max(min(alive for alive, _ in moment) for moment in problem.held(rank)) for rank in range(problem.pp))
+    flying = min(_flying(problem, rank) for rank in range(problem.pp))
     room = sum(max(0.0, problem.spare(rank)) for rank in range(problem.pp))
     lacking = sum(run.count * bytes_of(run.options[fastest(run)], flying) for run in problem.runs) - room
     seconds = 0.0
@@ -64,10 +76,69 @@ def forced_seconds(problem: StageProblem, chain: Chain) -> float:
     return seconds if lacking <= 1.0 else float("inf")
 
 
+def _flying(problem: StageProblem, rank: int) -> int:
+    """The fewest micro-batches in flight that any stage of a rank has when most is."""
+    return max(min(alive for alive, _ in moment) for moment in problem.held(rank))
+
+
+def _main(problem: StageProblem) -> int:
+    """The run with most work."""
+    return max(range(len(problem.runs)), key=lambda r: problem.runs[r].count * _fastest_s(problem.runs[r]))
+
+
+def _fastest_s(run: BlockRun) -> float:
+    return work_of(run.options[fastest(run)])
+
+
+def _in_room(problem: StageProblem, chain: Chain, idle: Floats, low: float) -> float:
+    """The least V, not below ``low``, at which ranks have both time and bytes for all blocks of the run with most
+    work, and time for the others."""
+    main = _main(problem)
+    run, m = problem.runs[main], problem.micro_batches
+    others = float(chain.work[-1]) - run.count * _fastest_s(run)
+    ranks, starts, blocks, slopes = _pieces(problem, chain, main)
+
+    def possible(step: float) -> bool:
+        spare = np.maximum(step - idle, 0.0) / m
+        held = np.minimum(np.maximum(spare[ranks] - starts, 0.0) / slopes, blocks)
+        before = np.concatenate([[0.0], np.cumsum(held)[:-1]])
+        taken = np.clip(run.count - before, 0.0, held)
+        if taken.sum() < run.count * (1 - 1e-9):
+            return False
+        return float(taken @ slopes) + others <= float(spare.sum()) * (1 + 1e-9)
+
+    if possible(low):
+        return low
+    if blocks.sum() < run.count * (1 - 1e-9):
+        return float("inf")
+    high = float(idle.sum()) + m * (float((blocks * slopes).sum()) + others)
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if possible(middle) else (middle, high)
+    return low
+
+
+def _pieces(problem: StageProblem, chain: Chain, main: int) -> tuple[Ints, Floats, Floats, Floats]:
+    """The t_q of the docstring, piece by piece, the one that takes least a block first: whose it is, the seconds before
+    it, its blocks, seconds each."""
+    pieces = []
+    for rank in range(problem.pp):
+        room, n, seconds = max(problem.spare(rank), 0.0), 0.0, 0.0
+        for nbytes, work in chain.options(main, _flying(problem, rank)):
+            most = room / max(nbytes, 1.0)
+            taken = most * work - seconds
+            if most > n and taken > 0.0:
+                pieces.append((taken / (most - n), rank, seconds, most - n))
+                n, seconds = most, most * work
+    pieces.sort()
+    slopes, ranks, starts, blocks = zip(*pieces, strict=True) if pieces else ((), (), (), ())
+    return np.array(ranks, dtype=np.int64), np.array(starts), np.array(blocks), np.array(slopes)
+
+
 def _whole(problem: StageProblem, chain: Chain, idle: Floats) -> float:
     """The least V at which ranks have room in time for the whole blocks of the run with most work."""
-    run = max(problem.runs, key=lambda run: run.count * work_of(run.options[fastest(run)]))
-    each = problem.micro_batches * work_of(run.options[fastest(run)])
+    run = problem.runs[_main(problem)]
+    each = problem.micro_batches * _fastest_s(run)
     if each <= 0.0:
         return 0.0
     low, high = 0.0, float(idle.max()) + each * run.count
@@ -79,7 +150,12 @@ def _whole(problem: StageProblem, chain: Chain, idle: Floats) -> float:
 
 
 def even_borders(problem: StageProblem) -> tuple[int, ...]:
-    """Where the stages of an even spread end."""
+    """Where the stages of an even spread end, whatever the memory."""
+    return _even_borders(replace(problem, capacity=0.0))
+
+
+@lru_cache(maxsize=8)
+def _even_borders(problem: StageProblem) -> tuple[int, ...]:
     if problem.fixed:
         return tuple(int(end) for end in np.cumsum(problem.fixed))
     chain = chain_of(problem)

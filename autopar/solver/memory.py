@@ -46,6 +46,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +96,13 @@ class BlockBytes:
     def own_trains(self) -> int:
         """Of its own elements, those that train."""
         return self.own - (self.frozen - self.shared_frozen)
+
+
+@lru_cache(maxsize=1024)
+def _crossings(schedule: str, pp: int, vpp: int) -> tuple[bool, ...]:
+    """Whether each stage, and what would come after the last, gets its input from another rank."""
+    place = [SCHEDULES[schedule].rank_of(stage, pp) for stage in range(pp * vpp)]
+    return (False, *(one != other for one, other in pairwise(place)), False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +266,7 @@ class MemoryModel:
     def _crosses(self, stage: int) -> bool:
         """Whether what a stage gets comes from another rank, in buffers that PyTorch's schedules hold for the step
         (Megatron's make one when it is due, and let go of what was sent)."""
-        return not self.keeps_buffers and 0 < stage < self.stages and self.rank_of(stage) != self.rank_of(stage - 1)
+        return not self.keeps_buffers and _crossings(self._rule.name, self.pp, self.vpp)[stage]
 
     def _received(self, stage: int) -> int:
         """Receive buffers: for inputs, and for the gradients of outputs, of all micro-batches."""
@@ -275,9 +285,9 @@ class MemoryModel:
     def ranks(self, stages: Sequence[Sequence[BlockBytes]]) -> tuple[dict[str, int], ...]:
         """Bytes by kind (`plan.MEMORY_KINDS`) of every stage of the model."""
         found: list[dict[str, int]] = [{} for _ in stages]
-        for rank in range(self.pp):
-            own = [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
-            most, flying, standing = self._peak(rank, own, stages)
+        known: dict[Any, Any] = {}
+        for rank, own in enumerate(stages_of(self._rule.name, self.pp, self.vpp)):
+            most, flying, standing = self._peak(rank, own, stages, known)
             for stage, gradients in zip(own, standing, strict=True):
                 found[stage] = {**self._resident(stages[stage]), "gradients": round(gradients)}
             spare = max(0, round(most) - sum(sum(found[stage].values()) for stage in own))
@@ -319,20 +329,25 @@ class MemoryModel:
         return self.job.master_bytes / self.shards if self.replicas > 1 else self._shard
 
     def _peak(
-        self, rank: int, own: Sequence[int], stages: Sequence[Sequence[BlockBytes]]
+        self, rank: int, own: Sequence[int], stages: Sequence[Sequence[BlockBytes]], known: dict[Any, Any]
     ) -> tuple[float, list[float], list[float]]:
         """The most bytes of a rank; then, by its stages, those saved for backward at that time, and the most of
-        gradients at any time."""
+        gradients at any time. ``known``: what was found of equal stages."""
         table = moment_tables(self._rule.name, self.pp, self.vpp, self.micro_batches)[rank]
         still = sum(sum(self._resident(stages[stage]).values()) + self._received(stage) for stage in own)
         saved = np.array([sum(block.inflight for block in stages[stage]) for stage in own], dtype=float)
         waiting = np.array([sum(block.waiting for block in stages[stage]) for stage in own], dtype=float)
-        backwards = [StageBackward(self, stages[stage], self.boundary, self.splits and stage > 0) for stage in own]
+        backwards = []
+        for stage in own:
+            key = id(stages[stage]), self.splits and stage > 0
+            if key not in known:
+                known[key] = StageBackward(self, stages[stage], self.boundary, key[1])
+            backwards.append(known[key])
         times, standing = [], [0.0] * len(own)
         for kind, place, done, last in table.begun:
-            through = list(backwards[place].times(kind, done, last))
-            standing[place] = max([standing[place], *(time.gradients for time in through)])
-            times.append(max(through, key=lambda time: time.total, default=None))
+            gradients, time = backwards[place].most(kind, done, last)
+            standing[place] = max(standing[place], gradients)
+            times.append(time)
         # The input a stage saves is its receive buffer.
         received = np.array([self.boundary if self._crosses(stage) else 0 for stage in own])
         kept = table.alive * (saved - received) + table.waiting * waiting
@@ -343,13 +358,13 @@ class MemoryModel:
             sum(block.own_trains for block in stages[stage]) + one.added
             for stage, one in zip(own, backwards, strict=True)
         ]
-        gradients = np.array(
+        shares = np.array(
             [
                 [one.kept(done) * count + one.draining(done) for done in SHARES]
                 for one, count in zip(backwards, trains, strict=True)
             ]
         )
-        others = gradients[np.arange(len(own)), table.share]
+        others = shares[np.arange(len(own)), table.share]
         others[rows, table.place] = 0.0
         begun = np.array([-np.inf if time is None else time.total for time in times])
         total = still + kept.sum(axis=1) + sent.sum(axis=1) + others.sum(axis=1) + begun[table.which]

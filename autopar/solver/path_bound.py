@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from autopar.solver.chain import Chain, Floats, bytes_of, chain_of, fastest, work_of
+from autopar.solver.chain import Chain, Floats, chain_of, fastest, work_of
 from autopar.solver.laps import forced_seconds
-from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, LinearExpr, linear_program, solve_linear
+from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, Rows, solve_linear
 from autopar.solver.paths import Weights, weights
 from autopar.solver.stages import BlockRun, Option, StageProblem
 
@@ -95,39 +95,40 @@ def program_bound(problem: StageProblem) -> float:
     found = _weights(problem, chain)
     if found is None:
         return 0.0
-    linear, weighted = linear_program(), LinearExpr.weighted_sum
-    step = linear.new_num_var(0.0, float("inf"), "")
+    rows = Rows()
+    step, stages = rows.variables([float("inf")])[0], problem.stages
     options = [(r, option) for r, run in enumerate(problem.runs) for option in run.options]
-    counts = [
-        [linear.new_num_var(0.0, float(problem.runs[r].count), "") for r, _ in options] for _ in range(problem.stages)
-    ]
+    run_of = np.array([r for r, _ in options])
+    most = [float(problem.runs[r].count) for r, _ in options]
+    counts = [rows.variables(most) for _ in range(stages)]
     for r, run in enumerate(problem.runs):
-        mine = [one for row in counts for one, (other, _) in zip(row, options, strict=True) if other == r]
-        linear.add(LinearExpr.sum(mine) == float(run.count))
+        mine = [row[place] for row in counts for place in np.flatnonzero(run_of == r)]
+        rows.add(mine, np.ones(len(mine)), run.count, run.count)
     for row in counts:
-        linear.add(LinearExpr.sum(row) >= 1.0)
+        rows.add(row, np.ones(len(row)), 1.0)
     optimizer = float(chain.optimizer[-1]) / problem.pp
     m, ends = problem.micro_batches, problem.stage_first_s + problem.stage_last_s
-    works = [work_of(option) for _, option in options]
+    works = np.array([work_of(option) for _, option in options])
+    resident, inflight = np.array([(option.resident, option.inflight) for _, option in options]).T
     for rank in range(problem.pp):
         own = problem.own(rank)
         mine = [one for stage in own for one in counts[stage]]
         own_s = m * problem.stage_s * len(own) + ends * len(own)
-        linear.add(weighted([step, *mine], [1.0, *([-m * w for w in works] * len(own))]) >= own_s + optimizer)
+        rows.add([step, *mine], np.array([1.0, *np.tile(-m * works, len(own))]), own_s + optimizer)
         for held in problem.held(rank):
-            held_bytes = [bytes_of(option, alive) / BYTES for alive, _ in held for _, option in options]
-            linear.add(weighted(mine, held_bytes) <= problem.spare(rank) / BYTES)
-    everything = [one for row in counts for one in row]
+            needed = np.concatenate([resident + alive * inflight for alive, _ in held])
+            rows.add(mine, needed / BYTES, -float("inf"), problem.spare(rank) / BYTES)
+    everything = [step, *(one for row in counts for one in row)]
     parts = [_split(problem, option, option.forward_s, work_of(option)) for _, option in options]
     sizes = np.array([[part[name] for part in parts] for name in ("ahead", "inputs", "weight", "loose", "either")])
     for ahead, inputs, weight, first, last in found.every:
         loose = np.minimum(inputs, weight) if found.halved else inputs
         either = np.minimum(ahead, loose)
-        row = np.stack([ahead, inputs, weight, loose, either], axis=1) @ sizes
+        takes = np.stack([ahead, inputs, weight, loose, either], axis=1) @ sizes
         known = float(either.sum() * problem.stage_s + first.sum() * problem.stage_first_s)
         known += float(last.sum() * problem.stage_last_s)
-        linear.add(weighted([step, *everything], [1.0, *(-row.ravel()).tolist()]) >= known + optimizer)
-    linear.minimize(step)
+        rows.add(everything, np.concatenate([[1.0], -takes.ravel()]), known + optimizer)
+    linear = rows.least(step)
     solver, status = solve_linear(linear)
     if status == INFEASIBLE:
         return float("inf")

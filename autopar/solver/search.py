@@ -35,7 +35,6 @@ from autopar.solver.check_space import check_space
 from autopar.solver.config_bounds import (
     loose_bound,
     quick_bound,
-    refined_shape_bound,
     shape_bound,
     stage_bound,
 )
@@ -350,8 +349,8 @@ class _Walk:
         sharper = Step(entry.step + 1)
         if isinstance(item, Config):
             return [(stage_bound(context, item, shardings, paths=False), sharper, item)]
-        if sharper in (Step.RELAXED, Step.KINDS):
-            return [(refined_shape_bound(context, _shape(item), shardings, sharper), sharper, item)]
+        if sharper == Step.KINDS:
+            return [(shape_bound(context, _shape(item), shardings.least_work()), sharper, item)]
         space = self.space(item)
         if isinstance(item, Family):
             return [(quick_bound(context, config, shardings.least_work()), sharper, config) for config in space]

@@ -1,6 +1,6 @@
 """The shardings of a model on model axes, for a micro-batch size: answers, and proved lower bounds of all there are.
 
-`Shardings.cheap_bound` needs a linear program, `bound` the fastest answer's ILP, `kind_bounds` one small ILP per kind.
+`Shardings.bound` needs the fastest answer's ILP, `kind_bounds` one small linear program or ILP per kind.
 """
 
 from __future__ import annotations
@@ -71,39 +71,16 @@ class Shardings(Answers):
     ) -> None:
         super().__init__(context, axes, batch, pad_heads, apart)
         self.alone = alone
-        self._relaxed: dict[bool, float] = {}
-        self._cheap: float | None = None
         self._least_work: float | None = None
         self._kind_bounds: dict[bool, dict[str, KindBound]] = {}
-        self._least_of: dict[tuple[str, frozenset[str], bool], float] = {}
+        self._least_of: dict[tuple[str, frozenset[str], bool, bool], float] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
         self._least_seconds: dict[tuple[str, str, bool], float] = {}
         self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
         self._again_of: dict[tuple[str, tuple[str, ...] | None], float] = {}
+        self._fastest_parts: dict[tuple[str, str, frozenset[str] | None], float] = {}
         self._least_moved: dict[tuple[str, str, tuple[str, ...]], float] = {}
         self.memo: dict[Any, Any] = {}
-
-    def cheap_bound(self) -> float:
-        """Seconds of all blocks for one micro-batch by the ILP's linear relaxation: no sharding needs fewer."""
-        if self.size == 1:
-            return self.bound()
-        if self.alone is None:
-            return self.relaxed()
-        if self._cheap is None:
-            again = self.context.always_again()
-            shifts = (count * self._shift(kind, again) for kind, count in self.context.counts.items())
-            self._cheap = self.alone.relaxed(shared=True) + sum(shifts)
-        return self._cheap
-
-    def relaxed(self, shared: bool = False) -> float:
-        """The optimum of the relaxation. ``shared``: see `built`."""
-        if shared not in self._relaxed:
-            problem = self.built(self.context.always_again(), shared).problem
-            begin = time.perf_counter()
-            self._relaxed[shared] = self._once(("relaxed", shared), lambda: relaxed_bound(problem))
-            self.context.clock.add("relaxations", begin)
-            self.context.clock.counts["relaxations"] += 1
-        return self._relaxed[shared]
 
     def _shift(self, name: str, again: frozenset[str]) -> float:
         """How much more a kind takes at least than by the least of any sharing of experts."""
@@ -137,7 +114,8 @@ class Shardings(Answers):
     def kind_bounds(self, sharp: bool = False) -> dict[str, KindBound]:
         """Per kind, seconds that no decision can undercut, whatever the layout between blocks.
 
-        ``sharp``: recomputation bounded by an ILP of its own, not by each operator's fastest forward.
+        ``sharp``: by ILPs, not their relaxations, and recomputation by one of its own, not by each operator's fastest
+        forward.
         """
         found = self._kind_bounds.get(sharp)
         if found is None:
@@ -159,10 +137,10 @@ class Shardings(Answers):
             return KindBound(none, none + again, forward, backward)
         ways = {Recompute.of(choice).recompute for choice in context.choices_of(name)}
         if ways == {"full"}:
-            return KindBound(float("inf"), self.least(name, context.always_again()), forward, backward)
-        none = self.least(name, frozenset())
+            return KindBound(float("inf"), self.least(name, context.always_again(), sharp), forward, backward)
+        none = self.least(name, frozenset(), sharp)
         if sharp and "full" in ways:
-            return KindBound(none, self.least(name, frozenset(context.model.kinds)), forward, backward)
+            return KindBound(none, self.least(name, frozenset(context.model.kinds), sharp), forward, backward)
         return KindBound(none, none + again, forward, backward)
 
     def least_seconds(self, name: str, choice: str, sharp: bool = False) -> float:
@@ -262,7 +240,14 @@ class Shardings(Answers):
         return self.fastest_part(name, "forward_s", of)
 
     def fastest_part(self, name: str, part: str, of: frozenset[str] | None = None) -> float:
-        """The least of a part of the `Price` of each operator (those of these names), conversions free."""
+        """The least of a part of the `Price` of each operator (those of these names), conversions free: ``forward_s``
+        or ``backward_s``."""
+        key = (name, part, of)
+        if key not in self._fastest_parts:
+            self._fastest_parts[key] = self._fastest_part(*key)
+        return self._fastest_parts[key]
+
+    def _fastest_part(self, name: str, part: str, of: frozenset[str] | None) -> float:
         graph = self.context.model.kinds[name].graph
         nodes = [node for node in graph.of("op") if of is None or node.name in of]
         if self.size == 1:
@@ -271,20 +256,19 @@ class Shardings(Answers):
             kind, other = (shardings.context.model.kinds[name] for shardings in (self, self.alone))
             shift = part_shift(self.prices, self.alone.built(frozenset()).choices, kind, other, part, of)
             return self.alone.fastest_part(name, part, of) + shift
-        ways = self.built(frozenset()).choices
-        return sum(
-            min(float(getattr(self.prices.operator(node, graph, way)[0], part)) for way in ways[f"{name}/{node.name}"])
-            for node in nodes
-        )
+        least, half = self.built(frozenset()).least, part == "backward_s"
+        return sum(least[f"{name}/{node.name}"][half] for node in nodes)
 
-    def least(self, name: str, again: frozenset[str], shared: bool = False) -> float:
-        """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs).
-        ``shared``: see `built`."""
+    def least(self, name: str, again: frozenset[str], sharp: bool, shared: bool = False) -> float:
+        """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs), or
+        unless ``sharp`` what its relaxation says. ``shared``: see `built`."""
         if self.alone is not None:
+            # What stands for every sharing of experts is loose anyway: its relaxation will do.
             shared = self.alone.context.any_sharing().has(name)
-            return self.alone.least(name, again, shared) + self._shift(name, again)
-        if (name, again, shared) in self._least_of:
-            return self._least_of[name, again, shared]
+            return self.alone.least(name, again, sharp and not shared, shared) + self._shift(name, again)
+        key = (name, again, sharp, shared)
+        if key in self._least_of:
+            return self._least_of[key]
         begin = time.perf_counter()
         prefix = f"{name}/"
         whole = self.built(again, shared).problem
@@ -295,10 +279,8 @@ class Shardings(Answers):
             tuple(output for output in whole.outputs if output.tensor.startswith(prefix)),
             hubs=whole.hubs,
         )
-        # What stands for every sharing of experts is loose anyway: its relaxation will do.
-        find = (lambda: relaxed_bound(part)) if shared else (lambda: solve(part).bound)
-        bound = self._once(("least", name, again, shared), find)
-        self._least_of[name, again, shared] = bound
-        self.context.clock.add("bounds", begin)
-        self.context.clock.counts["intra-block ILPs"] += 1
+        find = (lambda: solve(part).bound) if sharp else (lambda: relaxed_bound(part))
+        bound = self._least_of[key] = self._once(("least", name, again, sharp, shared), find)
+        self.context.clock.add("intra-block ILP" if sharp else "relaxations", begin)
+        self.context.clock.counts["intra-block ILPs" if sharp else "relaxations"] += 1
         return bound

@@ -61,6 +61,16 @@ class StageBackward:
         self.thinner = 0.0 if model.defers else model.thinner - 1
         self.added = self.thinner * sum(block.expert for block in self.blocks)
         self.elements_rooted = sum(block.own for block in self.blocks if block.root)
+        self._most: dict[tuple[str, str, bool], tuple[float, Beside | None]] = {}
+
+    def most(self, kind: str, done: str, last: bool) -> tuple[float, Beside | None]:
+        """Of these `times`, the most bytes of gradients, and the one with most bytes in all."""
+        key = kind, done, last
+        if key not in self._most:
+            through = list(self.times(kind, done, last))
+            gradients = max((time.gradients for time in through), default=0.0)
+            self._most[key] = gradients, max(through, key=lambda time: time.total, default=None)
+        return self._most[key]
 
     def times(self, kind: str, done: str, last: bool) -> Iterator[Beside]:
         """The times of a backward "B", "I" or "W" at which most may be held. ``done``: as in `orders.Moment`."""

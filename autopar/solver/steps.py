@@ -10,15 +10,13 @@ class Step(IntEnum):
 
     ARITHMETIC = 0
     """Shape: its arithmetic, evenly shared out, and what its schedule surely waits."""
-    RELAXED = 1
-    """The sharding ILP's linear relaxation."""
-    KINDS = 2
-    """Every kind of block at the optimum of its own ILP."""
-    STAGES = 3
+    KINDS = 1
+    """Every kind of block at the optimum of its own ILP's linear relaxation."""
+    STAGES = 2
     """Stages over the least seconds and the least bytes of every kind, whatever the data ranks do."""
-    FAMILY = 4
+    FAMILY = 3
     """Family: the same, at one ZeRO level, its state offloaded or not."""
-    DATA = 5
+    DATA = 4
     """Configuration: as `KINDS`, and what its data ranks surely add."""
-    SPREAD = 6
+    SPREAD = 5
     """As `STAGES`, with the bytes and seconds of its data ranks. What comes next is its price."""
