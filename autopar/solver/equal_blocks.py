@@ -69,11 +69,13 @@ def free_step_time(context: Context, best: Assessment, shardings: Shardings) -> 
         return best.step_time
     free = replace(context, equal_blocks=False)
     found = [
-        polished(free, mixed)
+        mixed
         for answers in together(free, [fastest, *shardings.lean()])
         if len(answers) > 1 and (mixed := best_stages(free, best.config, answers, extended=True)) is not None
     ]
-    return min([best.step_time, *(one.step_time for one in found)])
+    if not found:
+        return best.step_time
+    return min(best.step_time, polished(free, min(found, key=lambda one: one.step_time)).step_time)
 
 
 def _at_ease(context: Context, best: Assessment, fastest: Answered) -> bool:

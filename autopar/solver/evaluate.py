@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -165,8 +165,11 @@ def tied_elements(context: Context, stages: Sequence[Sequence[BlockCost]]) -> tu
     return shared, crossing
 
 
-def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost]], boundary: int) -> Assessment:
-    """Price and simulate a plan's stages."""
+def assess(
+    context: Context, config: Config, stages: Sequence[Sequence[BlockCost]], boundary: int, fitting: bool = False
+) -> Assessment:
+    """Price and simulate a plan's stages. ``fitting``: those that do not fit are not simulated, and take infinitely
+    long."""
     begin = time.perf_counter()
     place = placed(context, config, boundary)
     shared, crossing = tied_elements(context, stages)
@@ -218,13 +221,18 @@ def assess(context: Context, config: Config, stages: Sequence[Sequence[BlockCost
         found.append(known[key])
     times, blocks = [times for times, _ in found], [held for _, held in found]
     memory, host = place.memory.ranks(blocks), place.memory.hosts(blocks)
+    rows = tuple(map(tuple, stages))
+    unknown = Assessment(config, rows, tuple(times), memory, host, float("inf"), {}, boundary)
+    if fitting and not within_memory(context, unknown):
+        context.clock.add("simulation", begin)
+        return unknown
     exchanged = crossing * context.job.master_bytes / place.memory.shards
     tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.mesh.strides()["pp"])
     overhead_s = context.ops.stack.step_s
     step_time, breakdown = step(times, stages, config, place.transfers, tied_s, overhead_s)
     context.clock.add("simulation", begin)
     context.clock.counts["simulations"] += 1
-    return Assessment(config, tuple(map(tuple, stages)), tuple(times), memory, host, step_time, breakdown, boundary)
+    return replace(unknown, step_time=step_time, breakdown=breakdown)
 
 
 def step(

@@ -6,30 +6,41 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from autopar.solver.space import Config, Family, Shape
+from autopar.solver.steps import Step
 
 ENOUGH = 3
 """Configurations priced of a class after which the least that was missed of them is expected of the others."""
 
+Guesses = tuple[tuple[Step, float], ...]
+"""What a configuration, and before it what it came from, were estimated to take at every step."""
+
 
 @dataclass(slots=True)
 class Missed:
-    """Seconds over estimates: of the shape priced last, and of all with stages, or without, by ZeRO level."""
+    """Seconds over estimates of every step: of the shape priced last, and of all with stages, or without, by ZeRO
+    level."""
 
-    shapes: dict[Shape, float] = field(default_factory=dict)
-    classes: dict[tuple[bool, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    shapes: dict[tuple[Shape, Step], float] = field(default_factory=dict)
+    classes: dict[tuple[bool, int, Step], list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, config: Config, estimate: float, seconds: float) -> None:
+    def add(self, config: Config, guesses: Guesses, seconds: float) -> None:
         """What a configuration took."""
-        ratio = self.shapes[config.shape] = max(1.0, seconds / estimate)
-        self.classes[config.pp > 1, config.zero].append(ratio)
+        for step, guess in guesses:
+            ratio = self.shapes[config.shape, step] = max(1.0, seconds / guess)
+            self.classes[config.pp > 1, config.zero, step].append(ratio)
 
-    def factor(self, item: Shape | Family | Config) -> float:
+    def factor(self, item: Shape | Family | Config, step: Step) -> float:
         """What an estimate is likely to be too low by: as much as for the same shape, or at least for its class."""
         shape = item if isinstance(item, Shape) else item.shape
-        if shape in self.shapes:
-            return self.shapes[shape]
+        if (shape, step) in self.shapes:
+            return self.shapes[shape, step]
         staged = shape.outline.pp > 1
-        like = self.classes[staged, item.zero] if not isinstance(item, Shape) else []
+        like = self.classes[staged, item.zero, step] if not isinstance(item, Shape) else []
         if len(like) < ENOUGH:
-            like = [ratio for (other, _), ratios in self.classes.items() if other == staged for ratio in ratios]
+            like = [
+                ratio
+                for (other, _, level), ratios in self.classes.items()
+                if other == staged and level == step
+                for ratio in ratios
+            ]
         return min(like) if len(like) >= ENOUGH else 1.0

@@ -11,7 +11,7 @@ from itertools import accumulate, permutations
 
 from autopar.solver.candidates import BlockCost
 from autopar.solver.context import Context
-from autopar.solver.evaluate import Assessment, assess, within_memory
+from autopar.solver.evaluate import Assessment, assess
 
 MOST = 400
 """Spreads that are tried at most."""
@@ -29,11 +29,9 @@ def polished(context: Context, best: Assessment) -> Assessment:
         return best
     tried = 0
     while tried < MOST:
-        near = [assess(context, best.config, stages, best.boundary) for stages in _neighbours(best)]
+        near = [assess(context, best.config, stages, best.boundary, fitting=True) for stages in _neighbours(best)]
         tried += len(near)
-        fastest = min(
-            (other for other in near if within_memory(context, other)), key=lambda a: a.step_time, default=best
-        )
+        fastest = min(near, key=lambda one: one.step_time, default=best)
         if fastest.step_time >= best.step_time * (1 - 1e-9):
             break
         best = fastest
@@ -41,11 +39,20 @@ def polished(context: Context, best: Assessment) -> Assessment:
 
 
 def _neighbours(best: Assessment) -> Iterator[Stages]:
-    """The chain cut anew, with one block less in one stage and one more in another; no stage is left empty."""
+    """The chain cut anew, with one block less in one stage and one more in another; no stage is left empty. Without
+    those whose ranks cannot be done sooner than now."""
     blocks = [block for stage in best.stages for block in stage]
     counts = [len(stage) for stage in best.stages]
+    work = [0.0, *accumulate(block.forward_s + block.backward_s for block in blocks)]
     for giver, taker in permutations(range(len(counts)), 2):
         if counts[giver] > 1 and (abs(giver - taker) == 1 or best.rank_of(giver) == best.rank_of(taker)):
             changed = [count - (s == giver) + (s == taker) for s, count in enumerate(counts)]
             ends = list(accumulate(changed))
-            yield tuple(tuple(blocks[end - count : end]) for end, count in zip(ends, changed, strict=True))
+            rank = best.rank_of(taker)
+            own = sum(
+                work[end] - work[end - n]
+                for s, (end, n) in enumerate(zip(ends, changed, strict=True))
+                if best.rank_of(s) == rank
+            )
+            if best.config.micro_batches * own < best.step_time:
+                yield tuple(tuple(blocks[end - count : end]) for end, count in zip(ends, changed, strict=True))

@@ -47,7 +47,7 @@ from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.found import HOPE, INFINITE, Found
 from autopar.solver.infeasible import explain, least_memory
 from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
-from autopar.solver.missed import Missed
+from autopar.solver.missed import Guesses, Missed
 from autopar.solver.plan_of import plan_of
 from autopar.solver.polish import polished
 from autopar.solver.price import price
@@ -67,6 +67,9 @@ faster, is met again by its bound."""
 PROOFS = 600
 """Bounds that are sharpened at most, unless a number of steps is given: of some thousand that are nearly equal, the
 least hardly rises."""
+
+AHEAD = 2.5
+"""How many times as long as anything may take, by its estimate, what has no stages may take to be looked into first."""
 
 PATIENCE, STEPS, BETTER = 8, 1500, 1e-3
 """Configurations priced one after the other that are no better, and steps, after which no better ones are sought; and
@@ -140,13 +143,15 @@ def _uncollected() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Something to refine, after ``step`` steps: a valid ``bound``, a likely ``estimate``, its place in ``order``."""
+    """Something to refine, after ``step`` steps: a valid ``bound``, a likely ``estimate`` with those of the steps
+    before, its place in ``order``."""
 
     bound: float
     estimate: float
     order: int
     step: Step
     item: Item
+    guesses: Guesses = ()
     proved: bool = False
 
 
@@ -189,7 +194,7 @@ class _Walk:
         self.seconds: dict[Config, float] = {}
         self.made = self.meshes = 0
 
-    def add(self, bound: float, step: Step, item: Item) -> list[_Entry]:
+    def add(self, bound: float, step: Step, item: Item, guesses: Guesses = ()) -> list[_Entry]:
         """A new entry, if it may be of use."""
         if bound == INFINITE:
             return []
@@ -197,7 +202,7 @@ class _Walk:
             self.found.rest = min(self.found.rest, bound)
             return []
         likely = estimate(self.of(item), item, self.shardings(item), step, bound)
-        entry = _Entry(bound, likely, self.made, step, item)
+        entry = _Entry(bound, likely, self.made, step, item, (*guesses, (step, likely)))
         self.made += 1
         self.entries[entry.order] = entry
         self.left[_mesh(item)] = self.left.get(_mesh(item), 0) + 1
@@ -215,13 +220,14 @@ class _Walk:
         """Work off what is likely to be fastest, until as many priced configurations as `PATIENCE` are no better: first
         what has no stages, which is soon done and says what the rest has to beat. What is not likely to fit comes only
         if nothing else does."""
-        self._find([pair for pair in self.likely if _mesh(self.entries[pair[1]].item)[0] == 1])
+        stop = AHEAD * min(self.likely, default=(INFINITE, 0))[0]
+        self._find([pair for pair in self.likely if _mesh(self.entries[pair[1]].item)[0] == 1], stop=stop)
         self._find([(entry.estimate, entry.order) for entry in self.entries.values()])
         if self.found.best is None:
             self.crowded = Crowded()
             self._find([(entry.estimate, entry.order) for entry in self.entries.values()], patient=True)
 
-    def _find(self, likely: list[tuple[float, int]], patient: bool = False) -> None:
+    def _find(self, likely: list[tuple[float, int]], patient: bool = False, stop: float = INFINITE) -> None:
         found, waited, refined, told = self.found, 0, 0, set()
         heapq.heapify(likely)
         self.likely = likely
@@ -233,12 +239,12 @@ class _Walk:
             if not patient and isinstance(entry.item, Config) and self.crowded.has(entry.item):
                 continue
             # What was too low for one configuration is likely to be for others.
-            missed = self.missed.factor(entry.item)
+            missed = self.missed.factor(entry.item, entry.step)
             if missed > 1.0 and order not in told:
                 told.add(order)
                 heapq.heappush(likely, (guess * missed, order))
                 continue
-            if found.best is not None and guess > found.best.step_time * (1 + NEAR):
+            if guess > stop or (found.best is not None and guess > found.best.step_time * (1 + NEAR)):
                 break
             if self.watch.over(found.best is not None):
                 return
@@ -317,7 +323,7 @@ class _Walk:
         """One step: what the entry becomes takes its place, which it keeps until then: a Ctrl-C loses no bound."""
         children: list[_Entry] = []
         for bound, step, item in self._refined(entry):
-            children += self.add(max(bound, entry.bound), step, item)
+            children += self.add(max(bound, entry.bound), step, item, entry.guesses)
         del self.entries[entry.order]
         self.left[_mesh(entry.item)] -= 1
         report = self.watch.limits.progress
@@ -344,7 +350,7 @@ class _Walk:
             if seconds == INFINITE:
                 self._crowd(item, shardings)
             elif entry.estimate < INFINITE:
-                self.missed.add(item, entry.estimate, seconds)
+                self.missed.add(item, entry.guesses, seconds)
             return []
         sharper = Step(entry.step + 1)
         if isinstance(item, Config):

@@ -92,12 +92,7 @@ def simulate(
     if schedule == "1f1b" and micro_batches < count:
         raise AutoparError(f"1F1B needs at least as many micro-batches as stages: {micro_batches} < {count}")
     transfer_s = transfer_s or (0.0,) * (count - 1)
-    if schedule in ("none", "gpipe", "1f1b"):
-        make = _one_forward_one_backward if schedule == "1f1b" else _gpipe
-        programs = [make(s, count, micro_batches) for s in range(count)]
-    else:
-        programs = [iter(program) for program in _programs(schedule, count // vpp, vpp, micro_batches)]
-    return _replay(stages, programs, transfer_s, micro_batches, record)
+    return _replay(stages, _flow(schedule, count, vpp, micro_batches), transfer_s, record)
 
 
 def gpipe_seconds(stages: Sequence[StageTimes], micro_batches: int) -> float:
@@ -240,64 +235,115 @@ def _exchanged(action: Action, count: int) -> tuple[tuple[_Transfer, ...], tuple
     return _ends(action.stage, count, "F" if action.kind == "F" else "B", action.micro)
 
 
-def _replay(
-    stages: Sequence[StageTimes],
-    programs: Sequence[Iterator[_Step]],
-    transfer_s: Sequence[float],
-    micro_batches: int,
-    record: bool,
-) -> Timeline:
-    """Run every program as far as it goes, until all are done; a wait stops where the other end has not posted."""
-    count = len(programs)
-    clock = [0.0] * count
-    channel, exposed = [0.0] * count, [0.0] * count
-    posted: dict[_Transfer, float] = {}
-    done: dict[_Transfer, float] = {}
-    blocked: list[tuple[_Transfer, ...] | None] = [()] * count
-    left = [micro_batches] * len(stages)
-    events: list[Event] = []
+_RUN, _FIRST, _LAST, _POST, _JOIN, _WAIT = range(6)
+"""What `_Act` are: a computation; one that is a stage's first forward, or its last backward; the first end of a
+transfer to be ready, the second, and a wait for it to be through."""
+
+_KINDS = ("F", "B", "I", "W", "after")
+
+
+@dataclass(frozen=True, slots=True)
+class _Flow:
+    """All that ranks do, each after what it waits for: (what, rank, where, stage or link, action). ``where``: the place
+    of its seconds, by stage and kind, or the number of a transfer, of ``transfers``."""
+
+    acts: tuple[tuple[int, int, int, int, Action], ...]
+    transfers: int
+
+
+@lru_cache(maxsize=64)
+def _flow(schedule: str, count: int, vpp: int, micro_batches: int) -> _Flow:
+    """The programs of a schedule run as far as they go, one after the other, until all are done: what waits for what
+    does not depend on how long it takes."""
+    if schedule in ("none", "gpipe", "1f1b"):
+        make = _one_forward_one_backward if schedule == "1f1b" else _gpipe
+        programs = [make(stage, count, micro_batches) for stage in range(count)]
+    else:
+        programs = [iter(program) for program in _programs(schedule, count // vpp, vpp, micro_batches)]
+    acts: list[tuple[int, int, int, int, Action]] = []
+    numbers: dict[_Transfer, int] = {}
+    done: set[_Transfer] = set()
+    blocked: list[tuple[_Transfer, ...] | None] = [()] * len(programs)
+    left = [micro_batches] * count
     progress = True
     while progress:
         progress = False
-        for rank in range(count):
+        for rank, program in enumerate(programs):
             waiting = blocked[rank]
-            while waiting is not None:
-                if waiting:
-                    if any(transfer not in done for transfer in waiting):
-                        break
-                    clock[rank] = max(clock[rank], *(done[transfer] for transfer in waiting))
-                    waiting = ()
-                step = next(programs[rank], None)
-                progress = True
+            while waiting is not None and done.issuperset(waiting):
+                acts += [(_WAIT, rank, numbers[transfer], 0, _NOTHING) for transfer in waiting]
+                progress, waiting = True, ()
+                step = next(program, None)
                 if step is None:
                     waiting = None
                 elif step[0] == "run":
-                    kind, stage, micro, _ = step[1]
-                    times = stages[stage]
-                    end = clock[rank] + _seconds(times, kind, stage, micro)
-                    if kind == "F" and micro == 0 and end < times.ready_s:
-                        exposed[rank] += times.ready_s - end
-                        end = times.ready_s
-                    if kind in "BW":
-                        left[stage] -= 1
-                        if not left[stage] and times.reduces_s:
-                            channel[rank] = max(channel[rank] + times.reduces_s, end + times.last_s)
-                        elif not left[stage]:
-                            end += times.last_s
-                    if record and kind != "after":
-                        events.append(Event(stage, kind, micro, clock[rank], end))
-                    clock[rank] = end
-                elif step[0] == "post":
-                    for transfer in step[2]:
-                        if transfer in posted:
-                            done[transfer] = max(posted.pop(transfer), clock[rank]) + transfer_s[_link(transfer)]
-                        else:
-                            posted[transfer] = clock[rank]
-                else:
+                    acts.append((_what(step[1], left), rank, _place(step[1]), step[1].stage, step[1]))
+                elif step[0] == "wait":
                     waiting = step[2]
+                else:
+                    for transfer in step[2]:
+                        what = _JOIN if transfer in numbers else _POST
+                        number = numbers.setdefault(transfer, len(numbers))
+                        acts.append((what, rank, number, _link(transfer), _NOTHING))
+                        if what == _JOIN:
+                            done.add(transfer)
             blocked[rank] = waiting
     if any(waiting is not None for waiting in blocked):
         raise AutoparError("the schedule deadlocks: a stage waits for a transfer that nothing sends")
+    return _Flow(tuple(acts), len(numbers))
+
+
+def _what(action: Action, left: list[int]) -> int:
+    """``left``: backwards that each stage has before it."""
+    if action.kind == "F":
+        return _RUN if action.micro else _FIRST
+    if action.kind not in "BW":
+        return _RUN
+    left[action.stage] -= 1
+    return _RUN if left[action.stage] else _LAST
+
+
+def _place(action: Action) -> int:
+    return action.stage * len(_KINDS) + _KINDS.index(action.kind)
+
+
+def _replay(stages: Sequence[StageTimes], flow: _Flow, transfer_s: Sequence[float], record: bool) -> Timeline:
+    """How long all of it takes."""
+    count = max(rank for _, rank, _, _, _ in flow.acts) + 1
+    clock, channel, exposed = [0.0] * count, [0.0] * count, [0.0] * count
+    through = [0.0] * flow.transfers
+    seconds = [_seconds(times, kind, stage) for stage, times in enumerate(stages) for kind in _KINDS]
+    events: list[Event] = []
+    for what, rank, where, place, action in flow.acts:
+        now = clock[rank]
+        if what == _RUN:
+            end = now + seconds[where]
+        elif what == _WAIT:
+            if through[where] > now:
+                clock[rank] = through[where]
+            continue
+        elif what == _POST:
+            through[where] = now
+            continue
+        elif what == _JOIN:
+            through[where] = max(through[where], now) + transfer_s[place]
+            continue
+        elif what == _FIRST:
+            times = stages[place]
+            end = now + (seconds[where] + times.first_s)
+            if end < times.ready_s:
+                exposed[rank] += times.ready_s - end
+                end = times.ready_s
+        else:
+            times = stages[place]
+            end = now + seconds[where]
+            if times.reduces_s:
+                channel[rank] = max(channel[rank] + times.reduces_s, end + times.last_s)
+            else:
+                end += times.last_s
+        if record and action.kind != "after":
+            events.append(Event(place, action.kind, action.micro, now, end))
+        clock[rank] = end
     events.sort(key=lambda event: (event.start, event.stage))
     exposed = [one + max(0.0, last - end) for one, last, end in zip(exposed, channel, clock, strict=True)]
     ends = tuple(map(max, clock, channel))
@@ -309,12 +355,12 @@ def _link(transfer: _Transfer) -> int:
     return transfer[1] if transfer[0] == "F" else transfer[1] - 1
 
 
-def _seconds(times: StageTimes, kind: str, stage: int, micro: int) -> float:
+def _seconds(times: StageTimes, kind: str, stage: int) -> float:
     """Seconds of an action, without what is more in a first forward or a last backward's reductions."""
     if kind == "after":
         return times.after_s
     if kind == "F":
-        return times.forward_s + (times.first_s if micro == 0 else 0.0)
+        return times.forward_s
     weights = times.weight_s if stage else times.backward_s  # torch leaves all of it to "W" on stage 0
     if kind == "I":
         return times.backward_s - weights

@@ -12,7 +12,7 @@ from autopar.solver.answers import Answered
 from autopar.solver.candidates import BlockCost
 from autopar.solver.chain import fastest
 from autopar.solver.context import Context
-from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements, within_memory
+from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.laps import even_borders, laps_bound
@@ -251,8 +251,8 @@ def best_stages(
         if counts is None:
             return None, None
         if counts not in tried:
-            found = assess(context, config, spread(counts, costs_of), boundary)
-            tried[counts] = found if within_memory(context, found) else None
+            found = assess(context, config, spread(counts, costs_of), boundary, fitting=True)
+            tried[counts] = found if found.step_time < float("inf") else None
         return counts, tried[counts]
 
     counts, best = fitting(1.0)
