@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from autopar.solver.space import Config, Family, Outline, Shape
+from autopar.solver.space import Config, Family, Shape
 from autopar.solver.steps import Step
 
 ENOUGH = 3
@@ -18,18 +18,10 @@ Guesses = tuple[tuple[Step, float], ...]
 @dataclass(slots=True)
 class Missed:
     """Seconds over estimates of every step: of the shape priced last, and of all with stages, or without, by ZeRO
-    level. ``axes``: the least by which looking at shardings raised the estimates of shapes with the same model axes,
-    whatever their micro-batch."""
+    level."""
 
     shapes: dict[tuple[Shape, Step], float] = field(default_factory=dict)
     classes: dict[tuple[bool, int, Step], list[float]] = field(default_factory=lambda: defaultdict(list))
-
-    axes: dict[Outline, float] = field(default_factory=dict)
-
-    def raised(self, shape: Shape, ratio: float) -> None:
-        """Shardings of a shape were looked at, which raised its estimate by ``ratio``."""
-        key = _axes(shape)
-        self.axes[key] = min(ratio, self.axes.get(key, ratio))
 
     def add(self, config: Config, guesses: Guesses, seconds: float) -> None:
         """What a configuration took."""
@@ -42,7 +34,6 @@ class Missed:
         shape = item if isinstance(item, Shape) else item.shape
         if (shape, step) in self.shapes:
             return self.shapes[shape, step]
-        known = self.axes.get(_axes(shape), 1.0) if step == Step.ARITHMETIC else 1.0
         staged = shape.outline.pp > 1
         like = self.classes[staged, item.zero, step] if not isinstance(item, Shape) else []
         if len(like) < ENOUGH:
@@ -52,8 +43,4 @@ class Missed:
                 if other == staged and level == step
                 for ratio in ratios
             ]
-        return max(known, min(like) if len(like) >= ENOUGH else 1.0)
-
-
-def _axes(shape: Shape) -> Outline:
-    return replace(shape.outline, pp=1, dp=1, micro_batch=1, micro_batches=1)
+        return min(like) if len(like) >= ENOUGH else 1.0

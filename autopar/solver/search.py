@@ -323,9 +323,6 @@ class _Walk:
         """One step: what the entry becomes takes its place, which it keeps until then: a Ctrl-C loses no bound."""
         children: list[_Entry] = []
         for bound, step, item in self._refined(entry):
-            if isinstance(item, Shape) and step == Step.KINDS:
-                likely = estimate(self.of(item), item, self.shardings(item), step, bound)
-                self.missed.raised(item, likely / entry.estimate)
             children += self.add(max(bound, entry.bound), step, item, entry.guesses)
         del self.entries[entry.order]
         self.left[_mesh(entry.item)] -= 1
