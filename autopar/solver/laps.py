@@ -40,6 +40,9 @@ from autopar.solver.stages import BlockRun, StageProblem
 
 Ints = NDArray[np.int64]
 
+ENOUGH = 1e-4
+"""How close to the least V that is possible is close enough."""
+
 
 def laps_bound(problem: StageProblem) -> float:
     """No spread has a lower V; infinite if memory is too small for any."""
@@ -112,7 +115,7 @@ def _in_room(problem: StageProblem, chain: Chain, idle: Floats, low: float) -> f
     if blocks.sum() < run.count * (1 - 1e-9):
         return float("inf")
     high = float(idle.sum()) + m * (float((blocks * slopes).sum()) + others)
-    while high - low > 1e-6 * high:
+    while high - low > ENOUGH * high:
         middle = (low + high) / 2
         low, high = (low, middle) if possible(middle) else (middle, high)
     return low
