@@ -7,7 +7,8 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from autopar.solver.laps import even_borders, laps_bound
+from autopar.solver.chain import chain_of
+from autopar.solver.laps import even_borders, forced_seconds, laps_bound
 from autopar.solver.mixes import mixed
 from autopar.solver.orders import is_steady, moments, orders, peaks, warm_up
 from autopar.solver.path_bound import path_bound, program_bound
@@ -131,6 +132,28 @@ def test_no_path_is_longer_than_the_step(schedule, vpp):
         assert list(ends) == sorted(set(ends))
         assert ends[-1] == len(runs)
     assert max(tight) > 0.8
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv", "dualpipev"])
+def test_no_spread_over_several_stages_a_rank_takes_less_than_its_bound(schedule):
+    draw, fitted = random.Random(3), 0
+    for _ in range(40):
+        problem = drawn_problem(draw, draw.randint(3, 5), 2)
+        problem = replace(problem, schedule=schedule, vpp=2, micro_batches=4, transfer_s=0.0)
+        fitting = [counts for counts in spreads(problem) if max(rank_bytes(problem, counts)) <= problem.capacity]
+        if fitting:
+            fitted += 1
+            assert laps_bound(problem) <= min(stage_seconds(problem, counts) for counts in fitting) * ROUNDING
+    assert fitted > 10
+
+
+def test_the_bytes_of_every_rank_count_apart():
+    """Together ranks have room for all blocks as fast as they can be, but the first ranks keep most in flight."""
+    options = Option("none", 1, 2, 0, GIB, 0), Option("less", 1, 3, 0, 0.1 * GIB, 0)
+    ample = StageProblem((BlockRun("layer", 16, options),), 4, 8, 2.0**50, 0.0, (), "interleaved", 2)
+    short = replace(ample, capacity=6 * GIB)
+    assert forced_seconds(short, chain_of(short)) == 0.0
+    assert 1.05 * laps_bound(ample) < laps_bound(short) < 1.3 * laps_bound(ample)
 
 
 def test_gpipe_of_even_stages_is_as_long_as_its_path():
