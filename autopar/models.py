@@ -18,6 +18,7 @@ import yaml
 from autopar.errors import AutoparError, BadInputError
 from autopar.graph.cache import cached_graph
 from autopar.graph.ir import ModelGraph
+from autopar.recent import Recent
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,11 +81,20 @@ def model_graph(
     )
 
 
+_traced: Recent[ModelGraph] = Recent(16)
+"""Graphs of modules by `autopar.graph.model_key`: a module is searched for, verified and emitted by one trace."""
+
+
 def _trace(loaded: LoadedModel) -> ModelGraph:
+    from autopar.graph.model_key import model_key
     from autopar.graph.trace import trace
 
-    with _quiet(sys.modules.get("transformers")):
-        return trace(loaded.model, inputs=loaded.inputs, loss=loaded.loss, name=loaded.name)
+    def traced() -> ModelGraph:
+        with _quiet(sys.modules.get("transformers")):
+            return trace(loaded.model, inputs=loaded.inputs, loss=loaded.loss, name=loaded.name)
+
+    key = model_key(loaded.model, loaded.inputs, loaded.loss)
+    return traced() if key is None else _traced.get((key, loaded.name), traced)
 
 
 def _named_config(spec: str) -> tuple[str, dict[str, Any]]:

@@ -33,7 +33,7 @@ from autopar.graph.ir import ModelGraph
 from autopar.graph.ops import draws_random
 from autopar.graph.size import size_at
 from autopar.graph.skipping import every_layer
-from autopar.graph.trace import trace
+from autopar.models import load, model_graph
 from autopar.plan import Plan
 from autopar.sharding.data_parallel import samples_mixed
 from autopar.sharding.layout import P
@@ -123,15 +123,13 @@ def verify(
     """
     begin = time.perf_counter()
     if isinstance(model, str):
-        from autopar.models import load
-
         loaded = load(model)
         model, inputs, loss = loaded.model, inputs or loaded.inputs, loss or loaded.loss
-    graph = graph or trace(model, inputs, loss)
+    graph = graph or model_graph(model, inputs, loss)
     plan.check_model(graph.fingerprint(), type(model).__name__)
     # Placeholders have their places in a sequence of the given length.
     placed = not looked_for(graph).keys().isdisjoint(inputs or ())
-    twin = small_twin(plan, model, graph, lambda small: trace(small, inputs, loss), whole=placed)
+    twin = small_twin(plan, model, graph, lambda small: model_graph(small, inputs, loss), whole=placed)
     return _verify(twin, inputs, loss, dtype, seed, begin)
 
 

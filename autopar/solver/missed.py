@@ -25,7 +25,7 @@ class Missed:
 
     def add(self, config: Config, guesses: Guesses, seconds: float) -> None:
         """What a configuration took."""
-        for step, guess in guesses:
+        for step, guess in ((step, guess) for step, guess in guesses if guess):  # of no arithmetic nothing is known
             ratio = self.shapes[config.shape, step] = max(1.0, seconds / guess)
             self.classes[config.pp > 1, config.zero, step].append(ratio)
 
