@@ -109,6 +109,18 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
         "AutoModelForCausalLM",
     ),
+    "mixtral_balanced": (  # with the router's auxiliary loss
+        "MixtralConfig",
+        {
+            **_DECODER,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.1,
+        },
+        "AutoModelForCausalLM",
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {**_DECODER, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},

@@ -345,19 +345,24 @@ class StageWriter:
         return None
 
     def _first_dtype(self, hidden: str) -> Text:
-        """The compute dtype before any activation tells it: that of a parameter of the first block, which is the
-        stage's own, so that FSDP2 has gathered it in the compute dtype when forward begins."""
+        """The compute dtype before any activation tells it: that of a batch tensor which is in it, or of a parameter of
+        the first block, which is the stage's own, so that FSDP2 has gathered it in the compute dtype when forward
+        begins."""
         if not any(block.path for block in self.model.blocks):
             return Text("next(self.parameters()).dtype")
         block = self.placed[0]
         graph = self.model.kinds[block.kind].graph
         weight = next((node for node in graph.of("parameter") if node.meta.dtype == COMPUTE), None)
-        if block.path or weight is None:
+        given = next((key for key, meta in self.model.batch.items() if meta.dtype == COMPUTE), None)
+        if given is not None:
+            tells = argument_name(given)
+        elif weight is not None and not block.path:
+            tells = attribute("self", self._names(block)[weight.target])
+        else:
             raise UnsupportedError(
-                "the first block reads shared tables in the compute dtype, before any activation or parameter of the "
-                "stage itself tells it"
+                "the first block reads shared tables in the compute dtype, before any activation, batch tensor or "
+                "parameter of the stage itself tells it"
             )
-        tells = attribute("self", self._names(block)[weight.target])
         return Text(f"({hidden} if self.{self._index} else {tells}).dtype" if self.many else f"{tells}.dtype")
 
 

@@ -322,6 +322,16 @@ def repeated(node: Node, new: Draft) -> Ref | None:
     return new.expand(x, node.meta.shape)
 
 
+def repeated_in_place(node: Node, new: Draft) -> Ref | None:
+    """Elements of the flattened tensor, each as often, are repeated along its one dim."""
+    x, *rest = node.args
+    dim = rest[1] if len(rest) > 1 else node.kwargs.get("dim")
+    if dim is not None or not rest or not isinstance(rest[0], int):
+        return None
+    flat = new.flatten(x, 0, len(new.shape(x)) - 1)
+    return Ref(new.emit(node.op, flat, rest[0], 0, shape=node.meta.shape))
+
+
 def _padded(node: Node, count: int, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
     missing = count - len(node.args)
     return node.args[:count] + (defaults[len(defaults) - missing :] if missing > 0 else ())
@@ -351,5 +361,6 @@ RULES: dict[str, list[Rule]] = {
     "aten.bmm": [batched],
     "aten.baddbmm": [batched],
     "aten.repeat": [repeated],
+    "aten.repeat_interleave": [repeated_in_place],
     "aten.detach": [detach],
 }

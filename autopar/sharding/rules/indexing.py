@@ -75,6 +75,29 @@ def _scatter(call: Call) -> str:
     return f"{', '.join(given)} -> {given[0]}"
 
 
+def _scatter_add(call: Call) -> str:
+    """Elements added at places along a dim: parts of them add up, and what they are added to is added once."""
+    source, index = _along(call)
+    if len(call.operands) != 3 or call.shapes[2] != call.shapes[1]:
+        raise Mismatch("scatter_add of a tensor larger than its index")
+    dim = int(call.arg(1, "dim")) % max(1, len(source))
+    added = [name.rstrip("^") + "+" if position == dim else name for position, name in enumerate(index)]
+    return f"{' '.join(source)}, {' '.join(added)}, {' '.join(added)} -> {' '.join(source)}"
+
+
+def _index_add(call: Call) -> str:
+    """Slices added at places along a dim, as in `_scatter_add`."""
+    if call.node.kwargs or len(call.operands) != 3 or len(call.shapes[2]) != len(call.shapes[0]):
+        raise Mismatch("index_add with a factor")
+    dim = int(call.node.args[1]) % len(call.shapes[0])
+    names = Names()
+    source = [names.take(size) for size in reversed(call.shapes[0])][::-1]
+    rows = names.take(call.shapes[1][0]) + "+"
+    added = [rows if position == dim else name for position, name in enumerate(source)]
+    source[dim] += "^"
+    return f"{' '.join(source)}, {rows}, {' '.join(added)} -> {' '.join(source)}"
+
+
 def _masked_scatter(call: Call) -> str:
     """Rows of ``source`` in place of the rows that the mask marks, in order: what puts images among the tokens.
 
@@ -97,5 +120,7 @@ ENTRIES = [
     Entry("aten.index", compute=_index),
     Entry("aten.gather", compute=_gather),
     Entry("aten.scatter", compute=_scatter),
+    Entry("aten.scatter_add", compute=_scatter_add, linear="02", once="0"),
+    Entry("aten.index_add", compute=_index_add, linear="02", once="0"),
     Entry("aten.masked_scatter", compute=_masked_scatter),
 ]
