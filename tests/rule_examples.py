@@ -225,6 +225,8 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
         (_t(4, 8), 1, _index(8, 2, 3), 0.0),
         (_X, 2, _places(16, 4, 8, 2), _t(4, 8, 2)),
     ],
+    "aten.one_hot": [(_index(6, 4, 8), 6), (_index(6, 8), 8)],
+    "aten._weight_norm": [(_t(8, 4, 6), _t(8, 1, 1)), (_t(4, 6, 8), _t(1, 1, 8), 2)],
     "aten.scatter_add": [
         (_X, 2, _index(16, 4, 8, 12), _t(4, 8, 12)),
         (_t(4, 8), 1, _index(8, 2, 4), _t(2, 4)),

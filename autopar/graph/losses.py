@@ -43,8 +43,8 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
     for term in list(_terms(draft, node)):
         try:
             sums[term.name] = _base(draft, term)
-        except NoMeanError as error:
-            others[term.name] = error
+        except NoMeanError as refusal:
+            others[term.name] = refusal
     counts = [count for _, count in sums.values()]
     if not counts:
         raise next(iter(others.values()))
@@ -134,9 +134,7 @@ def _by_targets(draft: Draft, term: Ref, count: OpGraph) -> Ref:
             names[node.name] = draft.emit("aten.sum", Ref(ones), shape=(), dtype="int64")
         else:
             args, options = map_refs(node.args, names.__getitem__), map_refs(node.kwargs, names.__getitem__)
-            names[node.name] = draft.emit(
-                node.op, *args, shape=node.meta.shape, dtype=node.meta.dtype, options=options
-            )
+            names[node.name] = draft.emit(node.op, *args, shape=node.meta.shape, dtype=node.meta.dtype, options=options)
     targets = draft.cast(Ref(names[count.outputs[0]]), draft.meta(term).dtype)
     return Ref(draft.emit("aten.mul", term, targets, shape=(), dtype=draft.meta(term).dtype))
 

@@ -102,7 +102,7 @@ def unflatten(node: Node, new: Draft) -> Ref | None:
 
 
 def slice_(node: Node, new: Draft) -> Ref | None:
-    """Bounds resolved; a stride that divides the dim becomes unflatten and select."""
+    """Bounds resolved; a stride that divides the dim becomes unflatten and select, another of known size a look-up."""
     x, dim, start, end, step = _padded(node, 5, (0, None, None, 1))
     size = new.shape(x)[dim]
     start = bound(0 if start is None else start, size)
@@ -110,6 +110,9 @@ def slice_(node: Node, new: Draft) -> Ref | None:
     if step == 1:
         return None if node.args == (x, dim, start, end) else new.slice(x, dim, start, end)
     rows = divide(size, step)
+    if isinstance(size, int) and isinstance(start, int) and isinstance(end, int) and (rows is None or start >= step):
+        places = new.emit("aten.arange", start, end, step, shape=(node.meta.shape[dim],), dtype="int64")
+        return Ref(new.emit("aten.index_select", x, dim % len(new.shape(x)), Ref(places), shape=node.meta.shape))
     if rows is None or end != size or not isinstance(start, int) or start >= step:
         raise UnsupportedError(
             f"module {node.module!r} slices dim {dim} of size {size} with step {step}; reshape instead"

@@ -75,6 +75,13 @@ def _scatter(call: Call) -> str:
     return f"{', '.join(given)} -> {given[0]}"
 
 
+def _one_hot(call: Call) -> str:
+    """A dim of its own tells which class each element is of."""
+    names = Names()
+    source = [names.take(size) for size in reversed(call.shapes[0])][::-1]
+    return f"{' '.join(source) or '()'} -> {' '.join([*source, names.take(call.output[-1])])}^"
+
+
 def _scatter_add(call: Call) -> str:
     """Elements added at places along a dim: parts of them add up, and what they are added to is added once."""
     source, index = _along(call)
@@ -120,6 +127,7 @@ ENTRIES = [
     Entry("aten.index", compute=_index),
     Entry("aten.gather", compute=_gather),
     Entry("aten.scatter", compute=_scatter),
+    Entry("aten.one_hot", compute=_one_hot),
     Entry("aten.scatter_add", compute=_scatter_add, linear="02", once="0"),
     Entry("aten.index_add", compute=_index_add, linear="02", once="0"),
     Entry("aten.masked_scatter", compute=_masked_scatter),
