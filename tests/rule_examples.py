@@ -218,6 +218,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
         (_X, T((4, 8, 1), "marks", 3), _t(12, 16)),
         (_X, T((4, 8, 1), "marks", 1), _t(4, 16)),
         (_X, T((4, 8, 16), "marks", 2), _t(8, 16)),
+        (_X, T((4, 8, 16), "marks", 2), _t(4, 2, 16)),
     ],
     "aten.gather": [(_X, 1, _index(8, 4, 4, 16)), (_X, 2, _index(16, 4, 4, 8))],
     "aten.scatter": [

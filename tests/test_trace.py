@@ -236,6 +236,24 @@ def test_other_terms_beside_a_mean_count_by_the_targets_of_a_micro_batch(sign):
     assert "aten.mean" in samples_mixed(graph)[0]
 
 
+@pytest.mark.parametrize("least", [0, 1])
+def test_a_sum_over_the_sum_of_a_mask_is_a_sum_over_a_count(least):
+    torch.manual_seed(0)
+    model = Regression().double()
+
+    def loss(y, batch):
+        mask = batch["x"] > 0 if least else (batch["label"] != -100).unsqueeze(1).expand(-1, 6)
+        wrong = (y - batch["x"]).square() * mask
+        return wrong.sum() / (mask.float().sum().clamp(min=1) if least else mask.sum() + 1e-9)
+
+    graph = trace(model, inputs={"x": torch.zeros(6), "label": torch.tensor(0)}, loss=loss)
+    batch = {"x": torch.randn(5, 6, dtype=torch.float64), "label": torch.tensor([0, 3, -100, 1, 1])}
+    assert worst_error(graph, model, batch, loss(model(batch["x"]), batch)) < 1e-8
+    wanted = int((batch["x"] > 0).sum()) if least else 24
+    assert int(run_model(graph, dict(model.named_parameters()), batch, torch.float64)[1]) == wanted
+    assert samples_mixed(graph) == ()
+
+
 def test_negative_log_likelihood_is_cross_entropy():
     torch.manual_seed(0)
     model = Regression().double()

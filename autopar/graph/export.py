@@ -159,7 +159,7 @@ def export(
             raise CannotFoldError(str(error)) from error
         every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         # A float32 buffer may have met half-precision activations where torch does not promote.
-        if any(word in str(error) for word in ("dtype", "scalar type")) and every - narrow:
+        if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")) and every - narrow:
             return export(model, batch, loss, fold, static_seq, every)
         raise UnsupportedError(_reason(model, error)) from error
 

@@ -1,9 +1,9 @@
 """The loss contract: a sum over the batch, divided by a count that is computed from batch tensors.
 
 `lower` turns the traced loss into (graph of the sum, graph of the count). Accepted: cross-entropy (mean or sum, ignore
-index) on logits and class indices, negative log likelihood of a log-softmax, `mean()` and `sum()` over everything, mse
-and l1 losses; each optionally scaled by a number. Anything else is refused, since how it adds up over micro-batches and
-ranks would be a guess.
+index) on logits and class indices, negative log likelihood of a log-softmax, `mean()` and `sum()` over everything, a
+sum over the sum of a mask, mse and l1 losses; each optionally scaled by a number. Anything else is refused, since how
+it adds up over micro-batches and ranks would be a guess.
 
 A loss may add other terms to such a one: a router's balance, its z-loss. They are computed from the samples of each
 micro-batch of each data rank, and count by the number of targets in it: together this is the mean, over targets, of
@@ -152,9 +152,11 @@ def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
     if node.op == "aten.cross_entropy_loss":
         return _cross_entropy(draft, node)
     if node.op in ("aten.nll_loss_nd", "aten.nll_loss"):
-        logs = draft.producer(node.args[0], "aten.log_softmax")
+        logs = _classes_last(draft, node.args[0])
         if logs and logs.args[1] == len(logs.meta.shape) - 1 and not logs.kwargs:
             return _cross_entropy(draft, replace(node, args=(logs.args[0], *node.args[1:])))
+    if node.op == "aten.div" and (found := _over_count(draft, node)) is not None:
+        return found
     if node.op in ("aten.mse_loss", "aten.l1_loss"):
         x, y, *reduction = node.args
         shape = max(draft.shape(x), draft.shape(y), key=len)
@@ -168,6 +170,51 @@ def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
         return _total(draft, node, node.args[0], node.op == "aten.mean")
     what = f"ends in {node.op}" if node.kind == "op" else "does not depend on the model"
     raise NoMeanError(f"the loss {what} (module {node.module!r}), which is not a sum over a count; {ACCEPTED}")
+
+
+SMALL = 1e-6
+"""What may be added to a count so that it is not zero."""
+
+
+def _over_count(draft: Draft, node: Node) -> tuple[Ref, OpGraph] | None:
+    """A sum over the batch, divided by a sum of whole numbers (or of a mask) computed from batch tensors alone."""
+    total, count = node.args
+    while draft.nodes[total.name].op == "autopar.cast":
+        total = draft.nodes[total.name].args[0]
+    added = draft.producer(total, "aten.sum")
+    if added is None or not isinstance(count, Ref) or len(added.args) > 1 or draft.meta(count).requires_grad:
+        return None
+    while (ends := draft.nodes[count.name]).op != "aten.sum":
+        number = ends.args[1] if len(ends.args) > 1 else ends.kwargs.get("min")
+        small = is_number(number) and abs(number) <= (1 if ends.op in ("aten.clamp", "aten.clamp_min") else SMALL)
+        if ends.kind != "op" or not (
+            ends.op == "autopar.cast" or (ends.op in ("aten.add", "aten.clamp", "aten.clamp_min") and small)
+        ):
+            return None
+        count = ends.args[0]
+    whole = _uncounted(draft, ends.args[0])
+    if len(ends.args) > 1 or draft.meta(whole).dtype not in ("bool", "int64", "int32"):
+        return None
+    terms, _ = _total(draft, node, added.args[0], mean=False)
+    return terms, _summed(_leading_to(draft, whole), whole)
+
+
+def _uncounted(draft: Draft, value: Ref) -> Ref:
+    """``value`` before casts."""
+    while inner := draft.producer(value, "autopar.cast"):
+        value = inner.args[0]
+    return value
+
+
+def _classes_last(draft: Draft, value: Ref) -> Node | None:
+    """The log-softmax that ``value`` is, also where it is seen as [n, classes] after: then one of the flattened."""
+    if not (flat := draft.producer(value, "aten.flatten")):
+        return draft.producer(value, "aten.log_softmax")
+    logs = draft.producer(flat.args[0], "aten.log_softmax")
+    rank = len(draft.shape(flat.args[0]))
+    if not logs or flat.args[1:] != (0, rank - 2) or logs.args[1] != rank - 1:
+        return None
+    return replace(logs, args=(draft.flatten(logs.args[0], 0, rank - 2), 1, *logs.args[2:]), meta=flat.meta)
 
 
 def _total(draft: Draft, node: Node, terms: Ref, mean: bool) -> tuple[Ref, OpGraph]:
@@ -227,14 +274,24 @@ def _uncast(draft: Draft, value: Ref) -> Ref:
 
 def _valid_count(draft: Draft, labels: Ref, ignore: int) -> OpGraph:
     """sum(labels != ignore), as a graph from batch tensors."""
-    needed = {labels.name}
+    counted = _leading_to(draft, labels)
+    return _summed(counted, Ref(counted.emit("aten.ne", labels, ignore, shape=counted.shape(labels), dtype="bool")))
+
+
+def _leading_to(draft: Draft, value: Ref) -> Draft:
+    """What of ``draft`` computes ``value``, from batch tensors."""
+    needed = {value.name}
     for node in reversed(draft.nodes.values()):
         if node.name in needed:
             needed.update(node.operands())
     counted = Draft({name: node for name, node in draft.nodes.items() if name in needed}, constant=set(draft.constant))
     if any(node.kind == "parameter" for node in counted.nodes.values()):
-        raise BadInputError(f"the targets of the cross-entropy depend on parameters; {ACCEPTED}")
-    valid = Ref(counted.emit("aten.ne", labels, ignore, shape=counted.shape(labels), dtype="bool"))
-    total = counted.emit("aten.sum", valid, shape=(), dtype="int64")
+        raise BadInputError(f"the targets of the loss, or their number, depend on parameters; {ACCEPTED}")
+    return counted
+
+
+def _summed(counted: Draft, whole: Ref) -> OpGraph:
+    """The sum of whole numbers, as a graph."""
+    total = counted.emit("aten.sum", whole, shape=(), dtype="int64")
     inputs = {node.name: leaf_name(node.target) for node in counted.nodes.values() if node.kind == "input"}
     return named(list(live(replace(counted, output=total)).nodes.values()), (total,), inputs)[0]

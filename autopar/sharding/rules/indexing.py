@@ -111,11 +111,15 @@ def _masked_scatter(call: Call) -> str:
     Every sample must mark equally many; then each takes its own part of the source, whose rows are ``(b n)``.
     """
     x, mask, source = call.shapes
-    if len(x) != 3 or mask not in ((*x[:2], 1), x) or len(source) != 2 or source[1] != x[2]:
+    if len(x) != 3 or mask not in ((*x[:2], 1), x) or len(source) not in (2, 3) or source[-1] != x[2]:
         raise Mismatch("masked_scatter of anything but rows into [b, s, d]")
+    wide = mask == x and mask[2] != 1
+    if len(source) == 3 and source[0] == x[0]:  # a sample's rows are a dim of their own
+        return f"b s^ d{'^' * wide}, b s^ {'d^' if wide else '1'}, b n^ d{'^' * wide} -> b s^ d{'^' * wide}"
+    if len(source) != 2:
+        raise Mismatch("rows of more or fewer samples")
     if (rows := divide(source[0], x[0])) is None:
         raise Mismatch("rows that are no multiple of the samples")
-    wide = mask == x and mask[2] != 1
     n = "1" if rows == 1 else "n^"
     first = "b" if rows == 1 else f"(b {n})"
     return f"b s^ d{'^' * wide}, b s^ {'d^' if wide else '1'}, {first} d{'^' * wide} -> b s^ d{'^' * wide}"
