@@ -78,7 +78,7 @@ def numbers_kept() -> Iterator[None]:
     def truth(plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(x: Tensor) -> bool:
             answer: bool | None = answers.of(x)
-            return plain(x) if answer is None else answer  # type: ignore[no-any-return]
+            return plain(x) if answer is None else answer
 
         return call
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from autopar.errors import BadInputError
 from autopar.graph.draft import Draft, live
@@ -185,7 +186,7 @@ def _over_count(draft: Draft, node: Node) -> tuple[Ref, OpGraph] | None:
     if added is None or not isinstance(count, Ref) or len(added.args) > 1 or draft.meta(count).requires_grad:
         return None
     while (ends := draft.nodes[count.name]).op != "aten.sum":
-        number = ends.args[1] if len(ends.args) > 1 else ends.kwargs.get("min")
+        number: Any = ends.args[1] if len(ends.args) > 1 else ends.kwargs.get("min")
         small = is_number(number) and abs(number) <= (1 if ends.op in ("aten.clamp", "aten.clamp_min") else SMALL)
         if ends.kind != "op" or not (
             ends.op == "autopar.cast" or (ends.op in ("aten.add", "aten.clamp", "aten.clamp_min") and small)
