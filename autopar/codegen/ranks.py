@@ -35,7 +35,7 @@ def local_ranks(axes: Mapping[str, int]) -> Iterator[DeviceMesh]:
         yield _mesh(axes)
 
 
-class _Ranks(LocalTensorMode):  # type: ignore[misc]
+class _Ranks(LocalTensorMode):  # type: ignore[no-untyped-call]
     """Also where a tensor that is the same on all ranks (a buffer) meets a number that differs (a rank's first row)."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
