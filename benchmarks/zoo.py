@@ -195,6 +195,7 @@ def build(entry: Entry) -> torch.nn.Module:
     """The model with seeded random weights, in float32; biases and norms are drawn too."""
     config_class, arguments, head = entry
     config = getattr(transformers, config_class)(**arguments)
+    config.architectures = config.architectures or []  # where a head has several classes, transformers looks there
     torch.manual_seed(0)
     made = getattr(transformers, head or "AutoModel")
     model: torch.nn.Module = made.from_config(config) if hasattr(made, "from_config") else made(config)

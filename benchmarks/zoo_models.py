@@ -109,6 +109,18 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
         "AutoModelForCausalLM",
     ),
+    "mixtral_balanced": (  # with the router's auxiliary loss
+        "MixtralConfig",
+        {
+            **_DECODER,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.1,
+        },
+        "AutoModelForCausalLM",
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {**_DECODER, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
@@ -250,6 +262,53 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"patch_size": 2, "num_stages": 2, "hidden_sizes": [16, 32], "depths": [2, 2], "image_size": 16},
         "AutoModelForImageClassification",
     ),
+    "pvt": (  # lists of layers that take turns
+        "PvtConfig",
+        {
+            "image_size": 32,
+            "patch_sizes": [4, 2],
+            "strides": [4, 2],
+            "hidden_sizes": [16, 32],
+            "depths": [1, 1],
+            "num_encoder_blocks": 2,
+            "num_attention_heads": [1, 2],
+            "mlp_ratios": [2, 2],
+            "sequence_reduction_ratios": [2, 1],
+            "num_labels": 8,
+        },
+        "AutoModelForImageClassification",
+    ),
+    "swin": (
+        "SwinConfig",
+        {
+            "image_size": 32,
+            "patch_size": 2,
+            "embed_dim": 16,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": 4,
+            "num_labels": 8,
+        },
+        "AutoModelForImageClassification",
+    ),
+    # Sound.
+    "wav2vec2": (  # norms of weights, a first layer unlike the others of its list, SpecAugment
+        "Wav2Vec2Config",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 32,
+            "conv_dim": [16, 16, 16],
+            "conv_stride": [5, 2, 2],
+            "conv_kernel": [10, 3, 3],
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 2,
+        },
+        "AutoModelForAudioClassification",
+    ),
+    # Text with vision.
     "siglip": (
         "SiglipConfig",
         {"text_config": {**_TEXT, "max_position_embeddings": 64}, "vision_config": _VISION},

@@ -218,6 +218,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
         (_X, T((4, 8, 1), "marks", 3), _t(12, 16)),
         (_X, T((4, 8, 1), "marks", 1), _t(4, 16)),
         (_X, T((4, 8, 16), "marks", 2), _t(8, 16)),
+        (_X, T((4, 8, 16), "marks", 2), _t(4, 2, 16)),
     ],
     "aten.gather": [(_X, 1, _index(8, 4, 4, 16)), (_X, 2, _index(16, 4, 4, 8))],
     "aten.scatter": [
@@ -225,6 +226,15 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
         (_t(4, 8), 1, _index(8, 2, 3), 0.0),
         (_X, 2, _places(16, 4, 8, 2), _t(4, 8, 2)),
     ],
+    "aten.one_hot": [(_index(6, 4, 8), 6), (_index(6, 8), 8)],
+    "aten._weight_norm": [(_t(8, 4, 6), _t(8, 1, 1)), (_t(4, 6, 8), _t(1, 1, 8), 2)],
+    "aten.scatter_add": [
+        (_X, 2, _index(16, 4, 8, 12), _t(4, 8, 12)),
+        (_t(4, 8), 1, _index(8, 2, 4), _t(2, 4)),
+        (_t(8), 0, _index(8, 16), _t(16)),
+    ],
+    "aten.index_add": [(_t(6, 8), 0, _index(6, 16), _t(16, 8)), (_X, 1, _index(8, 4), _t(4, 4, 16))],
+    "aten.histc": [(_t(4, 8), 4, -1, 1), (_t(16), 6, 0, 2)],
     "autopar.topk": [(_X, 3, 2), (_X, 2, 1), (_X, 2, 2, False)],
     "aten.sum": [(_X, (1,), True), (_X, (0, 2)), (_X,), (_X, 1)],
     "aten.mean": [(_X, (2,), True), (_X, 1), (_X,)],

@@ -178,7 +178,7 @@ def test_data_parallel_refuses_a_loss_that_is_not_a_sum() -> None:
     def mean_loss(g: Build, hidden, labels):  # type: ignore[no-untyped-def]
         return g.op("aten.mean", hidden, out="", name="mean")
 
-    with pytest.raises(UnsupportedError, match=r"aten.mean \(mean\) mixes samples"):
+    with pytest.raises(UnsupportedError, match=r"aten.mean \(mean\) mixes the samples of a micro-batch"):
         check_data_parallel(model(lambda g, x: x, mean_loss))
 
     def no_loss(g: Build, hidden, labels):  # type: ignore[no-untyped-def]

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from autopar.codegen.emit_block import Body
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
 from autopar.codegen.runtime import operators
+from autopar.codegen.runtime.collectives import shard
 from autopar.codegen.runtime.operators import context_attention
+from autopar.graph import size
+from autopar.graph.ir import Node, TensorMeta
+from autopar.sharding.layout import Layout
 
 SEQ = 24
 
@@ -119,3 +126,20 @@ def test_dropout_differs_along_the_axes_that_split_the_result_only() -> None:
     assert not torch.equal(run(0, 0, True), run(0, 1, True))
     assert not torch.equal(run(0, 0, True), run(1, 0, True))
     assert torch.equal(run(0, 0, False), run(0, 1, False))
+
+
+def test_a_buffer_that_is_the_same_on_all_ranks_is_cut() -> None:
+    whole = torch.arange(8.0)
+    with local_ranks({"tp": 2}) as mesh:
+        part = shard(whole, mesh["tp"], 0)
+        assert [on_rank(part, rank).tolist() for rank in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_two_dims_by_position_are_exchanged_by_way_of_the_whole() -> None:
+    """In balanced order an all-to-all would leave the dim that it splits in that order."""
+    node = Node("scores", "op", TensorMeta((size.BATCH, size.SEQ, size.SEQ, 4), requires_grad=True))
+    source, target = Layout.parse("cp:S(1)"), Layout.parse("cp:S(2)")
+    for balanced, steps in ((True, ["S(1) -> R", "R -> S(2)"]), (False, ["S(1) -> S(2)"])):
+        block: Any = SimpleNamespace(setting=SimpleNamespace(balanced=balanced))
+        found = [str(step).partition(":")[0] for _, step in Body._path(block, node, source, target)]
+        assert found == steps

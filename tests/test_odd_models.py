@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from traced import worst_error
 
 import autopar
 from autopar.codegen.emit_module import module_source
@@ -399,3 +400,25 @@ def test_layers_that_share_parameters_are_one_block():
     graph = proved(Sharing(), SAMPLE, dp=2)
     assert [block.kind for block in graph.blocks] == ["Model"]
     assert len(graph.parameters) == 8
+
+
+class _Careful(nn.Module):
+    """Scales by a number that 16 bits do not hold, and clamps what is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) * torch.tensor(32**0.5, dtype=x.dtype)
+        if not torch.isfinite(y).all() or torch.isnan(y).any():
+            y = y.clamp(-1e4, 1e4)
+        return y.square().mean()
+
+
+def test_numbers_are_not_rounded_and_what_is_computed_is_finite() -> None:
+    torch.manual_seed(0)
+    model = _Careful().double()
+    graph = trace(model, inputs={"x": torch.zeros(6)})
+    batch = {"x": torch.randn(5, 6, dtype=torch.float64)}
+    assert worst_error(graph, model, batch, model(**batch)) < 1e-12

@@ -14,6 +14,7 @@ from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph.interpret import run_model
 from autopar.graph.size import BATCH, SEQ
 from autopar.graph.trace import trace
+from autopar.sharding.data_parallel import samples_mixed
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -203,6 +204,7 @@ class Regression(nn.Module):
         lambda y, batch: F.mse_loss(y, batch["x"]),
         lambda y, batch: F.l1_loss(y, batch["x"]) * 0.5,
         lambda y, batch: (y - batch["x"]).pow(2).mean(-1).mean() / 3,
+        lambda y, batch: F.mse_loss(y, batch["x"]) + y.sum(1).mean(),  # over other numbers, which grow alike
     ],
 )
 def test_means_over_everything_are_sums_over_a_count(loss):
@@ -214,6 +216,42 @@ def test_means_over_everything_are_sums_over_a_count(loss):
     assert worst_error(graph, model, batch, loss(model(**batch), batch)) < 1e-10
     _, count = run_model(graph, dict(model.named_parameters()), batch, torch.float64)
     assert int(count) in (5 * 6, 5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_other_terms_beside_a_mean_count_by_the_targets_of_a_micro_batch(sign):
+    """What a model returns for a micro-batch, times its targets; how many those are is counted, here without some."""
+    torch.manual_seed(0)
+    model = Regression().double()
+
+    def loss(y, batch):
+        balance = torch.softmax(y, -1).mean(0).square().sum() + 0.5 * torch.logsumexp(y, -1).square().mean()
+        mean = F.cross_entropy(y, batch["label"])
+        return mean + 0.1 * balance if sign > 0 else mean - balance / 4
+
+    graph = trace(model, inputs={"x": torch.zeros(6), "label": torch.tensor(0)}, loss=loss)
+    batch = {"x": torch.randn(5, 6, dtype=torch.float64), "label": torch.tensor([0, 3, -100, 1, 1])}
+    assert worst_error(graph, model, batch, loss(model(batch["x"]), batch)) < 1e-10
+    assert int(run_model(graph, dict(model.named_parameters()), batch, torch.float64)[1]) == 4
+    assert "aten.mean" in samples_mixed(graph)[0]
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_a_sum_over_the_sum_of_a_mask_is_a_sum_over_a_count(least):
+    torch.manual_seed(0)
+    model = Regression().double()
+
+    def loss(y, batch):
+        mask = batch["x"] > 0 if least else (batch["label"] != -100).unsqueeze(1).expand(-1, 6)
+        wrong = (y - batch["x"]).square() * mask
+        return wrong.sum() / (mask.float().sum().clamp(min=1) if least else mask.sum() + 1e-9)
+
+    graph = trace(model, inputs={"x": torch.zeros(6), "label": torch.tensor(0)}, loss=loss)
+    batch = {"x": torch.randn(5, 6, dtype=torch.float64), "label": torch.tensor([0, 3, -100, 1, 1])}
+    assert worst_error(graph, model, batch, loss(model(batch["x"]), batch)) < 1e-8
+    wanted = int((batch["x"] > 0).sum()) if least else 24
+    assert int(run_model(graph, dict(model.named_parameters()), batch, torch.float64)[1]) == wanted
+    assert samples_mixed(graph) == ()
 
 
 def test_negative_log_likelihood_is_cross_entropy():
@@ -232,7 +270,6 @@ def test_negative_log_likelihood_is_cross_entropy():
     ("loss", "message"),
     [
         (lambda y, batch: y.max(), "ends in aten.max"),
-        (lambda y, batch: F.mse_loss(y, batch["x"]) + y.sum(1).mean(), "means over different numbers"),
         (lambda y, batch: F.mse_loss(y, batch["x"]) + 1.0, "ends in aten.add"),
         (lambda y, batch: y, "must be a scalar"),
         (lambda y, batch: F.cross_entropy(y, batch["x"].long()[:, 0], label_smoothing=0.1), "label smoothing"),

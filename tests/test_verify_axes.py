@@ -113,7 +113,9 @@ def test_a_plan_too_large_is_verified_with_two_ranks_on_each_axis(monkeypatch: p
 
 def test_parameters_that_cannot_be_stored_so_are_refused() -> None:
     from autopar.codegen.members import parameter_expr
+    from autopar.codegen.source import statement
     from autopar.sharding.layout import Layout
+    from autopar.sharding.local import least_part
 
     axes = {"cp": 2, "tp0": 2, "tp1": 4}
     for text, reason in (
@@ -124,6 +126,10 @@ def test_parameters_that_cannot_be_stored_so_are_refused() -> None:
     ):
         with pytest.raises(UnsupportedError, match=reason):
             parameter_expr(Layout.parse(text), (96, 9), axes, "w")
+    # 13 over 3 x 2 is 3 2, 3 2, 2 1: every rank has some, as check_decision finds too.
+    stored = parameter_expr(Layout.parse("tp0:S(0) tp1:S(0)"), (13, 8), {"tp0": 3, "tp1": 2}, "w")
+    assert statement("", stored, str, 0) == ["new.split(13, 8, tp0=0, tp1=0)"]
+    assert (least_part(13, (3, 2)), least_part(9, (2, 4)), least_part(9, (4, 2))) == (1, 0, 0)
 
 
 def test_a_stage_index_counts_all_stages_of_all_ranks() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -21,9 +21,9 @@ from autopar.graph.ops import draws_random
 from autopar.graph.size import BATCH, SEQ, Size, size_at
 from autopar.sharding.check import chosen
 from autopar.sharding.conversions import Step as Conversion
-from autopar.sharding.conversions import path, same
+from autopar.sharding.conversions import path, same, steps
 from autopar.sharding.decision import BlockDecision
-from autopar.sharding.layout import CONTEXT, Layout, SpmdType
+from autopar.sharding.layout import CONTEXT, Layout, R, SpmdType
 from autopar.sharding.local import produced_layouts
 
 FUNCTIONS = {
@@ -221,7 +221,7 @@ class Body:
     def _convert(self, node: Node, key: str, source: Layout, target: Layout) -> str:
         """The key of ``key``, held as ``source``, after the steps to ``target``."""
         hint, blocked = self._hints[key], _Blocked()
-        for axis, step in path(source, target, node.meta.requires_grad):
+        for axis, step in self._path(node, source, target):
             function = FUNCTIONS.get(step.source.kind + step.target.kind, "")
             if function and (function != "replicate" or node.meta.requires_grad):
                 split = [kind for kind in (step.source, step.target) if kind.kind == "S"]
@@ -236,6 +236,20 @@ class Body:
                 key = self._exchange(node, key, axis, step, source, blocked)
             source = source.with_type(axis, step.target)
         return self._view(key, hint, blocked, _Blocked())
+
+    def _path(self, node: Node, source: Layout, target: Layout) -> Iterator[tuple[str, Conversion]]:
+        """The steps from ``source`` to ``target``. Between two dims by position in balanced order the whole is gathered
+        and cut: an all-to-all would leave the one it splits in that order."""
+        grad = node.meta.requires_grad
+        for axis, step in path(source, target, grad):
+            split = [kind for kind in (step.source, step.target) if kind.kind == "S"]
+            ordered = [kind for kind in split if is_sequence(node.meta.shape[kind.dim], kind)]
+            if self.setting.balanced and axis == CONTEXT and len(ordered) > 1:
+                yield from (
+                    (axis, part) for pair in ((step.source, R), (R, step.target)) for part in steps(*pair, grad)
+                )
+            else:
+                yield axis, step
 
     def _view(self, key: str, hint: str, old: _Blocked, new: _Blocked) -> str:
         """The value of ``key``, whose dims ``old`` are seen as (blocks, rest), with ``new`` seen so instead."""
@@ -272,10 +286,6 @@ class Body:
         if self.setting.balanced and axis == CONTEXT:
             whole = node.meta.shape
             ordered = [dim for kind, dim in zip(split, dims, strict=True) if is_sequence(whole[kind.dim], kind)]
-            if len(ordered) > 1:
-                raise UnsupportedError(
-                    f"{node.name}: an all-to-all on cp between two sequence dims, both in balanced order"
-                )
             options = [("balanced", literal(True) if len(split) == 1 else dim) for dim in ordered]
         function = FUNCTIONS[step.source.kind + step.target.kind]
         call = Call(function, (Value(key), Text(self.axes[axis]), *dims, *options))

@@ -11,7 +11,6 @@ from autopar.codegen.emit_class import signature
 from autopar.codegen.members import attribute
 from autopar.codegen.source import statement
 from autopar.codegen.wiring import Placed, crossing, flow_after
-from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph
 
 
@@ -48,13 +47,9 @@ def forward_parts(
     parts: list[tuple[Placed, list[str]]] = []
     for container, group in groupby(placed, lambda block: block.container):
         blocks = list(group)
-        if container:
-            if any(block.container == container for block in placed[blocks[-1].index + 1 :]):
-                raise UnsupportedError(
-                    f"{model.name}: the layers of {container} are interrupted by others: cannot write one loop over "
-                    "them"
-                )
-            parts.append((blocks[0], _loop(container, blocks, model)))
+        # A list whose layers take turns with others is written layer by layer.
+        if container and sum(block.container == container for block in placed) == len(blocks):
+            parts.append((blocks[0], _loop(container, blocks, model, _others(container, placed, model))))
         else:
             parts += [(block, _single(block, model, index, many)) for block in blocks]
         if many:
@@ -73,18 +68,34 @@ def _single(block: Placed, model: ModelGraph, index: str, many: bool) -> list[st
     return [*lines, *statement(result, call(function, block.arguments, block.candidate), str, margin)]
 
 
-def _loop(container: str, blocks: Sequence[Placed], model: ModelGraph) -> list[str]:
-    """A loop over the layers of one list that the stage holds; layers that are called otherwise are told by name."""
+def _others(container: str, placed: Sequence[Placed], model: ModelGraph) -> list[str]:
+    """Names of the members of a list that are no blocks: their parameters are those of other blocks."""
+    inside = [
+        full.removeprefix(f"{container}.").partition(".")[0]
+        for block in placed
+        if block.container != container
+        for full in model.blocks[block.index].parameters.values()
+        if full.startswith(f"{container}.")
+    ]
+    return list(dict.fromkeys(inside))
+
+
+def _loop(container: str, blocks: Sequence[Placed], model: ModelGraph, others: Sequence[str]) -> list[str]:
+    """A loop over the layers of one list that the stage holds; layers that are called otherwise are told by name, as
+    are ``others``, which are no layers."""
     names = flow_after(model)
     forms: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[Placed]] = {}
     for block in blocks:
         forms.setdefault((block.arguments, names[block.index], manner(block.candidate)), []).append(block)
     ordered = sorted(forms.items(), key=lambda item: len(item[1]))  # the most frequent call comes last, as else
     path = attribute("self", container)
-    if len(ordered) == 1:
+    if len(ordered) == 1 and not others:
         lines = [f"        for block in {path}.values():"]
     else:
         lines = [f"        for i, block in {path}.items():"]
+    if others:
+        among = f'== "{others[0]}"' if len(others) == 1 else f"in {tuple(others)}"
+        lines += [f"            if i {among}:", "                continue"]
     for place, ((arguments, results, _), alike) in enumerate(ordered):
         margin = 3
         if len(ordered) > 1:

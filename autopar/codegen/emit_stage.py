@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.codegen.calls import MANNER, call, calls_by_manner, manner, remark
@@ -135,11 +135,13 @@ class StageWriter:
                     made.add(prefix)
                     into.extend(assignment(prefix, Call("nn.Module", ()), indent))
 
-        shared = containers + [path for names, _ in owned for path in names]
-        for path in shared:
+        single = [path for names, _ in owned for path in names]
+        for path in (*containers, *(path for path in single if not _inside(path, containers))):
             ensure(path, lines, 2)
         for container in containers:
             lines += assignment(container, Call("nn.ModuleDict", ()), 2)
+        for path in (path for path in single if _inside(path, containers)):
+            ensure(path, lines, 2)
         if containers:
             lines.append("        for container, positions, block, _ in STAGES[index]:")
             if len(containers) == 1:
@@ -214,7 +216,7 @@ class StageWriter:
             return [head, f"        return [{listed}]"]
         containers = list(dict.fromkeys(block.container for block in loops))
         lines = [head, '        """The blocks of this stage, in order."""']
-        if any(path.rpartition(".")[0] in containers for names, _ in self._owned() for path in names):
+        if any(_inside(path, containers) for names, _ in self._owned() for path in names):
             # The list has other members too (the ends of a Sequential).
             return [
                 *lines,
@@ -345,24 +347,33 @@ class StageWriter:
         return None
 
     def _first_dtype(self, hidden: str) -> Text:
-        """The compute dtype before any activation tells it: that of a parameter of the first block, which is the
-        stage's own, so that FSDP2 has gathered it in the compute dtype when forward begins."""
+        """The compute dtype before any activation tells it: that of a batch tensor which is in it, or of a parameter of
+        the first block, which is the stage's own, so that FSDP2 has gathered it in the compute dtype when forward
+        begins."""
         if not any(block.path for block in self.model.blocks):
             return Text("next(self.parameters()).dtype")
         block = self.placed[0]
         graph = self.model.kinds[block.kind].graph
         weight = next((node for node in graph.of("parameter") if node.meta.dtype == COMPUTE), None)
-        if block.path or weight is None:
+        given = next((key for key, meta in self.model.batch.items() if meta.dtype == COMPUTE), None)
+        if given is not None:
+            tells = argument_name(given)
+        elif weight is not None and not block.path:
+            tells = attribute("self", self._names(block)[weight.target])
+        else:
             raise UnsupportedError(
-                "the first block reads shared tables in the compute dtype, before any activation or parameter of the "
-                "stage itself tells it"
+                "the first block reads shared tables in the compute dtype, before any activation, batch tensor or "
+                "parameter of the stage itself tells it"
             )
-        tells = attribute("self", self._names(block)[weight.target])
         return Text(f"({hidden} if self.{self._index} else {tells}).dtype" if self.many else f"{tells}.dtype")
 
 
 def _node_of(graph: OpGraph, names: dict[str, str], full: str) -> str:
     return next(node.name for node in graph.of("parameter") if names[node.target] == full)
+
+
+def _inside(path: str, containers: Sequence[str]) -> bool:
+    return any(path.startswith(f"{container}.") for container in containers)
 
 
 def _of(first: Placed, block: Placed) -> bool:

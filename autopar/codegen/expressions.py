@@ -189,7 +189,7 @@ def _factory(name: str) -> Renderer:
             arguments.append(("dtype", Value("dtype")))
         elif dtype == "float32":
             arguments.append(("dtype", Text("torch.float64" if site.sizes.double else "torch.float32")))
-        elif dtype != "int64" or name == "torch.zeros":
+        elif dtype != "int64" or name in ("torch.zeros", "torch.ones"):
             arguments.append(("dtype", Text(f"torch.{dtype}")))
         return Call(name, (*arguments, ("device", Value("device"))))
 

@@ -11,6 +11,7 @@ from autopar.codegen.wiring import is_writable
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import TensorMeta
 from autopar.sharding.layout import Layout
+from autopar.sharding.local import least_part
 
 
 def attribute(prefix: str, path: str, parameter: bool = False) -> str:
@@ -59,8 +60,8 @@ def parameter_expr(
         order = layout.splits(kind.dim)
         if order != tuple(other for other in axes if other in order):
             raise UnsupportedError(f"{what}: axes that split one dim of a parameter do so in the mesh's order")
-        parts = prod(axes[other] for other in order)
-        if (parts - 1) * -(-shape[kind.dim] // parts) >= shape[kind.dim]:
+        if least_part(shape[kind.dim], [axes[other] for other in order]) < 1:
+            parts = prod(axes[other] for other in order)
             raise UnsupportedError(f"{what}: {parts} parts of dim {kind.dim} leave ranks without any; use fewer")
     if "cp" in axes and layout["cp"].kind != "R":
         raise UnsupportedError(f"{what}: on cp a parameter is R, its gradient summed over cp as over data ranks")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autopar.codegen.reach import reach_of_predictions
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import ModelGraph, Node, OpGraph, Ref
+from autopar.graph.ir import ModelGraph, Node, OpGraph
 from autopar.graph.size import BATCH, SEQ, Size
 
 _BY_NAME = {
@@ -135,9 +136,7 @@ def target_classes(graph: ModelGraph) -> dict[str, int | Size]:
     for nodes, keys in _graphs(graph):
         for node in nodes.of("op"):
             if node.op == "autopar.cross_entropy":
-                target = nodes.nodes[node.operands()[1]]
-                while target.kind == "op":
-                    target = _first(target, nodes)
+                *_, target = _way(node.operands()[1], nodes, keys)
                 if target.name in keys:
                     found[keys[target.name]] = nodes.nodes[node.operands()[0]].meta.shape[-1]
     return found
@@ -150,11 +149,9 @@ def loss_targets(graph: ModelGraph) -> dict[str, tuple[int, bool]]:
         for node in nodes.of("op"):
             if node.op != "autopar.cross_entropy":
                 continue
-            target, shifted = nodes.nodes[node.operands()[1]], False
-            while target.kind == "op":
-                shifted |= target.op in ("aten.slice", "aten.pad", "aten.roll", "aten.cat")
-                target = _first(target, nodes)
+            *passed, target = _way(node.operands()[1], nodes, keys)
             if target.name in keys:
+                shifted = any(each.op in ("aten.slice", "aten.pad", "aten.roll", "aten.cat") for each in passed)
                 found[keys[target.name]] = (int(node.args[2]), shifted)
     return found
 
@@ -169,8 +166,23 @@ def looked_for(graph: ModelGraph) -> dict[str, set[int]]:
     return {key: ids for key, ids in found.items() if ids}
 
 
-def _first(node: Node, graph: OpGraph) -> Node:
-    return graph.nodes[next(arg.name for arg in node.args if isinstance(arg, Ref))]
+def _way(name: str, graph: OpGraph, keys: Mapping[str, str]) -> list[Node]:
+    """From a value back to a batch tensor (of ``keys``) that it is made of, first operands first; itself if there is
+    none."""
+    came: dict[str, str] = {name: ""}
+    pending = [name]
+    while pending:
+        here = pending.pop()
+        if here in keys:
+            way = [here]
+            while came[way[-1]]:
+                way.append(came[way[-1]])
+            return [graph.nodes[each] for each in reversed(way)]
+        for operand in reversed(graph.nodes[here].operands()):
+            if operand not in came:
+                came[operand] = here
+                pending.append(operand)
+    return [graph.nodes[name]]
 
 
 def _graphs(graph: ModelGraph) -> list[tuple[OpGraph, dict[str, str]]]:

@@ -32,7 +32,7 @@ from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
 from autopar.graph.ops import draws_random
 from autopar.graph.size import size_at
-from autopar.graph.skipping import every_layer
+from autopar.graph.skipping import every_layer, every_stretch
 from autopar.models import load, model_graph
 from autopar.plan import Plan
 from autopar.sharding.data_parallel import samples_mixed
@@ -161,6 +161,7 @@ def _compare(
     dropout = _drops(graph)
     reference.train(not dropout)  # random masks cannot be compared: dropout is off on both sides
     by_batch(reference)
+    every_stretch(reference)
     batch = random_batch(graph, inputs, samples, plan.job.seq_len, dtype, seed)
     weights = {name: weight.detach() for name, weight in reference.named_parameters()}
     shares = _micro_batches(source, plan, graph, batch)

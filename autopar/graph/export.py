@@ -19,13 +19,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.graph.batch_norms import forget_averages
 from autopar.graph.cast_modules import casts_traced
+from autopar.graph.exact_numbers import numbers_kept
+from autopar.graph.expert_loops import follow_loops
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.importing import FROM_VALUES, TRACE_DTYPE
 from autopar.graph.leaves import stopping
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
-from autopar.graph.skipping import NOTE, every_layer
+from autopar.graph.skipping import NOTE, every_layer, every_stretch
 from autopar.graph.specialise import raised_in, watched
 from autopar.graph.taking_apart import unknown_lengths
 
@@ -158,7 +160,7 @@ def export(
             raise CannotFoldError(str(error)) from error
         every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         # A float32 buffer may have met half-precision activations where torch does not promote.
-        if any(word in str(error) for word in ("dtype", "scalar type")) and every - narrow:
+        if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")) and every - narrow:
             return export(model, batch, loss, fold, static_seq, every)
         raise UnsupportedError(_reason(model, error)) from error
 
@@ -174,7 +176,7 @@ def _export(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
     replace_experts(copied)
-    averages = forget_averages(copied)
+    told = (*forget_averages(copied), *every_stretch(copied), *follow_loops(copied))
     if fold:
         fold.watch(copied)
     with mode:
@@ -189,6 +191,7 @@ def _export(
         scans_whole(copied),
         recurrent_whole(),
         casts_traced(),
+        numbers_kept(),
     )
     with contextlib.ExitStack() as stack, watched(copied) as fixed_in, every_layer() as skipping:
         for context in taken:
@@ -196,7 +199,7 @@ def _export(
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
-    return Exported(program, fixed_in, averages + notes)
+    return Exported(program, fixed_in, told + notes)
 
 
 _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could not extract")
@@ -204,8 +207,8 @@ _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could 
 
 def _reason(model: nn.Module, error: Exception) -> str:
     place = raised_in(error)
-    if place and any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
-        return f"torch.export cannot trace {type(model).__name__}: {place} {FROM_VALUES}"
+    if any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
+        return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {FROM_VALUES}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     where = f"in {place}: " if place else ""
     return f"torch.export cannot trace {type(model).__name__}: {where}{type(error).__name__}: {lines[0]}"

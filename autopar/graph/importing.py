@@ -22,7 +22,7 @@ from autopar.graph.aliases import Change, change_of
 from autopar.graph.draft import Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
-from autopar.graph.other_names import CASTS, LISTS, OF_TWO, RENAMED, SAME, SHAPED_AS
+from autopar.graph.other_names import CASTS, LISTS, NEW, OF_TWO, RENAMED, SAME, SHAPED_AS
 from autopar.graph.size import Size
 from autopar.graph.sizes import SizeOfValuesError, Sizes
 from autopar.graph.writing import written_back
@@ -34,7 +34,8 @@ FROM_VALUES = (
     "computes sizes, or chooses what to run, from the values of tensors. Experts of a mixture are recognised where one "
     "module holds the weights of all of them stacked (three dims, with or without biases), is called with hidden "
     "states, the chosen experts' indices and their weights, and computes for each token the weighted sum of "
-    "down(act(up(x)))"
+    "down(act(up(x))); or where a module calls each of a list of equal modules with the tokens that chose it, and "
+    "nothing but single tokens counts"
 )
 """What is told of code that cannot be traced because it depends on data."""
 DROPPED_ARGUMENTS = frozenset({"device", "pin_memory", "layout", "memory_format", "non_blocking", "copy"})
@@ -176,6 +177,8 @@ class Importer:
         elif name in SHAPED_AS:
             shape = self.sizes.shape(value)
             self._values[node] = Ref(self.draft.emit(f"aten.{SHAPED_AS[name]}", args[0], shape, shape=shape))
+        elif name in NEW:
+            self._values[node] = self._filled(args[2] if name == "new_full" else NEW[name], value)
         elif change and name in ("fill", "zero"):
             self._values[node] = self._filled(args[1] if name == "fill" else 0, value)
         else:

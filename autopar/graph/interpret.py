@@ -155,7 +155,8 @@ class keep_wide(TorchFunctionMode):  # noqa: N801  (used as a function: `with ke
             args = (args[0], *(torch.float64 if item is torch.float32 else item for item in args[1:]))
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
-        if func is torch.tensor and isinstance(args[0], float):
+        filled = args[:1] if func is torch.tensor else args[1:2] or (kwargs.get("fill_value"),)
+        if func in (torch.tensor, torch.full) and isinstance(filled[0], float):
             kwargs.setdefault("dtype", torch.float64)  # the least number of a dtype may be no number of another
         if func is torch._grouped_mm and args[0].dtype == torch.float64:  # it has no kernel for float64
             return grouped_products(*args, offs=kwargs["offs"])

@@ -1,26 +1,33 @@
 """The loss contract: a sum over the batch, divided by a count that is computed from batch tensors.
 
 `lower` turns the traced loss into (graph of the sum, graph of the count). Accepted: cross-entropy (mean or sum, ignore
-index) on logits and class indices, negative log likelihood of a log-softmax, `mean()` and `sum()` over everything, mse
-and l1 losses; each optionally scaled by a number. Anything else is refused, since how it adds up over micro-batches and
-ranks would be a guess.
+index) on logits and class indices, negative log likelihood of a log-softmax, `mean()` and `sum()` over everything, a
+sum over the sum of a mask, mse and l1 losses; each optionally scaled by a number. Anything else is refused, since how
+it adds up over micro-batches and ranks would be a guess.
+
+A loss may add other terms to such a one: a router's balance, its z-loss. They are computed from the samples of each
+micro-batch of each data rank, and count by the number of targets in it: together this is the mean, over targets, of
+what the model returns for each micro-batch. `autopar.sharding.data_parallel` sees that they mix samples, so that the
+size of a micro-batch is part of the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from autopar.errors import BadInputError
 from autopar.graph.draft import Draft, live
 from autopar.graph.importing import is_number
-from autopar.graph.ir import Node, OpGraph, Ref
+from autopar.graph.ir import Node, OpGraph, Ref, map_refs
 from autopar.graph.naming import leaf_name, named
 from autopar.graph.size import BATCH, Size, divide
 
 ACCEPTED = (
     "autopar takes a cross-entropy over class indices (reduction mean or sum, ignore_index), or the mean or sum of a "
-    "tensor over all its elements (mse_loss, l1_loss), optionally times a number, and sums of such; give one with "
-    "loss=fn(outputs, batch)"
+    "tensor over all its elements (mse_loss, l1_loss), optionally times a number, sums of such, and other terms beside "
+    "such a one; give one with loss=fn(outputs, batch)"
 )
 MEAN, SUM = 1, 2  # at::Reduction
 
@@ -32,29 +39,105 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
     """
     node = draft.nodes[draft.output]
     draft.module = node.module
-    counts: list[OpGraph] = []
-    draft.output = _sum_of(draft, node, counts).name
-    if any(count != counts[0] for count in counts):
-        raise BadInputError(
-            f"the loss adds terms (module {node.module!r}) that are means over different numbers of targets; {ACCEPTED}"
-        )
-    return live(draft), counts[0]
+    sums: dict[str, tuple[Ref, OpGraph]] = {}
+    others: dict[str, NoMeanError] = {}
+    for term in list(_terms(draft, node)):
+        try:
+            sums[term.name] = _base(draft, term)
+        except NoMeanError as refusal:
+            others[term.name] = refusal
+    counts = [count for _, count in sums.values()]
+    if not counts:
+        raise next(iter(others.values()))
+    count = next((count for count in counts if _elements(count) is None), counts[0])
+    totals: dict[str, Ref] = {}
+    for name, (total, own) in sums.items():
+        ratio = _ratio(count, own)
+        scaled = total if ratio == 1 or ratio is None else Ref(draft.emit("aten.mul", total, ratio, shape=()))
+        totals[name] = scaled if ratio is not None else _by_targets(draft, Ref(name), count)
+    for name, error in others.items():
+        if not draft.meta(name).requires_grad:
+            raise error
+        totals[name] = _by_targets(draft, Ref(name), count)
+    draft.output = _sum_of(draft, node, totals).name
+    return live(draft), count
 
 
-def _sum_of(draft: Draft, node: Node, counts: list[OpGraph]) -> Ref:
-    """What ``node`` is the mean of, summed over the batch; the count of each of its terms is added to ``counts``."""
+def _elements(count: OpGraph) -> int | Size | None:
+    """The number that is counted, where it follows from the size of the batch; 1 for a plain sum."""
+    nodes = list(count.nodes.values())
+    if not nodes:
+        return 1
+    found: int | Size | None = nodes[0].args[1] if nodes[0].op == "aten.full" else None
+    return found
+
+
+def _ratio(count: OpGraph, other: OpGraph) -> int | float | None:
+    """How often ``count`` holds ``other``, if that is the same for every batch."""
+    if count == other:
+        return 1
+    first, second = _elements(count), _elements(other)
+    if first is None or second is None:
+        return None
+    more, less = divide(first, second), divide(second, first)
+    return more if isinstance(more, int) else 1 / less if isinstance(less, int) else None
+
+
+class NoMeanError(BadInputError):
+    """A term of the loss that is no sum over the batch, nor one over a count."""
+
+
+def _added(draft: Draft, node: Node) -> tuple[Node, ...]:
+    """The two scalars that ``node`` adds or subtracts, if it does."""
     if node.kind == "op" and node.op in ("aten.add", "aten.sub") and not node.kwargs and len(node.args) == 2:
-        terms = [draft.nodes[arg.name] for arg in node.args if isinstance(arg, Ref) and draft.shape(arg) == ()]
-        if len(terms) == 2:
-            totals = [_sum_of(draft, term, counts) for term in terms]
-            return Ref(draft.emit(node.op, *totals, shape=(), dtype=node.meta.dtype))
-    if (inner := _scaled(node)) is None:
-        total, count = _base(draft, node)
-        counts.append(count)
-        return total
-    total = _sum_of(draft, draft.nodes[inner.name], counts)
+        terms = tuple(draft.nodes[arg.name] for arg in node.args if isinstance(arg, Ref) and draft.shape(arg) == ())
+        return terms if len(terms) == 2 else ()
+    return ()
+
+
+def _terms(draft: Draft, node: Node) -> Iterator[Node]:
+    """What ``node`` adds up, each without the number it is scaled by."""
+    if terms := _added(draft, node):
+        for term in terms:
+            yield from _terms(draft, term)
+    elif (inner := _scaled(node)) is not None:
+        yield from _terms(draft, draft.nodes[inner.name])
+    else:
+        yield node
+
+
+def _sum_of(draft: Draft, node: Node, totals: Mapping[str, Ref]) -> Ref:
+    """``node`` with ``totals`` in place of its terms."""
+    if node.name in totals:
+        return totals[node.name]
+    if terms := _added(draft, node):
+        return Ref(draft.emit(node.op, *(_sum_of(draft, x, totals) for x in terms), shape=(), dtype=node.meta.dtype))
+    inner = _scaled(node)
+    assert inner is not None
+    total = _sum_of(draft, draft.nodes[inner.name], totals)
     args = tuple(total if isinstance(arg, Ref) else arg for arg in node.args)
     return Ref(draft.emit(node.op, *args, shape=(), dtype=node.meta.dtype))
+
+
+def _by_targets(draft: Draft, term: Ref, count: OpGraph) -> Ref:
+    """``term`` times the number of targets in the micro-batch, counted in ``draft``."""
+    if not count.nodes:
+        return term
+    names: dict[str, str] = {}
+    for node in count.nodes.values():
+        if node.kind != "op":
+            alike = (own for own in draft.nodes.values() if (own.kind, own.target) == (node.kind, node.target))
+            names[node.name] = next(alike).name
+        elif node.op == "aten.full":  # a size: as many ones, added up
+            ones = draft.emit(
+                node.op, (node.args[1],), 1, shape=(node.args[1],), dtype="int64", options={"dtype": "int64"}
+            )
+            names[node.name] = draft.emit("aten.sum", Ref(ones), shape=(), dtype="int64")
+        else:
+            args, options = map_refs(node.args, names.__getitem__), map_refs(node.kwargs, names.__getitem__)
+            names[node.name] = draft.emit(node.op, *args, shape=node.meta.shape, dtype=node.meta.dtype, options=options)
+    targets = draft.cast(Ref(names[count.outputs[0]]), draft.meta(term).dtype)
+    return Ref(draft.emit("aten.mul", term, targets, shape=(), dtype=draft.meta(term).dtype))
 
 
 def _scaled(node: Node) -> Ref | None:
@@ -70,9 +153,11 @@ def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
     if node.op == "aten.cross_entropy_loss":
         return _cross_entropy(draft, node)
     if node.op in ("aten.nll_loss_nd", "aten.nll_loss"):
-        logs = draft.producer(node.args[0], "aten.log_softmax")
+        logs = _classes_last(draft, node.args[0])
         if logs and logs.args[1] == len(logs.meta.shape) - 1 and not logs.kwargs:
             return _cross_entropy(draft, replace(node, args=(logs.args[0], *node.args[1:])))
+    if node.op == "aten.div" and (found := _over_count(draft, node)) is not None:
+        return found
     if node.op in ("aten.mse_loss", "aten.l1_loss"):
         x, y, *reduction = node.args
         shape = max(draft.shape(x), draft.shape(y), key=len)
@@ -85,7 +170,52 @@ def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
     ):
         return _total(draft, node, node.args[0], node.op == "aten.mean")
     what = f"ends in {node.op}" if node.kind == "op" else "does not depend on the model"
-    raise BadInputError(f"the loss {what} (module {node.module!r}), which is not a sum over a count; {ACCEPTED}")
+    raise NoMeanError(f"the loss {what} (module {node.module!r}), which is not a sum over a count; {ACCEPTED}")
+
+
+SMALL = 1e-6
+"""What may be added to a count so that it is not zero."""
+
+
+def _over_count(draft: Draft, node: Node) -> tuple[Ref, OpGraph] | None:
+    """A sum over the batch, divided by a sum of whole numbers (or of a mask) computed from batch tensors alone."""
+    total, count = node.args
+    while draft.nodes[total.name].op == "autopar.cast":
+        total = draft.nodes[total.name].args[0]
+    added = draft.producer(total, "aten.sum")
+    if added is None or not isinstance(count, Ref) or len(added.args) > 1 or draft.meta(count).requires_grad:
+        return None
+    while (ends := draft.nodes[count.name]).op != "aten.sum":
+        number: Any = ends.args[1] if len(ends.args) > 1 else ends.kwargs.get("min")
+        small = is_number(number) and abs(number) <= (1 if ends.op in ("aten.clamp", "aten.clamp_min") else SMALL)
+        if ends.kind != "op" or not (
+            ends.op == "autopar.cast" or (ends.op in ("aten.add", "aten.clamp", "aten.clamp_min") and small)
+        ):
+            return None
+        count = ends.args[0]
+    whole = _uncounted(draft, ends.args[0])
+    if len(ends.args) > 1 or draft.meta(whole).dtype not in ("bool", "int64", "int32"):
+        return None
+    terms, _ = _total(draft, node, added.args[0], mean=False)
+    return terms, _summed(_leading_to(draft, whole), whole)
+
+
+def _uncounted(draft: Draft, value: Ref) -> Ref:
+    """``value`` before casts."""
+    while inner := draft.producer(value, "autopar.cast"):
+        value = inner.args[0]
+    return value
+
+
+def _classes_last(draft: Draft, value: Ref) -> Node | None:
+    """The log-softmax that ``value`` is, also where it is seen as [n, classes] after: then one of the flattened."""
+    if not (flat := draft.producer(value, "aten.flatten")):
+        return draft.producer(value, "aten.log_softmax")
+    logs = draft.producer(flat.args[0], "aten.log_softmax")
+    rank = len(draft.shape(flat.args[0]))
+    if not logs or flat.args[1:] != (0, rank - 2) or logs.args[1] != rank - 1:
+        return None
+    return replace(logs, args=(draft.flatten(logs.args[0], 0, rank - 2), 1, *logs.args[2:]), meta=flat.meta)
 
 
 def _total(draft: Draft, node: Node, terms: Ref, mean: bool) -> tuple[Ref, OpGraph]:
@@ -93,7 +223,7 @@ def _total(draft: Draft, node: Node, terms: Ref, mean: bool) -> tuple[Ref, OpGra
     for size in draft.shape(terms):
         numel = numel * size
     if divide(numel, BATCH) is None or not draft.meta(terms).requires_grad:
-        raise BadInputError(f"the loss sums a tensor of shape {draft.shape(terms)} that has no batch dim; {ACCEPTED}")
+        raise NoMeanError(f"the loss sums a tensor of shape {draft.shape(terms)} that has no batch dim; {ACCEPTED}")
     total = Ref(draft.emit("aten.sum", terms, shape=(), dtype=node.meta.dtype))
     return total, _constant_count(numel) if mean else NO_COUNT
 
@@ -145,14 +275,24 @@ def _uncast(draft: Draft, value: Ref) -> Ref:
 
 def _valid_count(draft: Draft, labels: Ref, ignore: int) -> OpGraph:
     """sum(labels != ignore), as a graph from batch tensors."""
-    needed = {labels.name}
+    counted = _leading_to(draft, labels)
+    return _summed(counted, Ref(counted.emit("aten.ne", labels, ignore, shape=counted.shape(labels), dtype="bool")))
+
+
+def _leading_to(draft: Draft, value: Ref) -> Draft:
+    """What of ``draft`` computes ``value``, from batch tensors."""
+    needed = {value.name}
     for node in reversed(draft.nodes.values()):
         if node.name in needed:
             needed.update(node.operands())
     counted = Draft({name: node for name, node in draft.nodes.items() if name in needed}, constant=set(draft.constant))
     if any(node.kind == "parameter" for node in counted.nodes.values()):
-        raise BadInputError(f"the targets of the cross-entropy depend on parameters; {ACCEPTED}")
-    valid = Ref(counted.emit("aten.ne", labels, ignore, shape=counted.shape(labels), dtype="bool"))
-    total = counted.emit("aten.sum", valid, shape=(), dtype="int64")
+        raise BadInputError(f"the targets of the loss, or their number, depend on parameters; {ACCEPTED}")
+    return counted
+
+
+def _summed(counted: Draft, whole: Ref) -> OpGraph:
+    """The sum of whole numbers, as a graph."""
+    total = counted.emit("aten.sum", whole, shape=(), dtype="int64")
     inputs = {node.name: leaf_name(node.target) for node in counted.nodes.values() if node.kind == "input"}
     return named(list(live(replace(counted, output=total)).nodes.values()), (total,), inputs)[0]

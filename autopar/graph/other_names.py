@@ -7,6 +7,8 @@ CASTS = frozenset({"to", "_to_copy", "type_as"})
 LISTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "broadcast_tensors", "meshgrid"})
 SHAPED_AS = {"reshape_as": "reshape", "view_as": "reshape", "expand_as": "expand"}
 """Operators that take a shape from another tensor."""
+NEW = {"new_zeros": 0, "new_ones": 1, "new_full": 0}
+"""Operators that take a dtype from another tensor and nothing else, and what they are full of."""
 RENAMED = {
     "view": "reshape",
     "_unsafe_view": "reshape",

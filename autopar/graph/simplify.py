@@ -102,7 +102,7 @@ def unflatten(node: Node, new: Draft) -> Ref | None:
 
 
 def slice_(node: Node, new: Draft) -> Ref | None:
-    """Bounds resolved; a stride that divides the dim becomes unflatten and select."""
+    """Bounds resolved; a stride that divides the dim becomes unflatten and select, another of known size a look-up."""
     x, dim, start, end, step = _padded(node, 5, (0, None, None, 1))
     size = new.shape(x)[dim]
     start = bound(0 if start is None else start, size)
@@ -110,6 +110,9 @@ def slice_(node: Node, new: Draft) -> Ref | None:
     if step == 1:
         return None if node.args == (x, dim, start, end) else new.slice(x, dim, start, end)
     rows = divide(size, step)
+    if isinstance(size, int) and isinstance(start, int) and isinstance(end, int) and (rows is None or start >= step):
+        places = new.emit("aten.arange", start, end, step, shape=(node.meta.shape[dim],), dtype="int64")
+        return Ref(new.emit("aten.index_select", x, dim % len(new.shape(x)), Ref(places), shape=node.meta.shape))
     if rows is None or end != size or not isinstance(start, int) or start >= step:
         raise UnsupportedError(
             f"module {node.module!r} slices dim {dim} of size {size} with step {step}; reshape instead"
@@ -322,6 +325,16 @@ def repeated(node: Node, new: Draft) -> Ref | None:
     return new.expand(x, node.meta.shape)
 
 
+def repeated_in_place(node: Node, new: Draft) -> Ref | None:
+    """Elements of the flattened tensor, each as often, are repeated along its one dim."""
+    x, *rest = node.args
+    dim = rest[1] if len(rest) > 1 else node.kwargs.get("dim")
+    if dim is not None or not rest or not isinstance(rest[0], int):
+        return None
+    flat = new.flatten(x, 0, len(new.shape(x)) - 1)
+    return Ref(new.emit(node.op, flat, rest[0], 0, shape=node.meta.shape))
+
+
 def _padded(node: Node, count: int, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
     missing = count - len(node.args)
     return node.args[:count] + (defaults[len(defaults) - missing :] if missing > 0 else ())
@@ -351,5 +364,6 @@ RULES: dict[str, list[Rule]] = {
     "aten.bmm": [batched],
     "aten.baddbmm": [batched],
     "aten.repeat": [repeated],
+    "aten.repeat_interleave": [repeated_in_place],
     "aten.detach": [detach],
 }

@@ -48,9 +48,11 @@ def raised_in(error: BaseException) -> str:
     for frame, line in frames:
         if (module := _forward_of(frame)) is None:
             continue
-        paths = paths or {id(child): path.partition("model")[2].lstrip(".") for path, child in module.named_modules()}
-        if id(module) in paths and paths[id(module)]:
-            found = f"module {paths[id(module)]!r} ({type(module).__name__}, {frame.f_code.co_filename}:{line})"
+        paths = paths or {id(child): path for path, child in module.named_modules()}
+        _, inside, path = paths.get(id(module), "").partition("model")  # as `LossOf` calls the user's model
+        if inside:
+            where = f"({type(module).__name__}, {frame.f_code.co_filename}:{line})"
+            found = f"module {path.lstrip('.')!r} {where}" if path else f"the model {where}"
     return found
 
 

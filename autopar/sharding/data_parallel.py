@@ -108,7 +108,7 @@ def _split_batch(graph: OpGraph, given: dict[str, Type], where: str, mixes: Call
         if match is None:
             place = f" in {node.module}" if node.module else ""
             told = f"{where}: {node.op} ({node.name}{place})"
-            if not has_rule(node, graph) or P in operands or BATCH not in node.meta.shape:
+            if not has_rule(node, graph):
                 raise UnsupportedError(
                     f"{told} mixes samples of the batch: no rule computes it from {', '.join(map(str, operands))}; "
                     "register a rule for it (autopar.register_rule)"

@@ -72,7 +72,10 @@ def part_of(size: int, ways: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 def least_part(size: int, sizes: Iterable[int]) -> int:
     """The fewest elements of ``size`` that any rank holds on axes of ``sizes``."""
-    return part_of(size, ((ranks, ranks - 1) for ranks in sizes))[1]
+    held = {size}  # which need not be the last rank's: 9 over 2 x 4 is 2 2 1 0, 1 1 1 1
+    for ranks in sizes:
+        held = {part_of(length, ((ranks, index),))[1] for length in held for index in range(ranks)}
+    return min(held)
 
 
 _WHOLE_SHAPE = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.broadcast_to")

@@ -1,4 +1,5 @@
-"""Layer and RMS norms: the normalised dims stay whole, weight and bias are replicated where the rest is split."""
+"""Layer and RMS norms: the normalised dims stay whole, weight and bias are replicated where the rest is split; norms of
+weights."""
 
 from __future__ import annotations
 
@@ -12,4 +13,16 @@ def _normalised(call: Call) -> str:
     return f"{', '.join([f'... {dims}', *([dims] * (len(call.operands) - 1))])} -> ... {dims}"
 
 
-ENTRIES = [Entry(f"aten.{op}", compute=_normalised) for op in ("rms_norm", "layer_norm")]
+def _weight_norm(call: Call) -> str:
+    """Each slice of a weight along a dim divided by its own norm, times its own magnitude."""
+    rank = len(call.shapes[0])
+    along = int(call.arg(2, "dim", 0)) % rank
+    whole = [f"{chr(ord('a') + dim)}{'' if dim == along else '^'}" for dim in range(rank)]
+    scales = [name if dim == along else "1" for dim, name in enumerate(whole)]
+    return f"{' '.join(whole)}, {' '.join(scales)} -> {' '.join(whole)}"
+
+
+ENTRIES = [
+    *(Entry(f"aten.{op}", compute=_normalised) for op in ("rms_norm", "layer_norm")),
+    Entry("aten._weight_norm", compute=_weight_norm),
+]

@@ -52,6 +52,15 @@ def _topk(call: Call) -> str:
     return f"{' '.join(source)} -> {' '.join(target)}"
 
 
+def _histogram(call: Call) -> str:
+    """Counts in given bins, which add up; bins between the least and the largest element do not."""
+    names = letters(call)
+    bounds = (call.arg(2, "min", 0), call.arg(3, "max", 0))
+    mark = "^" if bounds[0] == bounds[1] else "+"
+    source = " ".join(name + mark for name in names) or "()"
+    return f"{source} -> {Names(names).take(call.arg(1, 'bins', 100))}^"
+
+
 def _last_two(call: Call) -> str:
     return "... i^ j^ -> ... i^ j^"
 
@@ -71,6 +80,7 @@ ENTRIES = [
         for op in ["softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod"]
     ),
     Entry("autopar.topk", compute=_topk),
+    Entry("aten.histc", compute=_histogram),
     Entry("aten.cumsum", compute=_along(), linear="0"),
     Entry("aten.flip", compute=_along(), linear="0"),
     Entry("aten.roll", compute=_along(2), linear="0"),
