@@ -263,19 +263,24 @@ class Shardings(Answers):
 
     def fastest_part(self, name: str, part: str, of: frozenset[str] | None = None) -> float:
         """The least of a part of the `Price` of each operator (those of these names), conversions free."""
-        graph = self.context.model.kinds[name].graph
-        nodes = [node for node in graph.of("op") if of is None or node.name in of]
-        if self.size == 1:
-            return float(sum(getattr(self.prices.operator(node, graph, {})[0], part) for node in nodes))
-        if self.alone is not None:
+        if self.size > 1 and self.alone is not None:
             kind, other = (shardings.context.model.kinds[name] for shardings in (self, self.alone))
             shift = part_shift(self.prices, self.alone.built(frozenset()).choices, kind, other, part, of)
             return self.alone.fastest_part(name, part, of) + shift
-        ways = self.built(frozenset()).choices
-        return sum(
-            min(float(getattr(self.prices.operator(node, graph, way)[0], part)) for way in ways[f"{name}/{node.name}"])
-            for node in nodes
-        )
+        graph = self.context.model.kinds[name].graph
+        ways = self.built(frozenset()).choices if self.size > 1 else {}
+
+        def least() -> float:
+            nodes = [node for node in graph.of("op") if of is None or node.name in of]
+            return sum(
+                min(
+                    float(getattr(self.prices.operator(node, graph, way)[0], part))
+                    for way in ways.get(f"{name}/{node.name}", ({},))
+                )
+                for node in nodes
+            )
+
+        return self._once(("part", name, part, of), least)
 
     def least(self, name: str, again: frozenset[str], shared: bool = False) -> float:
         """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs).

@@ -20,7 +20,7 @@ Closed forms for transfers that cost nothing: GPipe (m-1)(max f + max b) + sum(f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,6 +33,12 @@ _Transfer = tuple[str, int, int]
 _Step = tuple[str, Action, tuple[_Transfer, ...]]
 """("run", what, ()) | ("post", any, transfers) | ("wait", any, transfers)."""
 _NOTHING = Action("", 0, 0)
+_KINDS = ("F", "B", "I", "W", "after")
+_Compiled = tuple[int, int, int, int, tuple[int, ...], tuple[int, ...]]
+"""What a rank runs, then what it posts, then what it waits for: place in `_KINDS` (none: -1), stage, micro-batch, 1
+before the stage's last backward, numbers of the transfers posted, of those waited for."""
+_KEPT = 30_000
+"""Micro-batches times stages up to which compiled programs are kept, about 20 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +98,52 @@ def simulate(
     if schedule == "1f1b" and micro_batches < count:
         raise AutoparError(f"1F1B needs at least as many micro-batches as stages: {micro_batches} < {count}")
     transfer_s = transfer_s or (0.0,) * (count - 1)
+    few = micro_batches * count <= _KEPT
+    programs = (_kept_programs if few else _compiled_programs)(schedule, count, vpp, micro_batches)
+    return _replay(stages, programs, transfer_s, micro_batches, record)
+
+
+def _compiled_programs(schedule: str, count: int, vpp: int, micro_batches: int) -> tuple[tuple[_Compiled, ...], ...]:
+    """The programs of all ranks, for `_replay`."""
+    programs: Iterable[Iterable[_Step]]
     if schedule in ("none", "gpipe", "1f1b"):
         make = _one_forward_one_backward if schedule == "1f1b" else _gpipe
-        programs = [make(s, count, micro_batches) for s in range(count)]
+        programs = (make(s, count, micro_batches) for s in range(count))
     else:
-        programs = [iter(program) for program in _programs(schedule, count // vpp, vpp, micro_batches)]
-    return _replay(stages, programs, transfer_s, micro_batches, record)
+        programs = _programs(schedule, count // vpp, vpp, micro_batches)
+    return tuple(tuple(_compiled(program, count, micro_batches)) for program in programs)
+
+
+_kept_programs = lru_cache(maxsize=8)(_compiled_programs)
+
+
+def _compiled(program: Iterable[_Step], count: int, micro_batches: int) -> Iterator[_Compiled]:
+    left = [micro_batches] * count
+    kind, stage, micro, last = -1, 0, 0, 0
+    posts: tuple[int, ...] = ()
+    for what, action, transfers in program:
+        if what == "post":
+            posts += tuple(_number(transfer, count) for transfer in transfers)
+            continue
+        if what == "wait":
+            yield kind, stage, micro, last, posts, tuple(_number(transfer, count) for transfer in transfers)
+            kind, posts = -1, ()
+            continue
+        if kind >= 0 or posts:
+            yield kind, stage, micro, last, posts, ()
+            posts = ()
+        kind, stage, micro = _KINDS.index(action.kind), action.stage, action.micro
+        left[stage] -= action.kind in "BW"
+        last = int(action.kind in "BW" and not left[stage])
+    if kind >= 0 or posts:
+        yield kind, stage, micro, last, posts, ()
+
+
+def _number(transfer: _Transfer, count: int) -> int:
+    """Of a transfer; modulo twice the links, twice the link it crosses (i for stages i and i+1), and 1 on its way
+    back."""
+    kind, stage, micro = transfer
+    return 2 * (count - 1) * micro + (2 * stage if kind == "F" else 2 * stage - 1)
 
 
 def gpipe_seconds(stages: Sequence[StageTimes], micro_batches: int) -> float:
@@ -242,79 +288,72 @@ def _exchanged(action: Action, count: int) -> tuple[tuple[_Transfer, ...], tuple
 
 def _replay(
     stages: Sequence[StageTimes],
-    programs: Sequence[Iterator[_Step]],
+    programs: Sequence[Sequence[_Compiled]],
     transfer_s: Sequence[float],
     micro_batches: int,
     record: bool,
 ) -> Timeline:
     """Run every program as far as it goes, until all are done; a wait stops where the other end has not posted."""
-    count = len(programs)
+    count, ways = len(programs), 2 * (len(stages) - 1)
     clock = [0.0] * count
     channel, exposed = [0.0] * count, [0.0] * count
-    posted: dict[_Transfer, float] = {}
-    done: dict[_Transfer, float] = {}
-    blocked: list[tuple[_Transfer, ...] | None] = [()] * count
-    left = [micro_batches] * len(stages)
+    links = [seconds for seconds in transfer_s for _ in "FB"]
+    posted, done = ([-1.0] * (ways * micro_batches) for _ in range(2))
+    waiting: list[tuple[int, ...]] = [()] * count
+    steps = [iter(program) for program in programs]
+    each = [[_seconds(times, kind, stage) for stage, times in enumerate(stages)] for kind in _KINDS]
     events: list[Event] = []
-    progress = True
-    while progress:
-        progress = False
-        for rank in range(count):
-            waiting = blocked[rank]
-            while waiting is not None:
-                if waiting:
-                    if any(transfer not in done for transfer in waiting):
+    going = list(range(count))
+    while going:
+        still, idle = [], True
+        for rank in going:
+            now, waits = clock[rank], waiting[rank]
+            while True:
+                if waits:
+                    there = [done[transfer] for transfer in waits]
+                    if min(there) < 0.0:
+                        still.append(rank)
                         break
-                    clock[rank] = max(clock[rank], *(done[transfer] for transfer in waiting))
-                    waiting = ()
-                step = next(programs[rank], None)
-                progress = True
+                    now = max(now, *there)
+                idle, step = False, next(steps[rank], None)
                 if step is None:
-                    waiting = None
-                elif step[0] == "run":
-                    kind, stage, micro, _ = step[1]
-                    times = stages[stage]
-                    end = clock[rank] + _seconds(times, kind, stage, micro)
-                    if kind == "F" and micro == 0 and end < times.ready_s:
-                        exposed[rank] += times.ready_s - end
-                        end = times.ready_s
-                    if kind in "BW":
-                        left[stage] -= 1
-                        if not left[stage] and times.reduces_s:
-                            channel[rank] = max(channel[rank] + times.reduces_s, end + times.last_s)
-                        elif not left[stage]:
-                            end += times.last_s
-                    if record and kind != "after":
-                        events.append(Event(stage, kind, micro, clock[rank], end))
-                    clock[rank] = end
-                elif step[0] == "post":
-                    for transfer in step[2]:
-                        if transfer in posted:
-                            done[transfer] = max(posted.pop(transfer), clock[rank]) + transfer_s[_link(transfer)]
-                        else:
-                            posted[transfer] = clock[rank]
-                else:
-                    waiting = step[2]
-            blocked[rank] = waiting
-    if any(waiting is not None for waiting in blocked):
-        raise AutoparError("the schedule deadlocks: a stage waits for a transfer that nothing sends")
+                    break
+                kind, stage, micro, last, posts, waits = step
+                if kind >= 0:
+                    times, begin = stages[stage], now
+                    now += each[kind][stage]
+                    if not kind and not micro:
+                        now = begin + (times.forward_s + times.first_s)
+                        if now < times.ready_s:
+                            exposed[rank] += times.ready_s - now
+                            now = times.ready_s
+                    if last and times.reduces_s:
+                        channel[rank] = max(channel[rank] + times.reduces_s, now + times.last_s)
+                    elif last:
+                        now += times.last_s
+                    if record and kind < 4:
+                        events.append(Event(stage, _KINDS[kind], micro, begin, now))
+                for transfer in posts:
+                    if posted[transfer] < 0.0:
+                        posted[transfer] = now
+                    else:
+                        done[transfer] = max(posted[transfer], now) + links[transfer % ways]
+            clock[rank], waiting[rank] = now, waits
+        if idle:
+            raise AutoparError("the schedule deadlocks: a stage waits for a transfer that nothing sends")
+        going = still
     events.sort(key=lambda event: (event.start, event.stage))
     exposed = [one + max(0.0, last - end) for one, last, end in zip(exposed, channel, clock, strict=True)]
     ends = tuple(map(max, clock, channel))
     return Timeline(max(ends), ends, tuple(events), tuple(exposed))
 
 
-def _link(transfer: _Transfer) -> int:
-    """The link a transfer crosses: i for stages i and i+1."""
-    return transfer[1] if transfer[0] == "F" else transfer[1] - 1
-
-
-def _seconds(times: StageTimes, kind: str, stage: int, micro: int) -> float:
+def _seconds(times: StageTimes, kind: str, stage: int) -> float:
     """Seconds of an action, without what is more in a first forward or a last backward's reductions."""
     if kind == "after":
         return times.after_s
     if kind == "F":
-        return times.forward_s + (times.first_s if micro == 0 else 0.0)
+        return times.forward_s
     weights = times.weight_s if stage else times.backward_s  # torch leaves all of it to "W" on stage 0
     if kind == "I":
         return times.backward_s - weights
