@@ -30,6 +30,8 @@ class Stack:
     gradients: str
     buffers: bool
     overlaps: bool
+    prefetches: bool
+    scatters: bool
     balanced: bool
     grouped: bool
     once: bool

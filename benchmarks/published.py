@@ -13,6 +13,7 @@ predictions (``autopar/catalog/residuals.yaml``) from these runs.
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import hashlib
 import json
@@ -52,8 +53,8 @@ ROOT = HERE.parent
 RUNS, SWEEPS = HERE / "data" / "runs.json.gz", HERE / "data" / "sweeps.json.gz"
 ENOUGH = 10
 """Runs of a stack below which its predictions take the interval of all groups."""
-CHUNK = 30
-"""Records that a process takes at once."""
+CHUNK = 250
+"""Records of one model that a process takes at once: all, so that no other traces it too."""
 SHARED = 256
 """Plans that a process keeps: runs that differ in nothing but what was measured share one."""
 ROOMY = 64
@@ -148,8 +149,8 @@ def predict_all(records: Iterable[Record], processes: int, keep: bool = False) -
     by_model: dict[str, list[tuple[int, Record]]] = defaultdict(list)
     for index, record in enumerate(records):
         by_model[_model(record)].append((index, record))
-    # The largest models first, so that no process ends long after the other.
-    tasks = sorted(by_model.values(), key=lambda task: _size(task[0][1]), reverse=True)
+    # The most records first, so that no process ends long after the other.
+    tasks = sorted(by_model.values(), key=len, reverse=True)
     cut = [task[start : start + CHUNK] for task in tasks for start in range(0, len(task), CHUNK)]
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("fork").Pool(processes) as pool:
         found = []
@@ -168,18 +169,16 @@ def _model(record: Record) -> str:
         return ""
 
 
-def _size(record: Record) -> float:
-    """Layers times micro-batches: what simulating a step grows with."""
-    layers, batch = (record.get("model") or {}).get("layers"), record.get("global_batch")
-    return float(layers * batch) if isinstance(layers, int) and isinstance(batch, int) else 0.0
-
-
 class _Task:
     def __init__(self, folder: str, keep: bool) -> None:
         self.folder, self.keep = folder, keep
 
     def __call__(self, task: list[tuple[int, Record]]) -> list[tuple[int, dict[str, Any]]]:
-        return [(index, predicted(record, self.folder, self.keep)) for index, record in task]
+        found = []
+        for index, record in task:
+            found.append((index, predicted(record, self.folder, self.keep)))
+            gc.freeze()  # else each prediction goes through all of torch again
+        return found
 
 
 def figures(rows: Iterable[Mapping[str, Any]], sweeps: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,8 @@ from autopar.stack import Stack
 VOCABULARY, PADDED_TO = 50_257, 128
 """GPT-2's tokens, taken where a GPT record names no vocabulary, and what Megatron-LM pads them to a multiple of, for
 each tensor-parallel rank (`--make-vocab-size-divisible-by`)."""
+POSITIONS = 131_072
+"""What models with rotary positions, which keep no table of them, are said to be made for."""
 DROPOUT = 0.1
 """Megatron-LM's default of hidden and attention dropout."""
 DEVICES = (
@@ -139,7 +141,7 @@ def config_of(record: Record) -> dict[str, Any]:
         "num_key_value_heads": model["kv_heads"] or heads,
         "intermediate_size": _stated(model, "ffn"),
         "vocab_size": _stated(model, "vocab"),
-        "max_position_embeddings": seq_len,
+        "max_position_embeddings": max(seq_len, POSITIONS),  # rotary: one model for every length
     }
     if family == "mpt":
         none = dict.fromkeys(("embedding_dropout", "residual_dropout", "attention_dropout"), 0.0)

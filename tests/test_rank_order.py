@@ -299,3 +299,11 @@ def test_every_schedule_has_a_rule_for_ranks():
         pp = 1 if name == "none" else 4
         stages = pp * (schedule.stages or 2)
         assert len(transfers(name, pp, stages, (1.0,) * pp)) == stages - 1
+
+
+def test_stages_hand_on_shares_where_the_stack_scatters():
+    plain, scattering = (CollectiveCosts(Cluster.parse("2x4:h100"), stack) for stack in ("torch", "megatron"))
+    assert plain.scattered(1e8, 2.5e7, 4, 1) == (1e8, 0.0)
+    assert scattering.scattered(1e8, 2.5e7, 4, 1) == (2.5e7, scattering.seconds("all_gather", 1e8, 4, 1))
+    assert scattering.scattered(2.5e7, 2.5e7, 4, 1) == (2.5e7, 0.0)  # split already, as sequence parallelism has it
+    assert scattering.handed_on(1e8, 2, 4, 1.0)[0] == pytest.approx(1.0 + scattering.handed_on(1e8, 2, 4)[0])

@@ -90,8 +90,8 @@ def test_hidden_communication_stays_within_its_budget():
     assert hidden_backward([2.0], [0.0], [0.0], 0.5, 0.0) == 2.5
 
 
-def data_axis(zero, size=8, fsdp=None, micro=4, cluster="1x8:h100", **more):
-    job, cluster = Job(global_batch=16, seq_len=64), Cluster.parse(cluster)
+def data_axis(zero, size=8, fsdp=None, micro=4, cluster="1x8:h100", stack="torch", **more):
+    job, cluster = Job(global_batch=16, seq_len=64, stack=stack), Cluster.parse(cluster)
     group = (fsdp or size) if zero else 1
     return DataAxis(OpCosts(cluster.device, job), CollectiveCosts(cluster), (((size, 1),),), zero, group, micro, **more)
 
@@ -109,6 +109,15 @@ def test_halved_backwards_reduce_when_all_is_done():
     assert times.backward_s == pytest.approx(4e-6 + 2 * axis.reduce_copy_s(N))
     assert times.reduce_s == pytest.approx(2 * axis.reduce_s(N))
     assert times.last_s == 0
+
+
+def test_a_stack_that_does_not_prefetch_gathers_before_the_first_forward():
+    blocks = [BlockTime(1.0, 2.0, N)] * 3  # whose forward hides any gather but the first
+    megatron, internevo = (data_axis(1, stack=stack) for stack in ("megatron", "internevo"))
+    assert megatron.stage(blocks).first_s == pytest.approx(megatron.gather_s(N))
+    assert internevo.stage(blocks).first_s == pytest.approx(3 * internevo.gather_s(N))
+    staged = data_axis(1, stack="internevo", staged=True).stage(blocks)
+    assert staged.gathered_s == pytest.approx(3 * internevo.gather_s(N) + 3.0)
 
 
 def test_levels_two_and_three_reduce_in_every_micro_batch():

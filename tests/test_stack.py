@@ -7,7 +7,13 @@ import pytest
 import autopar
 from autopar import Cluster, Job
 from autopar.errors import BadInputError, UnsupportedError
+from autopar.graph.ir import Node, TensorMeta
+from autopar.solver.answers import Answers
 from autopar.solver.interval import residuals
+from autopar.solver.intra_block import solve
+from autopar.solver.stack_work import as_run
+from autopar.solver.work import ATTENTION, work
+from autopar.solver.work_parts import LocalTensor
 from autopar.stack import catalog, read_stack, stack_names, stack_of
 
 FIX = {"pp": 1, "dp": 8, "tp": 1, "zero": 1, "micro_batch": 1, "recompute": "full"}
@@ -62,6 +68,43 @@ def test_unfused_attention_is_slower_and_keeps_scores():
     # 16 layers of 32 heads keep 2048 x 2048 probabilities of two bytes.
     kept = unfused.predicted.memory[0]["activations"] - fused.predicted.memory[0]["activations"]
     assert kept == pytest.approx(16 * 32 * 2048 * 2048 * 2, rel=0.05)
+
+
+def test_unfused_attention_drops_out_in_a_kernel_of_its_own():
+    """Bytes of a float16 score and its mask, read and written, each way."""
+    scores, head = 4 * 128 * 128, LocalTensor((1, 4, 128, 64), 2)
+    stack = stack_of("megatron-deepspeed")
+    plain, dropped = (
+        as_run(node, *work(node, [head] * 3, head, [True] * 3), 2, stack)
+        for node in (
+            Node("a", "op", TensorMeta((1, 4, 128, 64)), ATTENTION, (), more) for more in ({}, {"dropout_p": 0.1})
+        )
+    )
+    for without, with_dropout in zip(plain, dropped, strict=True):
+        assert with_dropout.nbytes - without.nbytes == 5 * scores
+        assert with_dropout.kernels == without.kernels + 1
+
+
+def test_a_fixed_recomputation_is_no_sign_of_short_memory(monkeypatch):
+    """Leaner shardings are not asked for where blocks may do nothing but run again, and memory is enough."""
+    monkeypatch.setattr(Answers, "lean", lambda self: pytest.fail("memory is not short"))
+    assert predicted(fix={**FIX, "dp": 4, "tp": 2}).candidates
+
+
+def test_shardings_that_lie_alike_are_solved_once(monkeypatch):
+    """On other nodes too; but not where their ranks cross nodes."""
+    fix = {**FIX, "dp": 1, "tp": 4, "micro_batch": 2, "sp": False}
+    job, told = Job(8, 512, "fp16"), {}
+    for shape in ("1x4", "1x8", "2x2", "1x4"):
+        cluster = Cluster.parse(f"{shape}:a100-80g")
+        seen = []
+        monkeypatch.setattr("autopar.solver.answers.solve", lambda *a, seen=seen: seen.append(a) or solve(*a))
+        plan = autopar.predict("gpt2", job, cluster, {**fix, "dp": cluster.devices // 4})
+        told.setdefault(shape, []).append((plan.predicted.step_time, bool(seen)))
+    (first, solved), (again, none) = told["1x4"]
+    assert (again, solved, none) == (first, True, False)
+    assert [solved for _, solved in told["1x8"] + told["2x2"]] == [False, True]
+    assert told["2x2"][0][0] > 1.2 * first
 
 
 def test_fused_kernels_are_faster():

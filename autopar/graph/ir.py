@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from autopar.graph.size import Size, size_at
 
@@ -71,12 +71,15 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
     target: str = ""
     module: str = ""
+    _operands: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def operands(self) -> tuple[str, ...]:
         """Names of the tensor arguments, in order: args first, then kwargs by insertion; repeats stay."""
-        found: list[str] = []
-        substitute((self.args, self.kwargs), found.append)
-        return tuple(found)
+        if self._operands is None:
+            found: list[str] = []
+            substitute((self.args, self.kwargs), found.append)
+            object.__setattr__(self, "_operands", tuple(found))
+        return cast(tuple[str, ...], self._operands)
 
 
 def substitute(value: Any, put: Callable[[str], Any]) -> Any:
@@ -142,6 +145,7 @@ class BlockKind:
 
     name: str
     graph: OpGraph
+    _digest: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def passes_gradient(self) -> bool:
@@ -152,8 +156,9 @@ class BlockKind:
         """Sixteen hex digits that change with anything in its graph."""
         from autopar.graph.serialize import graph_to_json
 
-        text = json.dumps(graph_to_json(self.graph), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not self._digest:
+            object.__setattr__(self, "_digest", _digest(graph_to_json(self.graph)))
+        return self._digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +202,7 @@ class ModelGraph:
     max_seq: int | None = None
     nominal_seq: int | None = None
     notes: tuple[str, ...] = ()
+    _fingerprint: str = field(default="", init=False, repr=False, compare=False)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with anything a plan depends on.
@@ -205,9 +211,10 @@ class ModelGraph:
         """
         from autopar.graph.serialize import model_to_json
 
-        data = {key: value for key, value in model_to_json(self).items() if key not in _UNHASHED}
-        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not self._fingerprint:
+            data = {key: value for key, value in model_to_json(self).items() if key not in _UNHASHED}
+            object.__setattr__(self, "_fingerprint", _digest(data))
+        return self._fingerprint
 
     def count_parameters(self) -> int:
         """Number of parameters, tied ones once."""
@@ -218,3 +225,8 @@ class ModelGraph:
                 numel *= size
             total += numel
         return total
+
+
+def _digest(data: Any) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

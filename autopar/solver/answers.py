@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
 
+from autopar.graph.dispatch import shared_experts
 from autopar.recent import Recent
 from autopar.sharding.decision import BlockDecision
+from autopar.sharding.layout import CONTEXT
 from autopar.solver.block_problem import ModelProblem, model_problem
 from autopar.solver.candidates import BlockCost
+from autopar.solver.collective_costs import Placement
 from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
 from autopar.solver.decisions import decisions_of, whole_decisions
@@ -47,15 +50,26 @@ _earlier: Recent[dict[Any, Any]] = Recent(48)
 
 def _results(context: Context, *key: Any) -> dict[Any, Any]:
     """What earlier searches of this process found of the same shardings: model, device, links, job and what is fixed of
-    a block are the same; the batch of a step and sizes of axes that split no block may differ."""
+    a block are the same, and so is how ranks of the model axes lie on nodes (in ``key``); the batch of a step and sizes
+    of axes that split no block may differ."""
     if "blocks" not in context.memo:
         fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
         fix = replace(fix, ep=None)
         group = context.cluster.groups[0]
-        links = (group.devices_per_node, group.intra_node, group.inter_node)
+        links = (group.intra_node, group.inter_node)
         job = replace(context.job, global_batch=1)
         context.memo["blocks"] = context.model.fingerprint(), job, group.device, links, fix, context.equal_blocks
     return _earlier.get((*context.memo["blocks"], *key), dict)
+
+
+def _lie(context: Context, prices: AxisPrices) -> list[Placement]:
+    """How ranks that a block's collectives join lie on nodes: those of each model axis, and those that share experts,
+    or may (see `prices.exchange_seconds`)."""
+    joined = [(size, prices.strides[axis]) for axis, size in prices.axes.items()]
+    shared = {shared_experts(kind.graph) for kind in context.model.kinds.values()}.union(context.any_sharing().sizes)
+    apart = prod(size for axis, size in prices.axes.items() if axis != CONTEXT)
+    joined += [(size, apart) for size in sorted(shared)]
+    return [context.collectives.placement(size, stride) for size, stride in joined if size > 1]
 
 
 class Answers:
@@ -71,12 +85,13 @@ class Answers:
         apart: Iterable[int] = (),
     ) -> None:
         self.axes, apart = dict(axes), tuple(apart)
-        self._results = _results(context, tuple(self.axes.items()), batch, pad_heads, apart)
-        self.context, self.batch = (context := context.padded(pad_heads)), batch
         self.prices = AxisPrices(
             context.ops, context.collectives, self.axes, batch, dict(zip(self.axes, apart, strict=False)) or None
         )
         self.size = self.prices.ranks
+        lie = tuple(_lie(context, self.prices))
+        self._results = _results(context, tuple(self.axes.items()), batch, pad_heads, apart, lie)
+        self.context, self.batch = context.padded(pad_heads), batch
         self._built: dict[tuple[frozenset[str], bool], ModelProblem] = {}
         self._decisions: dict[str, BlockDecision] = {}
         self._fastest: Answered | None = None
@@ -177,12 +192,16 @@ class Answers:
 
     def _answered(self, name: str, decisions: dict[str, BlockDecision]) -> Answered:
         begin = time.perf_counter()
+        found = self._once(("answered", name), lambda: self._costs(name, decisions))
+        self.context.clock.add("saved bytes", begin)
+        return found
+
+    def _costs(self, name: str, decisions: dict[str, BlockDecision]) -> Answered:
         context = self.context
         costs = {
             k: context.costs.of(context.model.kinds[k], d, self.prices, ("none", *context.choices_of(k)))
             for k, d in decisions.items()
         }
-        context.clock.add("saved bytes", begin)
         return Answered(name, costs, self._boundary(decisions), self._signature(decisions))
 
     def _signature(self, decisions: dict[str, BlockDecision]) -> tuple[str, ...]:

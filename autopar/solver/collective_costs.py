@@ -77,7 +77,7 @@ class CollectiveCosts:
         self._placements: dict[tuple[int, int], Placement] = {}
         self._seconds: dict[tuple[str, float, int, int], float] = {}
         self._over: dict[tuple[str, float, Span], float] = {}
-        self._handed: dict[tuple[float, int, int], tuple[float, ...]] = {}
+        self._handed: dict[tuple[float, int, int, float], tuple[float, ...]] = {}
         self._near: dict[tuple[int, int], tuple[bool, ...]] = {}
 
     @property
@@ -145,17 +145,25 @@ class CollectiveCosts:
         each = [self.placement(size, stride) for size, stride in span]
         return Placement(*map(prod, zip(*((place.ranks, place.nodes, place.per_node) for place in each), strict=True)))
 
-    def handed_on(self, nbytes: float, ranks: int, stride: int) -> tuple[float, ...]:
+    def scattered(self, nbytes: float, share: float, ranks: int, stride: int) -> tuple[float, float]:
+        """Bytes that each of so many tensor ranks sends to the next stage of ``nbytes`` that it holds, and seconds in
+        which those that receive them gather the rest (`Stack.scatters`). ``share``: bytes if all were split evenly."""
+        if not self.stack.scatters or nbytes <= share:
+            return nbytes, 0.0
+        return share, self.seconds("all_gather", nbytes, ranks, stride)
+
+    def handed_on(self, nbytes: float, ranks: int, stride: int, more_s: float = 0.0) -> tuple[float, ...]:
         """Seconds in which each of ``ranks`` pipeline ranks, ``stride`` apart, sends so many bytes to the next, the
-        last one to the first: inside a node where every pair of such ranks shares one."""
+        last one to the first: inside a node where every pair of such ranks shares one. ``more_s``: what each takes
+        beside."""
         if ranks == 1 or nbytes <= 0:
             return (0.0,) * ranks
-        key = (nbytes, ranks, stride)
+        key = (nbytes, ranks, stride, more_s)
         found = self._handed.get(key)
         if found is None:
             places = {True: Placement(2, 1, 2), False: Placement(2, 2, 1)}
             times = {
-                near: min(self._timed("send_recv", nbytes, place, protocol) for protocol in self._protocols)
+                near: more_s + min(self._timed("send_recv", nbytes, place, protocol) for protocol in self._protocols)
                 for near, place in places.items()
             }
             found = self._handed[key] = tuple(times[near] for near in self.near(ranks, stride))

@@ -26,6 +26,8 @@ With stages (``staged``), levels 1 and 2 gather all of a rank's stages as the st
 (`DataAxis.ahead`), and level 1 leaves the reductions of a stage's last backward to themselves until the step ends
 (`DataAxis.drains`): the gradient goes on to the stage before, and the rank to its other stages, meanwhile.
 
+A stack that does not prefetch (`Stack.prefetches`) gathers what it gathers once a step before the first forward.
+
 Hidden communication has a budget: gathers and reductions of one stage share one channel (one communicator), run in
 the order in which FSDP2 issues them, and a block's compute waits for its gather. A gather is issued when the block
 before it starts. So what is hidden never exceeds the compute it runs beside (`hidden_forward`, `hidden_backward`).
@@ -272,13 +274,16 @@ class DataAxis:
         compute, plain = sum(forward), sum(backward) + root_reduce_copy
         copied = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]
         rooted, hidden = root_gather + root_gather_copy, hidden_forward(copied, gathers)
+        before = not self.ops.stack.prefetches
         gathers_s = gathered_s = 0.0
         if self.ahead:
             each, first = compute, root_gather_copy + sum(gather_copies)
             gathers_s = root_gather + sum(gathers)
             gathered_s = ready_forward([root_gather_copy, *copied], [root_gather, *gathers])
+            if before:
+                gathered_s = gathers_s + root_gather_copy + sum(copied)
         elif not self.gathers_each:
-            each, first = compute, rooted + hidden - compute
+            each, first = compute, rooted + (sum(gathers) + sum(copied) if before else hidden) - compute
         elif all(block.still for block in blocks):  # the root group is freed by a backward, or at the step's end
             each, first = hidden, rooted
         else:

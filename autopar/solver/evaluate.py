@@ -18,7 +18,8 @@ from autopar.sharding.local import local_shape
 from autopar.solver.candidates import BlockCost
 from autopar.solver.context import Context
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events, with_experts
-from autopar.solver.decision_costs import tail_elements
+from autopar.solver.decision_costs import boundary_bytes, tail_elements
+from autopar.solver.decisions import whole_decisions
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.memory import BlockBytes, MemoryModel
@@ -116,9 +117,22 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         replicas=data.replicas,
         ep=config.ep,
     )
-    every = [context.collectives.handed_on(boundary, config.pp, stride) for stride in apart]
+    tp = (config.tp, config.mesh.strides()["tp"])
+    sent, gather_s = context.collectives.scattered(boundary, _share(context, config), *tp)
+    every = [context.collectives.handed_on(sent, config.pp, stride, gather_s) for stride in apart]
     links = every[0] if len(every) == 1 else tuple(map(min, *every))
     return Placed(data, memory, transfers(config.schedule, config.pp, config.stages, links))
+
+
+def _share(context: Context, config: Config) -> float:
+    """Bytes of an even share of what blocks hand on, as the ranks of a stage may hold it."""
+    key = ("handed on", config.micro_batch)
+    if key not in context.memo:
+        context.memo[key] = max(
+            boundary_bytes(context.model.kinds[name], decision, config.micro_batch, context.job)
+            for name, decision in whole_decisions(context.model).items()
+        )
+    return float(context.memo[key]) / (config.tp * config.cp)
 
 
 def halves(context: Context, config: Config, cost: BlockCost) -> Halves:

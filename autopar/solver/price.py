@@ -43,7 +43,7 @@ def _price(
     """The same under one order: whether anything fits, and the fastest that was found."""
     best = best_stages(context, config, [shardings.fastest()])
     found.keep(best)
-    if best is not None and not any(cost.again_s for stage in best.stages for cost in stage):
+    if best is not None and not _short(context, best):
         return True, best
     if not found.promising(bound):
         return True, best
@@ -61,6 +61,13 @@ def _price(
         found.keep(leaner)
         best = min((one for one in (best, leaner) if one), key=lambda one: one.step_time, default=None)
     return fits or best is not None, best
+
+
+def _short(context: Context, best: Assessment) -> bool:
+    """Whether memory made blocks run something again: those that may do nothing else say nothing of it."""
+    costs = [cost for stage in best.stages for cost in stage]
+    free = [choices != ("full",) for _, choices in context.freedom()]
+    return any(cost.again_s and other for cost, other in zip(costs, free, strict=True))
 
 
 def _least_step(context: Context, config: Config, answers: Sequence[Answered]) -> float:

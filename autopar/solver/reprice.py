@@ -172,7 +172,10 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     crossing = sum(sum(elements for _, elements in held[1:]) for name, held in copies.items() if name in trained)
     distance = mesh.strides()["pp"]
     tied_s = collectives.seconds("send_recv", crossing * plan.job.master_bytes / bytes_of.shards, mesh.pp, distance)
-    links = collectives.handed_on(boundary, mesh.pp, distance)
+    share = max((_boundary_bytes(plan, model, one, whole=True) for one in plan.candidates.values()), default=0)
+    tensor = (mesh.tp, mesh.strides()["tp"])
+    sent_bytes, gather_s = collectives.scattered(boundary, share / (mesh.tp * mesh.cp), *tensor)
+    links = collectives.handed_on(sent_bytes, mesh.pp, distance, gather_s)
     sent = transfers(plan.schedule, mesh.pp, len(times), links)
     owned = [plan.stages_of(rank) for rank in range(mesh.pp)]
     events = stage_events(times, plan.schedule, mesh.pp)
@@ -207,14 +210,14 @@ def _tied(model: ModelGraph, block: int, candidate: Candidate) -> Iterator[tuple
             yield name, elements, node.meta.requires_grad
 
 
-def _boundary_bytes(plan: Plan, model: ModelGraph, candidate: Candidate) -> int:
-    """Local bytes of what other blocks hand to this one."""
+def _boundary_bytes(plan: Plan, model: ModelGraph, candidate: Candidate, whole: bool = False) -> int:
+    """Local bytes of what other blocks hand to this one; ``whole``: those of all ranks."""
     decision, job = candidate.decision, plan.job
     total = 0
     for node in model.kinds[decision.kind].graph.of("input"):
         if node.meta.requires_grad:
             shape = node.meta.at(plan.micro_batch, job.seq_len)
-            local = local_shape(shape, decision.inputs[node.name], decision.axes)
+            local = shape if whole else local_shape(shape, decision.inputs[node.name], decision.axes)
             total += prod(local) * element_bytes(node.meta.dtype, job)
     return total
 

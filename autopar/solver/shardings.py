@@ -244,7 +244,7 @@ class Shardings(Answers):
         or ``backward_s``."""
         key = (name, part, of)
         if key not in self._fastest_parts:
-            self._fastest_parts[key] = self._fastest_part(*key)
+            self._fastest_parts[key] = self._once(("part", *key), lambda: self._fastest_part(*key))
         return self._fastest_parts[key]
 
     def _fastest_part(self, name: str, part: str, of: frozenset[str] | None) -> float:

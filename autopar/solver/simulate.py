@@ -92,7 +92,8 @@ def simulate(
     if schedule == "1f1b" and micro_batches < count:
         raise AutoparError(f"1F1B needs at least as many micro-batches as stages: {micro_batches} < {count}")
     transfer_s = transfer_s or (0.0,) * (count - 1)
-    return _replay(stages, _flow(schedule, count, vpp, micro_batches), transfer_s, record)
+    flow = (_kept_flow if micro_batches * count <= _KEPT else _flow)(schedule, count, vpp, micro_batches)
+    return _replay(stages, flow, transfer_s, record)
 
 
 def gpipe_seconds(stages: Sequence[StageTimes], micro_batches: int) -> float:
@@ -251,7 +252,10 @@ class _Flow:
     transfers: int
 
 
-@lru_cache(maxsize=64)
+_KEPT = 10_000
+"""Micro-batches times stages up to which flows are kept, about 10 MB."""
+
+
 def _flow(schedule: str, count: int, vpp: int, micro_batches: int) -> _Flow:
     """The programs of a schedule run as far as they go, one after the other, until all are done: what waits for what
     does not depend on how long it takes."""
@@ -291,6 +295,9 @@ def _flow(schedule: str, count: int, vpp: int, micro_batches: int) -> _Flow:
     if any(waiting is not None for waiting in blocked):
         raise AutoparError("the schedule deadlocks: a stage waits for a transfer that nothing sends")
     return _Flow(tuple(acts), len(numbers))
+
+
+_kept_flow = lru_cache(maxsize=16)(_flow)
 
 
 def _what(action: Action, left: list[int]) -> int:

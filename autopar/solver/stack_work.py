@@ -10,6 +10,8 @@ softmax, a batched matmul), on scores S of batch x queries x keys elements, whol
     forward     Q K^T (writes S), softmax (reads and writes S), P V (reads S)
     backward    dV = P^T dO, dP = dO V^T (writes S), softmax (reads P and dP, writes dS), dQ = dS K, dK = dS^T Q
 
+and where probabilities are dropped out, one kernel more each way, which reads and writes S and a mask of bytes.
+
 Linear layers in a narrower dtype cast their operands first: input and weight forward, the output's gradient backward
 (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433); stacks that fuse pointwise operators fuse
 these casts with what made the operands.
@@ -44,7 +46,8 @@ def as_run(
     """Forward and backward of a node whose operands have ``width`` bytes per element, as the stack runs them.
     ``narrow``: bytes per element of what linear layers cast them to, 0 if they do not."""
     if node.op == ATTENTION and stack.attention == "unfused" and forward.attention:
-        return _unfused(forward, width), _unfused(backward, width)
+        drops = bool(node.kwargs.get("dropout_p"))
+        return _unfused(forward, width, drops), _unfused(backward, width, drops)
     if node.op == ATTENTION and not stack.balanced:
         return _unbalanced(forward), _unbalanced(backward)
     if node.op == EXPERTS:
@@ -92,17 +95,18 @@ def _unbalanced(part: Work) -> Work:
     return replace(part, attention=replace(part.attention, balanced=False)) if part.attention else part
 
 
-def _unfused(part: Work, width: int) -> Work:
+def _unfused(part: Work, width: int, drops: bool) -> Work:
     attention = part.attention
     if attention is None:
         return part
-    scores = width * attention.batch * attention.queries * attention.keys
+    elements = attention.batch * attention.queries * attention.keys
+    scores, dropped = width * elements, (2 * width + 1) * elements if drops else 0
     back = attention.matmuls > 2
     return Work(
         matmuls=_products(attention, back),
         matmul_bytes=part.matmul_bytes + (4 if back else 2) * scores,
-        nbytes=(3 if back else 2) * scores,
-        kernels=5 if back else 3,
+        nbytes=(3 if back else 2) * scores + dropped,
+        kernels=(5 if back else 3) + drops,
     )
 
 
