@@ -12,5 +12,9 @@ cases, batches          under hypothesis, with a seed for each batch of models; 
 Not drawn: experts, state-space scans, dropout, padded heads, FSDP2 and its levels (they need processes), offload, and
 16-bit dtypes (see tests/proof).
 
-Continuous integration runs `test_fuzz.py`; more of them: `make fuzz CASES=10000 SEED=1`.
+Continuous integration runs `test_fuzz.py`; more of them: `make fuzz CASES=10000 SEED=1` (8 to 10 cases per CPU second).
+
+Runs so far, with SEED=6: 3,307 cases found two mistakes, both of plans that the checks pass and the emitter refused
+(parts of a vocabulary over two axes; an exchange of two sequence dims in balanced order). With both mended, the first
+2,055 of them (batches 0 to 9) pass; a run of 10,000 has not been finished yet.
 """
