@@ -15,7 +15,7 @@ Not drawn: experts, state-space scans, dropout, padded heads, FSDP2 and its leve
 Continuous integration runs `test_fuzz.py`; more of them: `make fuzz CASES=10000 SEED=1` (8 to 10 cases per CPU second).
 
 Runs so far, with SEED=6: 3,307 cases found two mistakes, both of plans that the checks pass and the emitter refused
-(parts of a vocabulary over two axes; an exchange of two sequence dims in balanced order). With both mended, batches 0 to
-11 (2,507 cases) pass; batch 12 found a third, not mended yet: a layer that repeats a value along the sequence and reads
-no tensor that has one is refused by the emitter ("no tensor at hand has a dim of size s"). 10,000 have not been run.
+(parts of a vocabulary over two axes; an exchange of two sequence dims in balanced order). With both mended, batches 0
+to 11 (2,507 cases) pass; batch 12 found a third, not mended yet: a layer that repeats a value along the sequence and
+reads no tensor that has one is refused by the emitter ("no tensor at hand has a dim of size s").
 """
