@@ -252,8 +252,8 @@ class _Flow:
     transfers: int
 
 
-_KEPT = 10_000
-"""Micro-batches times stages up to which flows are kept, about 10 MB."""
+_KEPT = 30_000
+"""Micro-batches times stages up to which flows are kept, about 30 MB each."""
 
 
 def _flow(schedule: str, count: int, vpp: int, micro_batches: int) -> _Flow:
@@ -297,7 +297,7 @@ def _flow(schedule: str, count: int, vpp: int, micro_batches: int) -> _Flow:
     return _Flow(tuple(acts), len(numbers))
 
 
-_kept_flow = lru_cache(maxsize=16)(_flow)
+_kept_flow = lru_cache(maxsize=8)(_flow)
 
 
 def _what(action: Action, left: list[int]) -> int:
