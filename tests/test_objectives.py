@@ -179,7 +179,7 @@ def test_one_and_two_ranks_learn_the_same(build, tmp_path: Path) -> None:
     options = ["--data", "corpus.txt", "--token-dtype", "uint8", "--steps", "20", "--lr", "3e-3", "--warmup", "2"]
     losses = {}
     for name, ranks in (("one", 1), ("two", 2)):
-        run_ranks([f"{name}/train.py", *options, "--metrics", f"{name}.jsonl"], ranks, 120, folder=tmp_path)
+        run_ranks([f"{name}/train.py", *options, "--metrics", f"{name}.jsonl"], ranks, 600, folder=tmp_path)
         losses[name] = [json.loads(line)["loss"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     assert len(losses["one"]) == 20
     assert losses["one"] == pytest.approx(losses["two"], rel=1e-5)

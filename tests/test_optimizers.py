@@ -42,7 +42,7 @@ def test_the_scale_halves_after_an_overflow_and_grows_after_quiet_steps() -> Non
 
 def run(folder: Path, plan: str, ranks: int, *options: str) -> dict[int, tuple[float, float]]:
     metrics = f"{plan}{len(options)}.jsonl"
-    run_ranks([f"{plan}/train.py", *OPTIONS, "--metrics", metrics, *options], ranks, 200, folder=folder)
+    run_ranks([f"{plan}/train.py", *OPTIONS, "--metrics", metrics, *options], ranks, 600, folder=folder)
     rows = [json.loads(line) for line in (folder / metrics).read_text().splitlines()]
     return {row["step"]: (row["loss"], row["gradient_norm"]) for row in rows}
 

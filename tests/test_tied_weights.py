@@ -72,4 +72,4 @@ stop()
 
 def test_copies_add_up_and_count_once(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    assert run_ranks(["script.py"], 4, 90, folder=tmp_path).count("agreed") == 4
+    assert run_ranks(["script.py"], 4, 600, folder=tmp_path).count("agreed") == 4

@@ -84,7 +84,7 @@ def in_stages(plan: Plan, schedule: str, per_rank: int) -> Plan:
 def losses(root: Path, plan: str, ranks: int, metrics: str, *options: str) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step of one run."""
     path = root / metrics
-    run_ranks([f"{plan}/train.py", *OPTIONS, "--metrics", metrics, *options], ranks, 120, folder=root)
+    run_ranks([f"{plan}/train.py", *OPTIONS, "--metrics", metrics, *options], ranks, 600, folder=root)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
     return {row["step"]: (row["loss"], row["gradient_norm"]) for row in rows}

@@ -128,7 +128,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int
                 plan = replace(plan, stages=tuple(Stage(own, 0.0, 0.0, 0.0, {}) for own in (runs[:1], runs[1:])))
             emit(plan, part, root / "cases" / f"frozen_{name}_{mesh}")
     (root / "script.py").write_text(SCRIPT)
-    run_ranks(["script.py"], 4, 300, folder=root)
+    run_ranks(["script.py"], 4, 900, folder=root)
     return {str(path.stem): json.loads(path.read_text()) for path in root.glob("*_rank*.json")}
 
 
