@@ -33,6 +33,8 @@ UNKNOWN = {
         (f"aten.upsample_{kind}" for kind in ("bicubic2d", "bilinear2d", "linear1d", "nearest1d", "nearest2d")),
         "users call F.interpolate, which is not called with these arguments",
     ),
+    "aten.index_add": "it takes it for no linear operator, which it is in what is added and in what that is added to",
+    "aten.scatter_add": "the same",
 }
 """Operators that the checker cannot be asked about, and why; their rules are executed on shards like all
 (`test_rules`)."""

@@ -117,8 +117,9 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         replicas=data.replicas,
         ep=config.ep,
     )
-    tp = (config.tp, config.mesh.strides()["tp"])
-    sent, gather_s = context.collectives.scattered(boundary, _share(context, config), *tp)
+    strides = config.mesh.strides()
+    near = min((strides[axis] for axis in config.mesh.tp_axes()), default=1)
+    sent, gather_s = context.collectives.scattered(boundary, _share(context, config), config.tp, near)
     every = [context.collectives.handed_on(sent, config.pp, stride, gather_s) for stride in apart]
     links = every[0] if len(every) == 1 else tuple(map(min, *every))
     return Placed(data, memory, transfers(config.schedule, config.pp, config.stages, links))

@@ -64,10 +64,9 @@ def _price(
 
 
 def _short(context: Context, best: Assessment) -> bool:
-    """Whether memory made blocks run something again: those that may do nothing else say nothing of it."""
-    costs = [cost for stage in best.stages for cost in stage]
-    free = [choices != ("full",) for _, choices in context.freedom()]
-    return any(cost.again_s and other for cost, other in zip(costs, free, strict=True))
+    """Whether memory made blocks run something again: kinds that may do nothing else say nothing of it."""
+    always = context.always_again()
+    return any(cost.again_s and cost.kind not in always for stage in best.stages for cost in stage)
 
 
 def _least_step(context: Context, config: Config, answers: Sequence[Answered]) -> float:

@@ -173,8 +173,8 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     distance = mesh.strides()["pp"]
     tied_s = collectives.seconds("send_recv", crossing * plan.job.master_bytes / bytes_of.shards, mesh.pp, distance)
     share = max((_boundary_bytes(plan, model, one, whole=True) for one in plan.candidates.values()), default=0)
-    tensor = (mesh.tp, mesh.strides()["tp"])
-    sent_bytes, gather_s = collectives.scattered(boundary, share / (mesh.tp * mesh.cp), *tensor)
+    near = min((mesh.strides()[axis] for axis in mesh.tp_axes()), default=1)
+    sent_bytes, gather_s = collectives.scattered(boundary, share / (mesh.tp * mesh.cp), mesh.tp, near)
     links = collectives.handed_on(sent_bytes, mesh.pp, distance, gather_s)
     sent = transfers(plan.schedule, mesh.pp, len(times), links)
     owned = [plan.stages_of(rank) for rank in range(mesh.pp)]
