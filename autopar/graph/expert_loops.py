@@ -66,7 +66,10 @@ def _is_list(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(module) < 2:
         return False
     first, *others = module.children()
-    return bool(_width(first)) and all(structure(other) == structure(first) for other in others)
+    if not _width(first):
+        return False
+    wanted = structure(first)
+    return all(structure(other) == wanted for other in others)
 
 
 def _width(expert: nn.Module) -> int:
@@ -115,13 +118,10 @@ def _small(module: nn.Module, name: str) -> nn.Module:
         memo[id(experts)] = nn.ModuleDict(dict(zip(experts, stand_ins, strict=True)))
     drawn = torch.Generator().manual_seed(1)
     inside = {id(tensor) for tensor in (*experts.parameters(), *experts.buffers())}
-    total = 0
-    for tensor in (*module.parameters(), *module.buffers()):
-        if id(tensor) in inside:
-            continue
-        total += tensor.numel()
-        if total > MOST:
-            raise ValueError("too large to look at")
+    outside = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in inside]
+    if sum(tensor.numel() for tensor in outside) > MOST:
+        raise ValueError("too large to look at")
+    for tensor in outside:
         value = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
         if tensor.is_floating_point():
             value = torch.randn(tensor.shape, generator=drawn, dtype=torch.float64, device="cpu")

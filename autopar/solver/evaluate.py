@@ -85,7 +85,8 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
 
     Raises UnsupportedError for state offload on a device whose link to the host is not known."""
     device = context.cluster.device
-    spans, apart = lying(config.mesh, orders_in(config, context.cluster))
+    mesh = config.mesh
+    spans, apart = lying(mesh, orders_in(config, context.cluster))
     if config.offload == "state" and not (device.host_bandwidth and device.host_memory_bandwidth):
         raise UnsupportedError(
             f"fix: offload=state on device {device.name!r}, whose host_bandwidth and host_memory_bandwidth are not "
@@ -117,9 +118,10 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
         replicas=data.replicas,
         ep=config.ep,
     )
-    strides = config.mesh.strides()
-    near = min((strides[axis] for axis in config.mesh.tp_axes()), default=1)
-    sent, gather_s = context.collectives.scattered(boundary, _share(context, config), config.tp, near)
+    sent, gather_s = float(boundary), 0.0
+    if context.ops.stack.scatters:
+        near = min((mesh.strides()[axis] for axis in mesh.tp_axes()), default=1)
+        sent, gather_s = context.collectives.scattered(boundary, _share(context, config), config.tp, near)
     every = [context.collectives.handed_on(sent, config.pp, stride, gather_s) for stride in apart]
     links = every[0] if len(every) == 1 else tuple(map(min, *every))
     return Placed(data, memory, transfers(config.schedule, config.pp, config.stages, links))

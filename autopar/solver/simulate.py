@@ -237,7 +237,7 @@ def _exchanged(action: Action, count: int) -> tuple[tuple[_Transfer, ...], tuple
 
 
 _RUN, _FIRST, _LAST, _POST, _JOIN, _WAIT = range(6)
-"""What `_Act` are: a computation; one that is a stage's first forward, or its last backward; the first end of a
+"""What acts of flows are: a computation; one that is a stage's first forward, or its last backward; the first end of a
 transfer to be ready, the second, and a wait for it to be through."""
 
 _KINDS = ("F", "B", "I", "W", "after")
