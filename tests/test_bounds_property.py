@@ -95,7 +95,8 @@ def test_no_bound_of_a_configuration_is_above_any_of_its_plans(seed: int) -> Non
             shape = config.shape
             assert has_room(context, shape.outline)
             assert state_fits(context, config)
-            for work in (None, shardings.least_work()):
+            assert 0 < shardings.unconverted_work() <= shardings.least_work() * (1 + 1e-6)
+            for work in (None, shardings.unconverted_work(), shardings.least_work()):
                 assert 0 < shape_bound(context, shape, work) <= best
             space = list(open_configs_of(shape, trial.job, context.cluster, context.fix))
             assert loose_bound(context, space, shardings) <= best

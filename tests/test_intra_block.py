@@ -6,6 +6,7 @@ import random
 import pytest
 
 from autopar.errors import AutoparError
+from autopar.solver import intra_block
 from autopar.solver.intra_block import relaxed_bound, solve
 from autopar.solver.problem import Choice, Op, Output, Problem, Source, path, price, shortest
 
@@ -127,6 +128,30 @@ def test_agrees_with_enumeration(seed):
     assert answer.bound <= best * (1 + 1e-12)
     assert answer.bound == pytest.approx(best, rel=1e-6)
     assert price(problem, answer) == (answer.seconds, answer.bytes)
+
+
+@pytest.mark.parametrize("near", [1e-12, 1e-2, 0.1])
+def test_variables_left_out_by_reduced_costs_cost_nothing(near, monkeypatch):
+    """However few CP-SAT sees first, the answer and its bound are those of all variables."""
+    tried = []
+    for seed in range(60):
+        problem = random_problem(seed, tied=seed % 3 == 0)
+        byte_price = (0.0, 0.0, 0.7)[seed % 3]
+        monkeypatch.setattr(intra_block, "FEW", 500)
+        try:
+            whole = solve(problem, byte_price)
+        except AutoparError:
+            continue
+        monkeypatch.setattr(intra_block, "FEW", 0)
+        monkeypatch.setattr(intra_block, "NEAR", near)
+        some = solve(problem, byte_price)
+        assert (some.seconds, some.bytes) == pytest.approx((whole.seconds, whole.bytes), rel=1e-9)
+        assert some.bound == pytest.approx(whole.bound, rel=1e-6)
+        assert some.bound <= whole.seconds + byte_price * whole.bytes
+        assert some.status == "optimal"
+        tried.append(some.statistics["tried"] / some.statistics["variables"])
+    assert len(tried) > 20
+    assert min(tried) < 0.9
 
 
 def test_the_relaxation_is_a_bound_and_often_the_optimum():

@@ -115,4 +115,5 @@ class SizeBounds:
         if level == Step.STAGES:
             space = list(open_configs_of(shape, context.job, context.cluster, context.fix))
             return loose_bound(context, space, shardings)  # infinite where not even that fits
-        return shape_bound(context, shape, shardings.least_work())
+        work = shardings.unconverted_work() if level == Step.OPERATORS else shardings.least_work()
+        return shape_bound(context, shape, work)

@@ -39,15 +39,24 @@ class Rows:
 
     def add(self, variables: Sequence[Any], factors: Floats, low: float, high: float = float("inf")) -> None:
         """low <= the sum of ``variables`` times ``factors`` <= high; those of factor 0 are left out."""
+        used = np.flatnonzero(factors).tolist()
+        self.add_terms([variables[place] for place in used], factors[used].tolist(), low, high)
+
+    def add_terms(self, variables: Sequence[Any], factors: Sequence[float], low: float, high: float) -> None:
+        """The same of lists, nothing left out."""
         row = self._helper.add_linear_constraint()
         self._helper.set_constraint_lower_bound(row, low)
         self._helper.set_constraint_upper_bound(row, high)
-        used = np.flatnonzero(factors).tolist()
-        self._helper.add_terms_to_constraint(row, [variables[place] for place in used], factors[used].tolist())
+        self._helper.add_terms_to_constraint(row, variables, factors)
 
     def least(self, variable: Any) -> Any:
         """The program that makes one variable least."""
         self._linear.minimize(variable)
+        return self._linear
+
+    def cheapest(self, costs: Sequence[float]) -> Any:
+        """The program that makes the sum of all variables times their ``costs`` least."""
+        self._helper.set_objective_coefficients([*range(len(costs))], costs)
         return self._linear
 
 
@@ -57,3 +66,9 @@ def solve_linear(program: Any) -> tuple[Any, model_builder.SolveStatus]:
     # A fifth faster than its primal simplex for the relaxations of blocks.
     solver.set_solver_specific_parameters("use_dual_simplex:true")
     return solver, solver.solve(program)
+
+
+def duals_of(program: Any, solver: Any) -> Floats:
+    """The dual value of each row of a solved program: how much the least objective grows with the row's bound."""
+    rows = range(program.num_constraints)
+    return np.array([solver.dual_value(program.linear_constraint_from_index(row)) for row in rows])

@@ -355,6 +355,8 @@ class _Walk:
         sharper = Step(entry.step + 1)
         if isinstance(item, Config):
             return [(stage_bound(context, item, shardings, paths=False), sharper, item)]
+        if sharper == Step.OPERATORS:
+            return [(shape_bound(context, _shape(item), shardings.unconverted_work()), sharper, item)]
         if sharper == Step.KINDS:
             return [(shape_bound(context, _shape(item), shardings.least_work()), sharper, item)]
         space = self.space(item)

@@ -72,6 +72,7 @@ class Shardings(Answers):
         super().__init__(context, axes, batch, pad_heads, apart)
         self.alone = alone
         self._least_work: float | None = None
+        self._unconverted_work: float | None = None
         self._kind_bounds: dict[bool, dict[str, KindBound]] = {}
         self._least_of: dict[tuple[str, frozenset[str], bool, bool], float] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
@@ -190,6 +191,19 @@ class Shardings(Answers):
             )
         return self._least_work
 
+    def unconverted_work(self) -> float:
+        """The same with each operator at its own fastest, conversions free: less, and sooner known."""
+        if self._unconverted_work is None:
+            self._unconverted_work = sum(
+                count * min(self._unconverted_s(kind, choice) for choice in choices)
+                for (kind, choices), count in Counter(self.context.freedom()).items()
+            )
+        return self._unconverted_work
+
+    def _unconverted_s(self, name: str, choice: str) -> float:
+        both = self._fastest_forward(name) + self.fastest_part(name, "backward_s")
+        return both * (1 - 1e-12) + self._again_s(name, Recompute.of(choice))
+
     def least_kept(self, name: str, choice: str) -> float:
         """Bytes on the device that no decision for the kind can undercut under a recompute choice."""
         least, way = self.kind_bytes()[name], Recompute.of(choice)
@@ -244,7 +258,7 @@ class Shardings(Answers):
         or ``backward_s``."""
         key = (name, part, of)
         if key not in self._fastest_parts:
-            self._fastest_parts[key] = self._once(("part", *key), lambda: self._fastest_part(*key))
+            self._fastest_parts[key] = self._fastest_part(*key)
         return self._fastest_parts[key]
 
     def _fastest_part(self, name: str, part: str, of: frozenset[str] | None) -> float:
@@ -254,7 +268,10 @@ class Shardings(Answers):
             return float(sum(getattr(self.prices.operator(node, graph, {})[0], part) for node in nodes))
         if self.alone is not None:
             kind, other = (shardings.context.model.kinds[name] for shardings in (self, self.alone))
-            shift = part_shift(self.prices, self.alone.built(frozenset()).choices, kind, other, part, of)
+            choices = self.alone.built(frozenset()).choices
+            shift = self._once(
+                ("shift", name, part, of), lambda: part_shift(self.prices, choices, kind, other, part, of)
+            )
             return self.alone.fastest_part(name, part, of) + shift
         least, half = self.built(frozenset()).least, part == "backward_s"
         return sum(least[f"{name}/{node.name}"][half] for node in nodes)

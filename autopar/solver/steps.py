@@ -10,13 +10,15 @@ class Step(IntEnum):
 
     ARITHMETIC = 0
     """Shape: its arithmetic, evenly shared out, and what its schedule surely waits."""
-    KINDS = 1
+    OPERATORS = 1
+    """Every operator at the fastest of its strategies, no layout ever converted."""
+    KINDS = 2
     """Every kind of block at the optimum of its own ILP's linear relaxation."""
-    STAGES = 2
+    STAGES = 3
     """Stages over the least seconds and the least bytes of every kind, whatever the data ranks do."""
-    FAMILY = 3
+    FAMILY = 4
     """Family: the same, at one ZeRO level, its state offloaded or not."""
-    DATA = 4
+    DATA = 5
     """Configuration: as `KINDS`, and what its data ranks surely add."""
-    SPREAD = 5
+    SPREAD = 6
     """As `STAGES`, with the bytes and seconds of its data ranks. What comes next is its price."""
