@@ -65,8 +65,10 @@ def _reinitialised(model: nn.Module, path: str, name: str, tensors: dict[int, to
     owner, around = model.get_submodule(path), _initialiser(model, path)
     memo: dict[int, object] = {}
     for key, tensor in tensors.items():
-        blank = torch.full(tensor.shape, float("nan") if tensor.is_floating_point() else 0, dtype=tensor.dtype)
-        memo[key] = nn.Parameter(blank) if isinstance(tensor, nn.Parameter) else blank
+        if isinstance(tensor, nn.Parameter):  # drawn for nothing; a router's is large, and there is one in every layer
+            memo[key] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
+        else:
+            memo[key] = torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0, device="cpu")
     try:
         twin = copy.deepcopy(owner, memo)
         with torch.no_grad(), torch.random.fork_rng(devices=()):
