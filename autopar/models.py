@@ -105,7 +105,7 @@ def _named_config(spec: str) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".json" or path.is_dir():
         file = path / "config.json" if path.is_dir() else path
         try:
-            config = json.loads(file.read_text())
+            config = json.loads(file.read_text(), object_hook=_special_float)
         except OSError as error:
             raise BadInputError(f"cannot read the model configuration {file}: {error.strerror}") from None
         except ValueError as error:
@@ -119,6 +119,12 @@ def _named_config(spec: str) -> tuple[str, dict[str, Any]]:
         f"unknown model {spec!r}: {hint}A model is a catalog name ({', '.join(catalog_names())}), "
         "a Hugging Face config.json, or module.py:function"
     )
+
+
+def _special_float(found: dict[str, Any]) -> Any:
+    """What transformers writes of a number that JSON does not have: ``{"__float__": "Infinity"}``."""
+    written = found.get("__float__")
+    return float(written) if len(found) == 1 and isinstance(written, str) else found
 
 
 @cache

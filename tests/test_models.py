@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from autopar.errors import BadInputError
@@ -86,6 +87,13 @@ def test_config_file_and_its_folder(config):
     assert build_config(str(config), num_hidden_layers=5).config.num_hidden_layers == 5
 
 
+def test_a_configuration_file_as_transformers_writes_it(tmp_path):
+    path = tmp_path / "state_space.json"
+    path.write_text(transformers.Mamba2Config(num_heads=4, head_dim=8, hidden_size=16).to_json_string(use_diff=False))
+    assert '"__float__": "Infinity"' in path.read_text()
+    assert load_model(str(path)).config.time_step_limit[1] == float("inf")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -115,6 +123,7 @@ def test_bad_config_files(tmp_path):
 
 MODULE = """
 import torch
+import transformers
 from torch import nn
 
 class Net(nn.Module):

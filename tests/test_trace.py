@@ -91,6 +91,43 @@ class Sinusoids(nn.Module):
         return self.leave(self.enter(x) + self.table) * self.widened.float().to(x.dtype)
 
 
+class Router(nn.Module):
+    """A large weight, and a buffer that only `_init_weights` knows the values of."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 8))
+        self.register_buffer("bias", torch.empty(4), persistent=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight) + self.bias
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.drawn_on = Router(), []
+
+    def forward(self, x):
+        return self.router(x)
+
+    def _init_weights(self, module):
+        if isinstance(module, Router):
+            self.drawn_on.append(module.weight.device.type)
+            module.weight.normal_()
+            module.bias.fill_(3.0)
+
+
+def test_values_of_buffers_cost_no_parameters():
+    """The routers of 122 layers took 1.8 GB, drawn for nothing."""
+    with torch.device("meta"):
+        model = Routed()
+    graph = trace(model, {"x": torch.zeros(8)}, loss=lambda outputs, batch: outputs.float().square().sum())
+    assert graph.buffer_values["router.bias"] == (3.0,) * 4
+    assert model.drawn_on
+    assert set(model.drawn_on) == {"meta"}
+
+
 def test_buffers_are_wide_only_where_the_model_widens_them():
     graph = trace(Sinusoids(), inputs={"x": torch.zeros(6)}, loss=lambda y, batch: y.square().mean())
     assert {name: meta.dtype for name, meta in graph.buffers.items()} == {"table": "compute", "widened": "float32"}

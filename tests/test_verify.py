@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from hand_plans import gpt2, graph_of, llama, megatron, plan_of, whole
 from torch import nn
 
@@ -18,6 +19,7 @@ from autopar.errors import BadInputError, UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 from autopar.plan import Mesh, Plan
 from autopar.solver.search import search
 
@@ -184,8 +186,6 @@ def test_a_model_too_large_without_a_configuration_is_refused(monkeypatch: pytes
 
 @pytest.mark.proof
 def test_a_plan_for_llama3_8b_is_verified_on_its_twin() -> None:
-    from autopar.models import model_graph
-
     found = search(
         model_graph("llama3-8b"), Job(512, 8192), Cluster.parse("8x8:h100"), {"tp": 8, "pp": 2, "micro_batch": 1}
     )
@@ -208,3 +208,40 @@ def test_a_report_is_plain_values() -> None:
     data = report.to_json()
     assert data["worst_error"] == report.worst[1]
     assert data["loss"] > 0
+
+
+LARGE = {
+    # Latent attention, the first layers dense, and more experts than a proof could hold at this width.
+    "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(num_hidden_layers=9, vocab_size=1024, n_routed_experts=64)
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(num_hidden_layers=6, head_dim=128, vocab_size=1024, num_experts=16)
+    ),
+    # Twice as wide inside as outside, whose layers' types are not to be set.
+    "mamba2": lambda: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(hidden_size=2560, num_heads=80, num_hidden_layers=6, n_groups=1, vocab_size=1024)
+    ),
+    "mamba": lambda: transformers.MambaForCausalLM(
+        transformers.MambaConfig(hidden_size=2048, num_hidden_layers=6, vocab_size=1024)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_plan_of_any_architecture_is_verified_on_its_twin(name: str) -> None:
+    with torch.device("meta"):
+        model = LARGE[name]()
+    found = search(model_graph(model), Job(16, 512), Cluster.parse("1x4:h100"), {"tp": 1, "pp": 1, "zero": 3})
+    report = verify(found, model)
+    assert "narrow layers" in report.twin
+    assert report.worst[1] <= 1e-10
+
+
+def test_a_configuration_that_cannot_be_narrowed_is_refused() -> None:
+    with torch.device("meta"):
+        model = LARGE["mamba"]()
+    graph = model_graph(model)
+    model.config.hidden_act = "none of these"
+    with pytest.raises(UnsupportedError, match=r"a narrow twin of it cannot be built .*: verify a smaller config"):
+        twin.small_twin(plan_of(graph, whole(graph)), model, graph, trace)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import nn
 
+from autopar.codegen.narrow import narrow_model
 from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
-from autopar.graph.padding import as_planned, growth
+from autopar.graph.padding import as_planned
 from autopar.plan import Candidate, Plan, Run, Stage
 from autopar.sharding.check import check_decision
 
@@ -46,7 +45,7 @@ def small_twin(
     short = _short_batch(plan, graph, whole)
     if _bytes(short, graph) <= MOST_BYTES and short.mesh.data * short.mesh.tp <= MOST_RANKS:
         return Twin(short, model, graph, "")
-    narrow, notes = _narrow_model(plan, model)
+    narrow = narrow_model(plan, model, kept_layers(plan))
     small = trace(narrow)
     twin = _short_batch(_few_blocks(_few_ranks(plan), small), small, whole)
     _check(twin, small)
@@ -56,7 +55,7 @@ def small_twin(
             "weights and gradients): verify a narrower configuration of the same architecture, or the emitted "
             "folder under torchrun"
         )
-    how = f"{twin.mesh}, {len(small.blocks)} of {len(graph.blocks)} blocks{notes}"
+    how = f"{twin.mesh}, {len(small.blocks)} of {len(graph.blocks)} blocks, narrow layers"
     return Twin(twin, narrow, small, how)
 
 
@@ -112,25 +111,42 @@ def _on_axes(candidate: Candidate, sizes: dict[str, int]) -> Candidate:
     return replace(candidate, decision=replace(candidate.decision, axes=axes))
 
 
-def _kept_runs(plan: Plan) -> list[list[str]]:
-    """Per stage that is kept, the candidates of its runs: the first and last stage, and any with a new candidate."""
-    kept: list[list[str]] = []
+def _kept_runs(plan: Plan) -> list[list[Run]]:
+    """Per stage that is kept, its runs: the first and last stage, and any with a new candidate."""
+    kept: list[list[Run]] = []
     seen: set[str] = set()
     for index, stage in enumerate(plan.stages):
         names = [run.candidate for run in stage.runs]
-        merged = [name for place, name in enumerate(names) if place == 0 or names[place - 1] != name]
-        if index in (0, len(plan.stages) - 1) or not seen.issuperset(merged):
+        merged = [run for place, run in enumerate(stage.runs) if place == 0 or names[place - 1] != run.candidate]
+        if index in (0, len(plan.stages) - 1) or not seen.issuperset(names):
             kept.append(merged)
-            seen.update(merged)
+            seen.update(names)
     return kept
+
+
+def kept_layers(plan: Plan) -> list[int]:
+    """Of the model's layers those that the twin's stand for, in order; a single one of its kind stands for two."""
+    layers = [index for run in _runs(plan) if _copies(plan, run.candidate) > 1 for index in range(run.start, run.stop)]
+    place = {index: number for number, index in enumerate(layers)}
+    return [
+        place[min(run.start + copy, run.stop - 1)]
+        for runs in _kept_runs(plan)
+        for run in runs
+        if _copies(plan, run.candidate) > 1
+        for copy in range(2)
+    ]
+
+
+def _runs(plan: Plan) -> list[Run]:
+    return sorted((run for stage in plan.stages for run in stage.runs), key=lambda run: run.start)
 
 
 def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
     """The plan for a model with one block of every kept run, two of repeated ones."""
     stages, start = [], 0
-    for names in _kept_runs(plan):
+    for some in _kept_runs(plan):
         runs = []
-        for name in names:
+        for name in (run.candidate for run in some):
             runs.append(Run(start, start + _copies(plan, name), name))
             start = runs[-1].stop
         stages.append(Stage(tuple(runs), 0.0, 0.0, 0.0, {}))
@@ -139,7 +155,7 @@ def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
             f"cannot make a twin of {plan.model} with {start} blocks: it has {len(small.blocks)}; verify "
             "a smaller configuration of the same architecture"
         )
-    kept = {name for names in _kept_runs(plan) for name in names}
+    kept = {run.candidate for runs in _kept_runs(plan) for run in runs}
     candidates = {name: candidate for name, candidate in plan.candidates.items() if name in kept}
     return replace(
         plan,
@@ -155,78 +171,6 @@ def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
 def _copies(plan: Plan, name: str) -> int:
     """How many blocks of a run the twin keeps: a single layer would not be seen as a repeated one."""
     return 1 if plan.candidates[name].decision.kind in ("Prologue", "Epilogue", "Model") else 2
-
-
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-_KV_HEADS = ("num_key_value_heads", "n_kv_heads")
-_WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
-_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-_VOCABULARY = ("vocab_size",)
-
-
-def _narrow_model(plan: Plan, model: nn.Module) -> tuple[nn.Module, str]:
-    """The model built again from its configuration: fewer layers, heads of 8, few of them in the same ratio."""
-    config: Any = copy.deepcopy(getattr(model, "config", None))
-    name = _first(config, _LAYERS)
-    if config is None or name is None:
-        raise UnsupportedError(
-            f"{plan.model} is too large to verify in one process, and has no Hugging Face config from which autopar "
-            "could build a smaller twin: verify a smaller instance of the same class"
-        )
-    repeated = sum(copies for runs in _kept_runs(plan) for run in runs if (copies := _copies(plan, run)) > 1)
-    if repeated:
-        setattr(config, name, repeated)
-    if repeated and getattr(config, "layer_types", None) is not None:
-        config.layer_types = list(config.layer_types)[:repeated]
-    heads, kv = _get(config, _HEADS), _get(config, _KV_HEADS)
-    if heads is not None:
-        group = heads // kv if kv else 1
-        few = 4 if kv is None else max(4 // math.gcd(4, group), 1) if group > 4 else 4 // math.gcd(4, group) * 2
-        # As many as all model axes together may split.
-        ranks = prod(min(size, 2) for size in plan.mesh.model_axes().values())
-        few_kv = math.ceil(max(2, few // group) / ranks) * ranks if kv else None
-        new_heads = few_kv * group if few_kv else math.ceil(few / ranks) * ranks
-        if plan.pad_heads > 1:
-            few_kv, new_heads = _odd_heads(kv or heads, group, plan.pad_heads)
-        _set(config, _HEADS, new_heads)
-        if few_kv:
-            _set(config, _KV_HEADS, few_kv)
-        if getattr(config, "head_dim", None) is not None:
-            config.head_dim = 8
-        _set(config, _WIDTH, new_heads * 8)
-        if _get(config, _INNER) is not None:
-            _set(config, _INNER, new_heads * 12 // 4 * 4)
-    # A vocabulary that does not divide stays one.
-    uneven = (_get(config, _VOCABULARY) or 0) % plan.mesh.tp != 0
-    _set(config, _VOCABULARY, 255 if uneven else 256)
-    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if isinstance(getattr(config, token, None), int):
-            setattr(config, token, 0)
-    return type(model)(config), ", narrow layers"
-
-
-def _odd_heads(kv: int, group: int, ranks: int) -> tuple[int, int]:
-    """(Key/value heads, heads): few that two ranks do not divide, and that are padded as these are."""
-    grown = growth(kv, group, ranks)
-    if kv == 1 or group == 1 or grown is None:
-        return (1 if kv == 1 else 3), 3
-    return 3, 15 if grown[0] else 9
-
-
-def _first(config: Any, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if getattr(config, name, None) is not None), None)
-
-
-def _get(config: Any, names: tuple[str, ...]) -> int | None:
-    name = _first(config, names)
-    return None if name is None else int(getattr(config, name))
-
-
-def _set(config: Any, names: tuple[str, ...], value: int) -> None:
-    name = _first(config, names)
-    if name is not None:
-        setattr(config, name, value)
 
 
 def wide_copy(model: nn.Module, graph: ModelGraph, dtype: torch.dtype, seed: int) -> nn.Module:
