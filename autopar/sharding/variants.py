@@ -1,7 +1,8 @@
 """Local implementations of operators whose split needs more than the operator itself on a shard.
 
 Each is a generator that runs on one rank: it yields ``(op, x)`` where ``x`` is to be all-reduced over the axis ("sum",
-with type P to I, or "max") or exchanged for what the rank before holds ("shift"), and is sent the result, so that one text serves ranks run in lockstep and a rank on its own.
+with type P to I, or "max") or exchanged for what the rank before holds ("shift"), and is sent the result, so that one
+text serves ranks run in lockstep and a rank on its own.
 ``part``: where this rank's part of the split factor begins, and how large the whole is.
 """
 

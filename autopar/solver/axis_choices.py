@@ -1,7 +1,8 @@
 """What one tensor or operator may do on all model axes together: the part of the product that is searched.
 
-* On the context axis (cp) every operator with a gradient and positions splits the sequence; attention may split heads
-  instead; what has no positions runs whole, or passes summands on. Parameters are whole there.
+* On the context axis (cp) every operator with a gradient and positions splits the sequence: attention that of queries,
+  or also that of keys and values, which then go round; it may split heads instead. What has no positions runs whole,
+  or passes summands on. Parameters are whole there.
 * On tensor axes any strategy. Where tp is made of several axes, an operator splits the same factor on all of them, as
   if they were one; only where a factor is too small for that, the outer axes split it, and the inner ones another
   factor, or nothing.
@@ -78,7 +79,7 @@ def considered(
 ) -> list[tuple[AxesChoice, str]]:
     """What an op node may do on all axes, each with the reason why it cannot (`sharding.check.refusal`; "": it can)."""
     strategies = strategies_of(node, graph)
-    split = _on_tensor_axes([s for s in strategies if s.variant != "context"], tensor_axes(axes))
+    split = _on_tensor_axes([s for s in strategies if s.variant != "context" and not s.is_ring], tensor_axes(axes))
     found = []
     for first in _on_context(node, graph, strategies, axes, batch, seq):
         for rest in split:

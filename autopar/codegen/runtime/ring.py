@@ -50,7 +50,14 @@ def ring_attention(
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, axis: DeviceMesh, balanced: bool, causal: bool, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        axis: DeviceMesh,
+        balanced: bool,
+        causal: bool,
+        scale: float,
     ) -> Tensor:
         ctx.axis, ctx.options = axis, (balanced, causal, scale)
         if isinstance(axis.get_local_rank(), int):
@@ -164,11 +171,7 @@ class _Turns:
         """Attention of a piece, (result, log-sum-exp), and its backward."""
         if query.device.type == "cpu":
             return _cpu_forward, _cpu_backward
-        # FlashAttention-2: widths in eights up to 256, from Ampere on.
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.size(-1) in range(8, 257, 8):
-            if torch.version.hip or torch.cuda.get_device_capability(query.device) >= (8, 0):
-                return _flash_forward, _flash_backward
-        return _plain_forward, _plain_backward
+        return (_flash_forward, _flash_backward) if _has_flash(query) else (_plain_forward, _plain_backward)
 
 
 class _SimulatedTurns(_Turns):
@@ -212,11 +215,12 @@ def _attend(turns: _Turns, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
         coming = turns.send(held) if turn < turns.ranks - 1 else held
         piece = turns.piece(turn, *sizes)
         if piece is not None:
-            part, part_sums = forward(*_taken(piece, query, *_unpacked(held, key, value)), piece, turns.scale)
+            made = forward(*_taken(piece, query, *_unpacked(held, key, value)), piece, turns.scale)
             if turn == 0:  # a rank's own keys, which all of its queries see some of
-                output, sums = part.to(wide), part_sums.contiguous()
+                output, sums = made[0].to(wide), made[1].contiguous()
             else:
-                _merge(output.narrow(-2, *piece.rows), sums.narrow(-1, *piece.rows), part, part_sums)
+                _merge(output.narrow(-2, *piece.rows), sums.narrow(-1, *piece.rows), *made)
+            del made
         held = turns.wait(coming) if coming is not held else held
     return _made_for(query).copy_(output), sums
 
@@ -244,24 +248,21 @@ def _attend_back(
     for turn in range(turns.ranks):
         coming = turns.send(held) if turn < turns.ranks - 1 else held
         piece = turns.piece(turn, *sizes)
-        made = torch.zeros_like(held) if returning is None else None
-        parts: tuple[Tensor, ...] = ()
+        made: list[Tensor] = []
         if piece is not None:
-            rows, keys, values = _taken(piece, query, *_unpacked(held, key, value))
-            beside = (x.narrow(dim, *piece.rows) for x, dim in ((gradient, -2), (output, -2), (sums, -1)))
-            part, *others = backward(*beside, rows, keys, values, piece, turns.scale)
-            of_query.narrow(-2, *piece.rows).add_(part)
-            parts = tuple(others)
-        # Those that other ranks have given so far come in while this one computes.
-        total = turns.wait(returning) if returning is not None else made
-        assert total is not None
+            rows = (x.narrow(dim, *piece.rows) for x, dim in ((gradient, -2), (output, -2), (sums, -1)))
+            taken = _taken(piece, query, *_unpacked(held, key, value))
+            made = [*backward(*rows, *taken, piece, turns.scale)]
+            of_query.narrow(-2, *piece.rows).add_(made.pop(0))
+        # What other ranks have given so far came in while this one computed.
+        total = torch.zeros_like(held) if returning is None else turns.wait(returning)
         if piece is not None:
-            for whole, part in zip(_unpacked(total, key, value), parts, strict=True):
-                whole.narrow(-2, *piece.keys).add_(part)
+            for whole in _unpacked(total, key, value):
+                whole.narrow(-2, *piece.keys).add_(made.pop(0))
         returning = turns.send(total)
         held = turns.wait(coming) if coming is not held else held
     assert returning is not None
-    return of_query.to(query.dtype), *_unpacked(turns.wait(returning), key, value, copy=True)  # type: ignore[return-value]
+    return of_query.to(query.dtype), *_unpacked(turns.wait(returning), key, value, copy=True)
 
 
 def _packed(key: Tensor, value: Tensor) -> Tensor:
@@ -281,6 +282,14 @@ def _taken(piece: _Piece, query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def _has_flash(query: Tensor) -> bool:
+    """Whether FlashAttention-2 takes it: on CUDA from Ampere on, in widths of eights up to 256."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    known = bool(torch.version.hip) or torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return known and query.size(-1) in range(8, 257, 8)
 
 
 # The kernels: forward (query, key, value, piece, scale), backward (gradient, output, sums, query, key, value, piece,

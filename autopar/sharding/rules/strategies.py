@@ -30,8 +30,9 @@ class Strategy:
 
     ``variant`` names the local implementation when it is not the operator itself on local shards: "vocab" for a split
     vocabulary, "context" for causal attention with queries split by position, "ring" and "causal ring" for attention
-    whose keys and values go round the ranks. ``inner``: the collectives inside it, over this axis. ``extent``: the size of the factor that is split (None: none is), which the axis size must divide
-    unless the parts may be ``uneven`` (chunks of the size rounded up, fewer for the last rank, none for no rank).
+    whose keys and values go round the ranks. ``inner``: the collectives inside it, over this axis. ``extent``: the
+    size of the factor that is split (None: none is), which the axis size must divide unless the parts may be ``uneven``
+    (chunks of the size rounded up, fewer for the last rank, none for no rank).
     """
 
     name: str
