@@ -179,7 +179,8 @@ class Body:
             return Call(function, (*plain.arguments, ("axis", self._axes_expr(axes))))
         if ring:
             order = [("balanced", literal(True))] if self.setting.balanced and ring == CONTEXT else []
-            return Call("ring_attention", (*plain.arguments[:3], Text(self.axes[ring]), *order, *plain.arguments[3:]))
+            rest = [a for a in plain.arguments[3:] if a != ("enable_gqa", literal(True))]
+            return Call("ring_attention", (*plain.arguments[:3], Text(self.axes[ring]), *order, *rest))
         count = 3 if node.op == "aten.scaled_dot_product_attention" else 2
         arguments: tuple[Argument, ...] = plain.arguments[:count]
         rest = [a for a in plain.arguments[len(arguments) :] if a != ("is_causal", literal(True))]

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -31,13 +31,21 @@ _MATMULS = frozenset((*(f"aten.{name}" for name in MATMULS), EXPERTS))
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """What is asked of the sharding beside being fast: `fix` keys ``tp`` (split matmuls) and ``sp``."""
+    """What is asked of the sharding beside being fast: `fix` keys ``tp`` (split matmuls), ``sp`` and ``context``."""
 
     split_matmuls: bool = False
     sequence: bool | None = None
+    context: str | None = None
 
 
 NO_DEMANDS = Demands()
+
+CONTEXTS: dict[str, Callable[[Strategy], bool]] = {
+    "gathered": lambda strategy: strategy.by_sequence and not strategy.is_ring,
+    "all-to-all": lambda strategy: not strategy.by_sequence,
+    "ring": lambda strategy: strategy.is_ring,
+}
+"""Of the strategies of attention on the context axis, those that each value of `Demands.context` means."""
 
 
 def tensor_axes(axes: Mapping[str, int]) -> dict[str, int]:
@@ -89,12 +97,14 @@ def considered(
 
 
 def choices_of(
-    node: Node, graph: OpGraph, axes: Mapping[str, int], batch: int, seq: int, split_matmuls: bool = False
+    node: Node, graph: OpGraph, axes: Mapping[str, int], batch: int, seq: int, demands: Demands = NO_DEMANDS
 ) -> list[AxesChoice]:
-    """The choices of an op node that divide. ``split_matmuls``: of a matmul, those that split a feature factor, if
-    any."""
+    """The choices of an op node that divide. Under ``demands`` of a matmul those that split a feature factor, and of
+    attention those that read keys as is asked, if any."""
     found = [choice for choice, reason in considered(node, graph, axes, batch, seq) if not reason]
-    return _featured(node, found, axes) if split_matmuls else found
+    if demands.context and node.op == ATTENTION and CONTEXT in axes:
+        found = [choice for choice in found if CONTEXTS[demands.context](choice[CONTEXT])] or found
+    return _featured(node, found, axes) if demands.split_matmuls else found
 
 
 def feature_splits(node: Node, strategies: Iterable[Strategy], convolutions: bool = False) -> list[Strategy]:

@@ -34,14 +34,13 @@ def ring_attention(
     balanced: bool = False,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
 ) -> Tensor:
     """Attention of [batch, heads, positions, width] tensors, keys and values split by position over ``axis``.
 
     Under a causal mask queries are split alike; others may be any of the sequence.
 
-    ``balanced``: the axis holds the sequence in balanced order. There may be fewer heads of keys and values than of
-    queries (``enable_gqa``, which asks for nothing here). Otherwise as `F.scaled_dot_product_attention`.
+    ``balanced``: the axis holds the sequence in balanced order. Keys and values may have fewer heads, each for as many
+    of the queries. Otherwise as `F.scaled_dot_product_attention`.
     """
     scale = query.size(-1) ** -0.5 if scale is None else scale
     return _Ring.apply(query, key, value, axis, balanced and is_causal, is_causal, scale)
