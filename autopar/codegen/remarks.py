@@ -44,7 +44,9 @@ def inner_remarks(setting: Setting, choice: Mapping[str, Strategy], operands: Se
             time = f", {_time(seconds)} each" if seconds is not None else ""
             if inner.collective == RING:
                 when = "per micro-batch, as attention computes; backward: with gradients"
-                lines += [] if inner.backward else [f"{axis} ring, {_amount(nbytes)}{time.removesuffix(' each')} {when}"]
+                lines += (
+                    [] if inner.backward else [f"{axis} ring, {_amount(nbytes)}{time.removesuffix(' each')} {when}"]
+                )
                 continue
             count = strategy.inner.count(inner)
             times = f"{count} times " if count > 1 else ""

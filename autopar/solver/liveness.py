@@ -261,7 +261,10 @@ class _Run:
             elif node.op == "autopar.cross_entropy" and split:
                 made = VocabCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
             elif ring := next((axis for axis, strategy in choice.items() if strategy.is_ring), ""):
-                made = RingAttention.apply(*(x for (x,) in operands), self.decision.axes[ring])  # type: ignore[no-untyped-call]
+                values = [x for (x,) in operands]
+                halves = choice[ring].by_position and values[0].size(-2) % 2 == 0
+                made = RingAttention.apply(*values, self.decision.axes[ring], halves)  # type: ignore[no-untyped-call]
+                del values
             else:
                 (made,) = run_op(node, choice, operands, self.world, self.batch, self.job.seq_len, self.compute)
             del operands

@@ -130,14 +130,15 @@ class VocabCrossEntropy(torch.autograd.Function):
 
 class RingAttention(torch.autograd.Function):
     """The tensors of `codegen/runtime/ring._Ring`: keys and values as one message, another one coming in, results of
-    a turn and their sum in float32; backward two more messages, with gradients. Later turns are like the third."""
+    a turn and their sum in float32; backward two more messages, with gradients. Later turns are like the third.
+    ``halves``: whether turns after the first have half of the queries or half of the keys."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ranks: int) -> Tensor:
-        ctx.turns = turns = min(ranks, 3)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ranks: int, halves: bool) -> Tensor:
+        ctx.turns, ctx.halves = min(ranks, 3), halves
         held = torch.cat((key.flatten(), value.flatten()))
-        for turn in range(turns):
-            coming = torch.empty_like(held) if turn < turns - 1 else held
+        for turn in range(ctx.turns):
+            coming = torch.empty_like(held) if turn < ctx.turns - 1 else held
             made = _heads_beside(query)
             sums = query.new_empty(query.shape[:-1], dtype=_wide_type(query))
             if turn == 0:
@@ -160,7 +161,14 @@ class RingAttention(torch.autograd.Function):
         returning = sent = None
         for turn in range(ctx.turns):
             coming = torch.empty_like(held) if turn < ctx.turns - 1 else held
-            made = [x.new_empty(x.shape) for x in (query, key, value)]
+            whole = not ctx.halves or turn == 0
+            rows, keys = query.size(-2), key.size(-2)
+            if not whole and query.numel() > key.numel() + value.numel():
+                keys //= 2
+            elif not whole:
+                rows //= 2
+            sizes = zip((query, key, value), (rows, keys, keys), strict=True)
+            made = [x.new_empty((*x.shape[:-2], size, x.size(-1))) for x, size in sizes]
             made.pop(0)
             sent = torch.zeros_like(held) if returning is None else returning
             made.clear()
@@ -168,7 +176,7 @@ class RingAttention(torch.autograd.Function):
             held = coming
         del sent
         assert returning is not None
-        return of_query.to(query.dtype), key.new_empty(key.shape), value.new_empty(value.shape), None
+        return of_query.to(query.dtype), key.new_empty(key.shape), value.new_empty(value.shape), None, None
 
 
 def _heads_beside(query: Tensor) -> Tensor:
