@@ -73,16 +73,22 @@ def graph_of(model: nn.Module) -> ModelGraph:
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """What is wanted on one axis: strategies, and the types of stored parameters, of inputs and of the outputs; those
-    not named are ``rest``."""
+    not named are ``rest``. ``names``: of strategies that must be those, by node."""
 
     wishes: Wishes
     stored: Mapping[str, SpmdType] = dataclasses.field(default_factory=dict)
     inputs: Mapping[str, SpmdType] = dataclasses.field(default_factory=dict)
     output: SpmdType = I
     rest: SpmdType = I
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def arrives(self, node: Node) -> SpmdType:
         return self.stored.get(node.target, self.inputs.get(node.name, self.rest))
+
+
+def attention_of(name: str) -> str:
+    """The strategy on cp that a plan's name asks for (`context_parallel`)."""
+    return "h" if "heads" in name else "ring" if "ring" in name else "q"
 
 
 def decide(kind: BlockKind, sizes: Mapping[str, int], axes: Mapping[str, Axis]) -> BlockDecision:
@@ -143,7 +149,9 @@ def _strategies(graph: OpGraph, axis: Axis) -> dict[str, Strategy]:
         choices = [
             strategy
             for strategy in strategies_of(node, graph)
-            if (wanted is None or strategy.output == wanted) and (first is None or strategy.inputs[0] == first)
+            if (wanted is None or strategy.output == wanted)
+            and (first is None or strategy.inputs[0] == first)
+            and axis.names.get(node.name, strategy.name) == strategy.name
         ]
         assert choices, (node.name, [str(s) for s in strategies_of(node, graph)])
         best = min(choices, key=lambda s: (misfits(s), s.output == P))
@@ -184,12 +192,14 @@ def tensor_parallel(kind: BlockKind, sequence: bool) -> Axis:
     return Axis(wishes, stored, inputs, I if kind.name == "Epilogue" else between)
 
 
-def context_parallel(kind: BlockKind, by_heads: bool) -> Axis:
-    """Every activation split by sequence, parameters whole; attention by position, or by heads."""
+def context_parallel(kind: BlockKind, attention: str) -> Axis:
+    """Every activation split by sequence, parameters whole; attention under the strategy called ``attention``: of
+    queries by position ("q"), in a ring, or by heads ("h")."""
     wishes: dict[str, tuple[SpmdType | None, SpmdType]] = {}
+    names = {}
     for node in kind.graph.of("op"):
         if node.op == "aten.scaled_dot_product_attention":
-            wishes[node.name] = (S(1), S(1)) if by_heads else (S(2), S(2))
+            names[node.name] = attention
         elif node.op == "autopar.cross_entropy":
             wishes[node.name] = (S(1), P)
         elif node.op in ("aten.embedding", "aten.linear", "aten.rms_norm", "aten.layer_norm"):
@@ -198,17 +208,17 @@ def context_parallel(kind: BlockKind, by_heads: bool) -> Axis:
         elif node.op == "autopar.rotary":
             wishes[node.name] = (S(2), S(2))
     inputs = {} if kind.name == "Prologue" else {"hidden": S(1)}
-    return Axis(wishes, {}, inputs, P if kind.name == "Epilogue" else S(1), rest=R)
+    return Axis(wishes, {}, inputs, P if kind.name == "Epilogue" else S(1), rest=R, names=names)
 
 
-def on_axes(model: ModelGraph, mesh: Mesh, sequence: bool = False, by_heads: bool = False) -> dict[str, BlockDecision]:
+def on_axes(model: ModelGraph, mesh: Mesh, sequence: bool = False, attention: str = "q") -> dict[str, BlockDecision]:
     """Context parallelism on cp, and the same tensor parallelism on every tp axis."""
     return {
         kind.name: decide(
             kind,
             mesh.model_axes(),
             {
-                name: context_parallel(kind, by_heads) if name == "cp" else tensor_parallel(kind, sequence)
+                name: context_parallel(kind, attention) if name == "cp" else tensor_parallel(kind, sequence)
                 for name in mesh.model_axes()
             },
         )

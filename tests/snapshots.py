@@ -1,4 +1,4 @@
-"""Emitted modules of six representative plans, kept as text in ``tests/snapshots``; ``make snapshots`` rewrites them.
+"""Emitted modules of seven representative plans, kept as text in ``tests/snapshots``; ``make snapshots`` rewrites them.
 
 A change of the emitter shows there as an engineer sees it: read the difference before you write it.
 """
@@ -41,6 +41,9 @@ SNAPSHOTS = {
     ),
     "llama_cp_tp": Snapshot(
         "llama3.1-8b", "1x8:h100", Job(8, 32768), {"cp": 2, "tp": 2, "dp": 2, "pp": 1, "recompute": "full"}
+    ),
+    "llama_cp_ring": Snapshot(
+        "llama3.1-8b", "1x8:l40s", Job(8, 131072), {"cp": 8, "tp": 1, "dp": 1, "pp": 1, "context": "ring"}
     ),
     "gpt2_interleaved_tied": Snapshot(
         "gpt2", "1x4:h100", Job(64, 1024), {"pp": 2, "dp": 2, "tp": 1, "schedule": "interleaved", "vpp": 2}

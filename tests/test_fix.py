@@ -148,5 +148,6 @@ def test_every_key_of_the_design_is_in_the_table():
         "mesh",
         "stages",
         "order",
+        "context",
     ]
     assert sorted(CAPABILITIES) == sorted(keys)

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from proof.fused import fused_rms_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.codegen.runtime import collectives, operators
+from autopar.codegen.runtime import collectives, operators, ring
 from autopar.sharding.conversions import direct
 from autopar.sharding.layout import I, P, R, S
 from autopar.solver.liveness import PRIME, _Live
-from autopar.solver.stand_ins import Conversion, VocabCrossEntropy
+from autopar.solver.stand_ins import Conversion, RingAttention, VocabCrossEntropy
 
 RANKS, ROWS, WIDTH = 4, 8, 64
 
@@ -57,7 +57,7 @@ CONVERSIONS = {
 @pytest.fixture(autouse=True)
 def waiting_makes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """On real tensors waiting for a collective hands on its result; on fake ones it makes a new one."""
-    for module in (collectives, operators):
+    for module in (collectives, operators, ring):
         plain = module._functional
         monkeypatch.setattr(module, "_functional", SimpleNamespace(wait_tensor=lambda x: x))
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single"):
@@ -88,6 +88,51 @@ def test_a_split_cross_entropy_makes_the_tensors_of_the_emitted_code(dtype: torc
     few = 16 * labels.nbytes
     assert told[0] == (pytest.approx(found[0][0], abs=few), pytest.approx(found[0][1], abs=few))
     assert told[1:] == (pytest.approx(found[1], abs=few), pytest.approx(found[2], abs=few))
+
+
+class InTurns(torch.autograd.Function):
+    """What the operators of `runtime.ring` do inside: on fake tensors they make their results alone. ``mask``: whether
+    it is in balanced order, and causal."""
+
+    mask = (False, False)
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        ctx.turns = ring._Turns(*InTurns.mask, 0.125, RANKS, 1, "fake")
+        output, sums = ring._attend(ctx.turns, query, key, value)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ring._attend_back(ctx.turns, gradient, *ctx.saved_tensors)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [4, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_ring_makes_the_tensors_of_the_emitted_code(
+    dtype: torch.dtype, heads: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a few numbers a token and head. Queries are every gradient's, so that one input stands for all."""
+    monkeypatch.setattr(InTurns, "mask", (causal, causal))
+    shape = (1, 4, 16 * ROWS, WIDTH)
+
+    def through_ring(function):
+        def run(x):
+            return function(x, x[:, :heads], x[:, heads - 1 : 2 * heads - 1] if heads == 1 else x)
+
+        return through(run, *shape, dtype=dtype)
+
+    told = through_ring(lambda *x: RingAttention.apply(*x, RANKS, causal))
+    found = through_ring(InTurns.apply)
+    few = 6 * 4 * 4 * 16 * ROWS
+    assert told[0] == (pytest.approx(found[0][0], abs=few), pytest.approx(found[0][1], abs=few))
+    assert told[1] == pytest.approx(found[1], abs=few)
+    assert few < 0.06 * told[1]
+    # Four turns hold no more than three.
+    more, fewer = (through_ring(lambda *x, n=n: RingAttention.apply(*x, n, causal)) for n in (8, 3))
+    assert more == fewer
 
 
 def test_bytes_that_grow_with_the_batch_are_told_apart() -> None:

@@ -34,6 +34,12 @@ def text(op: str, *args, out: str, **shapes: str) -> str:  # type: ignore[no-unt
     return str(rule) if rule else "no rule"
 
 
+def ring_of(*call, out: str, **shapes: str) -> list[str]:  # type: ignore[no-untyped-def]
+    """The strategies of a call whose keys and values go round."""
+    graph = one(*call, out=out, shapes=shapes)
+    return [str(s) for s in strategies_of(graph.nodes["out"], graph) if s.is_ring]
+
+
 def test_products() -> None:
     assert text("aten.mm", "x", "w", x="4 8", w="8 12", out="4 12") == "i k+, k+ j -> i j"
     linear = {"x": "b s 4096", "w": "14336 4096", "out": "b s 14336"}
@@ -56,7 +62,14 @@ def test_attention() -> None:
     assert text(*causal, **q, k=q["q"], v=q["q"]) == "b h q d^, b h k^ d^, b h k^ e^ -> b h q e^"
     graph = one(*causal, out=q["out"], shapes={"q": q["q"], **kv})
     by_position = [s for s in strategies_of(graph.nodes["out"], graph) if s.by_sequence]
-    assert [str(s) for s in by_position] == ["q: S(2), R, R -> S(2) [context]"], "each rank reads all keys and values"
+    assert [str(s) for s in by_position] == [
+        "q: S(2), R, R -> S(2) [context]",
+        "ring: S(2), S(2), S(2) -> S(2) [causal ring]",
+    ], "each rank reads all keys and values, which are there or come round"
+    assert ring_of(*causal[:4], 0.1, True, **q, **kv) == ring_of(*causal[:4], "m", m="b 1 s s", **q, **kv) == []
+    assert ring_of(*causal[:4], **q, **kv) == ["ring: S(2), S(2), S(2) -> S(2) [ring]"]
+    assert ring_of(*causal[:4], q=q["q"], k="b 8 s 128", v="b 8 s 64", out="b 32 s 64") == []  # of one width alone
+    assert ring_of(*causal[:4], q=q["q"], k="b 8 77 128", v="b 8 77 128", out=q["q"]) == []
     free = text("aten.scaled_dot_product_attention", "q", "k", "v", "m", m="b 1 s s", **q, **kv)
     assert free == "b (h g) q d^, b h k^ d^, b h k^ e^, b 1 q k^ -> b (h g) q e^"
     assert (

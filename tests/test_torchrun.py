@@ -39,6 +39,8 @@ FORCED: dict[str, dict[str, Any]] = {
     "tp2 dp2": {"dp": 2, "tp": 2, "zero": 0, "micro_batch": 2},
     "tp2 dp2 zero3 recompute": {"dp": 2, "tp": 2, "zero": 3, "fsdp": 2, "recompute": "full", "micro_batch": 2},
     "cp2 dp2 zero3": {"cp": 2, "dp": 2, "zero": 3, "fsdp": 4, "micro_batch": 2},
+    "cp4 ring": {"cp": 4, "context": "ring", "micro_batch": 4, "recompute": "selective(attention)"},
+    "cp2 dp2 ring zero3": {"cp": 2, "dp": 2, "zero": 3, "fsdp": 4, "context": "ring", "micro_batch": 2},
     "pp2 cp2 zero2": {"pp": 2, "cp": 2, "zero": 2, "fsdp": 2, "schedule": "1f1b", "micro_batch": 2},
     "pp2 dp2 gpipe": {"pp": 2, "dp": 2, "zero": 0, "schedule": "gpipe", "micro_batch": 1},
     "pp2 dp2 zero3": {"pp": 2, "dp": 2, "zero": 3, "fsdp": 2, "schedule": "1f1b", "micro_batch": 1},
@@ -66,7 +68,7 @@ FLOAT32 = ("dp4", "tp4 sp", "tp2 dp2 zero3 recompute", "pp2 dp2 zero3")
 DTYPES = {
     "fp64": tuple(FORCED),
     "fp32": FLOAT32,
-    "bf16": ("dp4", "tp4 sp", "pp2 dp2 zero3", "pp4"),
+    "bf16": ("dp4", "tp4 sp", "cp4 ring", "pp2 dp2 zero3", "pp4"),
     "fp16": ("tp4 sp", "pp2 dp2 zero3"),
 }
 """The plans of each dtype."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hand_plans import gpt2, graph_of, llama, megatron, on_axes, plan_of, whole
+from hand_plans import attention_of, gpt2, graph_of, llama, megatron, on_axes, plan_of, whole
 
 from autopar.cluster import Cluster
 from autopar.codegen.emit_block import FUNCTIONS
@@ -73,6 +73,8 @@ def test_a_wrong_collective_is_caught(old: str, new: str) -> None:
 MESHES = {
     "cp2 tp2 sp": Mesh(cp=2, tp=2),
     "cp4 heads": Mesh(cp=4),
+    "cp4 ring": Mesh(cp=4),
+    "cp2 tp2 sp ring": Mesh(cp=2, tp=2),
     "tp2x2 sp": Mesh(tp=4, tp_parts=(2, 2)),
     "cp2 tp2x2": Mesh(cp=2, tp=4, tp_parts=(2, 2)),
 }
@@ -80,7 +82,7 @@ MESHES = {
 
 def several(model: str, name: str) -> Plan:
     graph, mesh = GRAPHS[model], MESHES[name]
-    return plan_of(graph, on_axes(graph, mesh, "sp" in name, "heads" in name), mesh)
+    return plan_of(graph, on_axes(graph, mesh, "sp" in name, attention_of(name)), mesh)
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 512])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hand_plans import Axis, decide, gpt2, graph_of, llama, on_axes, plan_of
+from hand_plans import Axis, attention_of, decide, gpt2, graph_of, llama, on_axes, plan_of
 from torch import nn
 
 from autopar.cluster import Cluster
@@ -27,6 +27,8 @@ MESHES = {
     "cp2 tp2 sp": Mesh(cp=2, tp=2),
     "dp2 cp2 heads": Mesh(dp=2, cp=2),
     "cp2 tp2 sp heads": Mesh(cp=2, tp=2),
+    "cp4 ring": Mesh(cp=4),
+    "pp2 cp2 tp2 sp ring": Mesh(pp=2, cp=2, tp=2),
     "cp2 tp2x2": Mesh(cp=2, tp=4, tp_parts=(2, 2)),
     "pp2 cp2 tp2 sp": Mesh(pp=2, cp=2, tp=2),
 }
@@ -34,7 +36,7 @@ MESHES = {
 
 def plan(graph: ModelGraph, name: str, seq_len: int = 16) -> Plan:
     mesh = MESHES[name]
-    decisions = on_axes(graph, mesh, "sp" in name, "heads" in name)
+    decisions = on_axes(graph, mesh, "sp" in name, attention_of(name))
     return plan_of(graph, decisions, mesh, (2,) if mesh.pp > 1 else (), micro_batch=1, seq_len=seq_len)
 
 
@@ -77,6 +79,9 @@ def test_sequences_are_in_balanced_order_where_that_helps() -> None:
     odd = plan(graph, "cp4", seq_len=12)  # no even number of chunks for each rank
     assert "balanced" not in module_source(odd, graph)
     assert verify_source(module_source(odd, graph), odd, MODELS["llama"], graph).worst[1] <= 1e-12
+    odd = plan(graph, "cp4 ring", seq_len=12)
+    assert "ring_attention(q, k, v, self.cp, is_causal=True" in module_source(odd, graph)
+    assert verify_source(module_source(odd, graph), odd, MODELS["llama"], graph).worst[1] <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -86,10 +91,12 @@ def test_sequences_are_in_balanced_order_where_that_helps() -> None:
         ("cos = shard(cos, self.cp, 2, balanced=True)", "cos = shard(cos, self.cp, 2)"),
         ("labels[:, 1:], self.cp, 1, balanced=True", "labels[:, 1:], self.cp, 1"),
         ("context_attention(q, k, v, self.cp, balanced=True", "context_attention(q, k, v, self.cp"),
+        ("ring_attention(q, k, v, self.cp, balanced=True", "ring_attention(q, k, v, self.cp"),
     ],
 )
 def test_an_order_that_is_not_the_others_is_caught(old: str, new: str) -> None:
-    chosen, graph = plan(GRAPHS["llama"], "cp2 tp2 sp"), GRAPHS["llama"]
+    name = "cp4 ring" if "ring" in old else "cp2 tp2 sp"
+    chosen, graph = plan(GRAPHS["llama"], name), GRAPHS["llama"]
     source = module_source(chosen, graph)
     assert old in source
     with pytest.raises(VerificationError, match="differs from the single device"):

@@ -147,7 +147,8 @@ class Body:
             assert isinstance(expr, Call)
             expr = Call(expr.function, (*expr.arguments, ("ep", Text(self.axes["ep"]))))
         if variants:
-            expr = self._special(node, expr, shapes, needs)
+            ring = next((axis for axis, strategy in choice.items() if strategy.is_ring), "")
+            expr = self._special(node, expr, shapes, needs, ring)
             comments = inner_remarks(self.setting, choice, needs)
         split = [axis for axis, kind in output.types if kind.kind == "S" and axis in self.setting.axes]
         if split and draws_random(node):
@@ -159,10 +160,15 @@ class Body:
         self._held[node.name] = [(output, key)]
 
     def _special(
-        self, node: Node, plain: Expr, shapes: Sequence[tuple[int | Size, ...]], layouts: Sequence[Layout]
+        self,
+        node: Node,
+        plain: Expr,
+        shapes: Sequence[tuple[int | Size, ...]],
+        layouts: Sequence[Layout],
+        ring: str = "",
     ) -> Expr:
         """The call of an operator whose shards need more than the operator itself; ``shapes`` and ``layouts``: those of
-        its operands."""
+        its operands; ``ring``: the axis that keys and values go round, if they do."""
         if node.op not in _VARIANTS:
             raise UnsupportedError(f"{node.name} ({node.op}): no implementation for how the plan splits it")
         function, operand, dim = _VARIANTS[node.op]
@@ -171,6 +177,10 @@ class Body:
         assert isinstance(plain, Call)
         if node.op == "autopar.experts":
             return Call(function, (*plain.arguments, ("axis", self._axes_expr(axes))))
+        if ring:
+            order = [("balanced", literal(True))] if self.setting.balanced and ring == CONTEXT else []
+            rest = [a for a in plain.arguments[3:] if a != ("enable_gqa", literal(True))]
+            return Call("ring_attention", (*plain.arguments[:3], Text(self.axes[ring]), *order, *rest))
         count = 3 if node.op == "aten.scaled_dot_product_attention" else 2
         arguments: tuple[Argument, ...] = plain.arguments[:count]
         rest = [a for a in plain.arguments[len(arguments) :] if a != ("is_causal", literal(True))]

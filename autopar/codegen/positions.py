@@ -17,7 +17,7 @@ def is_balanced(plan: Plan, model: ModelGraph) -> bool:
         cp > 1
         and plan.job.seq_len % (2 * cp) == 0
         and any(
-            strategy.variant == "context"
+            strategy.by_position
             for candidate in plan.candidates.values()
             for node in model.kinds[candidate.decision.kind].graph.of("op")
             if node.op == "aten.scaled_dot_product_attention"

@@ -9,6 +9,7 @@ from autopar.codegen.setting import Setting
 from autopar.graph.ir import COMPUTE, Node
 from autopar.graph.size import Size, size_at
 from autopar.sharding.conversions import Step
+from autopar.sharding.factors import RING
 from autopar.sharding.layout import Layout
 from autopar.sharding.rules import Strategy
 
@@ -41,6 +42,12 @@ def inner_remarks(setting: Setting, choice: Mapping[str, Strategy], operands: Se
             nbytes = _bytes(setting, inner.shape, inner.dtype, axis, operands[inner.like])
             seconds = setting.seconds(inner.collective, nbytes, axis)
             time = f", {_time(seconds)} each" if seconds is not None else ""
+            if inner.collective == RING:
+                when = "per micro-batch, as attention computes; backward: with gradients"
+                lines += (
+                    [] if inner.backward else [f"{axis} ring, {_amount(nbytes)}{time.removesuffix(' each')} {when}"]
+                )
+                continue
             count = strategy.inner.count(inner)
             times = f"{count} times " if count > 1 else ""
             when = "in backward" if inner.backward else "per micro-batch"

@@ -21,6 +21,7 @@ from autopar.codegen.runtime.operators import (
     vocab_cross_entropy,
     vocab_embedding,
 )
+from autopar.codegen.runtime.ring import ring_attention
 from autopar.codegen.tensor_types import is_split, stated, types_of, with_types
 
 
@@ -107,16 +108,24 @@ def _vocab_cross_entropy(
 
 
 def _attention_types(
-    query: Tensor, key: Tensor, value: Tensor, by_position: tuple[Any, ...] | None, mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    by_position: tuple[Any, ...] | None,
+    mask: Tensor | None = None,
+    ring: tuple[Any, ...] = (),
 ) -> dict[Any, Any]:
-    """``by_position``: the axes on which queries may be split by position; None: all."""
+    """``by_position``: the axes on which queries may be split by position; None: all; ``ring``: that on which they are,
+    and keys and values as well."""
     from spmd_types import P, R, S
 
     keys, values, result = types_of(key), types_of(value), types_of(query)
     masks = types_of(mask) if mask is not None else {}
     for axis, kind in result.items():
         pair = (keys.get(axis), values.get(axis))
-        if kind == S(query.ndim - 2):
+        if axis in ring:
+            allowed = kind == S(query.ndim - 2) and pair == (kind, kind)
+        elif kind == S(query.ndim - 2):
             allowed = (by_position is None or axis in by_position) and pair == (R, R)
             allowed &= mask is None or masks.get(axis) == S(mask.ndim - 2)
         elif by_position and axis in by_position:
@@ -140,6 +149,13 @@ def _context_attention(
 ) -> Tensor:
     types = _attention_types(query, key, value, _axes(axis))
     return stated(context_attention, types, query, key, value, axis, balanced, **options)
+
+
+def _ring_attention(
+    query: Tensor, key: Tensor, value: Tensor, axis: Axes, balanced: bool = False, **options: Any
+) -> Tensor:
+    types = _attention_types(query, key, value, () if options.get("is_causal") else None, ring=_axes(axis))
+    return stated(ring_attention, types, query, key, value, axis, balanced, **options)
 
 
 def _experts_types(tensors: tuple[Tensor | None, ...], transposed: bool, own: tuple[Any, ...]) -> dict[Any, Any]:
@@ -278,6 +294,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "vocab_cross_entropy": _vocab_cross_entropy,
     "cross_entropy": _cross_entropy,
     "context_attention": _context_attention,
+    "ring_attention": _ring_attention,
     "experts": _experts,
 }
 """For each function of `runtime.operators` and `runtime.experts` that needs it, the one that states its types."""

@@ -173,8 +173,8 @@ def _operators(kind: BlockKind, candidate: Candidate, prices: AxisPrices) -> Ite
 
 
 def _quiet(choice: Mapping[str, Strategy]) -> dict[str, Strategy]:
-    """The strategies without the collectives inside the operator."""
-    return {axis: replace(strategy, inner=()) for axis, strategy in choice.items()}
+    """The strategies without the collectives inside the operator; what a ring waits for counts as its own."""
+    return {axis: strategy if strategy.is_ring else replace(strategy, inner=()) for axis, strategy in choice.items()}
 
 
 def _conversions(kind: BlockKind, candidate: Candidate, prices: AxisPrices) -> Iterator[tuple[str, ConversionRow]]:

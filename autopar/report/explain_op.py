@@ -15,7 +15,7 @@ from autopar.graph.ir import ModelGraph, Node, OpGraph
 from autopar.graph.padding import as_planned
 from autopar.plan import Plan
 from autopar.report.find import find_operator
-from autopar.report.words import operator_name, strategy_words
+from autopar.report.words import ATTENTION, operator_name, strategy_words
 from autopar.sharding.conversions import COMMUNICATES, path, same
 from autopar.sharding.layout import Layout
 from autopar.sharding.local import produced_layouts
@@ -181,6 +181,8 @@ def _left_out(plan: Plan, question: Question, operator: str, node: Node, graph: 
         over = next((other for other in kept if _alike(node, graph, choice, other)), None)
         if over is None:
             fixed = f"tp={plan.fixed.get('tp', plan.mesh.tp)} is fixed: a matmul splits a feature factor that divides"
+            if node.op == ATTENTION:
+                fixed = f"context={plan.fixed.get('context')} is fixed"
             yield StrategyAnswer(splits, words, "unavailable", alone, None, fixed)
         else:
             name = ", ".join(dict.fromkeys(strategy.name for strategy in over.values()))

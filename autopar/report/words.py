@@ -46,6 +46,7 @@ def axis_words(model: ModelGraph, decisions: Iterable[BlockDecision], axis: str)
         "sequence parallel",
         "context (keys gathered) parallel",
         "context (all-to-all) parallel",
+        "context (ring) parallel",
         "vocabulary parallel",
     )
     return tuple(word for word in order if word in found)
@@ -65,7 +66,7 @@ def _word_of_op(node: Node, graph: OpGraph, decision: BlockDecision, axis: str) 
     if node.op == LOSS:
         return "vocabulary parallel" if _verb(node, use) == "vocabulary" else ""
     if node.op == ATTENTION:
-        context = {"sequence": "context (keys gathered) parallel"}
+        context = {"sequence": "context (keys gathered) parallel", "ring": "context (ring) parallel"}
         if axis == CONTEXT:
             context["heads"] = "context (all-to-all) parallel"
         return context.get(_verb(node, use), "")
@@ -161,6 +162,8 @@ def _verb(node: Node, use: _Use) -> str:
         return "vocabulary"
     if node.op == ATTENTION and kind.kind == "S" and kind.dim == _last_dim(value) - 2:
         return "heads"
+    if node.op == ATTENTION and kind.kind == "S" and kind.dim == _last_dim(value) - 1 and use.values[1][1] == kind:
+        return "ring"
     if node.op == EMBEDDING and split:
         return "vocabulary" if split[1].dim == 0 else "features"
     if node.op == "aten.linear" and split:

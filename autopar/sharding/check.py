@@ -111,6 +111,9 @@ def refusal(
                 return f"splits factor {factor} {over}: does not divide"
             if least_part(size_at(extent, 1, 1), sizes) < 1:
                 return f"splits factor {factor} {over}: some would hold nothing"
+    rings = [axis for axis, strategy in choice.items() if strategy.is_ring]
+    if len(rings) > 1:
+        return f"sends keys and values round one axis, not {' and '.join(rings)}"
     variants = {strategy.variant for strategy in choice.values() if strategy.variant}
     if len(variants) > 1:
         return f"has one local implementation only, not {' and '.join(sorted(variants))} at once"

@@ -31,7 +31,7 @@ from autopar.sharding.local import (
 )
 from autopar.sharding.rules import Strategy
 from autopar.sharding.simulate import LocalWorld, SimulatedWorld, Values, World
-from autopar.sharding.variants import VARIANTS
+from autopar.sharding.variants import VARIANTS, Part
 
 __all__ = ["convert_values", "local_shape", "localize", "run", "run_local", "run_op", "run_sharded", "shard", "unshard"]
 
@@ -57,7 +57,7 @@ def run_op(
     variant = VARIANTS[node.op, variants.pop()]
     whole = size_at(choice[special[0]].extent or 0, batch, seq)
     starts = [part_of(whole, [(world.axes[axis], rank[axis]) for axis in special])[0] for rank in world.ranks]
-    runs = [variant(start, *a, **k) for start, (a, k) in zip(starts, calls, strict=True)]
+    runs = [variant(Part(start, whole), *a, **k) for start, (a, k) in zip(starts, calls, strict=True)]
     sent: list[Any] = [None] * len(runs)
     done: Values = []
     while not done:
@@ -70,7 +70,8 @@ def run_op(
         if asked:
             sent = [x for _, x in asked]
             for axis in special:
-                sent = world.all_reduce(sent, axis, asked[0][0])
+                op = asked[0][0]
+                sent = world.shift(sent, axis) if op == "shift" else world.all_reduce(sent, axis, op)
     return done
 
 

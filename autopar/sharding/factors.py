@@ -25,6 +25,11 @@ Sizes = Sequence[int | Size]
 _POOL = "dhefgijlmnopqrtuvwxyzack"
 
 
+RING = "ring"
+"""The collective inside an operator that sends shards round the ranks of an axis while it computes: forward every shard
+comes to every rank, backward shards and their gradients do, and gradients go home."""
+
+
 @dataclass(frozen=True, slots=True)
 class Inner:
     """A collective inside a composite operator: ``collective`` on a tensor of ``shape`` and ``dtype``, forward or
@@ -49,6 +54,14 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """Factors of one size that a local implementation splits at once, whether or not they may be split alone."""
+
+    factors: tuple[str, ...]
+    variant: Variant
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """How one operator call may be split, as a table of factors.
 
@@ -57,6 +70,7 @@ class Rule:
     in which the operator is jointly linear: if all of a set are partial (and the others replicated), so is the output.
     ``once``: operands added to the output, which under a sum must be added by one rank only (a bias).
     ``uneven``: factors that may be cut into unequal parts, since what runs on a rank does not depend on their size.
+    ``together``: factors that may be split at once, by the name of the strategy.
     """
 
     operands: tuple[Dims, ...]
@@ -68,6 +82,7 @@ class Rule:
     once: frozenset[int] = frozenset()
     variants: dict[str, Variant] = field(default_factory=dict)
     uneven: frozenset[str] = frozenset()
+    together: dict[str, Together] = field(default_factory=dict)
 
     def splittable(self) -> tuple[str, ...]:
         """The factors that may be split, in order of appearance."""

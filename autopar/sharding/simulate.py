@@ -31,6 +31,9 @@ class World(Protocol):
     def all_reduce(self, values: Values, axis: str, op: str) -> Values:
         """The "sum" or "max" over ``axis``, the same on each rank (type I: the backward of a sum does nothing)."""
 
+    def shift(self, values: Values, axis: str) -> Values:
+        """Each rank's value is that of the rank before it on ``axis``; the first has the last one's."""
+
 
 def act(action: str, values: Values, source: SpmdType, target: SpmdType) -> Values:
     """One action of the conversion table on what the ranks of one group hold, in rank order."""
@@ -110,6 +113,9 @@ class SimulatedWorld:
             return self._grouped(values, axis, lambda g: [torch.stack(g).amax(0).detach()] * len(g))
         return self._grouped(values, axis, lambda group: _Sum.apply(*group))  # type: ignore[no-untyped-call]
 
+    def shift(self, values: Values, axis: str) -> Values:
+        return self._grouped(values, axis, lambda group: [group[-1], *group[:-1]])
+
 
 class LocalWorld:
     """One rank at ``coordinate``; by default its conversions have the right shapes and meaningless values.
@@ -139,6 +145,9 @@ class LocalWorld:
         if self._all_reduce is not None:
             return [self._all_reduce(x, axis, op) for x in values]
         return [x.detach() if op == "max" else _Resize.apply(x, None, 1) for x in values]  # type: ignore[no-untyped-call]
+
+    def shift(self, values: Values, axis: str) -> Values:
+        return [_Resize.apply(x, None, 1) for x in values]  # type: ignore[no-untyped-call]
 
 
 def _resized(x: torch.Tensor, source: SpmdType, target: SpmdType, ranks: int) -> torch.Tensor:

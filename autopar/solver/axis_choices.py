@@ -1,7 +1,8 @@
 """What one tensor or operator may do on all model axes together: the part of the product that is searched.
 
-* On the context axis (cp) every operator with a gradient and positions splits the sequence; attention may split heads
-  instead; what has no positions runs whole, or passes summands on. Parameters are whole there.
+* On the context axis (cp) every operator with a gradient and positions splits the sequence: attention that of queries,
+  or also that of keys and values, which then go round; it may split heads instead. What has no positions runs whole,
+  or passes summands on. Parameters are whole there.
 * On tensor axes any strategy. Where tp is made of several axes, an operator splits the same factor on all of them, as
   if they were one; only where a factor is too small for that, the outer axes split it, and the inner ones another
   factor, or nothing.
@@ -9,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -30,13 +31,21 @@ _MATMULS = frozenset((*(f"aten.{name}" for name in MATMULS), EXPERTS))
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """What is asked of the sharding beside being fast: `fix` keys ``tp`` (split matmuls) and ``sp``."""
+    """What is asked of the sharding beside being fast: `fix` keys ``tp`` (split matmuls), ``sp`` and ``context``."""
 
     split_matmuls: bool = False
     sequence: bool | None = None
+    context: str | None = None
 
 
 NO_DEMANDS = Demands()
+
+CONTEXTS: dict[str, Callable[[Strategy], bool]] = {
+    "gathered": lambda strategy: strategy.by_sequence and not strategy.is_ring,
+    "all-to-all": lambda strategy: not strategy.by_sequence,
+    "ring": lambda strategy: strategy.is_ring,
+}
+"""Of the strategies of attention on the context axis, those that each value of `Demands.context` means."""
 
 
 def tensor_axes(axes: Mapping[str, int]) -> dict[str, int]:
@@ -78,7 +87,7 @@ def considered(
 ) -> list[tuple[AxesChoice, str]]:
     """What an op node may do on all axes, each with the reason why it cannot (`sharding.check.refusal`; "": it can)."""
     strategies = strategies_of(node, graph)
-    split = _on_tensor_axes([s for s in strategies if s.variant != "context"], tensor_axes(axes))
+    split = _on_tensor_axes([s for s in strategies if s.variant != "context" and not s.is_ring], tensor_axes(axes))
     found = []
     for first in _on_context(node, graph, strategies, axes, batch, seq):
         for rest in split:
@@ -88,12 +97,14 @@ def considered(
 
 
 def choices_of(
-    node: Node, graph: OpGraph, axes: Mapping[str, int], batch: int, seq: int, split_matmuls: bool = False
+    node: Node, graph: OpGraph, axes: Mapping[str, int], batch: int, seq: int, demands: Demands = NO_DEMANDS
 ) -> list[AxesChoice]:
-    """The choices of an op node that divide. ``split_matmuls``: of a matmul, those that split a feature factor, if
-    any."""
+    """The choices of an op node that divide. Under ``demands`` of a matmul those that split a feature factor, and of
+    attention those that read keys as is asked, if any."""
     found = [choice for choice, reason in considered(node, graph, axes, batch, seq) if not reason]
-    return _featured(node, found, axes) if split_matmuls else found
+    if demands.context and node.op == ATTENTION and CONTEXT in axes:
+        found = [choice for choice in found if CONTEXTS[demands.context](choice[CONTEXT])] or found
+    return _featured(node, found, axes) if demands.split_matmuls else found
 
 
 def feature_splits(node: Node, strategies: Iterable[Strategy], convolutions: bool = False) -> list[Strategy]:

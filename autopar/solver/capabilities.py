@@ -35,6 +35,7 @@ CAPABILITIES: dict[str, Capability] = {
     "tp": Capability("axis", None, searched="sizes that divide a node"),
     "sp": Capability("switch", (True, False), searched="both, tensor by tensor"),
     "cp": Capability("size", None, searched="sizes that leave a rank 1,024 positions or more"),
+    "context": Capability("context", ("gathered", "all-to-all", "ring"), searched="all, operator by operator"),
     "ep": Capability("size", None, searched="1, the most that fit in a node, and all that fill nodes"),
     "pp": Capability("size", None, searched="all"),
     "vpp": Capability("size", None, searched="1, 2, 3, 4, 6, 8, 12, 16, 24, 32"),

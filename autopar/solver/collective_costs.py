@@ -8,6 +8,7 @@ factors are the "bus bandwidth" of nccl-tests, doc/PERFORMANCE.md):
     all_reduce                   2 V (n-1)/n    in 2(n-1) steps (reduce-scatter, then all-gather), or up and down a tree
     all_to_all                   V/n (n-1)/n    in n-1 messages
     send_recv                    V              in one
+    ring                         V (n-1)/n      in n-1 send_recv to the next rank (`solver.ring_work` says what hides)
 
 Rows that go to experts are an all-to-all, or go to each rank once however many of its experts a token chose, and to
 each node once, whose ranks hand it on (`CollectiveCosts.exchange`; deepseek-ai/DeepEP, README).
@@ -28,9 +29,10 @@ from math import ceil, gcd, log2, prod
 
 from autopar.cluster import Cluster
 from autopar.mesh import Span
+from autopar.sharding.factors import RING
 from autopar.stack import stack_of
 
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv", RING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class CollectiveCosts:
             raise KeyError(kind)
         if size == 1 or nbytes <= 0:
             return 0.0
+        if kind == RING:
+            return (size - 1) * self.seconds("send_recv", nbytes / size, size, stride)
         key = (kind, nbytes, size, stride)
         found = self._seconds.get(key)
         if found is None:

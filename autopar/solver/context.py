@@ -118,7 +118,7 @@ class Context:
         return self.paddings[ranks]
 
     def demands(self) -> Demands:
-        return Demands(split_matmuls=self.fix.tp is not None, sequence=self.fix.sp)
+        return Demands(self.fix.tp is not None, self.fix.sp, self.fix.context)
 
     def freedom(self, extended: bool = False) -> list[tuple[str, tuple[str, ...]]]:
         """For each block its kind and the recompute choices the fix leaves. ``extended``: with those that only pay

@@ -7,6 +7,8 @@ fsdp=n         shard-group size: of the dp x cp data ranks, n share what is shar
 cp=n           a model axis on which activations are split by sequence, and no parameter is
 tp=n           a model axis of size n on which every matmul with a divisible feature factor is split by it; tp=2x4: made
                of two mesh axes, for operators that split it in two ways
+context        "gathered" | "all-to-all" | "ring": how attention over a sequence that cp splits reads the keys of other
+               ranks, where it can: gathered; or its heads are split, not the sequence; or they go round the ranks
 sp=true|false  values between blocks are split by sequence over tp | held whole, invariant
 pp=n           n pipeline ranks                          vpp=n        stages on each of them
 schedule       "none" for one stage, else "gpipe", "1f1b", "interleaved", "zbv", "dualpipev"
@@ -36,6 +38,7 @@ from autopar.errors import BadInputError, UnsupportedError
 from autopar.mesh import AXES, Mesh
 from autopar.plan import SAVEABLE
 from autopar.schedule import SCHEDULES
+from autopar.solver.axis_choices import CONTEXTS
 from autopar.solver.capabilities import CAPABILITIES
 
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -62,6 +65,7 @@ class Fix:
     recompute: tuple[tuple[str, str], ...] = ()
     order: tuple[str, ...] = ()
     ep: int | None = None
+    context: str | None = None
 
     def recompute_of(self, index: int, kind: str, repeated: bool = True) -> str | None:
         """What is fixed for block ``index`` of kind ``kind``, or None. ``repeated``: not an end of the model."""
@@ -226,6 +230,10 @@ def _axis(key: str, given: Any) -> dict[str, Any]:
     return {"tp": _size(key, given)}
 
 
+def _context(key: str, given: Any) -> str:
+    return _one_of(key, given, tuple(CONTEXTS))
+
+
 def _counts(key: str, given: Any) -> tuple[int, ...]:
     parts = given if isinstance(given, list | tuple) else str(given).split(",")
     return tuple(_size(key, part) for part in parts)
@@ -304,6 +312,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "level": _level,
     "switch": _switch,
     "schedule": _schedule,
+    "context": _context,
     "recompute": _recompute,
     "offload": _offload,
     "mesh": _mesh,

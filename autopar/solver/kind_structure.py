@@ -227,7 +227,7 @@ class _Build:
         return found
 
     def _find_choices(self, node: Node) -> _Choices:
-        possible = choices_of(node, self.graph, self.axes, self.batch, self.seq, self.demands.split_matmuls)
+        possible = choices_of(node, self.graph, self.axes, self.batch, self.seq, self.demands)
         metas = [self.graph.nodes[name].meta for name in self._operands[node.name]]
         produced = tuple(produced_layouts(node, choice) for choice in possible)
         ways = []

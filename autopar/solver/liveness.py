@@ -6,7 +6,8 @@ own order of gradients and of frees. Every storage counts from the operator that
 * values live until their last reader in the forward, and after it if autograd saves them;
 * conversions make the buffers of `codegen/runtime/collectives.py`: what is gathered, and its copy in order;
 * attention, RMS norm and dropout are those of `graph.saved`; the cross-entropy of a split vocabulary is that of
-  `codegen/runtime/operators.py`, float32 copies included. Kernels' own workspaces are not tensors, and not counted;
+  `codegen/runtime/operators.py`, float32 copies included, and attention in a ring that of `codegen/runtime/ring.py`.
+  Kernels' own workspaces are not tensors, and not counted;
 * gradients of parameters stay to the end of the backward, in the compute dtype.
 
 Parameters, constants and batch tensors exist anyway and are not counted; the input handed on by the block before counts
@@ -41,7 +42,7 @@ from autopar.sharding.execute import local_shape, run_op
 from autopar.sharding.layout import CONTEXT, Layout
 from autopar.sharding.local import blocks_at, produced_layouts
 from autopar.sharding.simulate import LocalWorld
-from autopar.solver.stand_ins import LOSSES, Conversion, VocabCrossEntropy, all_reduced
+from autopar.solver.stand_ins import LOSSES, Conversion, RingAttention, VocabCrossEntropy, all_reduced
 from autopar.solver.work import ATTENTION
 from autopar.stack import stack_of
 
@@ -189,7 +190,7 @@ class _Run:
         self.compute = DTYPES[job.dtype]
         # As `codegen.positions` has it: causal attention split by position.
         attentions = (node for node in self.graph.of("op") if node.op == ATTENTION and CONTEXT in decision.axes)
-        self.balanced = any(chosen(node, self.graph, decision)[CONTEXT].variant == "context" for node in attentions)
+        self.balanced = any(chosen(node, self.graph, decision)[CONTEXT].by_position for node in attentions)
         self.world = LocalWorld(
             decision.axes,
             convert=self._convert,
@@ -259,6 +260,11 @@ class _Run:
                 made = loss.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
             elif node.op == "autopar.cross_entropy" and split:
                 made = VocabCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
+            elif ring := next((axis for axis, strategy in choice.items() if strategy.is_ring), ""):
+                values = [x for (x,) in operands]
+                halves = choice[ring].by_position and values[0].size(-2) % 2 == 0
+                made = RingAttention.apply(*values, self.decision.axes[ring], halves)  # type: ignore[no-untyped-call]
+                del values
             else:
                 (made,) = run_op(node, choice, operands, self.world, self.batch, self.job.seq_len, self.compute)
             del operands

@@ -225,7 +225,7 @@ def _attention_fill(attention: Attention, processors: int) -> float:
     """Fraction of the speed of a large attention problem with head dim 128, in (0, 1]."""
     if processors == 1:
         return 1.0
-    keys = attention.keys * attention.share
+    keys = attention.keys * attention.share / attention.pieces
     length = keys / (keys + FILL_KEYS)
     # Short heads do fewer FLOP per softmax element; FlashAttention-2's figures for 64 are 0.8 to 0.9 of those for 128.
     head = min(1.0, sqrt(sqrt(attention.head_dim / 128)))

@@ -24,13 +24,14 @@ from autopar.graph.size import Size
 from autopar.job import Job
 from autopar.mesh import strides
 from autopar.sharding.conversions import COMMUNICATES, Step
-from autopar.sharding.factors import Inner
+from autopar.sharding.factors import RING, Inner
 from autopar.sharding.layout import CONTEXT, Layout, SpmdType
 from autopar.sharding.local import produced_layouts
 from autopar.sharding.rules import Strategy
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.expert_work import exchanged_rows
 from autopar.solver.op_costs import LocalTensor, OpCosts
+from autopar.solver.ring_work import ring_time
 from autopar.stack import Stack
 
 _WIDTHS = {
@@ -189,6 +190,10 @@ class AxisPrices:
     ) -> tuple[Price, str]:
         """An op node on local tensors with the collectives ``inside`` it on what they move, and where the figure is
         from. ``grads``: which inputs want a gradient."""
+        inside = list(inside)
+        for each, moved in inside:
+            if each.collective == RING:
+                return self._ring(node, inputs, output, grads, each.axis, moved.nbytes)
         time = self.ops.seconds(node, inputs, output, grads)
         price = Price(time.forward, time.backward, 0.0, time.host_forward, time.host_backward)
         if node.op == EXPERTS:
@@ -200,6 +205,23 @@ class AxisPrices:
             seconds = self.collective(each.collective, moved.nbytes, each.axis)
             price += Price(0.0, seconds, seconds) if each.backward else Price(seconds, 0.0, seconds)
         return price, time.source
+
+    def _ring(
+        self,
+        node: Node,
+        inputs: Sequence[LocalTensor],
+        output: LocalTensor,
+        grads: Sequence[bool],
+        axis: str,
+        nbytes: int,
+    ) -> tuple[Price, str]:
+        """Attention whose keys and values, ``nbytes`` of all ranks of ``axis``, go round."""
+        ranks = self.axes[axis]
+        sent = self.collective("send_recv", nbytes / ranks, axis)
+        time = ring_time(self.ops, node, inputs, output, grads, ranks, sent)
+        forward, backward = time.forward + time.waits_forward, time.backward + time.waits_backward
+        waits = time.waits_forward + time.waits_backward
+        return Price(forward, backward, waits, time.host_forward, time.host_backward), time.source
 
     def collective(self, kind: str, nbytes: float, axis: str) -> float:
         """Seconds of a collective on one axis; ``nbytes``: of the tensor that is whole there."""

@@ -32,6 +32,7 @@ from autopar.solver.op_costs import LocalTensor, OpCosts
 from autopar.solver.prices import AxisPrices, element_bytes, exchange_seconds, exposed
 from autopar.solver.rank_order import transfers
 from autopar.solver.recompute import exposed_copy, operator_key, step_key
+from autopar.solver.ring_work import ring_time
 from autopar.solver.simulate import simulate
 from autopar.solver.space import model_flops
 
@@ -248,13 +249,25 @@ def _block_seconds(
         ]
         shape = local_shape(whole(node.meta.shape), produced[node.name], axes)
         output = LocalTensor(shape, element_bytes(node.meta.dtype, job))
-        time = ops.seconds(node, inputs, output, [meta.requires_grad for meta in operands])
+        grads = [meta.requires_grad for meta in operands]
+        choice = chosen(node, graph, decision)
+        ring = next((axis for axis, strategy in choice.items() if strategy.is_ring), "")
+        if ring:
+            held = inputs[1].nbytes + inputs[2].nbytes
+            sent = collectives.seconds("send_recv", held, axes[ring], stride_of[ring])
+            turns = ring_time(ops, node, inputs, output, grads, axes[ring], sent)
+            starts[operator_key(node)] = turns.host_forward
+            pieces[operator_key(node)] = turns.forward + turns.waits_forward
+            backward += turns.backward + turns.waits_backward
+            waits += turns.host_backward
+            continue
+        time = ops.seconds(node, inputs, output, grads)
         sent = exchange_seconds(node, inputs, collectives, plan.mesh.tp) if node.op == EXPERTS else 0.0
         starts[operator_key(node)] = time.host_forward
         pieces[operator_key(node)] = time.forward + exposed(sent, time.forward, ops.stack)
         backward += time.backward + exposed(sent, time.backward, ops.stack)
         waits += time.host_backward
-        for axis, strategy in chosen(node, graph, decision).items():
+        for axis, strategy in choice.items():
             for inner in strategy.inner:
                 shape = local_shape(whole(inner.shape), _without(layouts[inner.like], axis, len(inner.shape)), axes)
                 nbytes = prod(shape) * element_bytes(inner.dtype, job)

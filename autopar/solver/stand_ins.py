@@ -1,4 +1,5 @@
-"""The buffers that conversions and the cross-entropy of a split vocabulary make, on one rank's fake tensors.
+"""The buffers that conversions, the cross-entropy of a split vocabulary and ring attention make, on one rank's fake
+tensors.
 
 Each does without communication what its function in `codegen/runtime` makes and frees, in the same order.
 """
@@ -125,6 +126,61 @@ class VocabCrossEntropy(torch.autograd.Function):
         result = (_wide(logits) - log_total.unsqueeze(-1)).exp()
         result = result.masked_fill((labels == 0).unsqueeze(-1), 0) * grad
         return result.to(logits.dtype), None
+
+
+class RingAttention(torch.autograd.Function):
+    """The tensors of `codegen/runtime/ring._Ring`: keys and values as one message, another one coming in, results of
+    a turn and their sum in float32; backward two more messages, with gradients. Later turns are like the third.
+    ``halves``: whether turns after the first have half of the queries or half of the keys."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ranks: int, halves: bool) -> Tensor:
+        ctx.turns, ctx.halves = min(ranks, 3), halves
+        held = torch.cat((key.flatten(), value.flatten()))
+        for turn in range(ctx.turns):
+            coming = torch.empty_like(held) if turn < ctx.turns - 1 else held
+            made = _heads_beside(query)
+            sums = query.new_empty(query.shape[:-1], dtype=_wide_type(query))
+            if turn == 0:
+                whole, total = _wide(made), sums
+            else:
+                more, wider = torch.empty_like(sums), _wide(made)
+                share = more.new_empty(more.shape)
+                del more, wider, share
+            del made, sums
+            held = coming
+        made = _heads_beside(query).copy_(whole)
+        ctx.save_for_backward(query, key, value, made, total)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value = ctx.saved_tensors[:3]
+        of_query = query.new_zeros(query.shape, dtype=_wide_type(query))
+        held = torch.cat((key.flatten(), value.flatten()))
+        returning = sent = None
+        for turn in range(ctx.turns):
+            coming = torch.empty_like(held) if turn < ctx.turns - 1 else held
+            whole = not ctx.halves or turn == 0
+            rows, keys = query.size(-2), key.size(-2)
+            if not whole and query.numel() > key.numel() + value.numel():
+                keys //= 2
+            elif not whole:
+                rows //= 2
+            sizes = zip((query, key, value), (rows, keys, keys), strict=True)
+            made = [x.new_empty((*x.shape[:-2], size, x.size(-1))) for x, size in sizes]
+            made.pop(0)
+            sent = torch.zeros_like(held) if returning is None else returning
+            made.clear()
+            returning = torch.empty_like(sent)
+            held = coming
+        del sent
+        assert returning is not None
+        return of_query.to(query.dtype), key.new_empty(key.shape), value.new_empty(value.shape), None, None
+
+
+def _heads_beside(query: Tensor) -> Tensor:
+    return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
 
 
 class InPlaceCrossEntropy(torch.autograd.Function):

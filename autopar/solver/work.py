@@ -3,7 +3,7 @@
 Prices follow from this by a roofline (`autopar.solver.op_costs`). Bytes are those of the kernels that eager PyTorch
 runs: each reads its operands from memory and writes its result there; views move nothing. FLOP are those of matmuls
 and attention; everything else is bound by bytes. Mixtures of experts and recurrences have files of their own
-(`expert_work`, `scan_work`).
+(`expert_work`, `scan_work`), and so has attention in a ring (`ring_work`).
 
 Conventions
 * a matmul of (m, k) and (k, n) is 2*m*n*k FLOP; its backward is one such matmul for each operand with a gradient;
@@ -22,6 +22,7 @@ from typing import Any
 
 from autopar.graph.ir import CONVOLUTIONS, EXPERTS, RECURRENT, Node
 from autopar.solver.expert_work import experts_work
+from autopar.solver.ring_work import RANKS, ring_work
 from autopar.solver.scan_work import CHUNKED, SELECTIVE, recurrent, scan, scan_products
 from autopar.solver.work_parts import NOTHING, Attention, Counted, LocalTensor, Matmul, Work
 
@@ -38,7 +39,7 @@ def work(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: 
 def variant(node: Node) -> Any:
     """What a price depends on beside operator and shapes; hashable."""
     if node.op == ATTENTION:
-        return is_causal(node)
+        return is_causal(node), node.kwargs.get(RANKS, 1)
     if node.op == "aten.einsum":
         return node.args[0]
     if node.op == EXPERTS:
@@ -153,6 +154,8 @@ def _attention(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, g
     batch, causal = prod(query.shape[:-2]), is_causal(node)
     head_dim = (query.shape[-1] + value.shape[-1]) // 2
     sizes = (batch, query.shape[-2], key.shape[-2], head_dim, causal)
+    if RANKS in node.kwargs:
+        return ring_work(node.kwargs[RANKS], inputs, output, sizes)
     read = sum(tensor.nbytes for tensor in inputs)
     statistics = 4 * prod(query.shape[:-1])
     forward = Work(attention=Attention(*sizes, matmuls=2), matmul_bytes=read + output.nbytes + statistics, kernels=1)

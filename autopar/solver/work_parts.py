@@ -38,7 +38,8 @@ class Matmul(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Attention:
     """Fused attention of ``batch`` (samples times query heads) problems; ``matmuls``: 2 forward, 5 backward.
-    ``balanced``: whether queries split by position are chunks from both ends of the sequence, if they can be."""
+    ``balanced``: whether queries split by position are chunks from both ends of the sequence, if they can be;
+    ``pieces``: the runs of the kernel that share the keys."""
 
     batch: int
     queries: int
@@ -47,6 +48,7 @@ class Attention:
     causal: bool
     matmuls: int
     balanced: bool = True
+    pieces: int = 1
 
     @property
     def share(self) -> float:

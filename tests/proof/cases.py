@@ -74,6 +74,7 @@ KEYS: dict[str, tuple[Any, ...]] = {
     "recompute": tuple(RECOMPUTE),
     "offload": ("none", "state", "activations", "all"),
     "sp": ("searched", True, False),
+    "context": ("searched", "gathered", "all-to-all", "ring"),
     "dtype": ("fp64", "fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "sgd"),
     "tied": (False, True),
@@ -174,6 +175,8 @@ class Case:
             fixed |= {"zero": zero, "fsdp": fsdp}
         if self["sp"] != "searched":
             fixed["sp"] = self["sp"]
+        if self["context"] != "searched":
+            fixed["context"] = self["context"]
         if self.counts:
             fixed["stages"] = ",".join(map(str, self.counts))
         return fixed
@@ -206,6 +209,7 @@ class Case:
         told += [self[key] if self[key] != "none" else "" for key in ("recompute",)]
         told += [f"offload {self['offload']}" if self["offload"] != "none" else ""]
         told += [{True: "sp", False: "no sp"}.get(self["sp"], "")]
+        told += [self["context"] if self["context"] != "searched" else ""]
         told += ["sgd" if self["optimizer"] == "sgd" else "", "tied" if self["tied"] else ""]
         told += [f"frozen {self['frozen']}" if self["frozen"] != "none" else ""]
         told += ["uneven vocabulary" if self["vocab"] == 61 else ""]
@@ -222,6 +226,8 @@ def legal(case: Case) -> bool:
     if case["sharding"] != "zero0" and (mesh.data == 1 or fsdp < 2):
         return False
     if case["sp"] != "searched" and mesh.tp == 1:
+        return False
+    if case["context"] != "searched" and mesh.cp == 1:
         return False
     if case["schedule"] == "interleaved3" and stages > case.variant.blocks:
         return False

@@ -78,6 +78,8 @@ PLANS = (
     Sized("tp2 dp2 zero3", {"tp": 2, "dp": 2, "zero": 3, "micro_batch": 2}),
     Sized("tp2 sp regather", {"tp": 4, "sp": True, "micro_batch": 4, "recompute": "selective(matmul+attention)"}),
     Sized("cp2 dp2 zero3", {"cp": 2, "dp": 2, "tp": 1, "zero": 3, "micro_batch": 2}),
+    Sized("cp4 ring", {"cp": 4, "dp": 1, "context": "ring", "micro_batch": 4}),
+    Sized("cp2 dp2 ring full", {"cp": 2, "dp": 2, "zero": 3, "context": "ring", "micro_batch": 4, "recompute": "full"}),
     Sized("cp2 tp2", {"cp": 2, "tp": 2, "dp": 1, "zero": 0, "micro_batch": 4}),
     Sized("pp4 1f1b", {"pp": 4, "schedule": "1f1b", "micro_batch": 2}),
     Sized("pp2 dp2 gpipe zero1", {"pp": 2, "dp": 2, "schedule": "gpipe", "zero": 1, "micro_batch": 2}),

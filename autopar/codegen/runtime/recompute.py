@@ -48,6 +48,15 @@ def _packets(library: str, names: str) -> Iterable[Any]:
 KEEPABLE: dict[str, frozenset[Any]] = {name: frozenset(_packets(*where)) for name, where in _NAMES.items()}
 """What may be kept, and the operators that each name stands for."""
 
+_RING = f"{__name__.rpartition('.')[0]}_ring".replace(".", "_")
+"""Where `runtime.ring` registers its operators, if it is used."""
+
+
+def operators_of(name: str) -> frozenset[Any]:
+    """The operators that a name of `KEEPABLE` stands for; attention in a ring is one of them."""
+    return KEEPABLE[name] | frozenset(_packets(_RING, "ring_attention") if name == "attention" else ())
+
+
 _ALWAYS_AGAIN = ("experts", "lstm", "gru", "rnn_tanh", "rnn_relu")
 """What runs again as a whole. Recurrent layers change the results of their matmuls in place, which would be kept so."""
 
@@ -93,7 +102,7 @@ def _compile_with_policy(block: Any, names: tuple[str, ...]) -> None:
 
 def policy(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:
     """The policy for PyTorch's own contexts."""
-    wanted = frozenset().union(*(KEEPABLE[name] for name in keep))
+    wanted = frozenset().union(*(operators_of(name) for name in keep))
 
     def choose(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         is_kept = getattr(op, "overloadpacket", None) in wanted
@@ -150,7 +159,8 @@ class _Kept:
     """The results of one call of a block, by operator and in order."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.wanted = frozenset().union(*(KEEPABLE[name] for name in names))
+        self.wanted = frozenset().union(*(operators_of(name) for name in names))
+        self.attention = operators_of("attention")
         self.results: dict[Any, deque[_Result]] = defaultdict(deque)
         self.inside = dict.fromkeys(("attention", *_ALWAYS_AGAIN), 0)
 
@@ -193,7 +203,7 @@ class _First(TorchDispatchMode):
         op = getattr(func, "overloadpacket", None)
         is_kept = self.kept.includes(op)
         # Attention may drop elements; on the CPU, attention that does is made of plain operators.
-        device = args[0].device if is_kept and op in KEEPABLE["attention"] and args[0].is_cuda else None
+        device = args[0].device if is_kept and op in self.kept.attention and args[0].is_cuda else None
         before = _generator(device).get_offset() if device else 0
         out = func(*args, **kwargs)
         if not is_kept and not self.made_of:
@@ -203,7 +213,7 @@ class _First(TorchDispatchMode):
         after: frozenset[_Result] = frozenset()
         if is_kept:
             drawn = _generator(device).get_offset() - before if device else 0
-            result = _Result(out, op in KEEPABLE["attention"], device, drawn)  # attention's own gradient reads it
+            result = _Result(out, op in self.kept.attention, device, drawn)  # attention's own gradient reads it
             self.kept.results[op].append(result)
             after = frozenset((result,))
         elif op in _PASSING:

@@ -1,10 +1,10 @@
 """Attention and rotary embedding: batch and heads split, with grouped queries by key/value head or within a group, and
-queries by position: all keys and values are then read by every rank."""
+queries by position: all keys and values are then read by every rank, or go round the ranks that hold them."""
 
 from __future__ import annotations
 
 from autopar.graph.size import divide
-from autopar.sharding.factors import Variant
+from autopar.sharding.factors import RING, Inner, Rule, Together, Variant
 from autopar.sharding.rules.entry import Call, Entry, table
 
 
@@ -24,7 +24,23 @@ def _by_position(call: Call) -> dict[str, Variant]:
     return {"q": Variant("context")} if call.arg(5, "is_causal", False) else {}
 
 
+def _ring(call: Call, rule: Rule) -> dict[str, Together]:
+    """Queries and keys split alike (arXiv 2310.01889): keys and values, side by side in one message, go round.
+
+    For the forms that `codegen/runtime/ring.py` has: a sequence and its own keys, of one width, with no mask but the
+    causal one (each turn would need its columns of another) and no dropout (each turn would draw a mask of its own).
+    """
+    query, key, value = call.operands[:3]
+    alike = len(query.shape) == 4 and query.shape[-2] == key.shape[-2] and key.shape == value.shape
+    if not alike or len(call.operands) > 3 or call.arg(4, "dropout_p", 0.0):
+        return {}
+    pairs = (*key.shape[:-1], key.shape[-1] * 2)
+    inner = tuple(Inner(RING, pairs, key.dtype, backward, like=1) for backward in (False, True))
+    name = "causal ring" if call.arg(5, "is_causal", False) else "ring"
+    return {"ring": Together(("q", "k"), Variant(name, inner=inner))}
+
+
 ENTRIES = [
-    Entry("aten.scaled_dot_product_attention", compute=_attention, variants=_by_position),
+    Entry("aten.scaled_dot_product_attention", compute=_attention, variants=_by_position, together=_ring),
     *table("autopar.rotary: ... d^, ... d^, ... d^ -> ... d^", linear="0"),
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from autopar.graph.ir import Node, OpGraph, Ref, TensorMeta
 from autopar.graph.size import Size
-from autopar.sharding.factors import Annotation, Mismatch, Rule, Variant
+from autopar.sharding.factors import Annotation, Mismatch, Rule, Together, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class Entry:
     ``texts``: annotations, the first that fits the call holds; or ``compute``: makes the rule or its annotation from
     the call. ``linear``: sets of operand positions that may be partial together, as digits ("02 12"), or a function of
     the call. ``once``: positions of biases. ``variants``: local implementations other than the operator itself, by
-    factor. ``uneven``: the factors that may be cut into unequal parts, by name; "*" for all.
+    factor. ``uneven``: the factors that may be cut into unequal parts, by name; "*" for all. ``together``: factors
+    that may be split at once, by the name of the strategy, from the call and its rule.
     """
 
     op: str
@@ -59,6 +60,7 @@ class Entry:
     once: str = ""
     variants: Callable[[Call], dict[str, Variant]] | None = None
     uneven: str = ""
+    together: Callable[[Call, Rule], dict[str, Together]] | None = None
 
     def rule(self, call: Call) -> Rule:
         """The rule for one call. Raises Mismatch if the call is of a form the entry does not cover."""
@@ -72,6 +74,7 @@ class Entry:
             once=frozenset(int(digit) for digit in self.once if int(digit) < count),
             variants=self.variants(call) if self.variants else {},
             uneven=frozenset(rule.sizes if self.uneven == "*" else self.uneven.split()),
+            together=self.together(call, rule) if self.together else {},
         )
 
     def _table(self, call: Call) -> Rule:

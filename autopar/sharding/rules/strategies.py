@@ -29,9 +29,10 @@ class Strategy:
     """One choice on one axis: the types of the operands (in the order of `Node.operands`) and of the output.
 
     ``variant`` names the local implementation when it is not the operator itself on local shards: "vocab" for a split
-    vocabulary, "context" for causal attention with queries split by position. ``inner``: the collectives inside it,
-    over this axis. ``extent``: the size of the factor that is split (None: none is), which the axis size must divide
-    unless the parts may be ``uneven`` (chunks of the size rounded up, fewer for the last rank, none for no rank).
+    vocabulary, "context" for causal attention with queries split by position, "ring" and "causal ring" for attention
+    whose keys and values go round the ranks. ``inner``: the collectives inside it, over this axis. ``extent``: the
+    size of the factor that is split (None: none is), which the axis size must divide unless the parts may be ``uneven``
+    (chunks of the size rounded up, fewer for the last rank, none for no rank).
     """
 
     name: str
@@ -46,6 +47,16 @@ class Strategy:
     def by_sequence(self) -> bool:
         """Whether the factor that is split is (a multiple of) the sequence."""
         return isinstance(self.extent, Size) and all(b == 0 and s > 0 for (b, s), _ in self.extent.terms)
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether it is attention whose keys and values go round the ranks of one axis."""
+        return self.variant.endswith("ring")
+
+    @property
+    def by_position(self) -> bool:
+        """Whether it is causal attention with queries split by position: even work for all ranks in balanced order."""
+        return self.variant in ("context", "causal ring")
 
     def __str__(self) -> str:
         types = ", ".join(map(str, self.inputs))
@@ -73,7 +84,7 @@ def _find(node: Node, graph: OpGraph, blocks: GraphBlocks) -> tuple[Strategy, ..
     rule = blocks.rules[node.name]
     if rule is None:
         return tuple(found)
-    return tuple(_distinct([*found, *_splits(node, rule, blocks), *_partial(rule, count)]))
+    return tuple(_distinct([*found, *_splits(node, rule, blocks), *_together(rule), *_partial(rule, count)]))
 
 
 def strategy_of(node: Node, graph: OpGraph, name: str) -> Strategy:
@@ -113,6 +124,18 @@ def _splits(node: Node, rule: Rule, blocks: GraphBlocks) -> list[Strategy]:
             uneven = factor in rule.uneven and count == 1 and isinstance(extent, int)
             label = variant.name if variant else ""
             found.append(Strategy(name, tuple(inputs), output, label, inner, extent, uneven))
+    return found
+
+
+def _together(rule: Rule) -> list[Strategy]:
+    found = []
+    for name, each in rule.together.items():
+        types = []
+        for dims in (*rule.operands, rule.output):
+            split = [factor for factor in each.factors if rule.position(dims, factor) is not None]
+            types.append(rule.split_type(dims, split[0]) if split else R)
+        extent = rule.sizes[each.factors[0]]
+        found.append(Strategy(name, tuple(types[:-1]), types[-1], each.variant.name, each.variant.inner, extent))
     return found
 
 
