@@ -106,7 +106,7 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
         ("runtime.experts", ("experts",), r"\("),
         ("runtime.offload", IMPORTS["runtime.offload"], r"\("),
         ("runtime.operators", _OPERATORS, r"\("),
-        ("runtime.scans", ("selective_scan", "state_space_scan"), r"\("),
+        ("runtime.scans", ("gated_delta_rule", "selective_scan", "state_space_scan"), r"\("),
         ("runtime.recompute", IMPORTS["runtime.recompute"], r"\b"),
         ("runtime.weights", ("New", "Weights"), r"\b"),
     ):

@@ -281,6 +281,7 @@ RENDERERS: dict[str, Renderer] = {
     "aten.dropout": _dropout,
     "autopar.rotary": _function("rotary"),
     "autopar.sinusoids": _factory("sinusoids"),
+    "autopar.gated_delta_rule": _function("gated_delta_rule", "chunk"),
     "autopar.selective_scan": _function("selective_scan"),
     "autopar.state_space_scan": _function("state_space_scan", "chunk"),
     "autopar.cross_entropy": _cross_entropy,

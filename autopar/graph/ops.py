@@ -127,6 +127,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.topk": topk,
     "autopar.experts": experts,
     "autopar.sinusoids": lambda *args, dtype: _travelling("sinusoids", "operators")(*args, dtype=dtype, device=None),
+    "autopar.gated_delta_rule": _travelling("gated_delta_rule"),
     "autopar.selective_scan": _travelling("selective_scan"),
     "autopar.state_space_scan": _travelling("state_space_scan"),
     **{op: _recurrent(op.removeprefix("autopar.")) for op in RECURRENT},
