@@ -410,6 +410,7 @@ def _mixture(gate: str, transposed: bool, biases: bool, **options: Any) -> Examp
 _MIXTURES = [
     _mixture("halves", False, False, activation="silu"),
     _mixture("pairs", True, True, activation="clamped_swish", alpha=1.702, limit=0.5),
+    _mixture("halves", False, False, activation="clamped_silu", limit=0.5),
     _mixture("none", False, True, activation="relu2"),
 ]
 

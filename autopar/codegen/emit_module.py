@@ -38,6 +38,7 @@ _OPERATORS = (
     "cross_entropy",
     "dropout",
     "rotary",
+    "angles",
     "sinusoids",
     "vocab_cross_entropy",
     "vocab_embedding",

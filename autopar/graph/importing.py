@@ -19,10 +19,11 @@ from torch.export.graph_signature import InputKind
 
 from autopar.errors import UnsupportedError
 from autopar.graph.aliases import Change, change_of
+from autopar.graph.complex_numbers import REAL
 from autopar.graph.draft import Draft
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
-from autopar.graph.other_names import CASTS, LISTS, NEW, OF_TWO, RENAMED, SAME, SHAPED_AS
+from autopar.graph.other_names import CASTS, LIKE, LISTS, NEW, OF_TWO, RENAMED, SAME, SHAPED_AS
 from autopar.graph.size import Size
 from autopar.graph.sizes import SizeOfValuesError, Sizes
 from autopar.graph.writing import written_back
@@ -71,7 +72,8 @@ class Importer:
                     self._leaf(node, "buffer", self.names[spec.target or ""])
                 elif spec.kind == InputKind.CONSTANT_TENSOR:
                     self._leaf(node, "buffer", str(spec.target))
-                    self.constants[str(spec.target)] = program.constants[str(spec.target)]
+                    value = program.constants[str(spec.target)]
+                    self.constants[str(spec.target)] = torch.view_as_real(value) if value.is_complex() else value
                 else:
                     raise UnsupportedError(f"the model takes an input of kind {spec.kind.name} ({spec.target})")
         self._body(program.graph_module, no_grad=False)
@@ -86,8 +88,12 @@ class Importer:
             return
         value = node.meta["val"]
         grad = kind == "parameter" and self.trainable(target)
-        meta = TensorMeta(self.sizes.shape(value), dtype_name(value.dtype), grad)
+        shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
+        pairs = REAL.get(dtype) if kind == "buffer" else None
+        meta = TensorMeta((*shape, 2) if pairs else shape, pairs or dtype, grad)
         ref = Ref(self.draft.add(Node(self.draft.fresh(node.name), kind, meta, target=target)))
+        if pairs:  # complex numbers are kept as their parts
+            ref = Ref(self.draft.emit("aten.view_as_complex", ref, shape=shape, dtype=dtype))
         self._values[node] = self._leaves[kind, target] = ref
 
     def _body(self, module: torch.fx.GraphModule, no_grad: bool) -> None:
@@ -114,7 +120,10 @@ class Importer:
                 raise UnsupportedError(f"{self._place()} enters autocast({dtype}); cast explicitly instead")
             self._inline(module, node, body, operands, no_grad)
         elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
-            self._values[node] = self.sizes.read(value)
+            try:
+                self._values[node] = self.sizes.read(value)
+            except SizeOfValuesError as error:
+                self._values[node] = error  # where nothing but an assertion uses it, it does not matter
         elif value is None or isinstance(value, torch.SymBool | bool):
             return  # an assertion: its truth was part of tracing
         elif isinstance(value, torch.SymFloat | float):
@@ -159,6 +168,9 @@ class Importer:
             self._values[node] = args[0]
         elif name in CASTS:
             self._values[node] = self.draft.cast(args[0], dtype_name(value.dtype))
+        elif name in LIKE and "dtype" in kwargs:
+            made = Ref(self.draft.emit(f"aten.{name}", *args, shape=self.sizes.shape(value)))
+            self._values[node] = self.draft.cast(made, dtype_name(value.dtype))
         elif name in LISTS:
             self._values[node] = self._items(args, node, target, value)
         elif name == "topk":
@@ -284,7 +296,9 @@ class Importer:
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
-            return self._values[value]
+            if isinstance(found := self._values[value], SizeOfValuesError):
+                raise found
+            return found
         if isinstance(value, torch.dtype):
             return dtype_name(value)
         if isinstance(value, Mapping):

@@ -50,9 +50,13 @@ def state_space_scan(x: Tensor, step: Tensor, decay: Tensor, write: Tensor, read
 
 
 def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, chunk: int) -> Tensor:
-    """The gated delta rule (arXiv 2412.06464): ``h = exp(decay[t]) h[t-1]``, ``h[t] = h + k[t] beta[t] (v[t] - k[t] h)``,
-    ``y[t] = q[t] h[t]``, in chunks (arXiv 2406.06484, section 3): within a chunk one triangular system says what is
-    written, between chunks the state is handed on.
+    """The gated delta rule (arXiv 2412.06464).
+
+    ``y[t] = q[t] h[t]`` of the state ``h[t] = h + k[t] beta[t] (v[t] - k[t] h)``
+    with ``h = exp(decay[t]) h[t-1]``.
+
+    In chunks (arXiv 2406.06484, section 3): within a chunk one triangular system says what is written, between chunks
+    the state is handed on.
 
     query, key [b, s, g, n], of groups of heads; value [b, s, h, p]; decay (its logarithm) [b, s, h], or
     [b, s, h, n] with one for each channel (Kimi Delta Attention, arXiv 2510.26692); beta [b, s, h] -> [b, s, h, p].
