@@ -34,6 +34,7 @@ from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
 from autopar.graph.ir import COMPUTE, ModelGraph, OpGraph, TensorMeta
 from autopar.graph.limits import longest_sequence
+from autopar.graph.own_state import notes_of_state
 from autopar.graph.per_sample import share_samples
 from autopar.graph.simplify import simplify
 from autopar.graph.sizes import FixedSequenceError, Sizes
@@ -165,6 +166,7 @@ def _traced(
         if not (promoting := promoting_buffers(draft) - narrow):
             break
         narrow |= promoting
+    changed = notes_of_state(importer.changed, draft)
     draft = unfold_buffers(draft, model, importer.constants)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
@@ -179,7 +181,8 @@ def _traced(
     draft = simplify(draft, *patterns)
     random_numbers.refuse_others(draft)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
-    return _Traced(cut(draft, layers, class_names, fold), count, metas, values, frozenset(limits), exported.notes)
+    blocks, notes = cut(draft, layers, class_names, fold), (*exported.notes, *changed)
+    return _Traced(blocks, count, metas, values, frozenset(limits), notes)
 
 
 @dataclass(frozen=True, slots=True)
