@@ -99,6 +99,10 @@ def _candidates(model: nn.Module, seq: int) -> Iterator[dict[str, Tensor]]:
             if "labels" in names:  # the model shifts them into the decoder's inputs by itself
                 yield inputs | {"labels": decoder["decoder_input_ids"]}
             yield inputs | decoder
+    if (
+        len(streams) > 1 and "input_ids" in names
+    ):  # text alone, where images have a form of their own (lists of patches)
+        yield {"input_ids": _tokens(config, seq)}
 
 
 def _with_images(model: nn.Module, image: dict[str, Tensor], ids: Tensor, placeholder: int) -> Tensor | None:
@@ -163,8 +167,10 @@ def _feature_shapes(config: Any) -> list[tuple[int, ...]]:
     audio = _part(config, "audio_config", "encoder_config")
     bins = _first(audio, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim") or 80
     frames = _first(audio, "max_source_positions")
+    side = _first(audio, "spec_size")
+    pictures = [(1, side * (side // bins), bins)] if isinstance(side, int) and side >= bins else []
     lengths = [*([2 * frames, frames] if isinstance(frames, int) and frames <= 3000 else []), 64, 128]
-    return [shape for length in lengths for shape in ((bins, length), (length, bins))]
+    return [*pictures, *(shape for length in lengths for shape in ((bins, length), (length, bins)))]
 
 
 def _wave_shapes(config: Any) -> list[tuple[int, ...]]:

@@ -59,6 +59,22 @@ class Secret(Rounded):
 autopar.leaf(Rounded, "... -> ...")
 
 
+class Scaled(torch.autograd.Function):
+    """Scales by the largest along the last dim, and lets the gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.factor = factor * 1.0
+        return x * scale * ctx.factor / x.abs().amax(-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale = ctx.saved_tensors
+        total = grad * x * ctx.factor
+        return grad * scale * ctx.factor, total.sum_to_size(scale.shape), None
+
+
 def _gated(x: Tensor, weight: Tensor, power: float = 1.0) -> Tensor:
     """[..., k], [n, k] -> [..., n]."""
     y = x @ weight.t()

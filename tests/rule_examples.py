@@ -325,6 +325,10 @@ _CALLS |= {
         (_t(4, 8, 4, 4), T((4, 8, 4), "unit"), T((4,), "unit"), _t(4, 8, 1, 3), _t(4, 8, 1, 3), 4),
     ],
 }
+_CALLS["autopar.gated_delta_rule"] = [
+    (_t(4, 6, 2, 3), _t(4, 6, 2, 3), _t(4, 6, 4, 8), T((4, 6, 4), "unit"), T((4, 6, 4), "unit"), 4),
+    (_t(4, 6, 4, 3), _t(4, 6, 4, 3), _t(4, 6, 4, 8), T((4, 6, 4, 3), "unit"), T((4, 6, 4), "unit"), 4),
+]
 _GATED = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _CALLS |= {
     f"autopar.{kind}": [
@@ -406,6 +410,7 @@ def _mixture(gate: str, transposed: bool, biases: bool, **options: Any) -> Examp
 _MIXTURES = [
     _mixture("halves", False, False, activation="silu"),
     _mixture("pairs", True, True, activation="clamped_swish", alpha=1.702, limit=0.5),
+    _mixture("halves", False, False, activation="clamped_silu", limit=0.5),
     _mixture("none", False, True, activation="relu2"),
 ]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from own_operators import Own, Rounded, Secret, decay, gated
+from own_operators import Own, Rounded, Scaled, Secret, decay, gated
 
 import autopar
 from autopar.codegen.emit_module import module_source
+from autopar.graph.functions import annotation_of
 from autopar.graph.trace import trace
 from autopar.sharding.rules import RULES, rule_of
 
@@ -79,9 +80,28 @@ def test_outside_of_tracing_a_leaf_is_what_it_was():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_an_autograd_function_that_is_no_leaf_is_refused():
-    with pytest.raises(autopar.UnsupportedError, match=r"own_operators.Secret.*autopar.leaf\(Secret"):
-        trace(Own(Secret))
+def test_an_autograd_function_that_nobody_told_of_is_tried():
+    own = Own(Secret)
+    graph = trace(own).kinds["Layer"].graph
+    (node,) = (node for node in graph.of("op") if "Secret" in node.op)
+    assert str(rule_of(node, graph)) == "a b c -> a b c"
+    plan = autopar.search(own, JOB, autopar.Cluster.parse("1x2:h100"), fix={"tp": 2, "sp": True})
+    assert autopar.verify(plan, own).worst[1] < 1e-12
+
+
+def test_dims_along_which_a_function_mixes_stay_whole():
+    x, scale = real(2, 3, 8), real(8)
+    assert annotation_of(Scaled, (x, scale, 2.0)) == "a b c^, c^ -> a b c^"
+    assert annotation_of(Scaled, (x, real(3, 1), 2.0)) == "a b c^, b z1x1^ -> a b c^"
+    assert annotation_of(Scaled, (x, scale, "two")) is None
+
+
+def test_an_autograd_function_that_cannot_be_tried_is_refused():
+    class Hidden(Rounded):
+        """Defined in a function, so that emitted code cannot import it."""
+
+    with pytest.raises(autopar.UnsupportedError, match=r"Hidden.*autopar.leaf\("):
+        trace(Own(Hidden))
 
 
 def test_what_makes_no_sense_is_refused():

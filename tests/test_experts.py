@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "pairs": {"gate": "pairs", "transposed": True, "activation": "clamped_swish", "alpha": 1.7, "limit": 0.5},
     "none": {"gate": "none", "activation": "relu2"},
     "gelu": {"gate": "halves", "transposed": True, "activation": "gelu_tanh"},
+    "clamped": {"gate": "halves", "activation": "clamped_silu", "limit": 0.5},
 }
 
 

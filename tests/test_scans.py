@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import zoo
 from zoo_inputs import example_of
 
-from autopar.codegen.runtime.scans import selective_scan, state_space_scan
+from autopar.codegen.runtime.scans import gated_delta_rule, selective_scan, state_space_scan
 from autopar.graph.ir import Node, Ref, TensorMeta
 from autopar.graph.trace import trace
 from autopar.solver.work import flops
@@ -62,6 +62,25 @@ def test_state_space_scan_is_the_recurrence(length):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("length", [1, 4, 6, 13])
+@pytest.mark.parametrize("channels", [(), (5,)])
+def test_gated_delta_rule_is_the_recurrence(length, channels):
+    shapes = ((2, length, 2, 5), (2, length, 2, 5), (2, length, 4, 3), (2, length, 4, *channels), (2, length, 4))
+    inputs = drawn(*shapes)
+    query, key, value, decay, beta = inputs
+    state, wanted = torch.zeros(2, 4, 5, 3, dtype=torch.float64), []
+    for t in range(length):
+        read, write = (x[:, t].repeat_interleave(2, 1).unsqueeze(-1) for x in (query, key))
+        state = decay[:, t].reshape(2, 4, -1, 1).exp() * state
+        missed = value[:, t].unsqueeze(2) - (state * write).sum(2, keepdim=True)
+        state = state + write * beta[:, t].reshape(2, 4, 1, 1) * missed
+        wanted.append((state * read).sum(2))
+    found = gated_delta_rule(*inputs, chunk=4)
+    torch.testing.assert_close(found, torch.stack(wanted, 1))
+    for one, other in zip(gradients(found, inputs), gradients(torch.stack(wanted, 1), inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_scans_are_counted_as_torch_counts_them():
     shapes = [(2, 12, 4, 3), (2, 12, 4), (4,), (2, 12, 2, 5), (2, 12, 2, 5)]
     node = Node("y", "op", TensorMeta(()), op="autopar.state_space_scan", args=(*map(Ref, "abcde"), 4))
@@ -69,6 +88,12 @@ def test_scans_are_counted_as_torch_counts_them():
     shapes = [(2, 6, 8), (2, 6, 8), (6, 5), (2, 5, 8), (2, 5, 8)]
     node = Node("y", "op", TensorMeta(()), op="autopar.selective_scan", args=tuple(map(Ref, "abcde")))
     assert flops(node, shapes, shapes[0]) == counted(selective_scan, shapes)
+    shapes = [(2, 12, 2, 5), (2, 12, 2, 5), (2, 12, 4, 3), (2, 12, 4), (2, 12, 4)]
+    node = Node("y", "op", TensorMeta(()), op="autopar.gated_delta_rule", args=(*map(Ref, "abcde"), 4))
+    system = 2 * 2 * 3 * 4 * (4 * 4 // 2) * (5 + 3)  # triangular systems, which torch does not count
+    assert flops(node, shapes, shapes[2]) == counted(gated_delta_rule, shapes, 4) + system
+    wide = [*shapes[:3], (2, 12, 4, 5), shapes[4]]
+    assert flops(node, wide, shapes[2]) == counted(gated_delta_rule, wide, 4) + system
 
 
 def counted(function, shapes, *rest):

@@ -29,6 +29,7 @@ STRICTER = {"autopar.rotary"}
 UNKNOWN = {
     "autopar.selective_scan": "its recurrence is an autograd Function that the checker is not told of",
     "autopar.state_space_scan": "the same",
+    "autopar.gated_delta_rule": "it takes a batched product for linear in both of its operands, whatever they hold",
     **dict.fromkeys(
         (f"aten.upsample_{kind}" for kind in ("bicubic2d", "bilinear2d", "linear1d", "nearest1d", "nearest2d")),
         "users call F.interpolate, which is not called with these arguments",

@@ -28,6 +28,7 @@ from autopar.codegen.statements import wrap_comment
 from autopar.codegen.tables import split_once
 from autopar.codegen.wiring import place_blocks
 from autopar.graph.ir import ModelGraph
+from autopar.graph.leaves import FOUND, LEAVES
 from autopar.graph.padding import as_planned
 from autopar.plan import Plan
 from autopar.sharding.custom import MODULES
@@ -38,6 +39,7 @@ _OPERATORS = (
     "cross_entropy",
     "dropout",
     "rotary",
+    "angles",
     "sinusoids",
     "vocab_cross_entropy",
     "vocab_embedding",
@@ -107,7 +109,7 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
         ("runtime.offload", IMPORTS["runtime.offload"], r"\("),
         ("runtime.operators", _OPERATORS, r"\("),
         ("runtime.ring", ("ring_attention",), r"\("),
-        ("runtime.scans", ("selective_scan", "state_space_scan"), r"\("),
+        ("runtime.scans", ("gated_delta_rule", "selective_scan", "state_space_scan"), r"\("),
         ("runtime.recompute", IMPORTS["runtime.recompute"], r"\b"),
         ("runtime.weights", ("New", "Weights"), r"\b"),
     ):
@@ -126,7 +128,8 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
 def imported_modules(model: ModelGraph) -> list[str]:
     """The modules of the user's own operators in ``model``."""
     ops = {node.op for kind in model.kinds.values() for node in kind.graph.of("op")}
-    return sorted({MODULES[op] for op in ops if op in MODULES})
+    told = {MODULES[op] for op in ops if op in MODULES}
+    return sorted(told | {LEAVES[op].module for op in ops if op in FOUND})
 
 
 def _tied(groups: tuple[tuple[str, ...], ...]) -> list[str]:

@@ -23,6 +23,7 @@ _RESERVED = {
     "not",
     "lambda",
     "index",
+    "angles",
     "sinusoids",
 }
 

@@ -1,16 +1,19 @@
 """Buffers whose values follow a formula become that formula: emitted code can compute them, whatever their size.
 
-A band of a square matrix, as causal and local masks are kept (`autopar.graph.masks` recognises what they mean), and a
-table of sinusoidal positions (`autopar.graph.sinusoids`).
+A band of a square matrix, as causal and local masks are kept (`autopar.graph.masks` recognises what they mean), and
+tables of positions (`autopar.graph.sinusoids`, `autopar.graph.angle_tables`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from autopar.codegen.runtime.operators import ANGLE_FORMS
+from autopar.graph.angle_tables import angles_of
 from autopar.graph.buffers import value_of
 from autopar.graph.draft import Draft, live
 from autopar.graph.ir import Node, Ref, map_refs
@@ -20,15 +23,17 @@ SMALLEST = 64
 """Elements below which a buffer is written down as it is."""
 
 
-def unfold_buffers(draft: Draft, model: nn.Module) -> Draft:
-    """``draft`` with the buffers of ``model`` that follow a formula computed."""
+def unfold_buffers(draft: Draft, model: nn.Module, constants: Mapping[str, torch.Tensor]) -> Draft:
+    """``draft`` with the buffers of ``model``, and the other tensors (``constants``) that it holds, computed by their
+    formula where they follow one."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     new = Draft(_taken=frozenset(draft.nodes))
     names: dict[str, str] = {}
     for node in draft.nodes.values():
-        if node.kind == "buffer" and node.target in buffers:
+        if node.kind == "buffer" and (node.target in buffers or node.target in constants):
             new.module = node.target.rpartition(".")[0]
-            if (computed := _computed(node, model, new)) is not None:
+            value = constants[node.target] if node.target in constants else value_of(model, node.target)
+            if (computed := _computed(node, value, new)) is not None:
                 names[node.name] = computed.name
                 continue
         args, kwargs = map_refs(node.args, names.__getitem__), map_refs(node.kwargs, names.__getitem__)
@@ -38,15 +43,20 @@ def unfold_buffers(draft: Draft, model: nn.Module) -> Draft:
     return live(new)
 
 
-def _computed(node: Node, model: nn.Module, new: Draft) -> Ref | None:
+def _computed(node: Node, value: torch.Tensor | None, new: Draft) -> Ref | None:
     """The value of a buffer by its formula, if it has one."""
     shape, dtype = node.meta.shape, node.meta.dtype
-    buffer = value_of(model, node.target) if len(shape) >= 2 else None
+    buffer = value if len(shape) >= 2 else None
     if (band := band_of(buffer)) is not None:
         return _positions(new, *band, dtype, len(shape))
     if (table := table_of(buffer)) is not None:
         given = table if table[-1] is not None else table[:-1]
         return Ref(new.emit("autopar.sinusoids", *given, shape=shape, dtype=dtype, options={"dtype": dtype}))
+    if (turned := angles_of(buffer)) is not None:
+        rows, rates, _, form, _ = turned
+        own = (rows, rates, 2) if form.startswith("pairs") else (rows, rates * ANGLE_FORMS[form])
+        made = Ref(new.emit("autopar.angles", *turned, shape=own, dtype=dtype, options={"dtype": dtype}))
+        return made if own == shape else Ref(new.emit("aten.reshape", made, shape, shape=shape))
     return None
 
 

@@ -135,7 +135,7 @@ def _segments(draft: Draft, layers: Mapping[str, str], shared: set[str]) -> list
     if len(set(paths)) < 2 or len(set(paths)) != len(paths) or _share(draft, segments, layers):
         whole = Segment("", [name for segment in segments for name in segment.nodes])
         return [whole]
-    return _absorb(segments)
+    return _absorb(draft, segments)
 
 
 def _share(draft: Draft, segments: Sequence[Segment], layers: Mapping[str, str]) -> bool:
@@ -150,17 +150,24 @@ def _share(draft: Draft, segments: Sequence[Segment], layers: Mapping[str, str])
     return False
 
 
-def _absorb(segments: list[Segment]) -> list[Segment]:
-    """What runs between two layers of one container belongs to the layer before it."""
+def _absorb(draft: Draft, segments: list[Segment]) -> list[Segment]:
+    """What runs between two layers of one container belongs to the layer before it, unless it has parameters of its
+    own, which are not that layer's."""
     merged: list[Segment] = []
     for index, segment in enumerate(segments):
         following = segments[index + 1] if index + 1 < len(segments) else None
         before = merged[-1] if merged else None
-        if not segment.path and before and following and _container(before.path) == _container(following.path):
+        between = not segment.path and before and following and _container(before.path) == _container(following.path)
+        if before and between and not _reads_parameters(draft, segment):
             before.nodes.extend(segment.nodes)
         else:
             merged.append(segment)
     return merged
+
+
+def _reads_parameters(draft: Draft, segment: Segment) -> bool:
+    operands = {operand for name in segment.nodes for operand in draft.nodes[name].operands()}
+    return any(draft.nodes[operand].kind == "parameter" for operand in operands)
 
 
 def _container(path: str) -> str:

@@ -27,7 +27,7 @@ def known_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tens
             continue
         value = value_of(model, full)
         if value is not None:
-            found[full] = value
+            found[full] = torch.view_as_real(value) if value.is_complex() else value
     return found
 
 

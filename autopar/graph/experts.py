@@ -7,7 +7,8 @@ Weights of all experts are stacked: ``up`` [e, n, d] and ``down`` [e, d, f], or 
 [e, f, d]; biases [e, n] and [e, d]. ``gate`` says how the n rows of ``up`` hold the gate and the values: "none"
 (n = f), "halves" (n = 2 f, the gate first) or "pairs" (n = 2 f, gate and value in turn). ``activation`` is one of
 `ACTIVATIONS`;
-"clamped_swish" (the experts of gpt-oss, arXiv 2508.10925) has ``alpha`` and ``limit``. Indices outside of the experts
+"clamped_swish" (the experts of gpt-oss, arXiv 2508.10925) has ``alpha`` and ``limit``, "clamped_silu" (the same
+without ``alpha``, and without one added to the values) ``limit``. Indices outside of the experts
 count nothing.
 
 The routing weight multiplies what goes into ``down``, not what comes out: the same number, and a tensor [tokens k, f]
@@ -59,6 +60,8 @@ def activated(rows: Tensor, gate: str, activation: str, alpha: float = 1.0, limi
     if gate == "none":
         return ACTIVATIONS[activation](rows)
     first, second = rows.chunk(2, -1) if gate == "halves" else (rows[..., ::2], rows[..., 1::2])
+    if activation == "clamped_silu":
+        return F.silu(first.clamp(max=limit)) * second.clamp(min=-limit, max=limit)
     if activation == "clamped_swish":
         return _clamped_swish(first, second, alpha, limit)
     return ACTIVATIONS[activation](first) * second

@@ -19,6 +19,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.graph.batch_norms import forget_averages
 from autopar.graph.cast_modules import casts_traced
+from autopar.graph.causal_hints import masks_unread
+from autopar.graph.data_attribute import data_followed
+from autopar.graph.embedding_bags import bags_taken_apart
 from autopar.graph.exact_numbers import numbers_kept
 from autopar.graph.expert_loops import follow_loops
 from autopar.graph.find_experts import replace_experts
@@ -191,6 +194,9 @@ def _export(
         scans_whole(copied),
         recurrent_whole(),
         casts_traced(),
+        masks_unread(),
+        bags_taken_apart(),
+        data_followed(),
         numbers_kept(),
     )
     with contextlib.ExitStack() as stack, watched(copied) as fixed_in, every_layer() as skipping:

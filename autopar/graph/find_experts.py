@@ -161,6 +161,8 @@ def _activations(module: nn.Module, gate: str) -> Iterator[dict[str, Any]]:
         yield {"activation": name}
     if gate != "none":
         numbers = sorted({value for value in module.__dict__.values() if isinstance(value, float)})
+        for limit in numbers:
+            yield {"activation": "clamped_silu", "limit": limit}
         for alpha, limit in itertools.permutations(numbers, 2):
             yield {"activation": "clamped_swish", "alpha": alpha, "limit": limit}
 

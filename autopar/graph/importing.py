@@ -19,10 +19,13 @@ from torch.export.graph_signature import InputKind
 
 from autopar.errors import UnsupportedError
 from autopar.graph.aliases import Change, change_of
+from autopar.graph.complex_numbers import REAL
 from autopar.graph.draft import Draft
+from autopar.graph.formulas import FORMULAS
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
-from autopar.graph.other_names import CASTS, LISTS, NEW, OF_TWO, RENAMED, SAME, SHAPED_AS
+from autopar.graph.other_names import CASTS, LIKE, LISTS, NEW, OF_TWO, RENAMED, SAME, SHAPED_AS
+from autopar.graph.own_state import state_of, write_state
 from autopar.graph.size import Size
 from autopar.graph.sizes import SizeOfValuesError, Sizes
 from autopar.graph.writing import written_back
@@ -44,14 +47,20 @@ DIM_ARGUMENTS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"
 
 @dataclass(slots=True)
 class Importer:
-    """State of one import. ``names``: canonical full name of each parameter and buffer of the traced copy."""
+    """State of one import. ``names``: canonical full name of each parameter and buffer of the traced copy.
+
+    ``changed``: full names of parameters and buffers that forward changes, and which they are. ``outer``: the nodes of
+    the program's own graph, not of graphs inside it. ``values``: what is imported of each node.
+    """
 
     sizes: Sizes
     names: Mapping[str, str]
     trainable: Callable[[str], bool]
     draft: Draft = field(default_factory=Draft)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
-    _values: dict[torch.fx.Node, Any] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+    outer: frozenset[torch.fx.Node] = frozenset()
+    values: dict[torch.fx.Node, Any] = field(default_factory=dict)
     _leaves: dict[tuple[str, str], Ref] = field(default_factory=dict)
 
     def program(self, program: ExportedProgram, batch_keys: Sequence[str]) -> Draft:
@@ -59,6 +68,7 @@ class Importer:
         keys = iter(batch_keys)
         inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         graph = program.graph_module.graph
+        self.outer = frozenset(graph.nodes)
         for node in graph.nodes:
             if node.op == "placeholder":
                 spec = inputs[node.name]
@@ -71,24 +81,29 @@ class Importer:
                     self._leaf(node, "buffer", self.names[spec.target or ""])
                 elif spec.kind == InputKind.CONSTANT_TENSOR:
                     self._leaf(node, "buffer", str(spec.target))
-                    self.constants[str(spec.target)] = program.constants[str(spec.target)]
+                    value = program.constants[str(spec.target)]
+                    self.constants[str(spec.target)] = torch.view_as_real(value) if value.is_complex() else value
                 else:
                     raise UnsupportedError(f"the model takes an input of kind {spec.kind.name} ({spec.target})")
         self._body(program.graph_module, no_grad=False)
         output = next(node for node in reversed(graph.nodes) if node.op == "output")
         (loss,) = output.args[0]
-        self.draft.output = self._values[loss].name
+        self.draft.output = self.values[loss].name
         return self.draft
 
     def _leaf(self, node: torch.fx.Node, kind: str, target: str) -> None:
         if (kind, target) in self._leaves:
-            self._values[node] = self._leaves[kind, target]
+            self.values[node] = self._leaves[kind, target]
             return
         value = node.meta["val"]
         grad = kind == "parameter" and self.trainable(target)
-        meta = TensorMeta(self.sizes.shape(value), dtype_name(value.dtype), grad)
+        shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
+        pairs = REAL.get(dtype) if kind == "buffer" else None
+        meta = TensorMeta((*shape, 2) if pairs else shape, pairs or dtype, grad)
         ref = Ref(self.draft.add(Node(self.draft.fresh(node.name), kind, meta, target=target)))
-        self._values[node] = self._leaves[kind, target] = ref
+        if pairs:  # complex numbers are kept as their parts
+            ref = Ref(self.draft.emit("aten.view_as_complex", ref, shape=shape, dtype=dtype))
+        self.values[node] = self._leaves[kind, target] = ref
 
     def _body(self, module: torch.fx.GraphModule, no_grad: bool) -> None:
         for node in module.graph.nodes:
@@ -104,7 +119,7 @@ class Importer:
         target, value = node.target, node.meta.get("val")
         if target is operator.getitem:
             source, index = node.args
-            self._values[node] = self._values[source][index]  # type: ignore[index]
+            self.values[node] = self.values[source][index]  # type: ignore[index]
         elif str(target) == "wrap_with_set_grad_enabled":
             enabled, body, *operands = node.args
             self._inline(module, node, body, operands, no_grad=not enabled)
@@ -114,7 +129,10 @@ class Importer:
                 raise UnsupportedError(f"{self._place()} enters autocast({dtype}); cast explicitly instead")
             self._inline(module, node, body, operands, no_grad)
         elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
-            self._values[node] = self.sizes.read(value)
+            try:
+                self.values[node] = self.sizes.read(value)
+            except SizeOfValuesError as error:
+                self.values[node] = error  # where nothing but an assertion uses it, it does not matter
         elif value is None or isinstance(value, torch.SymBool | bool):
             return  # an assertion: its truth was part of tracing
         elif isinstance(value, torch.SymFloat | float):
@@ -130,10 +148,10 @@ class Importer:
         inner = getattr(module, body.target)
         places = (n for n in inner.graph.nodes if n.op == "placeholder")
         for place, operand in zip(places, operands, strict=True):
-            self._values[place] = self._values[operand] if isinstance(operand, torch.fx.Node) else operand
+            self.values[place] = self.values[operand] if isinstance(operand, torch.fx.Node) else operand
         self._body(inner, no_grad)
         output = next(n for n in reversed(inner.graph.nodes) if n.op == "output")
-        self._values[node] = tuple(self._values[item] if item is not None else None for item in output.args[0])
+        self.values[node] = tuple(self.values[item] if item is not None else None for item in output.args[0])
 
     def _operator(self, node: torch.fx.Node, target: torch._ops.OpOverload, value: Any, no_grad: bool) -> None:
         op = target._schema.name.replace("::", ".")
@@ -141,7 +159,8 @@ class Importer:
         change = None
         if target._schema.is_mutable:
             change = change_of(node)
-            if change is None:
+            state = state_of(node, self) if change is None else None
+            if change is None and state is None:
                 raise UnsupportedError(
                     f"{self._place()} changes in place ({op}) a parameter, a buffer, an input, or one of several "
                     "tensors split from another; write it out of place"
@@ -154,40 +173,47 @@ class Importer:
             leaf, _, call = node.args
             args, kwargs = arguments_of(call, list(args[1]))  # type: ignore[arg-type]
             shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
-            self._values[node] = Ref(self.draft.emit(str(leaf), *args, shape=shape, dtype=dtype, options=kwargs))
+            self.values[node] = Ref(self.draft.emit(str(leaf), *args, shape=shape, dtype=dtype, options=kwargs))
         elif name in SAME:
-            self._values[node] = args[0]
+            self.values[node] = args[0]
         elif name in CASTS:
-            self._values[node] = self.draft.cast(args[0], dtype_name(value.dtype))
+            self.values[node] = self.draft.cast(args[0], dtype_name(value.dtype))
+        elif name in LIKE and "dtype" in kwargs:
+            made = Ref(self.draft.emit(f"aten.{name}", *args, shape=self.sizes.shape(value)))
+            self.values[node] = self.draft.cast(made, dtype_name(value.dtype))
         elif name in LISTS:
-            self._values[node] = self._items(args, node, target, value)
+            self.values[node] = self._items(args, node, target, value)
+        elif name in FORMULAS:
+            self.values[node] = FORMULAS[name](self.draft, *args)
         elif name == "topk":
-            self._values[node] = self._largest(args, value)
+            self.values[node] = self._largest(args, value)
         elif name in ("max", "min") and len(args) > 1 and isinstance(args[1], int):
-            self._values[node] = self._extreme(name, args, value)
+            self.values[node] = self._extreme(name, args, value)
         elif op == "autopar.recurrent":
-            self._values[node] = self._recurrent(args, value)
+            self.values[node] = self._recurrent(args, value)
         elif not isinstance(value, torch.Tensor):
             raise UnsupportedError(
                 f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it"
             )
         elif name == "copy":
             shape = self.sizes.shape(value)
-            self._values[node] = self._expanded(self.draft.cast(args[1], dtype_name(value.dtype)), shape)
+            self.values[node] = self._expanded(self.draft.cast(args[1], dtype_name(value.dtype)), shape)
         elif name in SHAPED_AS:
             shape = self.sizes.shape(value)
-            self._values[node] = Ref(self.draft.emit(f"aten.{SHAPED_AS[name]}", args[0], shape, shape=shape))
+            self.values[node] = Ref(self.draft.emit(f"aten.{SHAPED_AS[name]}", args[0], shape, shape=shape))
         elif name in NEW:
-            self._values[node] = self._filled(args[2] if name == "new_full" else NEW[name], value)
+            self.values[node] = self._filled(args[2] if name == "new_full" else NEW[name], value)
         elif change and name in ("fill", "zero"):
-            self._values[node] = self._filled(args[1] if name == "fill" else 0, value)
+            self.values[node] = self._filled(args[1] if name == "fill" else 0, value)
         else:
             name = OF_TWO.get(f"{name}.{target._overloadname}", RENAMED.get(name, name))
             shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
             op = f"aten.{name}" if op.startswith("aten.") else op
-            self._values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
+            self.values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
         if change is not None:
             self._write(node, change)
+        elif target._schema.is_mutable and state is not None:
+            write_state(node, state, self)
 
     def _largest(self, args: tuple[Any, ...], value: Sequence[torch.Tensor]) -> list[Ref]:
         """The values and the indices of `topk`: an operator for the indices, and the values they pick."""
@@ -234,9 +260,9 @@ class Importer:
     def _write(self, node: torch.fx.Node, change: Change) -> None:
         """Make the value of in-place operator ``node`` that of the tensor it changes, of what that is a view of, and
         of the other views of the same."""
-        value: Ref = self._values[node]
+        value: Ref = self.values[node]
         for view in reversed(change.way[1:]):
-            self._values[view] = value
+            self.values[view] = value
             target = view.target
             assert isinstance(target, torch._ops.OpOverload)
             args, _ = self._arguments(view, target)
@@ -247,12 +273,12 @@ class Importer:
                     "autopar cannot write back; write it out of place"
                 )
             value = whole
-        self._values[change.way[0]] = value
+        self.values[change.way[0]] = value
         for view in change.views:
             target = view.target
             assert isinstance(target, torch._ops.OpOverload)
             if target._schema.is_mutable:
-                self._values[view] = self._values[view.args[0]]  # type: ignore[index]
+                self.values[view] = self.values[view.args[0]]  # type: ignore[index]
             else:
                 self._operator(view, target, view.meta["val"], no_grad=False)
 
@@ -284,7 +310,9 @@ class Importer:
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
-            return self._values[value]
+            if isinstance(found := self.values[value], SizeOfValuesError):
+                raise found
+            return found
         if isinstance(value, torch.dtype):
             return dtype_name(value)
         if isinstance(value, Mapping):

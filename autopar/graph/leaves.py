@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from autopar.errors import BadInputError, UnsupportedError
+from autopar.graph.functions import PLAIN_APPLY, annotation_of, backward_is_plain
 from autopar.graph.ir import Ref, substitute
 from autopar.graph.ops import CALLS
 
@@ -110,59 +111,42 @@ def _stopping(leaf: Leaf) -> Callable[..., torch.Tensor]:
     return call
 
 
-_PLAIN_APPLY = torch.autograd.Function.__dict__["apply"]
+FOUND: dict[str, str] = {}
+"""Annotations of autograd Functions that nobody has told of, by operator: found by running them."""
 
 
-class _Context:
-    """Stands for ``ctx`` where a forward is run as it is written."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
-
-
-def _backward_is_plain(cls: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a Function's backward is what autograd makes of its forward: seen on small random tensors."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-    sizes: dict[str, int] = {}
-
-    def real(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        shape = [size if isinstance(size, int) else sizes.setdefault(str(size), 2 + len(sizes)) for size in value.shape]
-        if not value.is_floating_point():
-            return torch.ones(shape, dtype=value.dtype)
-        return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
-
-    own_context = cls.setup_context is torch.autograd.Function.setup_context
-    try:
-        with disable_proxy_modes_tracing(), unset_fake_temporarily(), torch.enable_grad():
-            generator = torch.Generator().manual_seed(0)
-            given = [real(value) for value in args]
-            leaves = [value for value in given if isinstance(value, torch.Tensor) and value.requires_grad]
-            found = _PLAIN_APPLY.__get__(None, cls)(*given)
-            wanted = cls.forward(_Context(), *given) if own_context else cls.forward(*given)
-            weights = torch.randn(found.shape, dtype=torch.float64, generator=generator)
-            one, other = (torch.autograd.grad((y * weights).sum(), leaves) for y in (found, wanted))
-    except Exception:  # what cannot be compared is not known to be equal
-        return False
-    return all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(one, other, strict=True))
+def _found_leaf(cls: Any, args: tuple[Any, ...]) -> Callable[..., torch.Tensor] | None:
+    """The ``apply`` of a Function as an operator of its own, if it can be: importable, called with tensors and plain
+    values, and found to compute something."""
+    plain = all(value is None or isinstance(value, bool | int | float | str | torch.Tensor) for value in args)
+    if not plain or "<locals>" in cls.__qualname__:
+        return None
+    leaf = Leaf(PLAIN_APPLY.__get__(None, cls), cls.__module__, f"{cls.__qualname__}.apply")
+    annotation = annotation_of(cls, args)
+    if annotation is None or FOUND.get(leaf.op, annotation) != annotation:
+        return None  # calls of different forms would need several annotations
+    FOUND[leaf.op] = annotation
+    LEAVES[leaf.op] = leaf
+    CALLS[leaf.op] = leaf.call
+    return _stopping(leaf)
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """While open, leaves are recorded as operators, and other autograd Functions than torch's refuse to be traced."""
+    """While open, leaves are recorded as operators, and so are other autograd Functions than torch's whose backward
+    tracing would lose: by what is found of them, or they refuse to be traced."""
     global _tracing
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch.") and not _backward_is_plain(cls, args):
+        if not cls.__module__.startswith("torch.") and not backward_is_plain(cls, args):
+            if (call := _found_leaf(cls, args)) is not None:
+                return call(*args)
             raise UnsupportedError(
                 f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function whose backward is not that of the "
                 "operators in its forward, so that tracing would lose it: make it a leaf, with its sharding rule: "
                 f"autopar.leaf({cls.__qualname__}, 'b s d -> b s d')"
             )
-        return _PLAIN_APPLY.__get__(None, cls)(*args, **kwargs)
+        return PLAIN_APPLY.__get__(None, cls)(*args, **kwargs)
 
     _tracing = True
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
@@ -170,4 +154,4 @@ def stopping() -> Iterator[None]:
         yield
     finally:
         _tracing = False
-        torch.autograd.Function.apply = _PLAIN_APPLY  # type: ignore[method-assign]
+        torch.autograd.Function.apply = PLAIN_APPLY  # type: ignore[method-assign]

@@ -9,6 +9,8 @@ SHAPED_AS = {"reshape_as": "reshape", "view_as": "reshape", "expand_as": "expand
 """Operators that take a shape from another tensor."""
 NEW = {"new_zeros": 0, "new_ones": 1, "new_full": 0}
 """Operators that take a dtype from another tensor and nothing else, and what they are full of."""
+LIKE = frozenset({"zeros_like", "ones_like", "full_like", "empty_like"})
+"""Operators that take shape and dtype from another tensor, but for the dtype where one is named."""
 RENAMED = {
     "view": "reshape",
     "_unsafe_view": "reshape",

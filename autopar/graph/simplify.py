@@ -15,6 +15,7 @@ from autopar.graph.ir import Node, Ref
 from autopar.graph.size import Size, divide, size_at
 
 INT_MAX = 2**63 - 1
+_LARGE = 1 << 20
 MAX_PASSES = 50
 
 
@@ -124,9 +125,10 @@ def bound(value: int | Size, size: int | Size) -> int | Size:
     """A start or end of a slice of a dim of ``size``, negative ones counted from its end."""
     if isinstance(value, int) and isinstance(size, int):
         return min(max(value + size if value < 0 else value, 0), size)
-    if isinstance(value, int) and value < 0:
-        return size + value
-    return size if value == INT_MAX else value
+    if value == INT_MAX:
+        return size
+    # A size such as -s is negative whatever b and s are, or a slice from its end would have no one form.
+    return size + value if size_at(value, _LARGE, _LARGE) < 0 else value
 
 
 def narrow(node: Node, new: Draft) -> Ref | None:

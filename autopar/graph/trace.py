@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import nn
 
-from autopar.errors import BadInputError, UnsupportedError
+from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.graph import (
     arguments,
     broadcasting,
@@ -34,6 +34,7 @@ from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
 from autopar.graph.ir import COMPUTE, ModelGraph, OpGraph, TensorMeta
 from autopar.graph.limits import longest_sequence
+from autopar.graph.own_state import notes_of_state
 from autopar.graph.per_sample import share_samples
 from autopar.graph.simplify import simplify
 from autopar.graph.sizes import FixedSequenceError, Sizes
@@ -75,8 +76,11 @@ def trace(
     except FixedSequenceError as error:
         if inputs is None:
             raise UnsupportedError(f"{error}; pass `inputs` of the sequence length to train with, to fix it") from None
-        traced = _folded(model, spec, loss, names, layers, fold, static_seq=True)
-        notes = (f"the sequence length is fixed to that of the example inputs: {error}",)
+        try:
+            traced = _folded(model, _shorter(spec), loss, names, layers, fold, static_seq=False)
+        except AutoparError:
+            traced = _folded(model, spec, loss, names, layers, fold, static_seq=True)
+            notes = (f"the sequence length is fixed to that of the example inputs: {error}",)
     used: dict[str, dict[str, TensorMeta]] = {"parameter": {}, "buffer": {}}
     for block in traced.blocks.blocks:
         for node in leaves(traced.blocks.kinds[block.kind].graph):
@@ -103,6 +107,16 @@ def trace(
         nominal_seq=_nominal_seq(model),
         notes=notes,
     )
+
+
+def _shorter(spec: BatchSpec) -> BatchSpec:
+    """Sequences half as long: at the full length of a table or mask that the model cuts (``mask[:n, :n]``), the cut is
+    none, and tracing takes the length for fixed."""
+    shapes = {
+        key: tuple(size // 2 if dim in spec.seq_dims[key] else size for dim, size in enumerate(shape))
+        for key, shape in spec.shapes.items()
+    }
+    return replace(spec, shapes=shapes)
 
 
 def _folded(
@@ -152,7 +166,8 @@ def _traced(
         if not (promoting := promoting_buffers(draft) - narrow):
             break
         narrow |= promoting
-    draft = unfold_buffers(draft, model)
+    changed = notes_of_state(importer.changed, draft)
+    draft = unfold_buffers(draft, model, importer.constants)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     limits: set[int] = set()
@@ -166,7 +181,8 @@ def _traced(
     draft = simplify(draft, *patterns)
     random_numbers.refuse_others(draft)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
-    return _Traced(cut(draft, layers, class_names, fold), count, metas, values, frozenset(limits), exported.notes)
+    blocks, notes = cut(draft, layers, class_names, fold), (*exported.notes, *changed)
+    return _Traced(blocks, count, metas, values, frozenset(limits), notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from autopar.graph.simplify import bound
 def written_back(view: torch.fx.Node, args: tuple[Any, ...], value: Ref, draft: Draft) -> Ref | None:
     """The value of the tensor that ``view`` is of, once the view holds ``value``; ``args``: the view's, imported.
 
-    None for a view that cannot be written through (it steps over elements).
+    None for a view that cannot be written through.
     """
     assert isinstance(view.target, torch._ops.OpOverload)
     name = view.target._schema.name.removeprefix("aten::")
@@ -41,7 +41,7 @@ def written_back(view: torch.fx.Node, args: tuple[Any, ...], value: Ref, draft: 
         if name == "slice":
             stop = bound(shape[dim] if len(args) < 4 or args[3] is None else args[3], shape[dim])
             if len(args) > 4 and args[4] != 1:
-                return None
+                return _stepped(base, dim, (start, stop, args[4]), value, draft)
         else:
             stop = start + (1 if name == "select" else args[3])
         if name == "select":
@@ -51,3 +51,27 @@ def written_back(view: torch.fx.Node, args: tuple[Any, ...], value: Ref, draft: 
         parts = tuple(part for part in (before, value, after) if part is not None)
         return value if len(parts) == 1 else Ref(draft.emit("aten.cat", parts, dim, shape=shape))
     return None
+
+
+def _stepped(base: Ref, dim: int, places: tuple[Any, Any, Any], value: Ref, draft: Draft) -> Ref | None:
+    """``base`` with ``value`` at every ``step``-th place from ``start`` on: blocks of a step, of which each begins with
+    one of ``value``; the last may be cut off by the end of the dim."""
+    size, (start, stop, step) = draft.shape(base)[dim], places
+    if not all(isinstance(number, int) for number in (size, start, stop, step)):
+        return None
+    count = -(-(stop - start) // step)
+    whole = count if start + count * step <= size else count - 1
+    parts = [draft.slice(base, dim, 0, start)] if start else []
+    if whole:
+        blocks = draft.unflatten(draft.slice(base, dim, start, start + whole * step), dim, (whole, step))
+        firsts = draft.unsqueeze(draft.slice(value, dim, 0, whole), dim + 1)
+        shape = draft.shape(blocks)
+        joined = draft.emit("aten.cat", (firsts, draft.slice(blocks, dim + 1, 1, step)), dim + 1, shape=shape)
+        parts.append(draft.flatten(Ref(joined), dim, dim + 1))
+    rest = start + whole * step
+    if whole < count:
+        parts.append(draft.slice(value, dim, whole, count))
+        rest += 1
+    if rest < size:
+        parts.append(draft.slice(base, dim, rest, size))
+    return parts[0] if len(parts) == 1 else Ref(draft.emit("aten.cat", tuple(parts), dim, shape=draft.shape(base)))

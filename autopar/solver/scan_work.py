@@ -3,7 +3,9 @@ and torch's recurrent layers.
 
 Products of one head: with c chunks of l positions, heads of width p and states of n numbers, the chunked scan does
 ``c (l*l*n + l*l*p + 2*l*p*n)`` multiply-adds, of any number of groups (arXiv 2405.21060, section 6.3). Mamba's scan has
-a decay for each channel and state, so it has no such products: it streams its states [b, d, s, n] instead.
+a decay for each channel and state, so it has no such products: it streams its states [b, d, s, n] instead. The gated
+delta rule adds ``c (l*l*n + l*l*(n+p)/2 + l*p*n)``: keys against keys, the triangular system that they make (half a
+product), and what the state erases (arXiv 2406.06484, section 3).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from math import ceil, log2, prod
 from autopar.graph.ir import Node
 from autopar.solver.work_parts import Counted, LocalTensor, Matmul, Work
 
-SELECTIVE, CHUNKED = "autopar.selective_scan", "autopar.state_space_scan"
+SELECTIVE, CHUNKED, DELTA = "autopar.selective_scan", "autopar.state_space_scan", "autopar.gated_delta_rule"
+SCANS = (SELECTIVE, CHUNKED, DELTA)
 
 Products = tuple[tuple[int, int, int, int], ...]
 """(batch, m, n, k) of each matrix product."""
@@ -56,6 +59,29 @@ def chunked(x: tuple[int, ...], states: int, chunk: int) -> tuple[Products, int,
     )
 
 
+def delta(value: tuple[int, ...], states: int, chunk: int, channels: bool) -> tuple[Products, int, int]:
+    """Of the gated delta rule of value [b, s, h, p]: products, elements streamed in one direction, kernels.
+
+    ``channels``: each of the ``states`` decays by itself, so that both products within a chunk are made element by
+    element: four passes over [l, l, n] for each. Else six passes over the decays between positions. Operands are copied
+    and scaled by their decays; the state is read and written once a chunk, by six kernels.
+    """
+    batch, length, heads, width = value
+    chunks = ceil(length / chunk)
+    each = batch * chunks * heads
+    within = ((each, chunk, chunk, states),) * 2
+    rest = (
+        (each, chunk, states + width, ceil(chunk / 2)),
+        (each, chunk, width, chunk),
+        (each, chunk, width, states),
+        (each, chunk, width, states),
+        (each, states, width, chunk),
+    )
+    decays = each * chunk * chunk * (8 * states if channels else 6)
+    streamed = decays + 4 * each * chunk * (3 * states + 2 * width) + 4 * each * states * width
+    return (*(() if channels else within), *rest), streamed, 30 + 6 * chunks
+
+
 def scan_products(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[Matmul, ...]:
     """The matrix products of a scan's forward."""
     return tuple(Matmul(*product) for product in _scanned(node, shapes)[0])
@@ -94,4 +120,6 @@ def recurrent(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, gr
 def _scanned(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[Products, int, int]:
     if node.op == SELECTIVE:
         return selective(shapes[0], shapes[2][-1])
+    if node.op == DELTA:
+        return delta(shapes[2], shapes[1][-1], node.args[5], len(shapes[3]) == 4)
     return chunked(shapes[0], shapes[3][-1], node.args[5])

@@ -23,7 +23,7 @@ from typing import Any
 from autopar.graph.ir import CONVOLUTIONS, EXPERTS, RECURRENT, Node
 from autopar.solver.expert_work import experts_work
 from autopar.solver.ring_work import RANKS, ring_work
-from autopar.solver.scan_work import CHUNKED, SELECTIVE, recurrent, scan, scan_products
+from autopar.solver.scan_work import CHUNKED, DELTA, SCANS, recurrent, scan, scan_products
 from autopar.solver.work_parts import NOTHING, Attention, Counted, LocalTensor, Matmul, Work
 
 ATTENTION = "aten.scaled_dot_product_attention"
@@ -44,7 +44,7 @@ def variant(node: Node) -> Any:
         return node.args[0]
     if node.op == EXPERTS:
         return node.kwargs["experts"], node.kwargs["gate"], node.kwargs.get("ep", 1)
-    if node.op == CHUNKED:
+    if node.op in (CHUNKED, DELTA):
         return node.args[5]
     if node.op in RECURRENT:
         return node.args[-2:]
@@ -60,7 +60,7 @@ def flops(node: Node, input_shapes: Sequence[tuple[int, ...]], output_shape: tup
     if node.op == EXPERTS:
         (index, up), down = (input_shapes[1], input_shapes[3]), input_shapes[4]
         return 2.0 * prod(index) * (prod(up[1:]) + prod(down[1:]))
-    if node.op in (SELECTIVE, CHUNKED):
+    if node.op in SCANS:
         return float(sum(matmul.flops for matmul in scan_products(node, input_shapes)))
     matmul = matmul_of(node, input_shapes, output_shape)
     return float(matmul.flops) if matmul else 0.0
@@ -314,7 +314,7 @@ _FAMILIES: tuple[tuple[Counter, Sequence[str]], ...] = (
 
 _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILIES for name in names} | {
     **dict.fromkeys(CONVOLUTIONS, _matmul),
-    **dict.fromkeys((SELECTIVE, CHUNKED), scan),
+    **dict.fromkeys(SCANS, scan),
     **dict.fromkeys(RECURRENT, recurrent),
     ATTENTION: _attention,
     "aten.cat": _cat,

@@ -128,6 +128,8 @@ def activated(rows: Tensor, gate: str, activation: str, alpha: float, limit: flo
     if gate == "none":
         return _act(rows, activation)
     first, values = rows.chunk(2, -1) if gate == "halves" else (rows[..., ::2], rows[..., 1::2])
+    if activation == "clamped_silu":
+        return F.silu(first.clamp(max=limit)) * values.clamp(-limit, limit)
     if activation == "clamped_swish":
         first, values = first.clamp(max=limit), values.clamp(-limit, limit)
         return (values + 1) * first * torch.sigmoid(first * alpha)

@@ -1,4 +1,5 @@
-"""Recurrences along the sequence: the scans of state-space models, in plain PyTorch, without a loop over positions."""
+"""Recurrences along the sequence: the scans of state-space models and the gated delta rule, in plain PyTorch, without a
+loop over positions."""
 
 from __future__ import annotations
 
@@ -48,6 +49,56 @@ def state_space_scan(x: Tensor, step: Tensor, decay: Tensor, write: Tensor, read
     return (within + across).flatten(1, 2)[:, :length]
 
 
+def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, chunk: int) -> Tensor:
+    """The gated delta rule (arXiv 2412.06464).
+
+    ``y[t] = q[t] h[t]`` of the state ``h[t] = h + k[t] beta[t] (v[t] - k[t] h)``
+    with ``h = exp(decay[t]) h[t-1]``.
+
+    In chunks (arXiv 2406.06484, section 3): within a chunk one triangular system says what is written, between chunks
+    the state is handed on.
+
+    query, key [b, s, g, n], of groups of heads; value [b, s, h, p]; decay (its logarithm) [b, s, h], or
+    [b, s, h, n] with one for each channel (Kimi Delta Attention, arXiv 2510.26692); beta [b, s, h] -> [b, s, h, p].
+    """
+    length, heads = value.shape[1], value.shape[2]
+    decay = decay.unsqueeze(-1) if decay.ndim == 3 else decay
+    query, key = (x.repeat_interleave(heads // x.shape[2], 2) for x in (query, key))
+    query, key, value, decay, beta = (
+        _chunks(x, -length % chunk, chunk).movedim(3, 1) for x in (query, key, value, decay, beta.unsqueeze(-1))
+    )
+    past = decay.cumsum(3)  # all below are [b, h, c, l, ...]
+    scores, system = (_within(x, key, past) for x in (query, key * beta))
+    reads = key * beta * past.exp()
+    reach = value.shape[-1]
+    solved = torch.linalg.solve_triangular(
+        system.tril(-1), torch.cat((value * beta, reads), -1), upper=False, unitriangular=True
+    )
+    written, erased = solved[..., :reach], solved[..., reach:]
+    query = query * past.exp()
+    last = past[:, :, :, -1:]
+    key = (key * (last - past).exp()).transpose(3, 4)
+    kept = last.exp().transpose(3, 4)
+    state = key.new_zeros((*key.shape[:2], key.shape[3], reach))
+    results = []
+    for index in range(written.shape[2]):
+        new = written[:, :, index] - erased[:, :, index] @ state
+        results.append(query[:, :, index] @ state + scores[:, :, index] @ new)
+        state = kept[:, :, index] * state + key[:, :, index] @ new
+    return torch.stack(results, 2).flatten(2, 3).transpose(1, 2)[:, :length]
+
+
+def _within(x: Tensor, key: Tensor, past: Tensor) -> Tensor:
+    """Products of ``x`` and ``key`` at the positions of a chunk up to x's, with what lies between decayed:
+    [..., l, n] -> [..., l, l]."""
+    before = torch.ones(key.shape[-2], key.shape[-2], dtype=torch.bool, device=key.device).tril()
+    between = past.unsqueeze(-2) - past.unsqueeze(-3)
+    between = between.masked_fill(~before.unsqueeze(-1), float("-inf")).exp()
+    if between.shape[-1] == 1:
+        return x @ key.transpose(-1, -2) * between.squeeze(-1)
+    return (x.unsqueeze(-2) * key.unsqueeze(-3) * between).sum(-1)
+
+
 def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
     """[b, s, ...] -> [b, s / chunk, chunk, ...], zeros behind."""
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)).unflatten(1, (-1, chunk))
@@ -81,4 +132,4 @@ def _scan(kept: Tensor, added: Tensor) -> Tensor:
     return added
 
 
-__all__ = ["selective_scan", "state_space_scan"]
+__all__ = ["gated_delta_rule", "selective_scan", "state_space_scan"]

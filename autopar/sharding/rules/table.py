@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autopar.graph.ir import Node, OpGraph
+from autopar.graph.leaves import FOUND
 from autopar.sharding.factors import Mismatch, Rule
 from autopar.sharding.rules import (
     attention,
@@ -42,6 +43,8 @@ RULES: dict[str, Entry] = {entry.op: entry for family in _FAMILIES for entry in 
 def rule_of(node: Node, graph: OpGraph) -> Rule | None:
     """The rule of one operator call; None for an operator, or a form of it, that has none: it runs replicated."""
     entry = RULES.get(node.op)
+    if entry is None and node.op in FOUND:
+        entry = Entry(node.op, (FOUND[node.op],))
     if entry is None:
         return None
     try:
