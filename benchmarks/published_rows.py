@@ -8,6 +8,7 @@ A record's facts are copied as they stand. What a source does not state (null) i
   Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest
   whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is
   DeepSeek-V3's (`_experts`).
+* dtype: bfloat16, or float16 where devices have no bfloat16 (V100).
 * zero_stage: left to the prediction, like any part of a plan that is not fixed.
 
 `RefusedError` says why a record cannot be represented.
@@ -16,9 +17,12 @@ A record's facts are copied as they stand. What a source does not state (null) i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+from published_stacks import EARLY, shards_parameters, stack_name
+from published_tidy import MICRO_BATCHES, Record, RefusedError
 
 from autopar import Cluster, Job
 from autopar.cluster import Device, Link
@@ -31,7 +35,8 @@ POSITIONS = 131_072
 """What models with rotary positions, which keep no table of them, are said to be made for."""
 DROPOUT = 0.1
 """Megatron-LM's default of hidden and attention dropout."""
-DEVICES = (
+DEVICES: tuple[tuple[str, str | None], ...] = (
+    (r"GH200|.*PCI|.*\bNVL\b", None),
     (r"A100.*40 ?GB", "a100-40g"),
     (r"A100", "a100-80g"),
     (r"A800", "a800-80g"),
@@ -53,27 +58,19 @@ DEVICES = (
 DTYPES = (
     (r"(nv|mx)?fp4", "bf16", "fp4"),
     (r"(mx)?(fp8|float8)", "bf16", "fp8"),
-    (r"bf16", "bf16", None),
-    (r"fp16", "fp16", None),
-    (r"fp32|tf32", "fp32", None),
+    (r"bf(loat)?16", "bf16", None),
+    (r"fp16|float16|half", "fp16", None),
+    (r"fp32|tf32|float32", "fp32", None),
 )
+RECOMPUTES = {"true": "full", "1": "full", "block": "full", "uniform": "full", "false": "none", "0": "none"}
+"""Other words for what is recomputed: of switches, and Megatron's methods of recomputing whole layers."""
 PYTORCH_WORKSPACES, DETERMINISTIC_BYTES = 2, 8 * 4 * 2**20
 """PyTorch's own workspaces (of the thread that runs forwards, and of autograd's), and bytes of one where runs are
 deterministic."""
 CHEAP = "selective(matmul+attention)"
 """What is recomputed first where a source does not say."""
-STEP_GRAPHS = "26.06"
-"""The container from which on NVIDIA's recipes for mixtures in MXFP8 make whole steps a CUDA graph."""
-COMPILED_LOSS = "2025"
-"""The year from which on torchtitan compiles the loss (torchtitan/components/loss.py)."""
 RACK = 64
 """Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
-
-Record = Mapping[str, Any]
-
-
-class RefusedError(Exception):
-    """A record that cannot be represented; its text is the reason."""
 
 
 def seconds(record: Record) -> float | None:
@@ -100,9 +97,26 @@ def workspace_bytes(record: Record, device: Device, stack: Stack) -> float:
     return PYTORCH_WORKSPACES * each + (stack.workspaces - PYTORCH_WORKSPACES) * device.workspace_bytes
 
 
-def is_reserved(record: Record) -> bool:
-    """Whether the bytes are those that the allocator reserved (torchtitan), not those that were allocated."""
-    return "reserved" in (record.get("notes") or "")
+def counted_by(record: Record) -> str:
+    """What counted the bytes: "allocated" by PyTorch, "reserved" by its allocator (torchtitan), or "driver", nvidia-smi,
+    which counts beside those what the process holds outside the allocator (BLOOM's of bigscience)."""
+    told = record.get("notes") or ""
+    if re.search(r"(?<!not )nvidia-smi", told) or "bigscience" in str(record.get("group")).lower():
+        return "driver"
+    return "reserved" if "reserved" in told else "allocated"
+
+
+def held_by(record: Record, ranks: Sequence[int]) -> int:
+    """Of the bytes of all pipeline ranks those that were measured: Megatron's CI logs the last one's
+    (`shared/published/README.md`), who names none reports the fullest."""
+    return ranks[-1] if str(record.get("group")).startswith("megatron_ci") else max(ranks)
+
+
+def counts_recomputation(record: Record) -> bool:
+    """Whether FLOP/s count what is recomputed (papers on Megatron until 2022; `shared/published/README.md`, trap 1)."""
+    told = " ".join(str(record.get(name) or "") for name in ("group", "source", "notes")).lower()
+    again = str(record.get("recompute")).lower() in ("full", "true", "block", "uniform")
+    return again and bool(re.search(r"hardware flop|incl\. recompute|bigscience|mt-?nlg|" + EARLY, told))
 
 
 def config_of(record: Record) -> dict[str, Any]:
@@ -187,51 +201,21 @@ def cluster_of(record: Record) -> Cluster:
     if count % per_node:
         raise RefusedError(f"{count} devices are no whole nodes of {per_node}")
     cluster = Cluster.parse(f"{count // per_node}x{per_node}:{device_of(hardware['gpu'])}")
+    if re.search(r"pci", hardware.get("intra_node_link") or "", re.I):
+        intra, width = cluster.intra_node, cluster.device.host_bandwidth
+        cluster = cluster.with_links(intra_node=replace(intra, bandwidth=min(intra.bandwidth, width)))
     link = _link(hardware.get("inter_node_link"), cluster)
     return cluster.with_links(inter_node=link) if link and cluster.nodes > 1 else cluster
 
 
 def job_of(record: Record) -> Job:
     """The record's batch, length, dtype and software, under AdamW."""
+    told = record["dtype"] or ("fp16" if device_of(record["hardware"]["gpu"]) == "v100-32g" else "bf16")
     for pattern, dtype, linear in DTYPES:
-        if re.match(pattern, record["dtype"] or ""):
+        if re.match(pattern, told.strip().lower()):
             length, batch = _stated(record["model"], "seq_len"), _stated(record, "global_batch")
             return Job(batch, length, dtype, stack=stack_name(record), linear_dtype=linear)
     raise RefusedError(f"dtype {record['dtype']!r} is not known")
-
-
-def stack_name(record: Record) -> str:
-    """The software that a record names; what names none is Megatron where models are split, else plain FSDP."""
-    told = " ".join(str(record.get(key) or "") for key in ("group", "source", "notes")).lower()
-    if "eager" in told and "fsdp2" in told:
-        return "torch"
-    for words, name in (
-        ("deepspeed|bigscience|vtrain", "megatron-deepspeed"),
-        ("torchtitan|fms-fsdp|torch.compile|automodel", "compiled"),
-        ("llm-foundry|mosaicml", "composer"),
-        ("internevo|internlm", "internevo"),
-        ("megatron|nemo|bridge|mcore", "megatron"),
-    ):
-        if re.search(words, told):
-            return name + _variant(record, name)
-    return "compiled" if "fsdp" in str(record.get("zero_stage")) else "megatron"
-
-
-def _variant(record: Record, stack: str) -> str:
-    """What follows a stack's name where a recipe, or the date of a source, says that it is run otherwise."""
-    told = record.get("ci_args") or {}
-    if stack == "compiled":
-        dated = re.search(r"20\d\d-?[01]\d", str(record.get("source")))
-        return "-loss" if dated and dated[0] >= COMPILED_LOSS else ""
-    if stack != "megatron":
-        return ""
-    if told.get("attention-backend") == "unfused" or told.get("transformer-impl") == "local":
-        return "-unfused"
-    if told.get("cross-entropy-loss-fusion"):
-        return "-compiled-loss"
-    container = re.search(r"\((\d\d\.\d\d)[.\d]* NeMo Container\)", str(record.get("source")))
-    graphs = container and container[1] >= STEP_GRAPHS and record["model"].get("moe") and "mxfp8" in record["dtype"]
-    return "-graphs" if graphs else ""
 
 
 def fix_of(record: Record) -> dict[str, Any]:
@@ -245,6 +229,8 @@ def fix_of(record: Record) -> dict[str, Any]:
     if batch % (micro_batch * (data // cp)):
         raise RefusedError("the global batch is no whole number of micro-batches")
     micro_batches = batch // (micro_batch * (data // cp))
+    if micro_batches > MICRO_BATCHES:
+        raise RefusedError(f"{micro_batches} micro-batches in a step")
     mesh = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "ep": record.get("ep") or 1}
     fix: dict[str, Any] = {**mesh, "micro_batch": micro_batch}
     if tp > 1 and record.get("sp") is not None:
@@ -258,31 +244,34 @@ def fix_of(record: Record) -> dict[str, Any]:
 
 def _recompute(record: Record) -> str:
     """FSDP's "selective" keeps attention and the results of every second matmul (torchtitan's policy by operator): here
-    of all in half the layers. Megatron's recomputes the core of attention alone, which fused kernels do anyway."""
-    told = str(record["recompute"])
-    if told != "selective" or (record.get("pp") or 1) > 1 or "fsdp" not in str(_level(record)):
+    of all in half the layers. Megatron's is its stack's (`recomputes_core`), beside which nothing is recomputed."""
+    told = RECOMPUTES.get(str(record["recompute"]).lower(), str(record["recompute"]).lower())
+    if told != "selective" or (record.get("pp") or 1) > 1 and shards_parameters(record):
         return told
+    if not shards_parameters(record):
+        return "none" if stack_name(record).endswith("-selective") else told
     return f"selective(matmul+attention),1-{record['model']['layers'] // 2}:selective(attention)"
-
-
-def _level(record: Record) -> str:
-    stage = str(record.get("zero_stage"))
-    return "fsdp" if stage.startswith(("fsdp", "hsdp", "3")) else stage
 
 
 def _schedule(record: Record, pp: int, micro_batches: int) -> dict[str, Any]:
     """The schedule and the stages a rank. 1F1B with fewer micro-batches than stages runs them all forward before the
     first returns, so it is GPipe. The CI's records tell layers per stage in place of stages a rank."""
+    told = str(record.get("schedule") or "").lower()
+    if re.search(r"v-zb|zbv|zb-v|dualpipe-?v", told):
+        return {"schedule": "dualpipev" if "dual" in told else "zbv", **_even(record, 2 * pp)}
+    if re.search(r"zb|zero.?bubble|v-half|v-min|dualpipe", told):
+        raise RefusedError(f"schedule {record['schedule']!r} is none of autopar's")
     vpp = record.get("vpp") or 1
     if "layers per virtual stage" in (record.get("notes") or "") and record.get("vpp"):
         vpp = max(1, record["model"]["layers"] // pp // vpp)
-    told = record.get("ci_args") or {}
-    vpp = int(told.get("num-virtual-stages-per-pipeline-rank", vpp))
-    if int(told.get("microbatch-group-size-per-virtual-pipeline-stage", pp)) != pp:
+    arguments = record.get("ci_args") or {}
+    vpp = int(arguments.get("num-virtual-stages-per-pipeline-rank", vpp))
+    if int(arguments.get("microbatch-group-size-per-virtual-pipeline-stage", pp)) != pp:
         raise RefusedError("interleaves other groups than one micro-batch a rank")
     if vpp > 1 and micro_batches % pp == 0:
         return {"schedule": "interleaved", "vpp": vpp, **_even(record, pp * vpp)}
-    return {"schedule": "1f1b" if micro_batches >= pp else "gpipe", **_even(record, pp)}
+    few = micro_batches < pp or "gpipe" in told
+    return {"schedule": "gpipe" if few else "1f1b", **_even(record, pp)}
 
 
 def _even(record: Record, stages: int) -> dict[str, Any]:
@@ -329,16 +318,18 @@ def _mixed(fix: Mapping[str, Any], layers: int, some: str, others: str, share: f
 def _zero(record: Record, data: int) -> dict[str, Any]:
     """ZeRO level and shard group. FSDP2 and FULL_SHARD are level 3; hybrid sharding is level 3 in a node; the
     distributed optimizer of Megatron is level 1."""
-    stage = record.get("zero_stage")
-    if stage is None:
+    if record.get("zero_stage") is None:
         return {}
-    group = re.search(r"group (\d+)", str(stage))
-    if str(stage).startswith(("fsdp", "hsdp")):
+    stage = str(record["zero_stage"]).lower()
+    group, named = re.search(r"group (\d+)", stage), re.match(r"(?:zero|stage)?[ -]?([0-3])\b", stage)
+    if shards_parameters(record):
         level = 3
-    elif str(stage).startswith("dist"):
+    elif stage.startswith("dist"):
         level = 1
+    elif named or stage in ("none", "ddp", "no"):
+        level = int(named[1]) if named else 0
     else:
-        level = int(str(stage)[0])
+        raise RefusedError(f"zero_stage {record['zero_stage']!r} is not known")
     instances = int((record.get("ci_args") or {}).get("num-distributed-optimizer-instances", 1))
     shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data // instances
     shards = min(shards, data)
@@ -372,7 +363,9 @@ def family_of(record: Record) -> str:
 def device_of(gpu: str) -> str:
     """The catalog's name of a device. Raises RefusedError for one that it does not have."""
     for pattern, name in DEVICES:
-        if re.match(pattern, gpu or ""):
+        if re.match(rf"(NVIDIA |AMD |DGX |HGX )*(?:{pattern})", gpu or "", re.I):
+            if name is None:
+                break
             return name
     raise RefusedError(f"device {gpu!r} is not in the catalog")
 
@@ -383,7 +376,7 @@ def devices_of(record: Record) -> int:
     if hardware.get("count"):
         return int(hardware["count"])
     needed = 1
-    for name in ("tp", "pp", "cp"):
+    for name in ("tp", "pp", "cp", "dp"):
         needed *= record.get(name) or 1
     node = _stated(hardware, "gpus_per_node")
     return int(-(-needed // node) * node)
@@ -403,7 +396,7 @@ def _stated(facts: Mapping[str, Any], name: str) -> Any:
 def _link(text: str | None, cluster: Cluster) -> Link | None:
     """A node's ports from such words as "4x100Gb RoCE per node"; what no port is named of is shared by the node."""
     found = re.search(r"(?:(\d+)x\D*)?(\d+) ?Gb", text or "")
-    if not found or "default" in (text or ""):
+    if not found or not int(found[2]) or "default" in (text or ""):
         return None
     ports = cluster.devices_per_node if "per GPU" in (text or "") else int(found[1] or 1)
     return replace(
