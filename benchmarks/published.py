@@ -33,21 +33,16 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from published_plot import write_scatter
-from published_rows import (
-    CHEAP,
-    cluster_of,
-    config_of,
+from published_measured import (
     counted_by,
     counts_recomputation,
-    fix_of,
     held_by,
-    job_of,
     peak_bytes,
-    recomputing,
     seconds,
     workspace_bytes,
 )
+from published_plot import write_scatter
+from published_rows import CHEAP, cluster_of, config_of, fix_of, job_of, recomputing
 from published_stats import errors, left_out, spread, summary, sweep_figures, trivial_seconds
 from published_tidy import Record, RefusedError, tidied
 
@@ -63,8 +58,8 @@ SHARED = 256
 LIMIT_S = 120.0
 """CPU seconds that a record may take; the slowest that are known, a mixture's first, take a tenth of it."""
 DRIVER_BYTES = int(1.8 * 2**30)
-"""Bytes that nvidia-smi shows beside the allocator's: 0.5 GiB of context and kernels, about 0.4 GiB of NCCL's buffers for
-each of three communicators (the reasons that device files give for `reserve_bytes`, without the allocator's part)."""
+"""Bytes that nvidia-smi shows beside the allocator's: 0.5 GiB of context and kernels, 0.4 GiB of NCCL's buffers for
+each of three communicators (as device files have it of `reserve_bytes`, without the allocator's part)."""
 ROOMY = 64
 """Times its memory a device is given: what ran is priced, whether the model of memory thinks that it fits or not."""
 

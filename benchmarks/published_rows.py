@@ -17,16 +17,17 @@ A record's facts are copied as they stand. What a source does not state (null) i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
-from published_stacks import EARLY, shards_parameters, stack_name
+from published_measured import devices_of, stated
+from published_stacks import shards_parameters, stack_name
 from published_tidy import MICRO_BATCHES, Record, RefusedError
 
 from autopar import Cluster, Job
-from autopar.cluster import Device, Link
-from autopar.stack import Stack
+from autopar.cluster import Link
 
 VOCABULARY, PADDED_TO = 50_257, 128
 """GPT-2's tokens, taken where a GPT record names no vocabulary, and what Megatron-LM pads them to a multiple of, for
@@ -60,63 +61,14 @@ DTYPES = (
     (r"(mx)?(fp8|float8)", "bf16", "fp8"),
     (r"bf(loat)?16", "bf16", None),
     (r"fp16|float16|half", "fp16", None),
-    (r"fp32|tf32|float32", "fp32", None),
+    (r"fp32|float32", "fp32", None),
 )
 RECOMPUTES = {"true": "full", "1": "full", "block": "full", "uniform": "full", "false": "none", "0": "none"}
 """Other words for what is recomputed: of switches, and Megatron's methods of recomputing whole layers."""
-PYTORCH_WORKSPACES, DETERMINISTIC_BYTES = 2, 8 * 4 * 2**20
-"""PyTorch's own workspaces (of the thread that runs forwards, and of autograd's), and bytes of one where runs are
-deterministic."""
 CHEAP = "selective(matmul+attention)"
 """What is recomputed first where a source does not say."""
 RACK = 64
 """Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
-
-
-def seconds(record: Record) -> float | None:
-    """Measured seconds of a step, from the throughput where that alone is given."""
-    measured = record["measured"]
-    if measured.get("step_time_s"):
-        return float(measured["step_time_s"])
-    if not measured.get("tokens_per_s_per_gpu"):
-        return None
-    tokens = _stated(record, "global_batch") * _stated(record["model"], "seq_len")
-    return float(tokens / (measured["tokens_per_s_per_gpu"] * devices_of(record)))
-
-
-def peak_bytes(record: Record) -> float | None:
-    """Measured bytes of the fullest device: sources say GB and mean GiB, as PyTorch and nvidia-smi count."""
-    found = record["measured"].get("peak_mem_gb")
-    return float(found) * 2**30 if found else None
-
-
-def workspace_bytes(record: Record, device: Device, stack: Stack) -> float:
-    """Bytes of workspaces of matmul libraries, as `Stack.workspaces` counts them. Deterministic runs ask for eight
-    chunks of 4 MiB for each of PyTorch's (CUBLAS_WORKSPACE_CONFIG=:4096:8, as PyTorch's notes on randomness say)."""
-    each = max(DETERMINISTIC_BYTES, device.workspace_bytes) if record.get("deterministic") else device.workspace_bytes
-    return PYTORCH_WORKSPACES * each + (stack.workspaces - PYTORCH_WORKSPACES) * device.workspace_bytes
-
-
-def counted_by(record: Record) -> str:
-    """What counted the bytes: "allocated" by PyTorch, "reserved" by its allocator (torchtitan), or "driver", nvidia-smi,
-    which counts beside those what the process holds outside the allocator (BLOOM's of bigscience)."""
-    told = record.get("notes") or ""
-    if re.search(r"(?<!not )nvidia-smi", told) or "bigscience" in str(record.get("group")).lower():
-        return "driver"
-    return "reserved" if "reserved" in told else "allocated"
-
-
-def held_by(record: Record, ranks: Sequence[int]) -> int:
-    """Of the bytes of all pipeline ranks those that were measured: Megatron's CI logs the last one's
-    (`shared/published/README.md`), who names none reports the fullest."""
-    return ranks[-1] if str(record.get("group")).startswith("megatron_ci") else max(ranks)
-
-
-def counts_recomputation(record: Record) -> bool:
-    """Whether FLOP/s count what is recomputed (papers on Megatron until 2022; `shared/published/README.md`, trap 1)."""
-    told = " ".join(str(record.get(name) or "") for name in ("group", "source", "notes")).lower()
-    again = str(record.get("recompute")).lower() in ("full", "true", "block", "uniform")
-    return again and bool(re.search(r"hardware flop|incl\. recompute|bigscience|mt-?nlg|" + EARLY, told))
 
 
 def config_of(record: Record) -> dict[str, Any]:
@@ -131,8 +83,8 @@ def config_of(record: Record) -> dict[str, Any]:
     family, told = family_of(record), record.get("ci_args") or {}
     if "distill" in (model.get("name") or ""):
         raise RefusedError("two models, one the other's teacher")
-    layers, hidden, heads = (_stated(model, name) for name in ("layers", "hidden", "heads"))
-    seq_len = _stated(model, "seq_len")
+    layers, hidden, heads = (stated(model, name) for name in ("layers", "hidden", "heads"))
+    seq_len = stated(model, "seq_len")
     if family == "gpt":
         dropout = told.get("attention-dropout", DROPOUT)  # recipes that turn it off turn both off
         return {
@@ -153,8 +105,8 @@ def config_of(record: Record) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": model["kv_heads"] or heads,
-        "intermediate_size": _stated(model, "ffn"),
-        "vocab_size": _stated(model, "vocab"),
+        "intermediate_size": stated(model, "ffn"),
+        "vocab_size": stated(model, "vocab"),
         "max_position_embeddings": max(seq_len, POSITIONS),  # rotary: one model for every length
     }
     if family == "mpt":
@@ -172,8 +124,8 @@ def _experts(model: Mapping[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
     record states: they are taken to be its own), GPT-OSS's by name, else Qwen3's. A shared expert without latent
     attention is refused."""
     told = model["moe"]
-    experts = {"num_experts_per_tok": _stated(told, "topk"), "tie_word_embeddings": False}
-    count, width = _stated(told, "experts"), told.get("expert_ffn") or sizes["intermediate_size"]
+    experts = {"num_experts_per_tok": stated(told, "topk"), "tie_word_embeddings": False}
+    count, width = stated(told, "experts"), told.get("expert_ffn") or sizes["intermediate_size"]
     if model.get("attention") == "MLA":
         return {
             "model_type": "deepseek_v3",
@@ -213,7 +165,7 @@ def job_of(record: Record) -> Job:
     told = record["dtype"] or ("fp16" if device_of(record["hardware"]["gpu"]) == "v100-32g" else "bf16")
     for pattern, dtype, linear in DTYPES:
         if re.match(pattern, told.strip().lower()):
-            length, batch = _stated(record["model"], "seq_len"), _stated(record, "global_batch")
+            length, batch = stated(record["model"], "seq_len"), stated(record, "global_batch")
             return Job(batch, length, dtype, stack=stack_name(record), linear_dtype=linear)
     raise RefusedError(f"dtype {record['dtype']!r} is not known")
 
@@ -225,13 +177,13 @@ def fix_of(record: Record) -> dict[str, Any]:
     if count % (tp * pp * cp):
         raise RefusedError(f"{count} devices do not divide by tp={tp} pp={pp} cp={cp}")
     data = count // (tp * pp)
-    micro_batch, batch = _stated(record, "micro_batch"), _stated(record, "global_batch")
+    micro_batch, batch = stated(record, "micro_batch"), stated(record, "global_batch")
     if batch % (micro_batch * (data // cp)):
         raise RefusedError("the global batch is no whole number of micro-batches")
     micro_batches = batch // (micro_batch * (data // cp))
     if micro_batches > MICRO_BATCHES:
         raise RefusedError(f"{micro_batches} micro-batches in a step")
-    mesh = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "ep": record.get("ep") or 1}
+    mesh = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "ep": _experts_over(record, data)}
     fix: dict[str, Any] = {**mesh, "micro_batch": micro_batch}
     if tp > 1 and record.get("sp") is not None:
         fix["sp"] = record["sp"]
@@ -246,10 +198,12 @@ def _recompute(record: Record) -> str:
     """FSDP's "selective" keeps attention and the results of every second matmul (torchtitan's policy by operator): here
     of all in half the layers. Megatron's is its stack's (`recomputes_core`), beside which nothing is recomputed."""
     told = RECOMPUTES.get(str(record["recompute"]).lower(), str(record["recompute"]).lower())
-    if told != "selective" or (record.get("pp") or 1) > 1 and shards_parameters(record):
+    if told != "selective":
         return told
     if not shards_parameters(record):
         return "none" if stack_name(record).endswith("-selective") else told
+    if (record.get("pp") or 1) > 1:
+        return told
     return f"selective(matmul+attention),1-{record['model']['layers'] // 2}:selective(attention)"
 
 
@@ -315,15 +269,29 @@ def _mixed(fix: Mapping[str, Any], layers: int, some: str, others: str, share: f
     return ",".join(parts)
 
 
+def _experts_over(record: Record, data: int) -> int:
+    """Ranks that share experts, of a mixture. Where that is not stated: none, but with DeepEP, which has no other use,
+    the shard group, or all data ranks."""
+    if not record["model"].get("moe"):
+        return 1
+    if record.get("ep"):
+        return int(record["ep"])
+    if "deepep" not in str(record.get("notes")).lower():
+        return 1
+    return gcd(int(_zero(record, data).get("fsdp", data)), int(record["model"]["moe"]["experts"]))
+
+
 def _zero(record: Record, data: int) -> dict[str, Any]:
     """ZeRO level and shard group. FSDP2 and FULL_SHARD are level 3; hybrid sharding is level 3 in a node; the
-    distributed optimizer of Megatron is level 1."""
+    distributed optimizer of Megatron is level 1, and so is FSDP2 where stages are pipelined: parameters stay gathered,
+    gradients wait for the last micro-batch (torch.distributed.pipelining.stage; torchtitan's default of
+    reshard_after_forward; Automodel's recipe for DeepSeek-V3)."""
     if record.get("zero_stage") is None:
         return {}
     stage = str(record["zero_stage"]).lower()
     group, named = re.search(r"group (\d+)", stage), re.match(r"(?:zero|stage)?[ -]?([0-3])\b", stage)
     if shards_parameters(record):
-        level = 3
+        level = 1 if (record.get("pp") or 1) > 1 else 3
     elif stage.startswith("dist"):
         level = 1
     elif named or stage in ("none", "ddp", "no"):
@@ -370,27 +338,9 @@ def device_of(gpu: str) -> str:
     raise RefusedError(f"device {gpu!r} is not in the catalog")
 
 
-def devices_of(record: Record) -> int:
-    """How many devices ran; where that is not stated, the fewest whole nodes that the split of the model fills."""
-    hardware = record["hardware"]
-    if hardware.get("count"):
-        return int(hardware["count"])
-    needed = 1
-    for name in ("tp", "pp", "cp", "dp"):
-        needed *= record.get(name) or 1
-    node = _stated(hardware, "gpus_per_node")
-    return int(-(-needed // node) * node)
-
-
 def _padded(vocabulary: int, ranks: int) -> int:
     each = PADDED_TO * ranks
     return -(-vocabulary // each) * each
-
-
-def _stated(facts: Mapping[str, Any], name: str) -> Any:
-    if not facts.get(name):
-        raise RefusedError(f"{name} is not stated")
-    return facts[name]
 
 
 def _link(text: str | None, cluster: Cluster) -> Link | None:

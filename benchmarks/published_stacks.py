@@ -16,7 +16,8 @@ during the backward."""
 NAMES = (
     ("deepspeed|bigscience|vtrain|mt-?nlg", "megatron-deepspeed"),
     (EARLY, "megatron-early"),
-    ("torchtitan|fms-fsdp|torch.compile|automodel", "compiled"),
+    ("automodel", "automodel"),
+    ("torchtitan|fms-fsdp|torch.compile", "compiled"),
     ("llm-foundry|mosaicml", "composer"),
     ("internevo|internlm", "internevo"),
     ("megatron|nemo|bridge|mcore", "megatron"),

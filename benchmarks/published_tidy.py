@@ -105,8 +105,11 @@ def _whole(name: str, told: Any, most: int) -> int | None:
 
 
 def _positive(name: str, told: Any) -> float | None:
-    """A measurement; none that is zero or less."""
-    value = _number(name, told)
+    """A measurement; what cannot be one was not measured."""
+    try:
+        value = _number(name, told)
+    except RefusedError:
+        return None
     return value if value and value > 0 else None
 
 

@@ -10,8 +10,8 @@ softmax, a batched matmul), on scores S of batch x queries x keys elements, whol
     forward     Q K^T (writes S), softmax (reads and writes S), P V (reads S)
     backward    dV = P^T dO, dP = dO V^T (writes S), softmax (reads P and dP, writes dS), dQ = dS K, dK = dS^T Q
 
-Where its core is computed again (`Stack.again`: Megatron's selective recomputation), the backward begins with a forward;
-and where probabilities are dropped out, one kernel more each way, which reads and writes S and a mask of bytes.
+and where probabilities are dropped out, one kernel more each way, which reads and writes S and a mask of bytes. Where
+the core is computed again (`Stack.again`: Megatron's selective recomputation), the backward begins with a forward.
 
 Linear layers in a narrower dtype cast their operands first: input and weight forward, the output's gradient backward
 (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433); stacks that fuse pointwise operators fuse
