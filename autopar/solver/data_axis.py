@@ -222,7 +222,7 @@ class DataAxis:
             return 0.0
         compute, wide = self.ops.job.compute_bytes, self.ops.job.gradient_bytes
         added = 1.0 if wide > compute else 1 - 1 / self.micro_batches
-        return stream_seconds(self.ops, added * (compute + 2 * wide) * elements, 1)
+        return stream_seconds(self.ops, added * (compute + 2 * wide) * elements, 1) if added else 0.0
 
     def optimizer_s(self, elements: float) -> float:
         """Seconds of clipping and the optimizer where so many of the elements held on the model axes train."""
