@@ -31,6 +31,8 @@ from autopar.catalog.devices_file import FOLDER, figures_of
 
 ROUNDS, WORKERS = 4, 2
 """Times that steps are halved, and processes."""
+MOVES = 0.01
+"""Share of the step time that a constant must move for runs to tell what it is."""
 MANY = 100
 """Runs of a group that are always all taken."""
 
@@ -114,13 +116,13 @@ def loss(found: list[tuple[str, str, float]]) -> float:
 
 
 OWN = {
-    "megatron-deepspeed": ("host_s", "collective_host_s", "matmul", "step_s"),
-    "internevo": ("matmul",),
-    "composer": ("pointwise", "attention_speed", "matmul"),
-    "compiled": ("pointwise", "matmul"),
-    "megatron": ("experts", "host_s", "matmul"),
+    "megatron-deepspeed": (("vtrain_single", "vtrain_multi"), ("host_s", "collective_host_s", "matmul", "step_s")),
+    "internevo": (("internevo",), ("matmul",)),
+    "composer": (("llm_foundry_mpt",), ("pointwise", "attention_speed", "matmul")),
+    "compiled": (("torchtitan", "fms_fsdp"), ("pointwise", "matmul")),
+    "megatron": (("megatron_bridge",), ("experts", "host_s", "matmul")),
 }
-"""Of each stack, its constants that come from runs ("fitted" in `autopar/catalog/stacks.yaml`)."""
+"""Of each stack, the groups of runs that constants come from, and which ("fitted" in `autopar/catalog/stacks.yaml`)."""
 RELATIVES = {
     "megatron-deepspeed": "megatron",  # the same modules on the same eager PyTorch, of a later year
     "megatron": "megatron-deepspeed",
@@ -138,7 +140,7 @@ FITTED = ("matmul_efficiency", "attention_efficiency")
 def elsewhere(stack: str) -> dict[str, float]:
     """A stack's fitted constants as its relative has them, and those of devices that its runs alone calibrate."""
     every = {name: entry["values"] for name, entry in stacks.catalog()["stacks"].items()}
-    found = {f"{stack}.{name}": every[RELATIVES[stack]][name] or every[stack][name] for name in OWN[stack]}
+    found = {f"{stack}.{name}": every[RELATIVES[stack]][name] or every[stack][name] for name in OWN[stack][1]}
     if stack == "megatron":
         for device, relative in DEVICES.items():
             found |= {f"{device}.{part}": constant(f"{relative}.{part}")["value"] for part in FITTED}
@@ -150,17 +152,28 @@ def family(entry: Entry) -> str:
     return stacks.stack_of(entry[3].job.stack).family
 
 
+def tells(pool: Any, workers: int, entries: list[Entry], known: dict[str, float], name: str) -> bool:
+    """Whether these runs tell what a constant is: a fifth less of it moves them by `MOVES` or more."""
+    before, after = (errors(pool, workers, entries, {**known, name: known[name] * share}) for share in (1.0, 0.8))
+    return fmean(abs(a[2] - b[2]) for a, b in zip(before, after, strict=True)) >= MOVES
+
+
 def left_out(pool: Any, workers: int, entries: list[Entry]) -> dict[str, tuple[int, float, float, dict[str, float]]]:
     """Per group: runs, mean absolute error of time with all constants, the same with what is known without the group,
-    and that: `elsewhere`, fitted to the stack's other groups where it has any."""
+    and that: `elsewhere`, fitted to the stack's other groups where it has any. Nothing changes without a group that
+    nothing was fitted to."""
     found = {}
     for group in sorted({entry[0] for entry in entries}):
         mine = [entry for entry in entries if entry[0] == group]
         stack = Counter(map(family, mine)).most_common(1)[0][0]
-        others = [entry for entry in entries if entry[0] != group and family(entry) == stack]
-        known = elsewhere(stack) if stack in OWN else {}
-        if others:
-            known = fitted(pool, workers, others, known, [f"{stack}.{name}" for name in OWN[stack]])
+        groups, names = OWN.get(stack, ((), ()))
+        others = [entry for entry in entries if entry[0] != group and entry[0] in groups]
+        known = elsewhere(stack) if group in groups else {}
+        if known and others:
+            names = [
+                name for name in (f"{stack}.{name}" for name in names) if tells(pool, workers, others, known, name)
+            ]
+            known = fitted(pool, workers, others, known, names)
         told = [
             fmean(abs(exp(value) - 1) for _, _, value in errors(pool, workers, mine, changes))
             for changes in ({name: constant(name)["value"] for name in known}, known)
