@@ -15,6 +15,11 @@ in what they say of it.
 step, waiting included. That is an upper figure for the devices: training draws less than the maximum, and least where
 ranks wait; and it leaves out hosts, network and cooling. It is how Meta reports its training runs: GPU hours times the
 700 W of an H100 (meta-llama/llama3, MODEL_CARD.md, "Carbon Footprint").
+
+How far it is above: nodes of eight H100 that trained drew 76 % of what they are rated for, hosts included (Newkirk et
+al., arXiv 2506.14551), 8.4 of 10.2 kW at most (Latif et al., arXiv 2412.08602); an H100 that waits with its memory full
+draws about 140 W (nvidia-smi, wilicc/gpu-burn issue 114). For the other devices of the catalog no such figures were
+found, so that none counts: between devices, board powers compare like with like.
 """
 
 from __future__ import annotations

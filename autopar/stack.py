@@ -36,6 +36,8 @@ class Stack:
     grouped: bool
     once: bool
     hidden: bool
+    adds: bool
+    again: bool
     copies: float
     pointwise: float
     kernels: float

@@ -19,11 +19,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,22 +33,18 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from published_plot import write_scatter
-from published_rows import (
-    CHEAP,
-    Record,
-    RefusedError,
-    cluster_of,
-    config_of,
-    fix_of,
-    is_reserved,
-    job_of,
+from published_measured import (
+    counted_by,
+    counts_recomputation,
+    held_by,
     peak_bytes,
-    recomputing,
     seconds,
     workspace_bytes,
 )
+from published_plot import write_scatter
+from published_rows import CHEAP, cluster_of, config_of, fix_of, job_of, recomputing
 from published_stats import errors, left_out, spread, summary, sweep_figures, trivial_seconds
+from published_tidy import Record, RefusedError, tidied
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -57,6 +55,11 @@ CHUNK = 250
 """Records of one model that a process takes at once: all, so that no other traces it too."""
 SHARED = 256
 """Plans that a process keeps: runs that differ in nothing but what was measured share one."""
+LIMIT_S = 120.0
+"""CPU seconds that a record may take; the slowest that are known, a mixture's first, take a tenth of it."""
+DRIVER_BYTES = int(1.8 * 2**30)
+"""Bytes that nvidia-smi shows beside the allocator's: 0.5 GiB of context and kernels, 0.4 GiB of NCCL's buffers for
+each of three communicators (as device files have it of `reserve_bytes`, without the allocator's part)."""
 ROOMY = 64
 """Times its memory a device is given: what ran is priced, whether the model of memory thinks that it fits or not."""
 
@@ -69,13 +72,36 @@ def read(path: Path) -> Any:
 def predicted(record: Record, folder: str, keep: bool = False) -> dict[str, Any]:
     """One record's row, or ``{"id", "skipped": reason}``; never raises for what a record holds. ``keep``: with its
     plan and graph."""
-    row: dict[str, Any] = {"id": record.get("id"), "group": record.get("group"), "split": record.get("split")}
+    told = record if isinstance(record, Mapping) else {}
+    row: dict[str, Any] = {"id": _word(told.get("id")), "group": _word(told.get("group")), "split": told.get("split")}
     try:
-        return row | _row(record, folder, keep)
+        with cpu_limit(LIMIT_S):
+            return row | _row(tidied(record), folder, keep)
     except RefusedError as reason:
         return row | {"skipped": str(reason)}
     except Exception as error:
         return row | {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]}
+
+
+def _word(told: Any) -> str | int:
+    """A name that rows can be found by."""
+    return told if isinstance(told, str | int) else str(told)
+
+
+@contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raises RefusedError in what runs inside once it has taken so many CPU seconds."""
+
+    def stop(*_: Any) -> None:
+        raise RefusedError(f"took more than {seconds:g} CPU seconds")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
@@ -91,28 +117,41 @@ def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
     path = str(Path(folder) / str(os.getpid()) / f"{hashlib.sha256(written.encode()).hexdigest()[:12]}.json")
     plan = _planned(path, written, job, real, tuple(fix.items()), layers)
     told = plan.predicted
-    measured = seconds(record)
-    stated = record["measured"].get("mfu")
-    if measured is None and stated:
-        measured = told.step_time * told.mfu / stated
+    peak = real.device.peak(job.linear_dtype or job.dtype)
+    flops = told.mfu * told.step_time * peak * real.devices
     ranks = _held(plan)
     stack = stack_of(job.stack)
     beside = workspace_bytes(record, real.device, stack) - real.device.reserve_bytes
-    peak = real.device.peak(job.linear_dtype or job.dtype)
-    flops = told.mfu * told.step_time * peak * real.devices
+    held = held_by(record, ranks) + beside
+    counted = counted_by(record)
+    held = held if counted == "allocated" else held * stack.reserved
     low, high = told.interval
     return {
         "stack": job.stack,
         "predicted_s": told.step_time,
-        "measured_s": measured,
+        "measured_s": _measured(record, flops, peak * real.devices, real.devices),
         "low_s": low,
         "high_s": high,
         "trivial_s": trivial_seconds(flops / 6 / job.tokens, job.tokens, peak, real.devices),
-        "predicted_bytes": (max(ranks) + beside) * stack.reserved if is_reserved(record) else ranks[-1] + beside,
+        "predicted_bytes": held + (DRIVER_BYTES if counted == "driver" else 0),
         "measured_bytes": peak_bytes(record),
         "breakdown": told.breakdown,
         **({"plan": plan, "graph": model_graph(path, None, None)} if keep else {}),
     }
+
+
+def _measured(record: Record, flops: float, peak: float, devices: int) -> float | None:
+    """Measured seconds: stated, or from what is stated of FLOP/s, of which a step does ``flops``, recomputation apart,
+    on devices that together could do ``peak``."""
+    measured, told = record["measured"], seconds(record)
+    if told is not None:
+        return told
+    if measured["mfu"]:
+        return flops / (peak * float(measured["mfu"]))
+    if not measured["tflops_per_gpu"]:
+        return None
+    done = flops * (4 / 3 if counts_recomputation(record) else 1)
+    return done / (float(measured["tflops_per_gpu"]) * 1e12 * devices)
 
 
 @lru_cache(maxsize=SHARED)
@@ -164,6 +203,7 @@ def predict_all(records: Iterable[Record], processes: int, keep: bool = False) -
 def _model(record: Record) -> str:
     """What runs of one model have in common."""
     try:
+        record = tidied(record)
         return json.dumps(config_of(record)) + str(record.get("dtype"))
     except Exception:
         return ""
@@ -186,7 +226,7 @@ def figures(rows: Iterable[Mapping[str, Any]], sweeps: Iterable[Mapping[str, Any
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         if "skipped" not in row:
-            groups[row["group"]].append(row)
+            groups[str(row["group"])].append(row)
     found = {}
     for name, members in groups.items():
         timed = [row for row in members if row["measured_s"]]
@@ -206,7 +246,7 @@ def figures(rows: Iterable[Mapping[str, Any]], sweeps: Iterable[Mapping[str, Any
             "memory_mape": memory["mape"],
             "memory_median": memory["median"],
             "covered": sum(inside) / len(inside) if inside else None,
-            **sweep_figures((sweep for sweep in sweeps if sweep["group"] == name), by_id),
+            **sweep_figures((sweep for sweep in sweeps if str(sweep.get("group")) == name), by_id),
         }
     return found
 
@@ -240,7 +280,7 @@ def ratios_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if row.get("measured_s"):
-            found[row["group"]].append(row["measured_s"] / row["predicted_s"])
+            found[str(row["group"])].append(row["measured_s"] / row["predicted_s"])
     return dict(found)
 
 
@@ -285,7 +325,7 @@ def main() -> None:
     begin = time.perf_counter()
     records, sweeps = read(given.runs), read(given.sweeps)
     if given.groups:
-        records = [record for record in records if record["group"] in given.groups.split(",")]
+        records = [record for record in records if record.get("group") in given.groups.split(",")]
     rows = predict_all(records[:: given.every], given.processes)
     groups = figures(rows, sweeps)
     skipped = Counter(row["skipped"] for row in rows if "skipped" in row)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from published import RUNS, read
-from published_rows import Record, RefusedError, device_of, family_of, seconds
+from published_measured import seconds
+from published_rows import device_of, family_of
+from published_tidy import Record, RefusedError
 
 COMPARED = ("a100-80g", "h100-96g", "h100")
 """Devices whose records are compared."""

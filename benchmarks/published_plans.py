@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from published_choice import DATA
-from published_rows import Record, cluster_of, config_of, fix_of, job_of, seconds
+from published_measured import seconds
+from published_rows import cluster_of, config_of, fix_of, job_of
+from published_tidy import Record
 
 EXAMINED = 0.10
 """Gains above it get a path."""

@@ -8,6 +8,7 @@ A record's facts are copied as they stand. What a source does not state (null) i
   Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest
   whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is
   DeepSeek-V3's (`_experts`).
+* dtype: bfloat16, or float16 where devices have no bfloat16 (V100).
 * zero_stage: left to the prediction, like any part of a plan that is not fixed.
 
 `RefusedError` says why a record cannot be represented.
@@ -18,11 +19,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
+from published_measured import devices_of, stated
+from published_stacks import shards_parameters, stack_name
+from published_tidy import MICRO_BATCHES, Record, RefusedError
+
 from autopar import Cluster, Job
-from autopar.cluster import Device, Link
-from autopar.stack import Stack
+from autopar.cluster import Link
 
 VOCABULARY, PADDED_TO = 50_257, 128
 """GPT-2's tokens, taken where a GPT record names no vocabulary, and what Megatron-LM pads them to a multiple of, for
@@ -31,7 +36,8 @@ POSITIONS = 131_072
 """What models with rotary positions, which keep no table of them, are said to be made for."""
 DROPOUT = 0.1
 """Megatron-LM's default of hidden and attention dropout."""
-DEVICES = (
+DEVICES: tuple[tuple[str, str | None], ...] = (
+    (r"GH200|.*PCI|.*\bNVL\b", None),
     (r"A100.*40 ?GB", "a100-40g"),
     (r"A100", "a100-80g"),
     (r"A800", "a800-80g"),
@@ -53,56 +59,16 @@ DEVICES = (
 DTYPES = (
     (r"(nv|mx)?fp4", "bf16", "fp4"),
     (r"(mx)?(fp8|float8)", "bf16", "fp8"),
-    (r"bf16", "bf16", None),
-    (r"fp16", "fp16", None),
-    (r"fp32|tf32", "fp32", None),
+    (r"bf(loat)?16", "bf16", None),
+    (r"fp16|float16|half", "fp16", None),
+    (r"fp32|float32", "fp32", None),
 )
-PYTORCH_WORKSPACES, DETERMINISTIC_BYTES = 2, 8 * 4 * 2**20
-"""PyTorch's own workspaces (of the thread that runs forwards, and of autograd's), and bytes of one where runs are
-deterministic."""
+RECOMPUTES = {"true": "full", "1": "full", "block": "full", "uniform": "full", "false": "none", "0": "none"}
+"""Other words for what is recomputed: of switches, and Megatron's methods of recomputing whole layers."""
 CHEAP = "selective(matmul+attention)"
 """What is recomputed first where a source does not say."""
-STEP_GRAPHS = "26.06"
-"""The container from which on NVIDIA's recipes for mixtures in MXFP8 make whole steps a CUDA graph."""
-COMPILED_LOSS = "2025"
-"""The year from which on torchtitan compiles the loss (torchtitan/components/loss.py)."""
 RACK = 64
 """Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
-
-Record = Mapping[str, Any]
-
-
-class RefusedError(Exception):
-    """A record that cannot be represented; its text is the reason."""
-
-
-def seconds(record: Record) -> float | None:
-    """Measured seconds of a step, from the throughput where that alone is given."""
-    measured = record["measured"]
-    if measured.get("step_time_s"):
-        return float(measured["step_time_s"])
-    if not measured.get("tokens_per_s_per_gpu"):
-        return None
-    tokens = _stated(record, "global_batch") * _stated(record["model"], "seq_len")
-    return float(tokens / (measured["tokens_per_s_per_gpu"] * devices_of(record)))
-
-
-def peak_bytes(record: Record) -> float | None:
-    """Measured bytes of the fullest device: sources say GB and mean GiB, as PyTorch and nvidia-smi count."""
-    found = record["measured"].get("peak_mem_gb")
-    return float(found) * 2**30 if found else None
-
-
-def workspace_bytes(record: Record, device: Device, stack: Stack) -> float:
-    """Bytes of workspaces of matmul libraries, as `Stack.workspaces` counts them. Deterministic runs ask for eight
-    chunks of 4 MiB for each of PyTorch's (CUBLAS_WORKSPACE_CONFIG=:4096:8, as PyTorch's notes on randomness say)."""
-    each = max(DETERMINISTIC_BYTES, device.workspace_bytes) if record.get("deterministic") else device.workspace_bytes
-    return PYTORCH_WORKSPACES * each + (stack.workspaces - PYTORCH_WORKSPACES) * device.workspace_bytes
-
-
-def is_reserved(record: Record) -> bool:
-    """Whether the bytes are those that the allocator reserved (torchtitan), not those that were allocated."""
-    return "reserved" in (record.get("notes") or "")
 
 
 def config_of(record: Record) -> dict[str, Any]:
@@ -117,8 +83,8 @@ def config_of(record: Record) -> dict[str, Any]:
     family, told = family_of(record), record.get("ci_args") or {}
     if "distill" in (model.get("name") or ""):
         raise RefusedError("two models, one the other's teacher")
-    layers, hidden, heads = (_stated(model, name) for name in ("layers", "hidden", "heads"))
-    seq_len = _stated(model, "seq_len")
+    layers, hidden, heads = (stated(model, name) for name in ("layers", "hidden", "heads"))
+    seq_len = stated(model, "seq_len")
     if family == "gpt":
         dropout = told.get("attention-dropout", DROPOUT)  # recipes that turn it off turn both off
         return {
@@ -139,8 +105,8 @@ def config_of(record: Record) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": model["kv_heads"] or heads,
-        "intermediate_size": _stated(model, "ffn"),
-        "vocab_size": _stated(model, "vocab"),
+        "intermediate_size": stated(model, "ffn"),
+        "vocab_size": stated(model, "vocab"),
         "max_position_embeddings": max(seq_len, POSITIONS),  # rotary: one model for every length
     }
     if family == "mpt":
@@ -158,8 +124,8 @@ def _experts(model: Mapping[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
     record states: they are taken to be its own), GPT-OSS's by name, else Qwen3's. A shared expert without latent
     attention is refused."""
     told = model["moe"]
-    experts = {"num_experts_per_tok": _stated(told, "topk"), "tie_word_embeddings": False}
-    count, width = _stated(told, "experts"), told.get("expert_ffn") or sizes["intermediate_size"]
+    experts = {"num_experts_per_tok": stated(told, "topk"), "tie_word_embeddings": False}
+    count, width = stated(told, "experts"), told.get("expert_ffn") or sizes["intermediate_size"]
     if model.get("attention") == "MLA":
         return {
             "model_type": "deepseek_v3",
@@ -187,51 +153,21 @@ def cluster_of(record: Record) -> Cluster:
     if count % per_node:
         raise RefusedError(f"{count} devices are no whole nodes of {per_node}")
     cluster = Cluster.parse(f"{count // per_node}x{per_node}:{device_of(hardware['gpu'])}")
+    if re.search(r"pci", hardware.get("intra_node_link") or "", re.I):
+        intra, width = cluster.intra_node, cluster.device.host_bandwidth
+        cluster = cluster.with_links(intra_node=replace(intra, bandwidth=min(intra.bandwidth, width)))
     link = _link(hardware.get("inter_node_link"), cluster)
     return cluster.with_links(inter_node=link) if link and cluster.nodes > 1 else cluster
 
 
 def job_of(record: Record) -> Job:
     """The record's batch, length, dtype and software, under AdamW."""
+    told = record["dtype"] or ("fp16" if device_of(record["hardware"]["gpu"]) == "v100-32g" else "bf16")
     for pattern, dtype, linear in DTYPES:
-        if re.match(pattern, record["dtype"] or ""):
-            length, batch = _stated(record["model"], "seq_len"), _stated(record, "global_batch")
+        if re.match(pattern, told.strip().lower()):
+            length, batch = stated(record["model"], "seq_len"), stated(record, "global_batch")
             return Job(batch, length, dtype, stack=stack_name(record), linear_dtype=linear)
     raise RefusedError(f"dtype {record['dtype']!r} is not known")
-
-
-def stack_name(record: Record) -> str:
-    """The software that a record names; what names none is Megatron where models are split, else plain FSDP."""
-    told = " ".join(str(record.get(key) or "") for key in ("group", "source", "notes")).lower()
-    if "eager" in told and "fsdp2" in told:
-        return "torch"
-    for words, name in (
-        ("deepspeed|bigscience|vtrain", "megatron-deepspeed"),
-        ("torchtitan|fms-fsdp|torch.compile|automodel", "compiled"),
-        ("llm-foundry|mosaicml", "composer"),
-        ("internevo|internlm", "internevo"),
-        ("megatron|nemo|bridge|mcore", "megatron"),
-    ):
-        if re.search(words, told):
-            return name + _variant(record, name)
-    return "compiled" if "fsdp" in str(record.get("zero_stage")) else "megatron"
-
-
-def _variant(record: Record, stack: str) -> str:
-    """What follows a stack's name where a recipe, or the date of a source, says that it is run otherwise."""
-    told = record.get("ci_args") or {}
-    if stack == "compiled":
-        dated = re.search(r"20\d\d-?[01]\d", str(record.get("source")))
-        return "-loss" if dated and dated[0] >= COMPILED_LOSS else ""
-    if stack != "megatron":
-        return ""
-    if told.get("attention-backend") == "unfused" or told.get("transformer-impl") == "local":
-        return "-unfused"
-    if told.get("cross-entropy-loss-fusion"):
-        return "-compiled-loss"
-    container = re.search(r"\((\d\d\.\d\d)[.\d]* NeMo Container\)", str(record.get("source")))
-    graphs = container and container[1] >= STEP_GRAPHS and record["model"].get("moe") and "mxfp8" in record["dtype"]
-    return "-graphs" if graphs else ""
 
 
 def fix_of(record: Record) -> dict[str, Any]:
@@ -241,11 +177,13 @@ def fix_of(record: Record) -> dict[str, Any]:
     if count % (tp * pp * cp):
         raise RefusedError(f"{count} devices do not divide by tp={tp} pp={pp} cp={cp}")
     data = count // (tp * pp)
-    micro_batch, batch = _stated(record, "micro_batch"), _stated(record, "global_batch")
+    micro_batch, batch = stated(record, "micro_batch"), stated(record, "global_batch")
     if batch % (micro_batch * (data // cp)):
         raise RefusedError("the global batch is no whole number of micro-batches")
     micro_batches = batch // (micro_batch * (data // cp))
-    mesh = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "ep": record.get("ep") or 1}
+    if micro_batches > MICRO_BATCHES:
+        raise RefusedError(f"{micro_batches} micro-batches in a step")
+    mesh = {"pp": pp, "dp": data // cp, "cp": cp, "tp": tp, "ep": _experts_over(record, data)}
     fix: dict[str, Any] = {**mesh, "micro_batch": micro_batch}
     if tp > 1 and record.get("sp") is not None:
         fix["sp"] = record["sp"]
@@ -258,31 +196,36 @@ def fix_of(record: Record) -> dict[str, Any]:
 
 def _recompute(record: Record) -> str:
     """FSDP's "selective" keeps attention and the results of every second matmul (torchtitan's policy by operator): here
-    of all in half the layers. Megatron's recomputes the core of attention alone, which fused kernels do anyway."""
-    told = str(record["recompute"])
-    if told != "selective" or (record.get("pp") or 1) > 1 or "fsdp" not in str(_level(record)):
+    of all in half the layers. Megatron's is its stack's (`recomputes_core`), beside which nothing is recomputed."""
+    told = RECOMPUTES.get(str(record["recompute"]).lower(), str(record["recompute"]).lower())
+    if told != "selective":
+        return told
+    if not shards_parameters(record):
+        return "none" if stack_name(record).endswith("-selective") else told
+    if (record.get("pp") or 1) > 1:
         return told
     return f"selective(matmul+attention),1-{record['model']['layers'] // 2}:selective(attention)"
-
-
-def _level(record: Record) -> str:
-    stage = str(record.get("zero_stage"))
-    return "fsdp" if stage.startswith(("fsdp", "hsdp", "3")) else stage
 
 
 def _schedule(record: Record, pp: int, micro_batches: int) -> dict[str, Any]:
     """The schedule and the stages a rank. 1F1B with fewer micro-batches than stages runs them all forward before the
     first returns, so it is GPipe. The CI's records tell layers per stage in place of stages a rank."""
+    told = str(record.get("schedule") or "").lower()
+    if re.search(r"v-zb|zbv|zb-v|dualpipe-?v", told):
+        return {"schedule": "dualpipev" if "dual" in told else "zbv", **_even(record, 2 * pp)}
+    if re.search(r"zb|zero.?bubble|v-half|v-min|dualpipe", told):
+        raise RefusedError(f"schedule {record['schedule']!r} is none of autopar's")
     vpp = record.get("vpp") or 1
     if "layers per virtual stage" in (record.get("notes") or "") and record.get("vpp"):
         vpp = max(1, record["model"]["layers"] // pp // vpp)
-    told = record.get("ci_args") or {}
-    vpp = int(told.get("num-virtual-stages-per-pipeline-rank", vpp))
-    if int(told.get("microbatch-group-size-per-virtual-pipeline-stage", pp)) != pp:
+    arguments = record.get("ci_args") or {}
+    vpp = int(arguments.get("num-virtual-stages-per-pipeline-rank", vpp))
+    if int(arguments.get("microbatch-group-size-per-virtual-pipeline-stage", pp)) != pp:
         raise RefusedError("interleaves other groups than one micro-batch a rank")
     if vpp > 1 and micro_batches % pp == 0:
         return {"schedule": "interleaved", "vpp": vpp, **_even(record, pp * vpp)}
-    return {"schedule": "1f1b" if micro_batches >= pp else "gpipe", **_even(record, pp)}
+    few = micro_batches < pp or "gpipe" in told
+    return {"schedule": "gpipe" if few else "1f1b", **_even(record, pp)}
 
 
 def _even(record: Record, stages: int) -> dict[str, Any]:
@@ -326,19 +269,35 @@ def _mixed(fix: Mapping[str, Any], layers: int, some: str, others: str, share: f
     return ",".join(parts)
 
 
+def _experts_over(record: Record, data: int) -> int:
+    """Ranks that share experts, of a mixture. Where that is not stated: none, but with DeepEP, which has no other use,
+    the shard group, or all data ranks."""
+    if not record["model"].get("moe"):
+        return 1
+    if record.get("ep"):
+        return int(record["ep"])
+    if "deepep" not in str(record.get("notes")).lower():
+        return 1
+    return gcd(int(_zero(record, data).get("fsdp", data)), int(record["model"]["moe"]["experts"]))
+
+
 def _zero(record: Record, data: int) -> dict[str, Any]:
     """ZeRO level and shard group. FSDP2 and FULL_SHARD are level 3; hybrid sharding is level 3 in a node; the
-    distributed optimizer of Megatron is level 1."""
-    stage = record.get("zero_stage")
-    if stage is None:
+    distributed optimizer of Megatron is level 1, and so is FSDP2 where stages are pipelined: parameters stay gathered,
+    gradients wait for the last micro-batch (torch.distributed.pipelining.stage; torchtitan's default of
+    reshard_after_forward; Automodel's recipe for DeepSeek-V3)."""
+    if record.get("zero_stage") is None:
         return {}
-    group = re.search(r"group (\d+)", str(stage))
-    if str(stage).startswith(("fsdp", "hsdp")):
-        level = 3
-    elif str(stage).startswith("dist"):
+    stage = str(record["zero_stage"]).lower()
+    group, named = re.search(r"group (\d+)", stage), re.match(r"(?:zero|stage)?[ -]?([0-3])\b", stage)
+    if shards_parameters(record):
+        level = 1 if (record.get("pp") or 1) > 1 else 3
+    elif stage.startswith("dist"):
         level = 1
+    elif named or stage in ("none", "ddp", "no"):
+        level = int(named[1]) if named else 0
     else:
-        level = int(str(stage)[0])
+        raise RefusedError(f"zero_stage {record['zero_stage']!r} is not known")
     instances = int((record.get("ci_args") or {}).get("num-distributed-optimizer-instances", 1))
     shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data // instances
     shards = min(shards, data)
@@ -372,21 +331,11 @@ def family_of(record: Record) -> str:
 def device_of(gpu: str) -> str:
     """The catalog's name of a device. Raises RefusedError for one that it does not have."""
     for pattern, name in DEVICES:
-        if re.match(pattern, gpu or ""):
+        if re.match(rf"(NVIDIA |AMD |DGX |HGX )*(?:{pattern})", gpu or "", re.I):
+            if name is None:
+                break
             return name
     raise RefusedError(f"device {gpu!r} is not in the catalog")
-
-
-def devices_of(record: Record) -> int:
-    """How many devices ran; where that is not stated, the fewest whole nodes that the split of the model fills."""
-    hardware = record["hardware"]
-    if hardware.get("count"):
-        return int(hardware["count"])
-    needed = 1
-    for name in ("tp", "pp", "cp"):
-        needed *= record.get(name) or 1
-    node = _stated(hardware, "gpus_per_node")
-    return int(-(-needed // node) * node)
 
 
 def _padded(vocabulary: int, ranks: int) -> int:
@@ -394,16 +343,10 @@ def _padded(vocabulary: int, ranks: int) -> int:
     return -(-vocabulary // each) * each
 
 
-def _stated(facts: Mapping[str, Any], name: str) -> Any:
-    if not facts.get(name):
-        raise RefusedError(f"{name} is not stated")
-    return facts[name]
-
-
 def _link(text: str | None, cluster: Cluster) -> Link | None:
     """A node's ports from such words as "4x100Gb RoCE per node"; what no port is named of is shared by the node."""
     found = re.search(r"(?:(\d+)x\D*)?(\d+) ?Gb", text or "")
-    if not found or "default" in (text or ""):
+    if not found or not int(found[2]) or "default" in (text or ""):
         return None
     ports = cluster.devices_per_node if "per GPU" in (text or "") else int(found[1] or 1)
     return replace(

@@ -55,7 +55,7 @@ def sweep_figures(sweeps: Iterable[Mapping[str, Any]], rows: Mapping[str, Mappin
     """Mean tau and regret of sweeps with at least two runs that were predicted, and how many such sweeps there are."""
     taus, regrets = [], []
     for sweep in sweeps:
-        found = [rows[name] for name in sweep["ids"] if name in rows]
+        found = [rows[name] for name in sweep.get("ids") or () if isinstance(name, str | int) and name in rows]
         pairs = [(row["predicted_s"], row["measured_s"]) for row in found if row.get("measured_s")]
         if len(pairs) < 2:
             continue

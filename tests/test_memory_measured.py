@@ -1,4 +1,7 @@
-"""Predicted bytes against the allocator's, for emitted code with FSDP2: one of two data ranks, collectives faked."""
+"""Predicted bytes against the allocator's, for emitted code with FSDP2: one of two data ranks, collectives faked.
+
+Within 1 %, for every ZeRO level, for blocks of which all, some or nothing runs again, and for experts.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 import autopar
 from autopar.codegen.emit import emit
@@ -51,9 +63,7 @@ json.dump(held + max(event["args"]["Total Allocated"] for event in events), open
 """
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_prediction_is_what_the_allocator_sees(tmp_path: Path, zero: int) -> None:
-    torch.manual_seed(0)
+def llama() -> PreTrainedModel:
     config = LlamaConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -63,9 +73,47 @@ def test_prediction_is_what_the_allocator_sees(tmp_path: Path, zero: int) -> Non
         vocab_size=16384,
         max_position_embeddings=128,
     )
-    graph = model_graph(LlamaForCausalLM(config))
+    return LlamaForCausalLM(config)
+
+
+def gpt2() -> PreTrainedModel:
+    none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=8192, n_positions=64, **none))
+
+
+def mixtral() -> PreTrainedModel:
+    config = MixtralConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=8192,
+        max_position_embeddings=64,
+    )
+    return MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "zero", "recompute"),
+    [
+        *((llama, zero, "none") for zero in range(4)),
+        (llama, 3, "full"),
+        (llama, 2, "selective(matmul+attention)"),
+        (gpt2, 1, "selective(attention)"),
+        (mixtral, 3, "none"),
+        (mixtral, 1, "full"),
+    ],
+)
+def test_prediction_is_what_the_allocator_sees(
+    tmp_path: Path, model: Callable[[], PreTrainedModel], zero: int, recompute: str
+) -> None:
+    torch.manual_seed(0)
+    graph = model_graph(model())
     job = autopar.Job(global_batch=8, seq_len=64)
-    fix = {"dp": 2, "zero": zero, "recompute": "none", "micro_batch": 2}
+    fix = {"dp": 2, "zero": zero, "recompute": recompute, "micro_batch": 2}
     plan = search(graph, job, autopar.Cluster.parse("1x2:h100"), fix)
     emit(plan, graph, tmp_path)
     (tmp_path / "measure.py").write_text(MEASURE)
@@ -83,4 +131,4 @@ def test_prediction_is_what_the_allocator_sees(tmp_path: Path, zero: int) -> Non
     measured = json.loads((tmp_path / "peak.json").read_text())
     memory = plan.stages[0].memory
     predicted = sum(nbytes for kind, nbytes in memory.items() if kind != "reserve")
-    assert predicted == pytest.approx(measured, rel=0.03)
+    assert predicted == pytest.approx(measured, rel=0.01)

@@ -14,19 +14,15 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from published import RUNS, SWEEPS, figures, predicted, read  # noqa: E402
-from published_rows import (  # noqa: E402
-    RefusedError,
-    cluster_of,
-    config_of,
+from published_measured import (  # noqa: E402
     devices_of,
-    fix_of,
-    job_of,
-    recomputing,
     seconds,
-    stack_name,
     workspace_bytes,
 )
+from published_rows import cluster_of, config_of, fix_of, job_of, recomputing  # noqa: E402
+from published_stacks import stack_name  # noqa: E402
 from published_stats import kendall_tau, regret, summary, sweep_figures, trivial_seconds  # noqa: E402
+from published_tidy import RefusedError  # noqa: E402
 
 RECORDS = read(RUNS)
 BY_ID = {record["id"]: record for record in RECORDS}

@@ -11,8 +11,9 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from published_choice import choose, refusal  # noqa: E402
+from published_measured import seconds  # noqa: E402
 from published_plans import compare, missed, table, text  # noqa: E402
-from published_rows import cluster_of, config_of, fix_of, job_of, seconds  # noqa: E402
+from published_rows import cluster_of, config_of, fix_of, job_of  # noqa: E402
 
 RECORDS = json.loads((BENCHMARKS / "data" / "published.json").read_text())["records"]
 BY_ID = {record["id"]: record for record in RECORDS}

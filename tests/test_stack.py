@@ -9,8 +9,11 @@ from autopar import Cluster, Job
 from autopar.errors import BadInputError, UnsupportedError
 from autopar.graph.ir import Node, TensorMeta
 from autopar.solver.answers import Answers
+from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.data_axis import DataAxis
 from autopar.solver.interval import residuals
 from autopar.solver.intra_block import solve
+from autopar.solver.op_costs import OpCosts
 from autopar.solver.stack_work import as_run
 from autopar.solver.work import ATTENTION, work
 from autopar.solver.work_parts import LocalTensor
@@ -49,7 +52,7 @@ def test_a_stack_without_source_is_refused():
 
 
 def test_unknown_names_are_told():
-    with pytest.raises(BadInputError, match="unknown stack 'horovod'; one of compiled, compiled-loss, composer"):
+    with pytest.raises(BadInputError, match="unknown stack 'horovod'; one of automodel, compiled, compiled-loss"):
         Job(8, 128, stack="horovod")
     with pytest.raises(BadInputError, match="unknown linear_dtype 'int8'; one of fp8, fp4"):
         Job(8, 128, linear_dtype="int8")
@@ -161,3 +164,50 @@ def test_losses_differ_by_their_copies_of_logits():
     assert held["megatron-compiled-loss"] - held["megatron"] == pytest.approx(logits, rel=0.05)
     # Three in float32 against two in bfloat16, until something else is the most.
     assert logits < held["compiled"] - held["compiled-loss"] <= 2.01 * logits
+
+
+def test_attention_that_is_computed_again_keeps_no_scores():
+    """Megatron's selective recomputation: as much kept as by fused kernels, and one more forward in the backward."""
+    fix = {**FIX, "recompute": "none"}
+    whole, again = (predicted(name, fix=fix, dtype="fp16") for name in ("megatron-early", "megatron-early-selective"))
+    fewer = whole.predicted.memory[0]["activations"] - again.predicted.memory[0]["activations"]
+    # 16 layers of 32 heads keep 2048 x 2048 probabilities of two bytes, fused kernels a float32 for each query.
+    assert fewer == pytest.approx(16 * 32 * 2048 * (2048 * 2 - 4), rel=0.05)
+    assert again.predicted.step_time > whole.predicted.step_time
+    head = LocalTensor((1, 4, 128, 64), 2)
+    node = Node("a", "op", TensorMeta((1, 4, 128, 64)), ATTENTION, (), {})
+    parts = work(node, [head] * 3, head, [True] * 3)
+    for name in ("megatron", "megatron-early"):
+        forward, backward = as_run(node, *parts, 2, stack_of(name))
+        same, both = as_run(node, *parts, 2, stack_of(f"{name}-selective"))
+        assert same == forward
+        assert both.kernels == forward.kernels + backward.kernels
+        assert both.nbytes == forward.nbytes + backward.nbytes
+        if name == "megatron":
+            assert both.attention.matmuls == forward.attention.matmuls + backward.attention.matmuls
+        else:
+            assert both.matmuls == forward.matmuls + backward.matmuls
+
+
+@pytest.mark.parametrize(
+    ("stack", "micro_batches", "moved"),
+    [
+        ("megatron", 4, 0),  # matmuls add up
+        ("megatron-deepspeed", 1, 0),
+        (
+            "megatron-deepspeed",
+            4,
+            3 * (2 + 2 + 2),
+        ),  # of four, three are added: two tensors of float16 read, one written
+        ("megatron-deepspeed-bf16", 4, 4 * (2 + 4 + 4)),  # all are widened
+    ],
+)
+def test_adding_up_gradients_moves_bytes(stack, micro_batches, moved):
+    elements, device = 10**8, Cluster.parse("1x8:a100-80g").device
+    job = Job(64, 2048, "fp16", stack=stack)
+    ops, collectives = OpCosts(device, job), CollectiveCosts(Cluster.parse("1x8:a100-80g"), stack)
+    data = DataAxis(ops, collectives, (((8, 1),),), 1, 8, micro_batches)
+    seconds = micro_batches * data.reduce_copy_s(elements)
+    launches = micro_batches * device.launch_s if moved else 0
+    assert seconds == pytest.approx(moved * elements / (device.memory_bandwidth * device.memory_efficiency) + launches)
+    assert data.reduce_copy_s(0) == 0

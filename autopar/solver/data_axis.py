@@ -212,7 +212,17 @@ class DataAxis:
     def reduce_copy_s(self, elements: int) -> float:
         """Seconds per backward of handing the gradients on to the reduction or the accumulated gradient."""
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
-        return self._copied_s((compute + (2 if self.accumulates else 1) * master) * elements, 1)
+        handed = self._copied_s((compute + (2 if self.accumulates else 1) * master) * elements, 1)
+        return handed + self._added_s(elements)
+
+    def _added_s(self, elements: int) -> float:
+        """Seconds per backward, on average over a step, of the kernels that add a micro-batch's gradients to those of
+        the ones before (`Stack.adds`); where they are widened, the first is added too."""
+        if not self.ops.stack.adds or not self.defers or not elements:
+            return 0.0
+        compute, wide = self.ops.job.compute_bytes, self.ops.job.gradient_bytes
+        added = 1.0 if wide > compute else 1 - 1 / self.micro_batches
+        return stream_seconds(self.ops, added * (compute + 2 * wide) * elements, 1) if added else 0.0
 
     def optimizer_s(self, elements: float) -> float:
         """Seconds of clipping and the optimizer where so many of the elements held on the model axes train."""

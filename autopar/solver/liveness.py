@@ -90,7 +90,7 @@ def footprint(kind: BlockKind, decision: BlockDecision, job: Job, lean: bool = F
     batch = PRIME * prod(decision.axes.values())
     live = _Live()
     stack = stack_of(job.stack)
-    with FakeTensorMode(), torch.enable_grad(), fused_kernels(stack.attention == "fused"), live:
+    with FakeTensorMode(), torch.enable_grad(), fused_kernels(stack.attention == "fused" or stack.again), live:
         run = _Run(kind, decision, batch, job, lean)
         live.reset(run.outside)
         kept: dict[int, Tensor] = {}

@@ -10,7 +10,8 @@ softmax, a batched matmul), on scores S of batch x queries x keys elements, whol
     forward     Q K^T (writes S), softmax (reads and writes S), P V (reads S)
     backward    dV = P^T dO, dP = dO V^T (writes S), softmax (reads P and dP, writes dS), dQ = dS K, dK = dS^T Q
 
-and where probabilities are dropped out, one kernel more each way, which reads and writes S and a mask of bytes.
+and where probabilities are dropped out, one kernel more each way, which reads and writes S and a mask of bytes. Where
+the core is computed again (`Stack.again`: Megatron's selective recomputation), the backward begins with a forward.
 
 Linear layers in a narrower dtype cast their operands first: input and weight forward, the output's gradient backward
 (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433); stacks that fuse pointwise operators fuse
@@ -45,11 +46,13 @@ def as_run(
 ) -> tuple[Work, Work]:
     """Forward and backward of a node whose operands have ``width`` bytes per element, as the stack runs them.
     ``narrow``: bytes per element of what linear layers cast them to, 0 if they do not."""
-    if node.op == ATTENTION and stack.attention == "unfused" and forward.attention:
-        drops = bool(node.kwargs.get("dropout_p"))
-        return _unfused(forward, width, drops), _unfused(backward, width, drops)
-    if node.op == ATTENTION and not stack.balanced:
-        return _unbalanced(forward), _unbalanced(backward)
+    if node.op == ATTENTION and forward.attention:
+        if stack.attention == "unfused":
+            drops = bool(node.kwargs.get("dropout_p"))
+            forward, backward = _unfused(forward, width, drops), _unfused(backward, width, drops)
+        elif not stack.balanced:
+            forward, backward = _unbalanced(forward), _unbalanced(backward)
+        return forward, _together(forward, backward) if stack.again and backward.kernels else backward
     if node.op == EXPERTS:
         return _experts(forward, width, stack, narrow, False), _experts(backward, width, stack, narrow, True)
     if is_pointwise(node):
@@ -93,6 +96,20 @@ def _fused(part: Work, stack: Stack) -> Work:
 
 def _unbalanced(part: Work) -> Work:
     return replace(part, attention=replace(part.attention, balanced=False)) if part.attention else part
+
+
+def _together(first: Work, second: Work) -> Work:
+    """Both, one after the other; of fused kernels as one."""
+    attention = second.attention
+    if attention and first.attention:
+        attention = replace(attention, matmuls=first.attention.matmuls + attention.matmuls)
+    return Work(
+        matmuls=first.matmuls + second.matmuls,
+        matmul_bytes=first.matmul_bytes + second.matmul_bytes,
+        nbytes=first.nbytes + second.nbytes,
+        kernels=first.kernels + second.kernels,
+        attention=attention,
+    )
 
 
 def _unfused(part: Work, width: int, drops: bool) -> Work:
