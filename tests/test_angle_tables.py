@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.codegen.runtime.operators import angles
+from autopar.codegen.runtime.operators import rotary_table
 from autopar.graph.angle_tables import angles_of
 from autopar.graph.trace import trace
 
@@ -53,7 +53,7 @@ def test_tables_as_they_are_written_are_told(form):
     assert found is not None
     assert found[:2] + found[3:4] == (ROWS, RATES, form)
     plain = torch.view_as_real(table) if table.is_complex() else table
-    made = angles(*found, dtype=plain.dtype, device=None)
+    made = rotary_table(*found, dtype=plain.dtype, device=None)
     assert torch.equal(made.reshape(plain.shape), plain)
 
 

@@ -23,7 +23,7 @@ _RESERVED = {
     "not",
     "lambda",
     "index",
-    "angles",
+    "rotary_table",
     "sinusoids",
 }
 

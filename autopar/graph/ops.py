@@ -127,7 +127,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.cast": cast,
     "autopar.topk": topk,
     "autopar.experts": experts,
-    "autopar.angles": lambda *args, dtype: _travelling("angles", "operators")(*args, dtype=dtype, device=None),
+    "autopar.angles": lambda *args, dtype: _travelling("rotary_table", "operators")(*args, dtype=dtype, device=None),
     "autopar.sinusoids": lambda *args, dtype: _travelling("sinusoids", "operators")(*args, dtype=dtype, device=None),
     "autopar.gated_delta_rule": _travelling("gated_delta_rule"),
     "autopar.selective_scan": _travelling("selective_scan"),
