@@ -192,6 +192,7 @@ class _Walk:
         self.missed = Missed()
         self.sharpened = 0
         self.seconds: dict[Config, float] = {}
+        self.spaces: dict[Shape, list[Config]] = {}
         self.made = self.meshes = 0
 
     def add(self, bound: float, step: Step, item: Item, guesses: Guesses = ()) -> list[_Entry]:
@@ -309,15 +310,15 @@ class _Walk:
 
     def space(self, item: Shape | Family) -> list[Config]:
         """The configurations of an item, their order open."""
-        context = self.of(item)
-        space = open_configs_of(_shape(item), context.job, context.cluster, context.fix)
-        return [
-            one
-            for one in space
-            if (isinstance(item, Shape) or (one.zero, one.offload) == (item.zero, item.offload))
-            and self.wanted(one)
-            and state_fits(context, one)
-        ]
+        shape = _shape(item)
+        found = self.spaces.get(shape)
+        if found is None:
+            context = self.of(item)
+            space = open_configs_of(shape, context.job, context.cluster, context.fix)
+            found = self.spaces[shape] = [one for one in space if self.wanted(one) and state_fits(context, one)]
+        if isinstance(item, Family):
+            return [one for one in found if (one.zero, one.offload) == (item.zero, item.offload)]
+        return found
 
     def refine(self, entry: _Entry) -> list[_Entry]:
         """One step: what the entry becomes takes its place, which it keeps until then: a Ctrl-C loses no bound."""
