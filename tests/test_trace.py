@@ -96,7 +96,7 @@ class Router(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(4, 8))
+        self.weight = nn.Parameter(torch.empty(4, 3_000_000))  # larger than any buffer that is recovered
         self.register_buffer("bias", torch.empty(4), persistent=False)
 
     def forward(self, x):
@@ -122,7 +122,7 @@ def test_values_of_buffers_cost_no_parameters():
     """The routers of 122 layers took 1.8 GB, drawn for nothing."""
     with torch.device("meta"):
         model = Routed()
-    graph = trace(model, {"x": torch.zeros(8)}, loss=lambda outputs, batch: outputs.float().square().sum())
+    graph = trace(model, {"x": torch.zeros(3_000_000)}, loss=lambda outputs, batch: outputs.float().square().sum())
     assert graph.buffer_values["router.bias"] == (3.0,) * 4
     assert model.drawn_on
     assert set(model.drawn_on) == {"meta"}

@@ -222,6 +222,19 @@ LARGE = {
     "mamba2": lambda: transformers.Mamba2ForCausalLM(
         transformers.Mamba2Config(hidden_size=2560, num_heads=80, num_hidden_layers=6, n_groups=1, vocab_size=1024)
     ),
+    # Two lists of layers, the first of each unlike the others.
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            d_model=2048,
+            d_kv=64,
+            d_ff=5120,
+            num_layers=5,
+            num_decoder_layers=4,
+            num_heads=32,
+            vocab_size=1024,
+            decoder_start_token_id=0,
+        )
+    ),
     "mamba": lambda: transformers.MambaForCausalLM(
         transformers.MambaConfig(hidden_size=2048, num_hidden_layers=6, vocab_size=1024)
     ),

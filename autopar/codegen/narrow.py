@@ -2,7 +2,7 @@
 
 Sizes keep their ratios, so that what one of them says of others stays true (heads times head size is the width, or
 twice the width): heads become few, of `HEAD` each; what is a part of a head (rotary and other parts, ranks of latent
-projections, states) shrinks as heads do, widths as heads times their size do. Experts stay as many as they are.
+projections, states) shrinks as heads do, widths as heads times their size do. Of experts at most `EXPERTS` are left.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -24,11 +24,18 @@ from autopar.plan import Plan
 HEAD = 8
 """Size of a narrow head."""
 
+EXPERTS = 64
+"""Experts that are as good as any number of them."""
+
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_OF_TWO = {"encoder": ("encoder_layers", "num_encoder_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
+"""Where there are two lists of layers: how many each has, by a word of its path; `_LAYERS` for what is not said so."""
+
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "n_kv_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
 _VOCABULARY = ("vocab_size",)
+_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "n_experts")
 
 _PARTS = re.compile(r"(head_dim|head_size|state_size|d_state|d_kv|lora_rank|kv_channels)$")
 """Names of what is a part of a head, or shrinks with it."""
@@ -37,22 +44,23 @@ _WIDE = re.compile(r"(intermediate_size|n_inner|ffn_dim|ffn_hidden_size|d_ff|tim
 """Names of what is as wide as the model, or some times as wide."""
 
 
-def narrow_model(plan: Plan, model: nn.Module, layers: Sequence[int]) -> nn.Module:
-    """``layers``: of the model's layers those that the new one's stand for, in order; none if it has no layers.
+def narrow_model(plan: Plan, model: nn.Module, layers: Mapping[str, Sequence[int]]) -> nn.Module:
+    """``layers``: of each of the model's lists of layers (module path) those that the new one's stand for, in order.
 
     Raises UnsupportedError when there is no configuration, or the narrow one builds no model.
     """
     config: Any = copy.deepcopy(getattr(model, "config", None))
-    name = _first(config, _LAYERS)
-    if config is None or name is None:
+    if config is None or _first(config, _LAYERS) is None:
         raise UnsupportedError(
             f"{plan.model} is too large to verify in one process, and has no Hugging Face config from which autopar "
             "could build a smaller twin: verify a smaller instance of the same class"
         )
     try:
-        if layers:
-            _shorten(config, name, layers)
+        for path, kept in layers.items():
+            _shorten(config, _number_of_layers(config, path, len(layers)), kept)
         _narrow(config, plan)
+        if (experts := _get(config, _EXPERTS)) is not None and experts > EXPERTS:
+            _set(config, _EXPERTS, max(few for few in range(1, EXPERTS + 1) if experts % few == 0))
         # A vocabulary that does not divide stays one.
         uneven = (_get(config, _VOCABULARY) or 0) % plan.mesh.tp != 0
         _set(config, _VOCABULARY, 255 if uneven else 256)
@@ -65,6 +73,12 @@ def narrow_model(plan: Plan, model: nn.Module, layers: Sequence[int]) -> nn.Modu
             f"{plan.model} is too large to verify in one process, and a narrow twin of it cannot be built "
             f"({type(error).__name__}: {error}): verify a smaller configuration of the same architecture"
         ) from error
+
+
+def _number_of_layers(config: Any, path: str, lists: int) -> str:
+    """What the configuration calls the number of layers of the list at ``path``."""
+    said = next((names for word, names in _OF_TWO.items() if lists > 1 and word in path.split(".")), ())
+    return str(_first(config, (*said, *_LAYERS)))
 
 
 def _shorten(config: Any, name: str, layers: Sequence[int]) -> None:

@@ -45,9 +45,10 @@ def small_twin(
     short = _short_batch(plan, graph, whole)
     if _bytes(short, graph) <= MOST_BYTES and short.mesh.data * short.mesh.tp <= MOST_RANKS:
         return Twin(short, model, graph, "")
-    narrow = narrow_model(plan, model, kept_layers(plan))
+    kept = _kept_runs(plan, graph)
+    narrow = narrow_model(plan, model, _kept_layers(kept, graph))
     small = trace(narrow)
-    twin = _short_batch(_few_blocks(_few_ranks(plan), small), small, whole)
+    twin = _short_batch(_few_blocks(_few_ranks(plan), kept, small), small, whole)
     _check(twin, small)
     if _bytes(twin, small) > MOST_BYTES:
         raise UnsupportedError(
@@ -111,43 +112,65 @@ def _on_axes(candidate: Candidate, sizes: dict[str, int]) -> Candidate:
     return replace(candidate, decision=replace(candidate.decision, axes=axes))
 
 
-def _kept_runs(plan: Plan) -> list[list[Run]]:
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A run of which the twin has some blocks (``copies``)."""
+
+    run: Run
+    copies: int
+
+    @property
+    def places(self) -> list[int]:
+        """The blocks that those of the twin stand for."""
+        return [min(self.run.start + copy, self.run.stop - 1) for copy in range(self.copies)]
+
+
+def _kept_runs(plan: Plan, graph: ModelGraph) -> list[list[_Kept]]:
     """Per stage that is kept, its runs: the first and last stage, and any with a new candidate."""
-    kept: list[list[Run]] = []
+    kept: list[list[_Kept]] = []
     seen: set[str] = set()
     for index, stage in enumerate(plan.stages):
         names = [run.candidate for run in stage.runs]
         merged = [run for place, run in enumerate(stage.runs) if place == 0 or names[place - 1] != run.candidate]
         if index in (0, len(plan.stages) - 1) or not seen.issuperset(names):
-            kept.append(merged)
+            kept.append([_Kept(run, _copies(run, graph)) for run in merged])
             seen.update(names)
     return kept
 
 
-def kept_layers(plan: Plan) -> list[int]:
-    """Of the model's layers those that the twin's stand for, in order; a single one of its kind stands for two."""
-    layers = [index for run in _runs(plan) if _copies(plan, run.candidate) > 1 for index in range(run.start, run.stop)]
-    place = {index: number for number, index in enumerate(layers)}
-    return [
-        place[min(run.start + copy, run.stop - 1)]
-        for runs in _kept_runs(plan)
-        for run in runs
-        if _copies(plan, run.candidate) > 1
-        for copy in range(2)
-    ]
+def _copies(run: Run, graph: ModelGraph) -> int:
+    """How many blocks of a run the twin keeps: two of several, and of the only layer there is, which would not be seen
+    as one that may be repeated."""
+    path = _list_of(run.start, graph)
+    alone = sum(_list_of(index, graph) == path for index in range(len(graph.blocks))) == 1
+    return 2 if path and (alone or run.stop - run.start > 1) else 1
 
 
-def _runs(plan: Plan) -> list[Run]:
-    return sorted((run for stage in plan.stages for run in stage.runs), key=lambda run: run.start)
+def _list_of(block: int, graph: ModelGraph) -> str:
+    """The module path of the list that has a block; empty for what is between lists."""
+    return graph.blocks[block].path.rpartition(".")[0]
 
 
-def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
-    """The plan for a model with one block of every kept run, two of repeated ones."""
+def _kept_layers(kept: list[list[_Kept]], graph: ModelGraph) -> dict[str, list[int]]:
+    """Of each list of layers those that the twin's stand for, in order."""
+    lists: dict[str, list[int]] = {}
+    for index in range(len(graph.blocks)):
+        lists.setdefault(_list_of(index, graph), []).append(index)
+    layers: dict[str, list[int]] = {}
+    for one in (one for stage in kept for one in stage):
+        path = _list_of(one.run.start, graph)
+        if path:
+            layers.setdefault(path, []).extend(lists[path].index(place) for place in one.places)
+    return layers
+
+
+def _few_blocks(plan: Plan, kept: list[list[_Kept]], small: ModelGraph) -> Plan:
+    """The plan for a model with the blocks that are kept."""
     stages, start = [], 0
-    for some in _kept_runs(plan):
+    for some in kept:
         runs = []
-        for name in (run.candidate for run in some):
-            runs.append(Run(start, start + _copies(plan, name), name))
+        for one in some:
+            runs.append(Run(start, start + one.copies, one.run.candidate))
             start = runs[-1].stop
         stages.append(Stage(tuple(runs), 0.0, 0.0, 0.0, {}))
     if start != len(small.blocks):
@@ -155,8 +178,8 @@ def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
             f"cannot make a twin of {plan.model} with {start} blocks: it has {len(small.blocks)}; verify "
             "a smaller configuration of the same architecture"
         )
-    kept = {run.candidate for runs in _kept_runs(plan) for run in runs}
-    candidates = {name: candidate for name, candidate in plan.candidates.items() if name in kept}
+    names = {one.run.candidate for some in kept for one in some}
+    candidates = {name: candidate for name, candidate in plan.candidates.items() if name in names}
     return replace(
         plan,
         mesh=replace(plan.mesh, pp=len(stages)),
@@ -166,11 +189,6 @@ def _few_blocks(plan: Plan, small: ModelGraph) -> Plan:
         candidates=candidates,
         fingerprint=small.fingerprint(),
     )
-
-
-def _copies(plan: Plan, name: str) -> int:
-    """How many blocks of a run the twin keeps: a single layer would not be seen as a repeated one."""
-    return 1 if plan.candidates[name].decision.kind in ("Prologue", "Epilogue", "Model") else 2
 
 
 def wide_copy(model: nn.Module, graph: ModelGraph, dtype: torch.dtype, seed: int) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 LARGEST = 4096
 """Elements up to which a buffer's values are kept with the graph."""
 _SMALL_MODULE = 10_000_000
+"""Elements of all buffers of a module up to which they are recovered; its parameters stay on meta."""
 
 
 def known_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -44,7 +45,7 @@ def value_of(model: nn.Module, full: str) -> torch.Tensor | None:
 def _recovered(model: nn.Module, path: str, name: str) -> torch.Tensor | None:
     owner = model.get_submodule(path)
     tensors = {id(tensor): tensor for tensor in (*owner.parameters(), *owner.buffers())}
-    if sum(tensor.numel() for tensor in tensors.values()) > _SMALL_MODULE:
+    if sum(tensor.numel() for tensor in tensors.values() if not isinstance(tensor, nn.Parameter)) > _SMALL_MODULE:
         return None
     if not owner._buffers[name].is_floating_point():  # type: ignore[union-attr]
         return _rebuilt(owner, name)
