@@ -162,6 +162,12 @@ def left_out(pool: Any, workers: int, entries: list[Entry]) -> dict[str, tuple[i
     """Per group: runs, mean absolute error of time with all constants, the same with what is known without the group,
     and that: `elsewhere`, fitted to the stack's other groups where it has any. Nothing changes without a group that
     nothing was fitted to."""
+    # Processes keep what they were told last: each time, all that may differ is told.
+    own = {
+        name: float(constant(name)["value"])
+        for stack, (_, names) in OWN.items()
+        for name in (f"{stack}.{name}" for name in names)
+    }
     found = {}
     for group in sorted({entry[0] for entry in entries}):
         mine = [entry for entry in entries if entry[0] == group]
@@ -171,12 +177,15 @@ def left_out(pool: Any, workers: int, entries: list[Entry]) -> dict[str, tuple[i
         known = elsewhere(stack) if group in groups else {}
         if known and others:
             names = [
-                name for name in (f"{stack}.{name}" for name in names) if tells(pool, workers, others, known, name)
+                name
+                for name in (f"{stack}.{name}" for name in names)
+                if tells(pool, workers, others, own | known, name)
             ]
-            known = fitted(pool, workers, others, known, names)
+            moved = fitted(pool, workers, others, own | known, names)
+            known = {name: moved[name] for name in known}
         told = [
             fmean(abs(exp(value) - 1) for _, _, value in errors(pool, workers, mine, changes))
-            for changes in ({name: constant(name)["value"] for name in known}, known)
+            for changes in (own, own | known)
         ]
         found[group] = (len(mine), told[0], told[1], known)
     return found

@@ -139,7 +139,8 @@ def test_what_is_not_stated():
     record = of_group("vtrain_multi")
     assert config_of(record)["vocab_size"] == -(-50257 // (128 * record["tp"])) * 128 * record["tp"]
     bare = {**record, "hardware": {**record["hardware"], "count": None}, "tp": 4, "pp": 4, "cp": 1}
-    assert devices_of(bare) == 16
+    assert devices_of({**bare, "dp": None}) == 16
+    assert devices_of({**bare, "dp": 3}) == 48
     with pytest.raises(RefusedError, match="global_batch is not stated"):
         job_of({**record, "global_batch": None})
     with pytest.raises(RefusedError, match="device 'TPUv4' is not in the catalog"):
@@ -162,7 +163,7 @@ def test_throughput_becomes_seconds():
 
 
 @pytest.mark.parametrize(
-    "broken", [{"model": {}}, {"hardware": None}, {"tp": 3}, {"dtype": None}, {"micro_batch": "many"}]
+    "broken", [{"model": {}}, {"hardware": None}, {"tp": 3}, {"dtype": "words"}, {"micro_batch": "many"}]
 )
 def test_no_record_breaks_the_run(broken, tmp_path):
     row = predicted({**BY_ID[SMALL[0]], **broken}, str(tmp_path))

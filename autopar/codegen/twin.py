@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import prod
 
 import torch
@@ -131,7 +132,8 @@ def _kept_runs(plan: Plan, graph: ModelGraph) -> list[list[_Kept]]:
     seen: set[str] = set()
     for index, stage in enumerate(plan.stages):
         names = [run.candidate for run in stage.runs]
-        merged = [run for place, run in enumerate(stage.runs) if place == 0 or names[place - 1] != run.candidate]
+        alike = [list(group) for _, group in groupby(stage.runs, key=lambda run: run.candidate)]
+        merged = [replace(runs[0], stop=runs[-1].stop) for runs in alike]
         if index in (0, len(plan.stages) - 1) or not seen.issuperset(names):
             kept.append([_Kept(run, _copies(run, graph)) for run in merged])
             seen.update(names)
