@@ -150,3 +150,18 @@ def test_a_ring_keeps_its_own_keys_alone() -> None:
     keys = 2 * 4 * 16384 * 28 * 128 * 2  # of four layers, whole
     results = 4 * 16384 // 8 * 28 * 128 * 2
     assert kept["gathered"] - kept["ring"] == pytest.approx(keys * 7 / 8 + results, rel=1e-3)
+
+
+def test_the_search_takes_the_fastest_of_the_three_ways() -> None:
+    """Free, it is no slower than with any of them fixed, and its bound is below them all."""
+    graph = graph_of(8, 4)
+    for cluster in ("1x4:l40s", "1x4:h100"):
+        ways = {
+            context: chosen(graph, cluster, 8192, cp=4, context=context)[0].predicted.step_time
+            for context in ("gathered", "all-to-all", "ring")
+        }
+        plan, _ = chosen(graph, cluster, 8192, cp=4)
+        assert plan.bound is not None
+        assert plan.bound <= min(ways.values()) * (1 + 1e-9)
+        assert plan.predicted.step_time <= min(ways.values()) * 1.01  # the gap asked for
+        assert len({round(seconds, 9) for seconds in ways.values()}) == 3

@@ -161,14 +161,7 @@ class RingAttention(torch.autograd.Function):
         returning = sent = None
         for turn in range(ctx.turns):
             coming = torch.empty_like(held) if turn < ctx.turns - 1 else held
-            whole = not ctx.halves or turn == 0
-            rows, keys = query.size(-2), key.size(-2)
-            if not whole and query.numel() > key.numel() + value.numel():
-                keys //= 2
-            elif not whole:
-                rows //= 2
-            sizes = zip((query, key, value), (rows, keys, keys), strict=True)
-            made = [x.new_empty((*x.shape[:-2], size, x.size(-1))) for x, size in sizes]
+            made = [torch.empty_like(x) for x in _larger_half(query, key, value, ctx.halves and turn > 0)]
             made.pop(0)
             sent = torch.zeros_like(held) if returning is None else returning
             made.clear()
@@ -177,6 +170,15 @@ class RingAttention(torch.autograd.Function):
         del sent
         assert returning is not None
         return of_query.to(query.dtype), key.new_empty(key.shape), value.new_empty(value.shape), None, None
+
+
+def _larger_half(query: Tensor, key: Tensor, value: Tensor, halved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """All of them, or with half of the positions of the queries or of the others, whichever leaves more."""
+    if not halved:
+        return query, key, value
+    if query.numel() > key.numel() + value.numel():
+        return query, key.chunk(2, -2)[0], value.chunk(2, -2)[0]
+    return query.chunk(2, -2)[0], key, value
 
 
 def _heads_beside(query: Tensor) -> Tensor:
