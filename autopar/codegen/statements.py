@@ -23,7 +23,7 @@ _RESERVED = {
     "not",
     "lambda",
     "index",
-    "angles",
+    "angle_table",
     "sinusoids",
 }
 
