@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.codegen.runtime.operators import rotary_table
+from autopar.codegen.runtime.operators import angle_table
 from autopar.graph.angle_tables import angles_of
 from autopar.graph.trace import trace
 
@@ -53,7 +53,7 @@ def test_tables_as_they_are_written_are_told(form):
     assert found is not None
     assert found[:2] + found[3:4] == (ROWS, RATES, form)
     plain = torch.view_as_real(table) if table.is_complex() else table
-    made = rotary_table(*found, dtype=plain.dtype, device=None)
+    made = angle_table(*found, dtype=plain.dtype, device=None)
     assert torch.equal(made.reshape(plain.shape), plain)
 
 
@@ -80,7 +80,7 @@ class Turning(nn.Module):
 def test_a_table_of_complex_numbers_is_computed_as_pairs():
     inputs = {"x": torch.zeros(12, 2 * RATES), "ids": torch.zeros(12, dtype=torch.int64)}
     graph = trace(Turning(), inputs, lambda outputs, batch: outputs.square().mean())
-    assert any(node.op == "autopar.angles" for node in graph.constants.of("op"))
+    assert any(node.op == "autopar.angle_table" for node in graph.constants.of("op"))
     metas = [node.meta.dtype for kind in graph.kinds.values() for node in kind.graph.nodes.values()]
     assert not any(dtype.startswith("complex") for dtype in metas)
     assert not graph.buffers

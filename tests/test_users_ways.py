@@ -180,3 +180,13 @@ class Written(nn.Module):
 @pytest.mark.parametrize("fix", [{"dp": 2}, {"cp": 2}])
 def test_places_written_in_steps_and_cut_from_the_end(fix):
     proved(Written(), VECTORS, **fix)
+
+
+def smoothed(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2}])
+def test_smoothed_labels(fix):
+    model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY))
+    proved(model, {"input": IDS, "labels": IDS}, smoothed, **fix)

@@ -39,7 +39,7 @@ _OPERATORS = (
     "cross_entropy",
     "dropout",
     "rotary",
-    "rotary_table",
+    "angle_table",
     "sinusoids",
     "vocab_cross_entropy",
     "vocab_embedding",

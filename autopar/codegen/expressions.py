@@ -280,7 +280,7 @@ RENDERERS: dict[str, Renderer] = {
     "aten.softmax": _reduce("softmax"),
     "aten.dropout": _dropout,
     "autopar.rotary": _function("rotary"),
-    "autopar.angles": _factory("rotary_table"),
+    "autopar.angle_table": _factory("angle_table"),
     "autopar.sinusoids": _factory("sinusoids"),
     "autopar.gated_delta_rule": _function("gated_delta_rule", "chunk"),
     "autopar.selective_scan": _function("selective_scan"),

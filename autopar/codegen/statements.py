@@ -23,7 +23,7 @@ _RESERVED = {
     "not",
     "lambda",
     "index",
-    "rotary_table",
+    "angle_table",
     "sinusoids",
 }
 

@@ -19,11 +19,11 @@ DIGITS = (1, 2, 3, 4, 6)
 
 
 def angles_of(buffer: torch.Tensor | None) -> tuple[Any, ...] | None:
-    """(rows, rates, base, form, rising) with which `rotary_table` gives the very numbers of ``buffer`` (dims of size 1
-    left out; complex numbers as pairs); None if there are none."""
+    """(rows, rates, base, form, rising) with which `angle_table` gives the very numbers of ``buffer``, complex ones as
+    pairs and without dims of size 1; None if there are none."""
     if buffer is None or buffer.is_meta or buffer.numel() < SMALLEST:
         return None
-    from autopar.codegen.runtime.operators import ANGLE_FORMS, rotary_table
+    from autopar.codegen.runtime.operators import ANGLE_FORMS, angle_table
 
     table = buffer.reshape([size for size in buffer.shape if size != 1])
     table = torch.view_as_real(table) if table.is_complex() else table
@@ -36,7 +36,7 @@ def angles_of(buffer: torch.Tensor | None) -> tuple[Any, ...] | None:
         for base, rising in itertools.product(_bases(table[1], form, rates), (False, True)):
             # Three rows tell most buffers apart before the whole is computed.
             for rows in (3, table.shape[0]):
-                found = rotary_table(rows, rates, base, form, rising, dtype=table.dtype, device=None)
+                found = angle_table(rows, rates, base, form, rising, dtype=table.dtype, device=None)
                 if not torch.equal(found, table[:rows]):
                     break
             else:

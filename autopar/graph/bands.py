@@ -55,7 +55,7 @@ def _computed(node: Node, value: torch.Tensor | None, new: Draft) -> Ref | None:
     if (turned := angles_of(buffer)) is not None:
         rows, rates, _, form, _ = turned
         own = (rows, rates, 2) if form.startswith("pairs") else (rows, rates * ANGLE_FORMS[form])
-        made = Ref(new.emit("autopar.angles", *turned, shape=own, dtype=dtype, options={"dtype": dtype}))
+        made = Ref(new.emit("autopar.angle_table", *turned, shape=own, dtype=dtype, options={"dtype": dtype}))
         return made if own == shape else Ref(new.emit("aten.reshape", made, shape, shape=shape))
     return None
 

@@ -6,7 +6,7 @@ Names are torch's without overloads ("aten.linear"), plus a few composites ("aut
     autopar.rotary(x, cos, sin)                      x*cos + rotate_half(x)*sin, last dim whole
     autopar.cross_entropy(logits, labels, ignore)    sum over targets, float32 or wider; logits [..., v], labels [...]
     autopar.sinusoids(rows, width, blank, dtype=)    the table of sinusoidal positions, computed in float32
-    autopar.angles(rows, rates, base, form, rising, dtype=)    a table of rotary positions, computed in float32
+    autopar.angle_table(rows, rates, base, form, rising, dtype=)    a table of rotary positions, computed in float32
     autopar.topk(x, k, dim, largest=True)            the indices of torch.topk, int64
     autopar.experts(...)                             the experts of a mixture (`autopar.graph.experts`)
     aten.batch_norm(x, weight, bias, eps)            by the statistics of the batch itself
@@ -127,7 +127,9 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.cast": cast,
     "autopar.topk": topk,
     "autopar.experts": experts,
-    "autopar.angles": lambda *args, dtype: _travelling("rotary_table", "operators")(*args, dtype=dtype, device=None),
+    "autopar.angle_table": lambda *args, dtype: _travelling("angle_table", "operators")(
+        *args, dtype=dtype, device=None
+    ),
     "autopar.sinusoids": lambda *args, dtype: _travelling("sinusoids", "operators")(*args, dtype=dtype, device=None),
     "autopar.gated_delta_rule": _travelling("gated_delta_rule"),
     "autopar.selective_scan": _travelling("selective_scan"),

@@ -62,9 +62,10 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
                 f"no sharding of the block ({names}, ...) found: CP-SAT says {found}; "
                 "an operator's strategies cannot be reached from its neighbours' layouts"
             )
-        if found.value + ties < rest or not found.proved:
+        needed = found.value + 2 * ties - reduced.least
+        if needed <= within or rest == np.inf or not found.proved:
             break
-        within = found.value + ties - reduced.least
+        within = needed
     answer = model.read(found.chosen)
     seconds, size = price(problem, answer)
     bound = min(found.bound, rest) + model.offset

@@ -49,10 +49,10 @@ ANGLE_FORMS = {
     "pairs": 2,
     "pairs polar": 2,
 }
-"""Forms of `rotary_table`, and how many numbers a row has for each rate."""
+"""Forms of `angle_table`, and how many numbers a row has for each rate."""
 
 
-def rotary_table(
+def angle_table(
     rows: int, rates: int, base: float, form: str, rising: bool, *, dtype: torch.dtype, device: torch.device | None
 ) -> Tensor:
     """Rotary positions (arXiv 2104.09864, section 3.2.2), or sinusoidal ones.

@@ -38,6 +38,47 @@ def sinusoids(
     return table.to(dtype)
 
 
+ANGLE_FORMS = {
+    "cos": 1,
+    "sin": 1,
+    "cos halves": 2,
+    "sin halves": 2,
+    "cos twice": 2,
+    "sin twice": 2,
+    "waves": 2,
+    "pairs": 2,
+    "pairs polar": 2,
+}
+"""Forms of `angle_table`, and how many numbers a row has for each rate."""
+
+
+def angle_table(
+    rows: int, rates: int, base: float, form: str, rising: bool, *, dtype: torch.dtype, device: torch.device | None
+) -> Tensor:
+    """Rotary positions (arXiv 2104.09864, section 3.2.2), or sinusoidal ones.
+
+    Of the angles ``row * base ** -(i / rates)`` the cosines or sines, once or two of each (one after the other, or as
+    two halves of a row); sines and cosines in turn ("waves"); or (cosine, sine) [rows, rates, 2], as the parts of
+    complex numbers ("pairs").
+
+    ``rising``: the rates are made by an exponential. In float32 whatever ``dtype`` is: the numbers are those of the
+    model's own table.
+    """
+    places = torch.arange(0, 2 * rates, 2, device=device).float()
+    each = torch.exp(places * (-math.log(base) / (2 * rates))) if rising else 1.0 / base ** (places / (2 * rates))
+    turned = torch.arange(rows, device=device).float().unsqueeze(1) * each
+    if form == "pairs polar":
+        return torch.view_as_real(torch.polar(torch.ones_like(turned), turned)).to(dtype)
+    if form in ("pairs", "waves"):
+        parts = (turned.cos(), turned.sin()) if form == "pairs" else (turned.sin(), turned.cos())
+        table = torch.stack(parts, -1)
+        return (table if form == "pairs" else table.flatten(1)).to(dtype)
+    table = turned.cos() if form.startswith("cos") else turned.sin()
+    if form.endswith("halves"):
+        table = torch.cat((table, table), -1)
+    return (table.repeat_interleave(2, -1) if form.endswith("twice") else table).to(dtype)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, ignore: int = -100) -> Tensor:
     """Cross-entropy summed over the targets, in float32 or wider; targets equal to ``ignore`` count nothing."""
     return F.cross_entropy(_wide(logits).flatten(0, -2), labels.flatten(), ignore_index=ignore, reduction="sum")
