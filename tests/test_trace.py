@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -126,6 +127,31 @@ def test_values_of_buffers_cost_no_parameters():
     assert graph.buffer_values["router.bias"] == (3.0,) * 4
     assert model.drawn_on
     assert set(model.drawn_on) == {"meta"}
+
+
+class Made(nn.Module):
+    """Larger than what is made anew for the sake of a buffer."""
+
+    made: ClassVar[list[str]] = []
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(4, 3_000_000))
+        self.register_buffer("scale", torch.ones(4), persistent=False)
+        self.made.append(self.weight.device.type)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight) * self.scale
+
+
+def test_no_large_module_is_made_for_a_buffer():
+    """The whole of a model of 34 billion parameters was, for its mask."""
+    with torch.device("meta"):
+        model = Made({})
+    graph = trace(model, {"x": torch.zeros(3_000_000)}, loss=lambda outputs, batch: outputs.float().square().sum())
+    assert "scale" not in graph.buffer_values
+    assert Made.made == ["meta"]
 
 
 def test_buffers_are_wide_only_where_the_model_widens_them():

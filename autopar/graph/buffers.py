@@ -11,7 +11,8 @@ from torch import nn
 LARGEST = 4096
 """Elements up to which a buffer's values are kept with the graph."""
 _SMALL_MODULE = 10_000_000
-"""Elements of all buffers of a module up to which they are recovered; its parameters stay on meta."""
+"""Elements of all buffers of a module up to which they are recovered beside parameters on meta; and of its parameters as
+well, where it has to be made anew."""
 
 
 def known_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -45,7 +46,7 @@ def value_of(model: nn.Module, full: str) -> torch.Tensor | None:
 def _recovered(model: nn.Module, path: str, name: str) -> torch.Tensor | None:
     owner = model.get_submodule(path)
     tensors = {id(tensor): tensor for tensor in (*owner.parameters(), *owner.buffers())}
-    if sum(tensor.numel() for tensor in tensors.values() if not isinstance(tensor, nn.Parameter)) > _SMALL_MODULE:
+    if sum(tensor.numel() for tensor in owner.buffers()) > _SMALL_MODULE:
         return None
     if not owner._buffers[name].is_floating_point():  # type: ignore[union-attr]
         return _rebuilt(owner, name)
@@ -85,7 +86,7 @@ def _reinitialised(model: nn.Module, path: str, name: str, tensors: dict[int, to
 def _rebuilt(owner: nn.Module, name: str) -> torch.Tensor | None:
     """The buffer of a new module made from ``owner.config``."""
     config = getattr(owner, "config", None)
-    if config is None:
+    if config is None or sum(tensor.numel() for tensor in (*owner.parameters(), *owner.buffers())) > _SMALL_MODULE:
         return None
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=()):

@@ -24,9 +24,9 @@ from autopar.graph.data_attribute import data_followed
 from autopar.graph.embedding_bags import bags_taken_apart
 from autopar.graph.exact_numbers import numbers_kept
 from autopar.graph.expert_loops import follow_loops
+from autopar.graph.exported import FROM_VALUES, TRACE_DTYPE
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
-from autopar.graph.importing import FROM_VALUES, TRACE_DTYPE
 from autopar.graph.leaves import stopping
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole

@@ -6,9 +6,8 @@ return lists (split, chunk, unbind) become one view per item. Every dim is non-n
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,6 +20,7 @@ from autopar.errors import UnsupportedError
 from autopar.graph.aliases import Change, change_of
 from autopar.graph.complex_numbers import REAL
 from autopar.graph.draft import Draft
+from autopar.graph.exported import FROM_VALUES, dtype_name, module_path, positive, rank_of, tupled
 from autopar.graph.formulas import FORMULAS
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
@@ -30,17 +30,6 @@ from autopar.graph.size import Size
 from autopar.graph.sizes import SizeOfValuesError, Sizes
 from autopar.graph.writing import written_back
 
-TRACE_DTYPE = torch.bfloat16
-"""The model is traced with parameters of this dtype, so that upcasts to float32 show."""
-
-FROM_VALUES = (
-    "computes sizes, or chooses what to run, from the values of tensors. Experts of a mixture are recognised where one "
-    "module holds the weights of all of them stacked (three dims, with or without biases), is called with hidden "
-    "states, the chosen experts' indices and their weights, and computes for each token the weighted sum of "
-    "down(act(up(x))); or where a module calls each of a list of equal modules with the tokens that chose it, and "
-    "nothing but single tokens counts"
-)
-"""What is told of code that cannot be traced because it depends on data."""
 DROPPED_ARGUMENTS = frozenset({"device", "pin_memory", "layout", "memory_format", "non_blocking", "copy"})
 DIM_ARGUMENTS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"})
 
@@ -287,7 +276,7 @@ class Importer:
         args: list[Any] = []
         defaults: list[Any] = []
         kwargs: dict[str, Any] = {}
-        rank = _rank(node)
+        rank = rank_of(node)
         for place, argument in enumerate(target._schema.arguments):
             default = argument.default_value
             value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name, default)
@@ -296,14 +285,14 @@ class Importer:
             value = self._value(value)
             if argument.name in DIM_ARGUMENTS and rank is not None and value is not None:
                 extra = target._schema.name in ("aten::unsqueeze", "aten::stack")
-                value = _positive(value, rank + extra)
+                value = positive(value, rank + extra)
             if argument.kwarg_only:
                 if value != default:
                     kwargs[argument.name] = value
             else:
                 args.append(value)
                 defaults.append(default if argument.has_default_value() else ...)
-        while args and defaults[-1] is not ... and args[-1] == _tupled(defaults[-1]):
+        while args and defaults[-1] is not ... and args[-1] == tupled(defaults[-1]):
             args.pop()
             defaults.pop()
         return tuple(args), kwargs
@@ -393,57 +382,3 @@ def promoting_buffers(draft: Draft) -> frozenset[str]:
         if node.name in draft.constant:
             feeding[node.name] = frozenset().union(*(feeding.get(name, frozenset()) for name in operands))
     return found
-
-
-def module_path(node: torch.fx.Node) -> str | None:
-    """Path in the user's model of the module that ran ``node``; None if unknown.
-
-    A module called for the (k+1)-th time shows as ``name@k``, so that calls can be told apart.
-    """
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return None
-    plain = called = ""
-    for key, (path, *_) in stack.items():
-        call = key.rpartition("@")[2] if "@" in key else ""
-        added = str(path).removeprefix(plain).lstrip(".") if str(path).startswith(plain) else str(path)
-        if added != path or not plain:
-            called = f"{called}.{added}" if called else added
-        else:
-            called = added  # a module that lives elsewhere in the model
-        called, plain = f"{called}@{call}" if call else called, str(path)
-    if called in ("", "model"):
-        return ""
-    return called.removeprefix("model.") if called.startswith("model.") else None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return COMPUTE if dtype == TRACE_DTYPE else str(dtype).removeprefix("torch.")
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _rank(node: torch.fx.Node) -> int | None:
-    for value in node.args:
-        items: Iterable[Any] = value if isinstance(value, list | tuple) else (value,)
-        for item in items:
-            if isinstance(item, torch.fx.Node) and isinstance(item.meta.get("val"), torch.Tensor):
-                return int(item.meta["val"].ndim)
-    return None
-
-
-def _positive(value: Any, rank: int) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_positive(item, rank) for item in value)
-    return value % max(rank, 1) if isinstance(value, int) else value
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def close(value: Any, wanted: float) -> bool:
-    """Whether a graph's literal is ``wanted`` up to float32 rounding."""
-    return is_number(value) and math.isclose(value, wanted, rel_tol=1e-6)

@@ -19,7 +19,7 @@ from typing import Any
 
 from autopar.errors import BadInputError
 from autopar.graph.draft import Draft, live
-from autopar.graph.importing import is_number
+from autopar.graph.exported import is_number
 from autopar.graph.ir import Node, OpGraph, Ref, map_refs
 from autopar.graph.naming import leaf_name, named
 from autopar.graph.size import BATCH, Size, divide

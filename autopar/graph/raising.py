@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from autopar.graph.draft import Draft, Rule
-from autopar.graph.importing import close, is_number
+from autopar.graph.exported import close, is_number
 from autopar.graph.ir import COMPUTE, Node, Ref
 
 

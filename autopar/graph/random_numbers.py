@@ -11,7 +11,7 @@ from typing import Any
 
 from autopar.errors import UnsupportedError
 from autopar.graph.draft import RANDOM, Draft, Rule
-from autopar.graph.importing import is_number
+from autopar.graph.exported import is_number
 from autopar.graph.ir import Node, Ref
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from autopar.graph.draft import Draft, Rule
-from autopar.graph.importing import is_number
+from autopar.graph.exported import is_number
 from autopar.graph.ir import Node, Ref
 from autopar.graph.raising import unrepeated
 
