@@ -11,8 +11,8 @@ from torch import nn
 LARGEST = 4096
 """Elements up to which a buffer's values are kept with the graph."""
 _SMALL_MODULE = 10_000_000
-"""Elements of all buffers of a module up to which they are recovered beside parameters on meta; and of its parameters as
-well, where it has to be made anew."""
+"""Elements of all buffers of a module up to which they are recovered beside parameters on meta; where it has to be made
+anew, of its parameters as well."""
 
 
 def known_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
