@@ -129,6 +129,7 @@ def test_losses_agree_and_checkpoints_change_plans(folder: Path) -> None:
     assert close(again[6], single[6])
 
 
+@pytest.mark.proof
 def test_ranks_in_another_order_train_alike(folder: Path) -> None:
     """From the start, and from a checkpoint that ranks in yet another order wrote."""
     single = losses(folder, "single", 1, "first.jsonl", "--any-topology")
@@ -141,6 +142,7 @@ def test_ranks_in_another_order_train_alike(folder: Path) -> None:
     assert all(close(outside[step], single[step]) for step in outside)
 
 
+@pytest.mark.proof
 def test_float16_and_sgd_change_plans(folder: Path) -> None:
     saving = ("--checkpoint-dir", "ck16", "--save-every", "3", "--lr", "3e-2")
     first = losses(folder, "half", 4, "half.jsonl", *saving)

@@ -21,6 +21,8 @@ from autopar.models import model_graph
 from autopar.plan import Plan, Run, Stage
 from autopar.solver.search import search
 
+pytestmark = pytest.mark.proof  # ranks of every level and group: minutes
+
 LAYERS, MICRO_BATCHES = 4, 4
 
 SCRIPT = """

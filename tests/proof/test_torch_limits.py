@@ -110,6 +110,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", ["zbv", "dualpipev"])
 def test_stock_split_backward_with_freed_parameters_is_silently_wrong(
     stock: dict[str, dict[str, Any]], name: str
@@ -123,6 +124,7 @@ def test_stock_split_backward_with_freed_parameters_is_silently_wrong(
     assert not list(refusals(replace(choice(name, 2, 2, 4), mesh=Mesh(2, 2), zero=1, fsdp=2)))
 
 
+@pytest.mark.proof
 def test_split_backward_recomputes_too_often(
     stock: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
