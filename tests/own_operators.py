@@ -59,6 +59,10 @@ class Secret(Rounded):
 autopar.leaf(Rounded, "... -> ...")
 
 
+class Untold(Secret):
+    """Another one, which one test alone uses."""
+
+
 class Scaled(torch.autograd.Function):
     """Scales by the largest along the last dim, and lets the gradient through."""
 

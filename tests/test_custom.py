@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from own_operators import Own, Rounded, Scaled, Secret, decay, gated
+from own_operators import Own, Rounded, Scaled, Secret, Untold, decay, gated
 
 import autopar
 from autopar.codegen.emit_module import module_source
+from autopar.graph.cache import cached_graph
 from autopar.graph.functions import annotation_of
+from autopar.graph.model_key import model_key
 from autopar.graph.trace import trace
 from autopar.sharding.rules import RULES, rule_of
 
@@ -87,6 +89,22 @@ def test_an_autograd_function_that_nobody_told_of_is_tried():
     assert str(rule_of(node, graph)) == "a b c -> a b c"
     plan = autopar.search(own, JOB, autopar.Cluster.parse("1x2:h100"), fix={"tp": 2, "sp": True})
     assert autopar.verify(plan, own).worst[1] < 1e-12
+
+
+def test_a_graph_with_a_function_that_was_tried_is_not_kept_on_disk(tmp_path, monkeypatch):
+    """What was found of the Function is known to this process alone: the next one has to find it anew."""
+    monkeypatch.setenv("AUTOPAR_CACHE", str(tmp_path))
+    for name, model in (("plain", Own(Rounded)), ("tried", Own(Secret))):
+        cached_graph(name, name, lambda model=model: trace(model))
+    assert [path.name.partition("-")[0] for path in (tmp_path / "graphs").iterdir()] == ["plain"]
+
+
+def test_trying_a_function_changes_no_key():
+    own = Own(Untold)
+    before = model_key(own, None, None)
+    assert before is not None
+    assert any("Untold" in node.op for node in trace(own).kinds["Layer"].graph.of("op"))
+    assert model_key(own, None, None) == before
 
 
 def test_dims_along_which_a_function_mixes_stay_whole():

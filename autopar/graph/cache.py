@@ -42,8 +42,12 @@ def _from_disk(path: Path, build: Callable[[], ModelGraph]) -> ModelGraph:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return model_from_json(json.loads(path.read_text()))
     graph = build()
-    with contextlib.suppress(OSError):
-        _write(path, json.dumps(model_to_json(graph), separators=(",", ":")))
+    from autopar.graph.leaves import FOUND  # torch is here by now: it built the graph
+
+    # What was found of a Function by trying it, this process alone knows.
+    if not any(node.op in FOUND for kind in graph.kinds.values() for node in kind.graph.of("op")):
+        with contextlib.suppress(OSError):
+            _write(path, json.dumps(model_to_json(graph), separators=(",", ":")))
     return graph
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.graph.leaves import LEAVES
+from autopar.graph.leaves import FOUND, LEAVES
 
 MOST = 1 << 22
 """Bytes of a tensor whose values are compared."""
@@ -55,7 +55,8 @@ def model_key(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Callable
     """The key of a module traced with these; None if there is none."""
     description = _Description()
     try:
-        description.add((torch.get_default_dtype(), tuple(LEAVES)))
+        told = tuple(op for op in LEAVES if op not in FOUND)  # tracing itself finds the others
+        description.add((torch.get_default_dtype(), told))
         description.add(model)
         description.add([(name, _example(value)) for name, value in (inputs or {}).items()])
         description.add((inputs is None, loss))
