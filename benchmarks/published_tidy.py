@@ -26,6 +26,8 @@ ZERO = ("shared", "dense_layers")
 """Those of which there may be none."""
 MEASURED = ("step_time_s", "tflops_per_gpu", "mfu", "tokens_per_s_per_gpu", "peak_mem_gb")
 WORDS = ("group", "source", "notes", "dtype", "schedule")
+MACHINE_WORDS = ("gpu", "intra_node_link", "inter_node_link")
+MODEL_WORDS = ("name", "attention")
 PARTS = ("model", "hardware", "measured")
 MICRO_BATCHES = 20_000
 """The most micro-batches of a step that are simulated one by one."""
@@ -52,14 +54,9 @@ def tidied(record: Record) -> dict[str, Any]:
         found["measured"][name] = _positive(name, found["measured"].get(name))
     share = found["measured"]["mfu"]
     found["measured"]["mfu"] = share / 100 if share and share > 1 else share
-    for name in WORDS:
-        found[name] = None if found.get(name) is None else str(found[name])
-    for name in ("gpu", "intra_node_link", "inter_node_link"):
-        told = found["hardware"].get(name)
-        found["hardware"][name] = None if told is None else str(told)
-    for name in ("name", "attention"):
-        told = found["model"].get(name)
-        found["model"][name] = None if told is None else str(told)
+    for part, names in ((found, WORDS), (found["hardware"], MACHINE_WORDS), (found["model"], MODEL_WORDS)):
+        for name in names:
+            part[name] = None if part.get(name) is None else str(part[name])
     found["model"]["moe"] = _experts(found["model"].get("moe"))
     found["sp"] = _truth(found.get("sp"))
     arguments = found.get("ci_args")

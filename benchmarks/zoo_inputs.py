@@ -99,9 +99,8 @@ def _candidates(model: nn.Module, seq: int) -> Iterator[dict[str, Tensor]]:
             if "labels" in names:  # the model shifts them into the decoder's inputs by itself
                 yield inputs | {"labels": decoder["decoder_input_ids"]}
             yield inputs | decoder
-    if (
-        len(streams) > 1 and "input_ids" in names
-    ):  # text alone, where images have a form of their own (lists of patches)
+    # Text alone, where images have a form of their own (lists of patches).
+    if len(streams) > 1 and "input_ids" in names:
         yield {"input_ids": _tokens(config, seq)}
 
 

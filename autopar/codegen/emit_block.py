@@ -25,6 +25,7 @@ from autopar.sharding.conversions import path, same, steps
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.layout import CONTEXT, Layout, R, SpmdType
 from autopar.sharding.local import produced_layouts
+from autopar.sharding.rules import ring_axis
 
 FUNCTIONS = {
     "SR": "all_gather",
@@ -147,8 +148,7 @@ class Body:
             assert isinstance(expr, Call)
             expr = Call(expr.function, (*expr.arguments, ("ep", Text(self.axes["ep"]))))
         if variants:
-            ring = next((axis for axis, strategy in choice.items() if strategy.is_ring), "")
-            expr = self._special(node, expr, shapes, needs, ring)
+            expr = self._special(node, expr, shapes, needs, ring_axis(choice))
             comments = inner_remarks(self.setting, choice, needs)
         split = [axis for axis, kind in output.types if kind.kind == "S" and axis in self.setting.axes]
         if split and draws_random(node):

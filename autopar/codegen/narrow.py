@@ -90,9 +90,8 @@ def _shorten(config: Any, name: str, layers: Sequence[int]) -> None:
     for key in ("first_k_dense_replace", "num_dense_layers"):
         if isinstance(first := getattr(config, key, None), int):
             setattr(config, key, sum(layer < first for layer in layers))
-    for key in ("mlp_only_layers",):
-        if isinstance(some := getattr(config, key, None), list):
-            setattr(config, key, [place for place, layer in enumerate(layers) if layer in some])
+    if isinstance(some := getattr(config, "mlp_only_layers", None), list):
+        config.mlp_only_layers = [place for place, layer in enumerate(layers) if layer in some]
     setattr(config, name, len(layers))
 
 

@@ -41,17 +41,17 @@ def inner_remarks(setting: Setting, choice: Mapping[str, Strategy], operands: Se
         for inner in dict.fromkeys(strategy.inner):
             nbytes = _bytes(setting, inner.shape, inner.dtype, axis, operands[inner.like])
             seconds = setting.seconds(inner.collective, nbytes, axis)
-            time = f", {_time(seconds)} each" if seconds is not None else ""
+            time = f", {_time(seconds)}" if seconds is not None else ""
             if inner.collective == RING:
-                when = "per micro-batch, as attention computes; backward: with gradients"
-                lines += (
-                    [] if inner.backward else [f"{axis} ring, {_amount(nbytes)}{time.removesuffix(' each')} {when}"]
-                )
+                if not inner.backward:
+                    when = "per micro-batch, as attention computes; backward: with gradients"
+                    lines.append(f"{axis} ring, {_amount(nbytes)}{time} {when}")
                 continue
             count = strategy.inner.count(inner)
             times = f"{count} times " if count > 1 else ""
             when = "in backward" if inner.backward else "per micro-batch"
-            lines.append(f"{axis} {_action(inner.collective)}, {times}{_amount(nbytes)} {when}{time}")
+            each = f"{time} each" if time else ""
+            lines.append(f"{axis} {_action(inner.collective)}, {times}{_amount(nbytes)} {when}{each}")
     return tuple(lines)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-SMALLEST = 64
-"""Elements below which a buffer is written down as it is."""
+from autopar.graph.buffers import SMALLEST
+
 DIGITS = (1, 2, 3, 4, 6)
 """To how many significant digits a base is round."""
 

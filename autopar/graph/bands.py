@@ -12,15 +12,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from autopar.codegen.runtime.operators import ANGLE_FORMS
 from autopar.graph.angle_tables import angles_of
-from autopar.graph.buffers import value_of
+from autopar.graph.buffers import SMALLEST, value_of
 from autopar.graph.draft import Draft, live
 from autopar.graph.ir import Node, Ref, map_refs
 from autopar.graph.sinusoids import table_of
-
-SMALLEST = 64
-"""Elements below which a buffer is written down as it is."""
 
 
 def unfold_buffers(draft: Draft, model: nn.Module, constants: Mapping[str, torch.Tensor]) -> Draft:
@@ -32,8 +28,7 @@ def unfold_buffers(draft: Draft, model: nn.Module, constants: Mapping[str, torch
     for node in draft.nodes.values():
         if node.kind == "buffer" and (node.target in buffers or node.target in constants):
             new.module = node.target.rpartition(".")[0]
-            value = constants[node.target] if node.target in constants else value_of(model, node.target)
-            if (computed := _computed(node, value, new)) is not None:
+            if (computed := _computed(node, model, constants, new)) is not None:
                 names[node.name] = computed.name
                 continue
         args, kwargs = map_refs(node.args, names.__getitem__), map_refs(node.kwargs, names.__getitem__)
@@ -43,18 +38,19 @@ def unfold_buffers(draft: Draft, model: nn.Module, constants: Mapping[str, torch
     return live(new)
 
 
-def _computed(node: Node, value: torch.Tensor | None, new: Draft) -> Ref | None:
-    """The value of a buffer by its formula, if it has one."""
+def _computed(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor], new: Draft) -> Ref | None:
+    """The value of a buffer by its formula, if it has one; all such have two dims or more."""
     shape, dtype = node.meta.shape, node.meta.dtype
-    buffer = value if len(shape) >= 2 else None
+    if len(shape) < 2:
+        return None
+    buffer = constants[node.target] if node.target in constants else value_of(model, node.target)
     if (band := band_of(buffer)) is not None:
         return _positions(new, *band, dtype, len(shape))
     if (table := table_of(buffer)) is not None:
         given = table if table[-1] is not None else table[:-1]
         return Ref(new.emit("autopar.sinusoids", *given, shape=shape, dtype=dtype, options={"dtype": dtype}))
     if (turned := angles_of(buffer)) is not None:
-        rows, rates, _, form, _ = turned
-        own = (rows, rates, 2) if form.startswith("pairs") else (rows, rates * ANGLE_FORMS[form])
+        own = tuple(size for size in shape if size != 1)
         made = Ref(new.emit("autopar.angle_table", *turned, shape=own, dtype=dtype, options={"dtype": dtype}))
         return made if own == shape else Ref(new.emit("aten.reshape", made, shape, shape=shape))
     return None

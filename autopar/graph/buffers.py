@@ -10,6 +10,8 @@ from torch import nn
 
 LARGEST = 4096
 """Elements up to which a buffer's values are kept with the graph."""
+SMALLEST = 64
+"""Elements below which a buffer is written down as it is, whatever formula it follows."""
 _SMALL_MODULE = 10_000_000
 """Elements of all buffers of a module up to which they are recovered beside parameters on meta; where it has to be made
 anew, of its parameters as well."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-SMALLEST = 64
-"""Elements below which a buffer is written down as it is."""
+from autopar.graph.buffers import SMALLEST
 
 Table = tuple[int, int, int | None]
 """Rows, width, and the row that is blank, if one is: the arguments of `autopar.sinusoids`."""

@@ -115,5 +115,4 @@ class SizeBounds:
         if level == Step.STAGES:
             space = list(open_configs_of(shape, context.job, context.cluster, context.fix))
             return loose_bound(context, space, shardings)  # infinite where not even that fits
-        work = shardings.unconverted_work() if level == Step.OPERATORS else shardings.least_work()
-        return shape_bound(context, shape, work)
+        return shape_bound(context, shape, shardings.work(level))

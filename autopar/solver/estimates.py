@@ -38,7 +38,7 @@ def _guess(context: Context, item: Shape | Family | Config, shardings: Shardings
     each = once = 0.0
     if isinstance(item, Config) and step == Step.SPREAD and pp > 1:
         return _spread(least_problem(context, [item], shardings))
-    work = shardings.unconverted_work() if step == Step.OPERATORS else shardings.least_work()
+    work = shardings.work(step)
     if isinstance(item, Config) and pp > 1:
         each, first, last = least_stage(context, item, placed(context, item, 0).data)
         once = first + last

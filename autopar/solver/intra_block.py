@@ -8,9 +8,9 @@ the relaxation (not above zero for rows <=). For x in [0, 1]
 and a solution in which x_j = 1 takes L + r_j at least (weak duality: any p of these signs will do, so what GLOP rounds
 only loosens the bound). CP-SAT therefore sees those variables first whose r_j is small, and if its optimum v is not
 above L + the least r_j that was left out, no other solution is better. Else those below v - L are all that a better one
-can have: the second time is the last. (What ties may shift counts as above: of equal answers the same one is found
-whatever the duals.) Relaxations are mostly within a few thousandths of the optimum, so half to nine
-tenths of the variables never get there.
+can have, and a second time ends it. (What ties may shift counts as above, so that of equal answers the same one is
+found whatever the duals.) Relaxations are mostly within a few thousandths of the optimum, so half to nine tenths of the
+variables never get there.
 
 Costs become integers for CP-SAT, rounded down by less than ``unit`` each, hence the optimum of the integers times
 ``unit`` is a valid bound.
@@ -25,8 +25,8 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from autopar.errors import AutoparError
-from autopar.solver.intra_model import BlockModel, Floats, Sum
-from autopar.solver.linear import OPTIMAL, TOLERANCE, Rows, duals_of, solve_linear
+from autopar.solver.intra_model import BlockModel, Sum
+from autopar.solver.linear import OPTIMAL, TOLERANCE, Floats, Rows, duals_of, solve_linear
 from autopar.solver.problem import Answer, Problem, price
 
 RESOLUTION = 2**36
@@ -47,7 +47,7 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
     strategies. Raises AutoparError when no combination of layouts is possible or none was found within the limit.
     """
     model = BlockModel(problem, byte_price)
-    reduced = _reduced(model) if len(model.terms) > FEW else _Reduced(0.0, np.zeros(len(model.terms)))
+    reduced = _reduced(model)
     within, ties = NEAR * model.scale, _most_ties(model) * _unit(model)
     while True:
         kept = reduced.costs <= within
@@ -109,12 +109,15 @@ def _linear(model: BlockModel) -> Any:
 
 
 def _reduced(model: BlockModel) -> _Reduced:
-    """By the duals of the relaxation; zero of everything if GLOP has none."""
+    """By the duals of the relaxation; zero of everything if there are few variables, or GLOP has no duals."""
     costs = np.array([seconds for seconds, _ in model.terms])
+    nothing = _Reduced(0.0, np.zeros(len(costs)))
+    if len(costs) <= FEW:
+        return nothing
     linear = _linear(model)
     solver, status = solve_linear(linear)
     if status != OPTIMAL:
-        return _Reduced(0.0, np.zeros(len(costs)))
+        return nothing
     duals = duals_of(linear, solver) * model.scale
     low, high = np.array([row[2:] for row in model.rows], dtype=float).T
     duals = np.where(low < high, np.minimum(duals, 0.0), duals)

@@ -33,12 +33,12 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.solver.problem import Answer, Layout, Problem, path, produced, shortest
+from autopar.solver.linear import Floats
+from autopar.solver.problem import Answer, Layout, Problem, path, shortest
 
 Sum = tuple[int, ...]
 """A sum of variables, by their places."""
 
-Floats = NDArray[np.float64]
 Places = NDArray[np.int64]
 
 
@@ -63,7 +63,6 @@ class BlockModel:
         self.problem = problem
         self.terms: list[tuple[float, int]] = []
         self.rows: list[tuple[Sum, Sum, int, int]] = []
-        self.made = produced(problem)
         tables = {id(direct): direct for direct in problem.conversions.values()}  # tensors alike share one
         ways = {each: shortest(direct) for each, direct in tables.items()}
         self.best = {tensor: ways[id(direct)] for tensor, direct in problem.conversions.items()}

@@ -41,6 +41,7 @@ from autopar.sharding.decision import BlockDecision
 from autopar.sharding.execute import local_shape, run_op
 from autopar.sharding.layout import CONTEXT, Layout
 from autopar.sharding.local import blocks_at, produced_layouts
+from autopar.sharding.rules import ring_axis
 from autopar.sharding.simulate import LocalWorld
 from autopar.solver.stand_ins import LOSSES, Conversion, RingAttention, VocabCrossEntropy, all_reduced
 from autopar.solver.work import ATTENTION
@@ -260,7 +261,7 @@ class _Run:
                 made = loss.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
             elif node.op == "autopar.cross_entropy" and split:
                 made = VocabCrossEntropy.apply(operands[0][0], operands[1][0])  # type: ignore[no-untyped-call]
-            elif ring := next((axis for axis, strategy in choice.items() if strategy.is_ring), ""):
+            elif ring := ring_axis(choice):
                 values = [x for (x,) in operands]
                 halves = choice[ring].by_position and values[0].size(-2) % 2 == 0
                 made = RingAttention.apply(*values, self.decision.axes[ring], halves)  # type: ignore[no-untyped-call]

@@ -98,14 +98,6 @@ class Answer:
     statistics: dict[str, float] = field(default_factory=dict)
 
 
-def produced(problem: Problem) -> dict[str, tuple[Layout, ...]]:
-    """For each tensor, the layouts its producer can make, in a fixed order."""
-    made: dict[str, tuple[Layout, ...]] = {source.name: tuple(source.layouts) for source in problem.sources}
-    for op in problem.ops:
-        made[op.name] = tuple(dict.fromkeys(choice.output for choice in op.choices))
-    return made
-
-
 class Paths(Mapping[tuple[Layout, Layout], tuple[float, Layout]]):
     """All cheapest conversion paths: (from, to) to (seconds, the layout before ``to``); no pair of equal layouts.
 

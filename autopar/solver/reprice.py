@@ -21,6 +21,7 @@ from autopar.sharding.check import check_decision, chosen, operand_layouts
 from autopar.sharding.conversions import path
 from autopar.sharding.layout import Layout
 from autopar.sharding.local import local_shape
+from autopar.sharding.rules import ring_axis
 from autopar.solver.candidates import again_pieces, moved_bytes
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import BlockTime, DataAxis, DataTimes, stage_events, with_experts
@@ -251,8 +252,7 @@ def _block_seconds(
         output = LocalTensor(shape, element_bytes(node.meta.dtype, job))
         grads = [meta.requires_grad for meta in operands]
         choice = chosen(node, graph, decision)
-        ring = next((axis for axis, strategy in choice.items() if strategy.is_ring), "")
-        if ring:
+        if ring := ring_axis(choice):
             held = inputs[1].nbytes + inputs[2].nbytes
             sent = collectives.seconds("send_recv", held, axes[ring], stride_of[ring])
             turns = ring_time(ops, node, inputs, output, grads, axes[ring], sent)

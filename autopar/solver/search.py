@@ -356,10 +356,8 @@ class _Walk:
         sharper = Step(entry.step + 1)
         if isinstance(item, Config):
             return [(stage_bound(context, item, shardings, paths=False), sharper, item)]
-        if sharper == Step.OPERATORS:
-            return [(shape_bound(context, _shape(item), shardings.unconverted_work()), sharper, item)]
-        if sharper == Step.KINDS:
-            return [(shape_bound(context, _shape(item), shardings.least_work()), sharper, item)]
+        if sharper in (Step.OPERATORS, Step.KINDS):
+            return [(shape_bound(context, _shape(item), shardings.work(sharper)), sharper, item)]
         space = self.space(item)
         if isinstance(item, Family):
             return [(quick_bound(context, config, shardings.least_work()), sharper, config) for config in space]

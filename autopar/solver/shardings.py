@@ -20,6 +20,7 @@ from autopar.solver.problem import Problem
 from autopar.solver.recompute import Recompute, Rerun, moved_of, rerun, runs_again
 from autopar.solver.shared_bounds import part_shift, seconds_shift
 from autopar.solver.space import Sharding
+from autopar.solver.steps import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,10 @@ class Shardings(Answers):
                 for (kind, choices), count in freedom.items()
             )
         return self._least_work
+
+    def work(self, step: int) -> float:
+        """What is known of `least_work` at a step: without conversions, or all of it."""
+        return self.unconverted_work() if step == Step.OPERATORS else self.least_work()
 
     def unconverted_work(self) -> float:
         """The same with each operator at its own fastest, conversions free: less, and sooner known."""

@@ -6,7 +6,17 @@ whether a strategy's factor divides by the axis.
 """
 
 from autopar.sharding.rules.blocks import blocks_of
-from autopar.sharding.rules.strategies import Strategy, divides, has_rule, strategies_of, strategy_of
+from autopar.sharding.rules.strategies import Strategy, divides, has_rule, ring_axis, strategies_of, strategy_of
 from autopar.sharding.rules.table import RULES, rule_of
 
-__all__ = ["RULES", "Strategy", "blocks_of", "divides", "has_rule", "rule_of", "strategies_of", "strategy_of"]
+__all__ = [
+    "RULES",
+    "Strategy",
+    "blocks_of",
+    "divides",
+    "has_rule",
+    "ring_axis",
+    "rule_of",
+    "strategies_of",
+    "strategy_of",
+]

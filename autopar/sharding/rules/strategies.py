@@ -14,6 +14,7 @@ An operator without a rule has "R" and "I" only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autopar.errors import UnsupportedError
@@ -85,6 +86,11 @@ def _find(node: Node, graph: OpGraph, blocks: GraphBlocks) -> tuple[Strategy, ..
     if rule is None:
         return tuple(found)
     return tuple(_distinct([*found, *_splits(node, rule, blocks), *_together(rule), *_partial(rule, count)]))
+
+
+def ring_axis(choice: Mapping[str, Strategy]) -> str:
+    """The axis round which keys and values go under a strategy on each axis; empty if they do not."""
+    return next((axis for axis, strategy in choice.items() if strategy.is_ring), "")
 
 
 def strategy_of(node: Node, graph: OpGraph, name: str) -> Strategy:
