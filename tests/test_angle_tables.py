@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.codegen.runtime.operators import angle_table
+from autopar.codegen.runtime.position_tables import angle_table
 from autopar.graph.angle_tables import angles_of
 from autopar.graph.trace import trace
 

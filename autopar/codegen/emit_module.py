@@ -39,8 +39,6 @@ _OPERATORS = (
     "cross_entropy",
     "dropout",
     "rotary",
-    "angle_table",
-    "sinusoids",
     "vocab_cross_entropy",
     "vocab_embedding",
 )
@@ -108,6 +106,7 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
         ("runtime.experts", ("experts",), r"\("),
         ("runtime.offload", IMPORTS["runtime.offload"], r"\("),
         ("runtime.operators", _OPERATORS, r"\("),
+        ("runtime.position_tables", ("angle_table", "sinusoids"), r"\("),
         ("runtime.ring", ("ring_attention",), r"\("),
         ("runtime.scans", ("gated_delta_rule", "selective_scan", "state_space_scan"), r"\("),
         ("runtime.recompute", IMPORTS["runtime.recompute"], r"\b"),

@@ -23,7 +23,7 @@ def angles_of(buffer: torch.Tensor | None) -> tuple[Any, ...] | None:
     pairs and without dims of size 1; None if there are none."""
     if buffer is None or buffer.is_meta or buffer.numel() < SMALLEST:
         return None
-    from autopar.codegen.runtime.operators import ANGLE_FORMS, angle_table
+    from autopar.codegen.runtime.position_tables import ANGLE_FORMS, angle_table
 
     table = buffer.reshape([size for size in buffer.shape if size != 1])
     table = torch.view_as_real(table) if table.is_complex() else table

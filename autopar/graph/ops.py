@@ -112,6 +112,11 @@ def _travelling(name: str, module: str = "scans") -> Callable[..., torch.Tensor]
     return call
 
 
+def _position_table(name: str) -> Callable[..., torch.Tensor]:
+    table = _travelling(name, "position_tables")
+    return lambda *args, dtype: table(*args, dtype=dtype, device=None)
+
+
 def _recurrent(name: str) -> Callable[..., torch.Tensor]:
     """One of the results of torch's recurrent layers: the last argument says which."""
 
@@ -127,10 +132,8 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.cast": cast,
     "autopar.topk": topk,
     "autopar.experts": experts,
-    "autopar.angle_table": lambda *args, dtype: _travelling("angle_table", "operators")(
-        *args, dtype=dtype, device=None
-    ),
-    "autopar.sinusoids": lambda *args, dtype: _travelling("sinusoids", "operators")(*args, dtype=dtype, device=None),
+    "autopar.angle_table": _position_table("angle_table"),
+    "autopar.sinusoids": _position_table("sinusoids"),
     "autopar.gated_delta_rule": _travelling("gated_delta_rule"),
     "autopar.selective_scan": _travelling("selective_scan"),
     "autopar.state_space_scan": _travelling("state_space_scan"),

@@ -16,7 +16,7 @@ def table_of(buffer: torch.Tensor | None) -> Table | None:
         return None
     if buffer.numel() < SMALLEST or buffer.shape[0] < 3 or buffer.shape[1] < 4:
         return None
-    from autopar.codegen.runtime.operators import sinusoids
+    from autopar.codegen.runtime.position_tables import sinusoids
 
     rows, width = buffer.shape
     # Two rows tell most buffers apart before the whole is computed.
