@@ -103,8 +103,8 @@ def test_no_bound_of_a_configuration_is_above_any_of_its_plans(seed: int) -> Non
             left_open = replace(config, order=OPEN)  # stands for the plans under every order
             assert quick_bound(context, left_open, shardings.bound()) <= best
             assert stage_bound(context, left_open, shardings, sharp=True) <= best
-            cheap = quick_bound(context, config, shardings.least_work())
-            close = quick_bound(context, config, shardings.bound())
+            cheap = quick_bound(context, config, shardings.least_work(), shardings.least_halves())
+            close = quick_bound(context, config, shardings.bound(), shardings.least_halves())
             assert 0 < cheap <= close * (1 + 1e-6)
             assert close <= best
             for sharp in (False, True):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from autopar.graph.ir import TensorMeta
 from autopar.schedule import SCHEDULES
+from autopar.solver.beside import least_beside, least_ends
 from autopar.solver.bounds import spread_bound
 from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
@@ -60,8 +61,9 @@ def _arithmetic_s(context: Context) -> tuple[float, float]:
     return float(forward), float(both)
 
 
-def quick_bound(context: Context, config: Config, work: float) -> float:
-    """No plan of this configuration takes less, given that a micro-batch's blocks take at least ``work`` seconds."""
+def quick_bound(context: Context, config: Config, work: float, halves: tuple[float, float] = (0.0, 0.0)) -> float:
+    """No plan of this configuration takes less, given that a micro-batch's blocks take at least ``work`` seconds, and
+    at least ``halves`` forward and backward."""
     place = placed(context, config, 0)
     m = config.micro_batches
     total, rooted = total_elements(context)
@@ -75,12 +77,17 @@ def quick_bound(context: Context, config: Config, work: float) -> float:
         work += place.data.least_copies_s(elements / config.tp, bool(root), unmoved / config.tp, unpassed / config.tp)
     # Some stage holds at least its even share.
     optimizer = place.data.optimizer_s(trains / config.tp / config.pp)
-    each, once = _least_exposed(context, config, place.data)
-    if config.pp == 1:
-        return max(m * (work + each) + once, _least_communication(context, config, place.data)) + optimizer
-    # In a stage's micro-batch neither blocks nor what their data ranks send can be faster than alone.
-    sent = 0.0 if place.data.defers else _least_sent(context, config, place.data)[0]
-    return spread_bound(max(work, sent), config.pp, m, config.vpp) + optimizer
+    ahead, back, once = _least_sent(context, config, place.data)
+    # Neither half of a stage's micro-batch ends before its blocks, nor before what its data ranks send.
+    sent = max(halves[0] + back, ahead + halves[1], ahead + back)
+    if config.pp > 1:
+        beside = least_beside(context, config, place.data)
+        waited = max(work + float((beside.ahead + beside.back).sum()), sent)
+        return spread_bound(waited, config.pp, m, config.vpp) + optimizer
+    each, first_and_last = _least_exposed(context, config, place.data)
+    last = max(0.0, halves[0] + once - work) if place.data.defers and not place.data.exposes else 0.0
+    alone = m * work + max(m * each + first_and_last, last)
+    return max(alone, m * sent, m * (ahead + back) + once) + optimizer
 
 
 def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
@@ -99,27 +106,21 @@ def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[fl
     return (each, once + scatter) if data.defers else (each + scatter, once)
 
 
-def _least_communication(context: Context, config: Config, data: DataAxis) -> float:
-    """Network seconds of a step without stages."""
-    each, once = _least_sent(context, config, data)
-    return config.micro_batches * each + once
-
-
-def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
-    """Network seconds of all blocks (in each micro-batch, once a step): gathers, twice under zero 3 but for the root
-    group and what no gradient passes, and reductions. Of several stages' root groups nothing is sure."""
+def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float, float, float]:
+    """Network seconds of all blocks (in each forward, in each backward, once a step): gathers, twice under zero 3 but
+    for the root group and what no gradient passes, and reductions. Of several stages' root groups nothing is sure."""
     groups, rooted, rooted_trained = _groups(context, config)
     if config.pp > 1:
         rooted = rooted_trained = 0
-    gathers = data.gather_s(rooted)
+    gathers, again = data.gather_s(rooted), 0.0
     scatters, replicates = data.scatter_s(rooted_trained), data.replicate_s(rooted_trained)
     for (held, trained, expert, passes), count in groups.items():
-        twice = data.gathers_each and passes
-        gathers += count * (2 if twice else 1) * data.of("gather_s", held + expert, expert)
+        gather = count * data.of("gather_s", held + expert, expert)
+        gathers, again = gathers + gather, again + (gather if passes else 0.0)
         scatters += count * data.of("scatter_s", trained + expert, expert)
         replicates += count * data.of("replicate_s", trained + expert, expert)
-    each_s = (gathers if data.gathers_each else 0.0) + (0.0 if data.defers else scatters)
-    return each_s, gathers + scatters + replicates - each_s
+    ahead, back, once = (gathers, again, 0.0) if data.gathers_each else (0.0, 0.0, gathers)
+    return (ahead, back, once + scatters + replicates) if data.defers else (ahead, back + scatters, once + replicates)
 
 
 def _groups(context: Context, config: Config) -> tuple[Counter[tuple[int, int, int, bool]], int, int]:
@@ -180,9 +181,11 @@ def _spread_bound(
     if found < float("inf") and configs[0].pp == 1 and sharp:
         answer = solve_stages(problem, work_limit=0.5, balance=False)
         found = max(found, answer.bound) if answer else found  # none within the limit proves nothing
+    ends = min(least_ends(context, config, placed(context, config, 0).data) for config in configs)
+    found += ends
     if found < enough and configs[0].pp > 1 and paths:
-        found = max(found, path_bound(problem))
-        found = max(found, program_bound(problem)) if sharp and found < enough else found
+        found = max(found, path_bound(problem) + ends)
+        found = max(found, program_bound(problem) + ends) if sharp and found < enough else found
     context.clock.add("bounds", begin)
     context.clock.counts["stage bounds"] += 1
     return found

@@ -65,18 +65,18 @@ def least_groups(context: Context, config: Config, trains: bool = False) -> tupl
     return own, sum(least) - sum(own)
 
 
-def blocks_held(context: Context, config: Config) -> frozenset[tuple[int, int, int]]:
+def blocks_held(context: Context, config: Config) -> list[tuple[int, int, int]]:
     """For every block, how many elements a rank holds when all of them are split, how many of these train, and how many
     are of experts that data ranks share, which count in both."""
     key = ("blocks held", config.tp, config.pp > 1)
     if key not in context.memo:
-        found = set()
+        found = []
         for index in range(len(context.model.blocks)):
             held, trained = (least_elements(context, config, index, trains) for trains in (False, True))
             expert = least_experts(context, config, index)
-            found.add((held + expert, trained + expert, expert))
-        context.memo[key] = frozenset(found)
-    return cast(frozenset[tuple[int, int, int]], context.memo[key])
+            found.append((held + expert, trained + expert, expert))
+        context.memo[key] = found
+    return cast(list[tuple[int, int, int]], context.memo[key])
 
 
 def _whole_elements(context: Context, index: int, apart: bool, trains: bool) -> int:

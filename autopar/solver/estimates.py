@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from math import log2
 
+import numpy as np
+
+from autopar.solver.beside import least_beside
 from autopar.solver.chain import work_of
 from autopar.solver.context import Context
 from autopar.solver.evaluate import placed
-from autopar.solver.least_problem import least_problem, least_stage
+from autopar.solver.least_problem import least_problem
 from autopar.solver.mixes import mixed
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Family, Shape
@@ -31,7 +34,7 @@ def estimate(context: Context, item: Shape | Family | Config, shardings: Shardin
 def _guess(context: Context, item: Shape | Family | Config, shardings: Shardings, step: Step, bound: float) -> float:
     shape = item if isinstance(item, Shape) else item.shape
     outline = shape.outline
-    pp, m, stages = outline.pp, outline.micro_batches, outline.pp * shape.vpp
+    pp, m = outline.pp, outline.micro_batches
     if step == Step.ARITHMETIC:
         sharded = 1 + TENSOR * log2(outline.tp) + SEQUENCE * log2(outline.cp)
         return bound * sharded * (1 + _bubble(shape.schedule, pp, shape.vpp, m))
@@ -40,9 +43,9 @@ def _guess(context: Context, item: Shape | Family | Config, shardings: Shardings
         return _spread(least_problem(context, [item], shardings))
     work = shardings.work(step)
     if isinstance(item, Config) and pp > 1:
-        each, first, last = least_stage(context, item, placed(context, item, 0).data)
-        once = first + last
-    return m * (work + stages * each) / pp * (1 + _bubble(shape.schedule, pp, shape.vpp, m)) + stages * once
+        ahead, back, first, last = least_beside(context, item, placed(context, item, 0).data)
+        each, once = float((ahead + back).sum()), float((first + last).sum())
+    return m * (work + each) / pp * (1 + _bubble(shape.schedule, pp, shape.vpp, m)) + once
 
 
 def _bubble(schedule: str, pp: int, vpp: int, micro_batches: int) -> float:
@@ -56,8 +59,9 @@ def _spread(problem: StageProblem) -> float:
     counts = mixed(problem, borders) if borders else None
     if counts is None:
         return float("inf")
-    stages = [sum(n * work_of(option) for n, option in used(problem, stage)) + problem.stage_s for stage in counts]
-    slowest = max(sum(stages[stage] for stage in problem.own(rank)) for rank in range(problem.pp))
-    waits = BUBBLE.get(problem.schedule, 1.0) * (problem.pp - 1) * sum(stages) / problem.stages
-    once = problem.stages * (problem.stage_first_s + problem.stage_last_s)
-    return problem.micro_batches * slowest + waits + once
+    ahead, back, first, last = problem.beside_s()
+    works = [sum(n * work_of(option) for n, option in used(problem, stage)) for stage in counts]
+    stages = np.array(works) + ahead + back
+    slowest = max(float(stages[list(problem.own(rank))].sum()) for rank in range(problem.pp))
+    waits = BUBBLE.get(problem.schedule, 1.0) * (problem.pp - 1) * float(stages.mean())
+    return problem.micro_batches * slowest + waits + float((first + last).sum())

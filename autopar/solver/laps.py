@@ -8,9 +8,10 @@ micro-batches in flight that any stage has at some time when most is):
 
     p V >= m (W + R) + sum_q idle_q + p o
 
-and since ranks hold whole blocks, of the run with most work, of w seconds a block and n blocks:
+and since ranks hold whole blocks, of the n blocks of the run with most work (`whole_blocks`, with u_q(k) the least
+seconds of k of them on rank q):
 
-    sum_q floor((V - idle_q - o) / (m w)) >= n
+    V >= the n-th least of all idle_q + m u_q(k) + o, k = 1, 2, ...
 
 The bytes of each rank say more: with k micro-batches in flight whatever its stages are, blocks of that run take it at
 least t_q(n_q) seconds, convex in their number: of options with seconds w_i and bytes b_i on the lower hull, R_q / b_i
@@ -37,6 +38,7 @@ from numpy.typing import NDArray
 from autopar.solver.bounds import crossings_of
 from autopar.solver.chain import Chain, Floats, bytes_of, chain_of, fastest, least_borders, work_of
 from autopar.solver.stages import BlockRun, StageProblem
+from autopar.solver.whole_blocks import least_of_whole
 
 Ints = NDArray[np.int64]
 
@@ -55,13 +57,15 @@ def laps_bound(problem: StageProblem) -> float:
     first = float(chain.after[1])
     if not problem.halves:
         idle = idle + np.where(place > 0, place * c + (chain.work - chain.forward)[place] + first, 0.0)
-    idle = idle + problem.vpp * (m * problem.stage_s + problem.stage_first_s + problem.stage_last_s)
+    ahead_s, back_s, first_s, last_s = problem.beside_s()
+    beside = m * (ahead_s + back_s) + first_s + last_s
+    idle = idle + [beside[list(problem.own(rank))].sum() for rank in range(ranks)]
     work = float(chain.work[-1])
     bound = (m * (work + forced) + float(idle.sum())) / ranks + optimizer
     crossings = crossings_of(problem.schedule, ranks, problem.vpp)
     if not problem.halves:
         bound = max(bound, work + 2 * crossings * c + first + optimizer)
-    bound = max(bound, _whole(problem, chain, idle) + optimizer)
+    bound = max(bound, least_of_whole(problem, _main(problem), idle) + optimizer)
     bound = max(bound, _in_room(problem, chain, idle, bound - optimizer) + optimizer)
     return bound * (1 - 1e-12)
 
@@ -136,20 +140,6 @@ def _pieces(problem: StageProblem, chain: Chain, main: int) -> tuple[Ints, Float
     pieces.sort()
     slopes, ranks, starts, blocks = zip(*pieces, strict=True) if pieces else ((), (), (), ())
     return np.array(ranks, dtype=np.int64), np.array(starts), np.array(blocks), np.array(slopes)
-
-
-def _whole(problem: StageProblem, chain: Chain, idle: Floats) -> float:
-    """The least V at which ranks have room in time for the whole blocks of the run with most work."""
-    run = problem.runs[_main(problem)]
-    each = problem.micro_batches * _fastest_s(run)
-    if each <= 0.0:
-        return 0.0
-    low, high = 0.0, float(idle.max()) + each * run.count
-    while high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        held = np.floor(np.maximum(middle - idle, 0.0) / each * (1 + 1e-12))
-        low, high = (low, middle) if held.sum() >= run.count else (middle, high)
-    return low
 
 
 def even_borders(problem: StageProblem) -> tuple[int, ...]:

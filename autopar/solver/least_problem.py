@@ -1,16 +1,24 @@
 """The stage problem that bounds are made of: the least seconds and the least bytes of every kind of block, as if one
-decision had both, spread over the stages of one configuration or of all of a shape."""
+decision had both, spread over the stages of one configuration or of all of a shape.
+
+Under ZeRO 2 and 3 each forward or backward of a stage also takes as long as what it gathers and reduces, one after the
+other in one channel (`data_axis`): F >= max(sum f, sum g), B >= max(sum b, sum (g + r)). Where the network takes longer
+in the whole model, its seconds stand for those of blocks, in forwards or in backwards; what comes on top is `Beside`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
+
 from autopar.schedule import SCHEDULES
+from autopar.solver.beside import least_beside, least_of_stages, of_ranks
+from autopar.solver.chain import Floats
 from autopar.solver.context import Context
-from autopar.solver.data_axis import DataAxis
-from autopar.solver.elements import blocks_held, least_elements, least_experts
+from autopar.solver.elements import least_elements, least_experts
 from autopar.solver.evaluate import Placed, placed
 from autopar.solver.halves import sure_halves
 from autopar.solver.shardings import Shardings
@@ -36,76 +44,21 @@ def _least_problem(context: Context, configs: Sequence[Config], shardings: Shard
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
     places = [placed(context, config, handed) for config in configs]
     config, pairs = configs[0], list(zip(configs, places, strict=True))
-    halved = SCHEDULES[config.schedule].splits_backward
-    runs = []
-    for run in _runs(context, config):
-        kind = run.kind
-        elements = float(least_elements(context, config, run.start))
-        trains = float(least_elements(context, config, run.start, trains=True))
-        frozen = elements - trains
-        passes = context.model.kinds[kind].passes_gradient or (run.root and config.pp == 1)
-        still = 0.0 if passes else elements
-        expert, root = float(least_experts(context, config, run.start)), run.root and run.sure
-        copies = min(place.data.least_copies_s(elements, run.root, frozen, still) for place in places)
-        if expert:
-            copies += min((place.data.experts or place.data).least_copies_s(expert, run.root) for place in places)
-        optimizer = min(_least_optimizer(context, one, place, trains, expert) for one, place in pairs)
-        reduced = (place.data.of("reduce_s", int(trains + expert), int(expert)) for place in places)
-        reduce = min(reduced) if all(place.data.exposes for place in places) else 0.0
-        resident = min(place.memory.least_resident(elements + expert, root, frozen, expert) for place in places)
-        sure = _sure_halves(context, config, kind) if halved else (0.0, 0.0)
-        # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
-        is_last = run.start + run.count == len(context.model.blocks)
-        first_back = is_last and config.vpp == 1 and not halved
-        options = []
-        for least in _choices(context, run, shardings, sharp):
-            seconds = least.seconds + copies
-            # The slowest forward and backward count apart under GPipe: only their sum is known.
-            ahead = min(least.forward, seconds) if config.schedule != "gpipe" else 0.0
-            back = seconds - ahead
-            # Nothing is known of the halves of a backward: all of it may wait.
-            options.append(
-                Option(
-                    least.choice,
-                    ahead,
-                    back,
-                    resident,
-                    least.kept,
-                    least.needed if first_back else 0.0,
-                    reduce,
-                    optimizer,
-                    weight_s=back,
-                    either_s=max(0.0, back - least.backward),
-                    sure_input_s=sure[0],
-                    sure_weight_s=sure[1],
-                )
-            )
-        runs.append(BlockRun(kind, run.count, tuple(options)))
+    told = [_told(context, configs, places, run, shardings, sharp) for run in _runs(context, config)]
+    ways = [(False, False), *([(False, True), (True, False), (True, True)] if _sends(told) and config.pp > 1 else [])]
+    besides = [_beside(context, pairs, told, way) for way in ways]
+    lengths = [
+        sum(one.run.count * one.seconds(*way) for one in told) + float(beside[:2].sum())
+        for way, beside in zip(ways, besides, strict=True)
+    ]
+    best = lengths.index(max(lengths))
+    way, beside = ways[best], besides[best]
+    gpipe = config.schedule == "gpipe"
+    runs = [BlockRun(one.run.kind, one.run.count, tuple(_options(one, way, gpipe))) for one in told]
     room = context.cluster.device.memory_bytes
     overhead = overheads(places[0], config, least=True)
-    beside = [least_stage(context, one, place.data) for one, place in pairs]
-    least_of = [min(seconds) for seconds in zip(*beside, strict=True)]
-    problem = staged(context, config, places[0], runs, overhead, room, least_of)
+    problem = staged(context, config, places[0], runs, overhead, room, True, tuple(map(tuple, beside.T.tolist())))
     return replace(problem, transfer_s=min(place.transfer_s(least=True) for place in places))
-
-
-def least_stage(context: Context, config: Config, data: DataAxis) -> tuple[float, float, float]:
-    """Network seconds of one stage of several that nothing can hide, (each micro-batch, in the first forward, in the
-    last backward): what is gathered before the first block begins, and what the block whose backward ends last
-    reduces. It is not known which blocks these are: the least counts."""
-    if config.pp == 1:
-        return 0.0, 0.0, 0.0
-    blocks = blocks_held(context, config)
-    gather = min(data.of("gather_s", held, expert) for held, _, expert in blocks)
-    scatter, replicate = (
-        min(data.of(what, trained, expert) for _, trained, expert in blocks) for what in ("scatter_s", "replicate_s")
-    )
-    # A root group, which may be all that a stage has, is not gathered again for the backward.
-    each = gather if data.gathers_each else 0.0
-    once = 0.0 if data.gathers_each or data.ahead else gather
-    if data.exposes or data.drains:  # what is reduced after the last backward counts with the blocks, or has no waiter
-        return each, once, 0.0
-    return (each, once, scatter + replicate) if data.defers else (each + scatter, once, replicate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +72,153 @@ class _Least:
     backward: float
     kept: float
     needed: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What is known of a run's blocks: each ``choice``; ``copies``, seconds of copies whatever the choice; ``sent``,
+    seconds of the network in each forward and each backward; ``sure``, seconds of both halves of the backward. Of an
+    option of one of them ``resident``, ``reduce_s``, ``optimizer_s``; ``needs``: whether its `_Least.needed` counts."""
+
+    run: KindRun
+    choices: tuple[_Least, ...]
+    copies: float
+    sent: tuple[float, float]
+    sure: tuple[float, float]
+    resident: float
+    reduce_s: float
+    optimizer_s: float
+    needs: bool
+
+    def seconds(self, ahead_sent: bool, back_sent: bool) -> float:
+        """The least seconds of a block if the network's stand for its own in forwards, in backwards."""
+        if ahead_sent:
+            return self.sent[0] + (self.sent[1] if back_sent else min(least.backward for least in self.choices))
+        if back_sent:
+            return min(least.forward for least in self.choices) + self.sent[1]
+        return min(least.seconds for least in self.choices) + self.copies
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """What the data ranks of a configuration add at least to a block of a run: seconds of copies in each micro-batch,
+    of the network in each forward and each backward, of reductions after all, of the optimizer."""
+
+    copies_s: float
+    ahead_s: float
+    back_s: float
+    reduce_s: float
+    optimizer_s: float
+
+
+def _told(
+    context: Context,
+    configs: Sequence[Config],
+    places: Sequence[Placed],
+    run: KindRun,
+    shardings: Shardings,
+    sharp: bool,
+) -> _Told:
+    config = configs[0]
+    halved = SCHEDULES[config.schedule].splits_backward
+    elements, trains, expert = _elements(context, config, run)
+    ranks = [_of_data(context, one, place, run) for one, place in zip(configs, places, strict=True)]
+    # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
+    is_last = run.start + run.count == len(context.model.blocks)
+    resident = (
+        place.memory.least_resident(elements + expert, run.root and run.sure, elements - trains, expert)
+        for place in places
+    )
+    return _Told(
+        run,
+        _choices(context, run, shardings, sharp),
+        min(one.copies_s for one in ranks),
+        (min(one.ahead_s for one in ranks), min(one.back_s for one in ranks)),
+        _sure_halves(context, config, run.kind) if halved else (0.0, 0.0),
+        min(resident),
+        min(one.reduce_s for one in ranks),
+        min(one.optimizer_s for one in ranks),
+        is_last and config.vpp == 1 and not halved,
+    )
+
+
+def _elements(context: Context, config: Config, run: KindRun) -> tuple[float, float, float]:
+    """Of a block of a run at least: elements without experts' that data ranks share, those that train, experts'."""
+    held, trains = (least_elements(context, config, run.start, trained) for trained in (False, True))
+    return float(held), float(trains), float(least_experts(context, config, run.start))
+
+
+def _of_data(context: Context, config: Config, place: Placed, run: KindRun) -> _Ranks:
+    data = place.data
+    key = ("of data", run.start, config.tp, config.pp == 1, config.ep, of_ranks(data))
+    if key not in context.memo:
+        elements, trains, expert = _elements(context, config, run)
+        held, trained, shared = int(elements + expert), int(trains + expert), int(expert)
+        passes = context.model.kinds[run.kind].passes_gradient
+        still = 0.0 if passes or (run.root and config.pp == 1) else elements
+        copies = data.least_copies_s(elements, run.root, elements - trains, still)
+        if expert:
+            copies += (data.experts or data).least_copies_s(expert, run.root)
+        # A root group is gathered and reduced apart.
+        gather = data.of("gather_s", held, shared) if data.gathers_each and not run.root else 0.0
+        scatter = 0.0 if data.defers or run.root else data.of("scatter_s", trained, shared)
+        context.memo[key] = _Ranks(
+            copies,
+            gather,
+            (gather if passes else 0.0) + scatter,
+            data.of("reduce_s", trained, shared) if data.exposes else 0.0,
+            _least_optimizer(context, config, place, trains, expert),
+        )
+    return cast(_Ranks, context.memo[key])
+
+
+def _sends(told: Sequence[_Told]) -> bool:
+    """Whether anything is gathered in every forward, or gathered or reduced in every backward."""
+    return any(ahead or back for ahead, back in (one.sent for one in told))
+
+
+def _beside(
+    context: Context, pairs: Sequence[tuple[Config, Placed]], told: Sequence[_Told], way: tuple[bool, bool]
+) -> Floats:
+    """`Beside` of any of the configurations, if the network's seconds count for those of blocks that ``way``."""
+    counts, stages = [one.run.count for one in told], pairs[0][0].stages
+    own = [
+        least_of_stages(np.repeat([min(getattr(least, half) for least in one.choices) for one in told], counts), stages)
+        if sent
+        else None
+        for half, sent in zip(("forward", "backward"), way, strict=True)
+    ]
+    return np.asarray(np.min([least_beside(context, config, place.data, *own) for config, place in pairs], axis=0))
+
+
+def _options(told: _Told, way: tuple[bool, bool], gpipe: bool) -> Iterator[Option]:
+    ahead_sent, back_sent = way
+    for least in told.choices:
+        seconds = least.seconds + told.copies
+        # The slowest forward and backward count apart under GPipe: only their sum is known.
+        ahead = min(least.forward, seconds) if not gpipe or back_sent else 0.0
+        back = seconds - ahead
+        either = max(0.0, back - least.backward)
+        if ahead_sent:
+            ahead, back, either = told.sent[0], least.backward, 0.0
+        if back_sent:
+            back, either = told.sent[1], 0.0
+        if gpipe:
+            ahead, back, either = 0.0, ahead + back, ahead + either
+        yield Option(
+            least.choice,
+            ahead,
+            back,
+            told.resident,
+            least.kept,
+            least.needed if told.needs else 0.0,
+            told.reduce_s,
+            told.optimizer_s,
+            weight_s=back,  # nothing is known of the halves of a backward: all of it may wait
+            either_s=either,
+            sure_input_s=told.sure[0],
+            sure_weight_s=told.sure[1],
+        )
 
 
 def _runs(context: Context, config: Config) -> list[KindRun]:

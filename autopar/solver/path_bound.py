@@ -39,7 +39,8 @@ def path_bound(problem: StageProblem) -> float:
     ahead, inputs, weight, first, last = found.average
     loose = np.minimum(inputs, weight) if found.halved else inputs
     either = np.minimum(ahead, loose)
-    total = float(loose.min()) * forced_seconds(problem, chain) + float(either.sum()) * problem.stage_s
+    ahead_s, back_s, first_s, last_s = problem.beside_s()
+    total = float(loose.min()) * forced_seconds(problem, chain) + float(ahead @ ahead_s + loose @ back_s)
     for counts, part in (
         (ahead, "ahead"),
         (inputs, "inputs"),
@@ -50,7 +51,7 @@ def path_bound(problem: StageProblem) -> float:
         values = np.array([_parts(problem, run)[part] for run in problem.runs])[chain.run_of]
         least = _least(values, problem.stages)
         total += float(counts @ least) + float(counts.min()) * max(0.0, float(values.sum() - least.sum()))
-    total += float(first.sum()) * problem.stage_first_s + float(last.sum()) * problem.stage_last_s
+    total += float(first @ first_s + last @ last_s)
     return total * (1 - 1e-9) + float(chain.optimizer[-1]) / problem.pp
 
 
@@ -81,9 +82,10 @@ def _least(values: Floats, stages: int) -> Floats:
 def _weights(problem: StageProblem, chain: Chain) -> Weights | None:
     """The paths that suit a problem."""
     works = np.array([work_of(run.options[fastest(run)]) for run in problem.runs])[chain.run_of]
-    total = float(works.sum()) + problem.stages * problem.stage_s
-    sure = float(_least(works, problem.stages).sum()) + problem.stages * problem.stage_s
-    ends = problem.stages * (problem.stage_first_s + problem.stage_last_s)
+    beside = problem.beside_s()
+    each, ends = float(beside[:2].sum()), float(beside[2:].sum())
+    total = float(works.sum()) + each
+    sure = float(_least(works, problem.stages).sum()) + each
     level = next(level for level in LEVELS if level * total <= sure)
     once = next(share for share in ONCE if share * total <= ends)
     return weights(problem.schedule, problem.pp, problem.vpp, problem.micro_batches, level, once)
@@ -107,13 +109,14 @@ def program_bound(problem: StageProblem) -> float:
     for row in counts:
         rows.add(row, np.ones(len(row)), 1.0)
     optimizer = float(chain.optimizer[-1]) / problem.pp
-    m, ends = problem.micro_batches, problem.stage_first_s + problem.stage_last_s
+    m, (ahead_s, back_s, first_s, last_s) = problem.micro_batches, problem.beside_s()
+    beside = m * (ahead_s + back_s) + first_s + last_s
     works = np.array([work_of(option) for _, option in options])
     resident, inflight = np.array([(option.resident, option.inflight) for _, option in options]).T
     for rank in range(problem.pp):
         own = problem.own(rank)
         mine = [one for stage in own for one in counts[stage]]
-        own_s = m * problem.stage_s * len(own) + ends * len(own)
+        own_s = float(beside[list(own)].sum())
         rows.add([step, *mine], np.array([1.0, *np.tile(-m * works, len(own))]), own_s + optimizer)
         for held in problem.held(rank):
             needed = np.concatenate([resident + alive * inflight for alive, _ in held])
@@ -125,8 +128,7 @@ def program_bound(problem: StageProblem) -> float:
         loose = np.minimum(inputs, weight) if found.halved else inputs
         either = np.minimum(ahead, loose)
         takes = np.stack([ahead, inputs, weight, loose, either], axis=1) @ sizes
-        known = float(either.sum() * problem.stage_s + first.sum() * problem.stage_first_s)
-        known += float(last.sum() * problem.stage_last_s)
+        known = float(ahead @ ahead_s + loose @ back_s + first @ first_s + last @ last_s)
         rows.add(everything, np.concatenate([[1.0], -takes.ravel()]), known + optimizer)
     linear = rows.least(step)
     solver, status = solve_linear(linear)

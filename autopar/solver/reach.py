@@ -7,7 +7,7 @@ says of each of these ranks alone:
     D[q, e]   = min over a of max(D[q-1, a], V_q(a, e))
 
 with w_q the least seconds of the piece in the memory of rank q (`chain`), F and B the least seconds of the forwards and
-backwards of the blocks before a, d and e what every stage takes beside its blocks (`StageProblem.stage_s` and so on), o
+backwards of the blocks before a, d and e what the stage takes beside its blocks (`StageProblem.beside`), o
 the larger of the rank's own optimizer and the even share of all. So D[p-1, N] is a valid bound, and what it leaves out
 of V (a rank waits for what earlier blocks recompute; the slowest optimizer) is small.
 
@@ -51,17 +51,12 @@ def reach(problem: StageProblem, even: bool = True) -> Reached | None:
     works: list[Floats] = []
     reached = np.full(n + 1, np.inf)
     reached[0] = 0.0
+    ahead_s, back_s, first_s, last_s = problem.beside_s()
+    beside = m * (ahead_s + back_s) + first_s + last_s
     for rank in range(ranks):
         work = chain.seconds(rank)
         there = rank * c
-        cost = (
-            m * (work + problem.stage_s)
-            + problem.stage_first_s
-            + problem.stage_last_s
-            + rest
-            + there
-            + waits_of(rank, ranks, m, 1) * c
-        )
+        cost = m * work + beside[rank] + rest + there + waits_of(rank, ranks, m, 1) * c
         cost += np.maximum(after, there + back) if rank else after
         costs.append(cost)
         works.append(work)

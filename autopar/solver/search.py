@@ -360,7 +360,8 @@ class _Walk:
             return [(shape_bound(context, _shape(item), shardings.work(sharper)), sharper, item)]
         space = self.space(item)
         if isinstance(item, Family):
-            return [(quick_bound(context, config, shardings.least_work()), sharper, config) for config in space]
+            work, halves = shardings.least_work(), shardings.least_halves()
+            return [(quick_bound(context, config, work, halves), sharper, config) for config in space]
         if sharper == Step.STAGES:
             return [(loose_bound(context, space, shardings, paths=False), sharper, item)]
         families: dict[Family, list[Config]] = {}

@@ -73,6 +73,7 @@ class Shardings(Answers):
         super().__init__(context, axes, batch, pad_heads, apart)
         self.alone = alone
         self._least_work: float | None = None
+        self._least_halves: tuple[float, float] | None = None
         self._unconverted_work: float | None = None
         self._kind_bounds: dict[bool, dict[str, KindBound]] = {}
         self._least_of: dict[tuple[str, frozenset[str], bool, bool], float] = {}
@@ -191,6 +192,17 @@ class Shardings(Answers):
                 for (kind, choices), count in freedom.items()
             )
         return self._least_work
+
+    def least_halves(self) -> tuple[float, float]:
+        """Of a micro-batch of all blocks, seconds that are surely of its forward, and of its backward."""
+        if self._least_halves is None:
+            parts = [
+                (count, [self.least_parts(kind, choice) for choice in choices])
+                for (kind, choices), count in Counter(self.context.freedom()).items()
+            ]
+            ahead, back = (sum(count * min(part[half] for part in of) for count, of in parts) for half in (0, 1))
+            self._least_halves = ahead, back
+        return self._least_halves
 
     def work(self, step: int) -> float:
         """What is known of `least_work` at a step: without conversions, or all of it."""

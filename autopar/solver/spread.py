@@ -140,22 +140,22 @@ def staged(
     runs: Sequence[BlockRun],
     overhead: Sequence[float],
     room: float,
-    least: Sequence[float] | None = None,
+    least: bool = False,
+    beside: tuple[tuple[float, float, float, float], ...] = (),
 ) -> StageProblem:
-    """The stage problem of a configuration over these runs; ``least``: for bounds, with `StageProblem.stage_s`,
-    ``stage_first_s`` and ``stage_last_s``."""
+    """The stage problem of a configuration over these runs; ``least``: for bounds, with `StageProblem.beside`."""
     return StageProblem(
         tuple(runs),
         config.pp,
         config.micro_batches,
         room,
-        place.transfer_s(least is not None),
+        place.transfer_s(least),
         tuple(overhead),
         config.schedule,
         config.vpp,
         context.fix.stages,
-        least is not None,
-        *(least or ()),
+        least,
+        beside,
     )
 
 

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
 from autopar.schedule import SCHEDULES, stages_of
@@ -85,9 +87,9 @@ class StageProblem:
     """Spread ``runs`` over ``vpp`` stages on each of ``pp`` ranks of ``capacity`` bytes; ``overhead``: bytes per stage
     beside its blocks, ``host_room``: bytes that each rank has on the host. ``transfer_s``: one transfer between ranks.
     ``fixed``: blocks in each stage, or nothing.
-    ``least``: for bounds, whose memory counts what ranks hold after their first forwards, not at every time; only then,
-    seconds that every stage takes beside its blocks, in each micro-batch (``stage_s``), and in its first forward and
-    its last backward."""
+    ``least``: for bounds, whose memory counts what ranks hold after their first forwards, not at every time; only then
+    ``beside``, seconds of every stage beside its blocks (`beside.Beside`): in each forward, in each backward, more in
+    its first forward and in its last backward."""
 
     runs: tuple[BlockRun, ...]
     pp: int
@@ -99,9 +101,7 @@ class StageProblem:
     vpp: int = 1
     fixed: tuple[int, ...] = ()
     least: bool = False
-    stage_s: float = 0.0
-    stage_first_s: float = 0.0
-    stage_last_s: float = 0.0
+    beside: tuple[tuple[float, float, float, float], ...] = ()
     host_room: float = float("inf")
 
     @property
@@ -112,6 +112,10 @@ class StageProblem:
     def halves(self) -> bool:
         """Whether the schedule halves backwards."""
         return SCHEDULES[self.schedule].splits_backward
+
+    def beside_s(self) -> NDArray[np.float64]:
+        """``beside`` by what it is of and by stage."""
+        return np.array(self.beside).T if self.beside else np.zeros((4, self.stages))
 
     def own(self, rank: int) -> tuple[int, ...]:
         """The stages of a rank."""

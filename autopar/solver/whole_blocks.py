@@ -1,0 +1,78 @@
+"""When ranks of several stages have time and room for the whole blocks of one run.
+
+Of a run's blocks, k on rank q take at least u_q(k) seconds a micro-batch: each of them, on a stage with a micro-batches
+in flight and under option i, s_i seconds and r_i + a h_i bytes, and all of them no more than the room R_q. For every
+price y >= 0 of a byte (Lagrange), with g(a) = min over i of s_i + y (r_i + a h_i),
+
+    u_q(k) >= sum over stages that surely have a block of the run, of g(a) + (k - their number) g(least a) - y R_q
+
+so that the largest of that over some prices is a bound. Stage j of S has one of the blocks j to N - S + j of the chain
+at least; where these are all of the run, it surely has one of it.
+
+u_q grows with k, and a step of V seconds has room for k blocks only if idle_q + m u_q(k) + o <= V. So n blocks fit on
+all ranks together only if V is at least the n-th least of these times, over all q and k.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autopar.solver.chain import Floats, bytes_of, chain_of, hull, work_of
+from autopar.solver.stages import StageProblem
+
+PRICES = 24
+"""Prices of a byte that are tried at most."""
+
+
+def least_of_whole(problem: StageProblem, index: int, idle: Floats) -> float:
+    """The least V - o at which ranks have room in time for all blocks of the run ``index``, infinite if there is none;
+    ``idle``: seconds of each rank that it surely spends otherwise."""
+    count = problem.runs[index].count
+    times = idle[:, None] + problem.micro_batches * _seconds(problem, index)
+    return float(np.partition(times.ravel(), count - 1)[count - 1])
+
+
+def _seconds(problem: StageProblem, index: int) -> Floats:
+    """u of the docstring: by rank, and by number of blocks from 1 to all."""
+    run = problem.runs[index]
+    held = [max(problem.held(rank), key=lambda moment: sum(alive for alive, _ in moment)) for rank in range(problem.pp)]
+    sure = _sure(problem, index)
+    flying = sorted({alive for moment in held for alive, _ in moment})
+    place = {alive: column for column, alive in enumerate(flying)}
+    prices = _prices(problem, index, flying)
+    works = np.array([work_of(option) for option in run.options])
+    sizes = np.array([[bytes_of(option, alive) for alive in flying] for option in run.options])
+    # By price and micro-batches in flight: g of the docstring.
+    each = (works[None, :, None] + prices[:, None, None] * sizes[None]).min(axis=1)
+    found = np.zeros((problem.pp, run.count))
+    numbers = np.arange(1, run.count + 1)
+    leanest = sizes.min(axis=0)
+    for rank, moment in enumerate(held):
+        counted = [place[alive] for stage, (alive, _) in zip(problem.own(rank), moment, strict=True) if sure[stage]]
+        least = place[min(alive for alive, _ in moment)]
+        room = max(problem.spare(rank), 0.0)
+        beside = numbers - len(counted)
+        seconds = each[:, counted].sum(axis=1)[:, None] + beside[None] * each[:, least, None] - prices[:, None] * room
+        needed = leanest[counted].sum() + beside * leanest[least]
+        found[rank] = np.where(needed > room + 1.0, np.inf, seconds.max(axis=0).clip(0.0))
+        # The rank has no fewer blocks than stages that surely have one.
+        found[rank, : len(counted)] = found[rank, min(len(counted), run.count) - 1]
+    return found
+
+
+def _sure(problem: StageProblem, index: int) -> list[bool]:
+    """Whether each stage surely has a block of the run."""
+    chain = chain_of(problem)
+    mine = np.concatenate([[0], np.cumsum(chain.run_of == index)])
+    window = chain.blocks - problem.stages + 1
+    return [bool(mine[stage + window] - mine[stage] == window) for stage in range(problem.stages)]
+
+
+def _prices(problem: StageProblem, index: int, flying: list[int]) -> Floats:
+    """Prices at which the best option changes, for any number of micro-batches in flight."""
+    found = {0.0}
+    for alive in flying:
+        found |= {step.seconds / step.nbytes for step in hull(problem, alive) if step.run == index}
+    ordered = sorted(found)
+    places = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), PRICES)).astype(int))
+    return np.array([ordered[place] for place in places])
