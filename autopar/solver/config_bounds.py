@@ -1,7 +1,7 @@
 """Bounds for a whole configuration: no sharding, recomputation or spread over stages takes less, or fits in less.
 
 `shape_bound` divides work evenly; `quick_bound` adds up what a configuration surely waits for; `stage_bound` solves the
-least stage problem (`least_problem`).
+least stage problem (`least_problems`).
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from collections.abc import Sequence
 
 from autopar.graph.ir import TensorMeta
 from autopar.schedule import SCHEDULES
-from autopar.solver.beside import least_beside, least_ends
+from autopar.solver.beside import least_beside
 from autopar.solver.bounds import spread_bound
 from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
 from autopar.solver.elements import least_experts, least_groups, still_elements, total_elements
 from autopar.solver.evaluate import assess, placed
 from autopar.solver.laps import laps_bound
-from autopar.solver.least_problem import least_problem
+from autopar.solver.least_problem import least_problems
 from autopar.solver.op_costs import LocalTensor
 from autopar.solver.path_bound import path_bound, program_bound
 from autopar.solver.prices import element_bytes
 from autopar.solver.reach import reach
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Shape
-from autopar.solver.stages import solve_stages
+from autopar.solver.stages import StageProblem, solve_stages
 
 
 def shape_bound(context: Context, shape: Shape, work: float | None = None) -> float:
@@ -172,22 +172,29 @@ def _spread_bound(
     enough: float = float("inf"),
 ) -> float:
     begin = time.perf_counter()
-    problem = least_problem(context, configs, shardings, sharp)
-    if configs[0].vpp == 1:
+    problems, found = least_problems(context, configs, shardings, sharp), 0.0
+    for problem in problems if paths else problems[:1]:
+        found = max(found, _problem_bound(problem, paths, sharp, enough))
+        if found >= enough:
+            break
+    context.clock.add("bounds", begin)
+    context.clock.counts["stage bounds"] += 1
+    return found
+
+
+def _problem_bound(problem: StageProblem, paths: bool, sharp: bool, enough: float) -> float:
+    if problem.vpp == 1:
         reached = reach(problem, even=False)
         found = reached.bound if reached else float("inf")
     else:
         found = laps_bound(problem)
-    if found < float("inf") and configs[0].pp == 1 and sharp:
+    if found < float("inf") and problem.pp == 1 and sharp:
         answer = solve_stages(problem, work_limit=0.5, balance=False)
         found = max(found, answer.bound) if answer else found  # none within the limit proves nothing
-    ends = min(least_ends(context, config, placed(context, config, 0).data) for config in configs)
-    found += ends
-    if found < enough and configs[0].pp > 1 and paths:
-        found = max(found, path_bound(problem) + ends)
-        found = max(found, program_bound(problem) + ends) if sharp and found < enough else found
-    context.clock.add("bounds", begin)
-    context.clock.counts["stage bounds"] += 1
+    found += problem.ends_s
+    if found < enough and problem.pp > 1 and paths:
+        found = max(found, path_bound(problem) + problem.ends_s)
+        found = max(found, program_bound(problem) + problem.ends_s) if sharp and found < enough else found
     return found
 
 

@@ -10,7 +10,7 @@ from autopar.solver.beside import least_beside
 from autopar.solver.chain import work_of
 from autopar.solver.context import Context
 from autopar.solver.evaluate import placed
-from autopar.solver.least_problem import least_problem
+from autopar.solver.least_problem import least_problems
 from autopar.solver.mixes import mixed
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Family, Shape
@@ -40,7 +40,7 @@ def _guess(context: Context, item: Shape | Family | Config, shardings: Shardings
         return bound * sharded * (1 + _bubble(shape.schedule, pp, shape.vpp, m))
     each = once = 0.0
     if isinstance(item, Config) and step == Step.SPREAD and pp > 1:
-        return _spread(least_problem(context, [item], shardings))
+        return _spread(least_problems(context, [item], shardings)[0])
     work = shardings.work(step)
     if isinstance(item, Config) and pp > 1:
         ahead, back, first, last = least_beside(context, item, placed(context, item, 0).data)

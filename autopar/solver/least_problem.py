@@ -14,8 +14,8 @@ from typing import cast
 
 import numpy as np
 
-from autopar.schedule import SCHEDULES
-from autopar.solver.beside import least_beside, least_of_stages, of_ranks
+from autopar.schedule import SCHEDULES, stages_of
+from autopar.solver.beside import least_beside, least_ends, least_of_stages, of_ranks
 from autopar.solver.chain import Floats
 from autopar.solver.context import Context
 from autopar.solver.elements import least_elements, least_experts
@@ -26,39 +26,59 @@ from autopar.solver.space import Config
 from autopar.solver.spread import KindRun, block_runs, overheads, staged
 from autopar.solver.stages import BlockRun, Option, StageProblem
 
+NEAR = 0.8
+"""Share of the longest blocks that others have to be as long as to be counted with as well: memory may force more."""
 
-def least_problem(
+
+def least_problems(
     context: Context, configs: Sequence[Config], shardings: Shardings, sharp: bool = False
-) -> StageProblem:
-    """Stages of the least bytes and seconds of every kind, and of every configuration (all of one shape)."""
-    if (tuple(configs), sharp) == context.memo.get("last problem", (None, None))[0]:
-        return cast(StageProblem, context.memo["last problem"][1])
-    problem = _least_problem(context, configs, shardings, sharp)
-    context.memo["last problem"] = (tuple(configs), sharp), problem
-    return problem
+) -> tuple[StageProblem, ...]:
+    """Stages of the least bytes and seconds of every kind, and of every configuration (all of one shape), by what
+    counts for seconds of blocks, what is likely to bound best first. Each is valid."""
+    key = (tuple(configs), sharp)
+    if key != context.memo.get("last problems", (None, None))[0]:
+        context.memo["last problems"] = key, tuple(_least_problems(context, configs, shardings, sharp))
+    return cast(tuple[StageProblem, ...], context.memo["last problems"][1])
 
 
-def _least_problem(context: Context, configs: Sequence[Config], shardings: Shardings, sharp: bool) -> StageProblem:
+def _least_problems(
+    context: Context, configs: Sequence[Config], shardings: Shardings, sharp: bool
+) -> Iterator[StageProblem]:
     bytes_of = shardings.kind_bytes()
     # Whatever passes between stages is split at most over the whole model axis.
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
     places = [placed(context, config, handed) for config in configs]
     config, pairs = configs[0], list(zip(configs, places, strict=True))
     told = [_told(context, configs, places, run, shardings, sharp) for run in _runs(context, config)]
-    ways = [(False, False), *([(False, True), (True, False), (True, True)] if _sends(told) and config.pp > 1 else [])]
-    besides = [_beside(context, pairs, told, way) for way in ways]
-    lengths = [
-        sum(one.run.count * one.seconds(*way) for one in told) + float(beside[:2].sum())
-        for way, beside in zip(ways, besides, strict=True)
-    ]
-    best = lengths.index(max(lengths))
-    way, beside = ways[best], besides[best]
     gpipe = config.schedule == "gpipe"
-    runs = [BlockRun(one.run.kind, one.run.count, tuple(_options(one, way, gpipe))) for one in told]
+    needed = _needed(told, config, begun := _begun(told, config) if config.pp > 1 else [])
     room = context.cluster.device.memory_bytes
     overhead = overheads(places[0], config, least=True)
-    problem = staged(context, config, places[0], runs, overhead, room, True, tuple(map(tuple, beside.T.tolist())))
-    return replace(problem, transfer_s=min(place.transfer_s(least=True) for place in places))
+    for rank, nbytes in enumerate(begun):
+        overhead[stages_of(config.schedule, config.pp, config.vpp)[rank][0]] += nbytes
+    transfer_s = min(place.transfer_s(least=True) for place in places)
+    ends_s = min(least_ends(context, config, place.data) for config, place in pairs)
+    for way, beside in _ways(context, pairs, told):
+        runs = [
+            BlockRun(one.run.kind, one.run.count, tuple(_options(one, way, gpipe, transient)))
+            for one, transient in zip(told, needed, strict=True)
+        ]
+        problem = staged(context, config, places[0], runs, overhead, room, True, tuple(map(tuple, beside.T.tolist())))
+        yield replace(problem, transfer_s=transfer_s, ends_s=ends_s)
+
+
+def _ways(
+    context: Context, pairs: Sequence[tuple[Config, Placed]], told: Sequence[_Told]
+) -> list[tuple[tuple[bool, bool], Floats]]:
+    """Whether the network's seconds count for those of blocks, in forwards, in backwards, and what comes beside them:
+    the longest first."""
+    ways = [(False, False)]
+    if pairs[0][0].pp > 1 and any(ahead or back for ahead, back in (one.sent for one in told)):
+        ways += [(False, True), (True, False), (True, True)]
+    found = [(way, _beside(context, pairs, told, way)) for way in ways]
+    lengths = [sum(one.run.count * one.seconds(*way) for one in told) + float(each[:2].sum()) for way, each in found]
+    order = sorted(range(len(found)), key=lambda place: -lengths[place])
+    return [found[place] for place in order if lengths[place] >= NEAR * lengths[order[0]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +97,19 @@ class _Least:
 @dataclass(frozen=True, slots=True)
 class _Told:
     """What is known of a run's blocks: each ``choice``; ``copies``, seconds of copies whatever the choice; ``sent``,
-    seconds of the network in each forward and each backward; ``sure``, seconds of both halves of the backward. Of an
-    option of one of them ``resident``, ``reduce_s``, ``optimizer_s``; ``needs``: whether its `_Least.needed` counts."""
+    seconds of the network in each forward and each backward; ``sure``, seconds of both halves of the backward;
+    ``begun``, bytes at the begin of the backward of one, and of one behind another (`MemoryModel.least_backward`). Of
+    an option of one of them ``resident``, ``reduce_s``, ``optimizer_s``."""
 
     run: KindRun
     choices: tuple[_Least, ...]
     copies: float
     sent: tuple[float, float]
     sure: tuple[float, float]
+    begun: tuple[float, float]
     resident: float
     reduce_s: float
     optimizer_s: float
-    needs: bool
 
     def seconds(self, ahead_sent: bool, back_sent: bool) -> float:
         """The least seconds of a block if the network's stand for its own in forwards, in backwards."""
@@ -122,24 +143,51 @@ def _told(
     config = configs[0]
     halved = SCHEDULES[config.schedule].splits_backward
     elements, trains, expert = _elements(context, config, run)
+    held, trained, root = elements + expert, trains + expert, run.root
     ranks = [_of_data(context, one, place, run) for one, place in zip(configs, places, strict=True)]
-    # The last block's backward runs first, when most is in flight; of others, less is by the time of theirs.
-    is_last = run.start + run.count == len(context.model.blocks)
-    resident = (
-        place.memory.least_resident(elements + expert, run.root and run.sure, elements - trains, expert)
-        for place in places
-    )
+    begun = [
+        min(place.memory.least_backward(held, trained, root, behind) for place in places)
+        for behind in (0.0, 0.0 if root else held)
+    ]
+    resident = (place.memory.least_resident(held, root and run.sure, elements - trains, expert) for place in places)
     return _Told(
         run,
         _choices(context, run, shardings, sharp),
         min(one.copies_s for one in ranks),
         (min(one.ahead_s for one in ranks), min(one.back_s for one in ranks)),
         _sure_halves(context, config, run.kind) if halved else (0.0, 0.0),
+        (begun[0], begun[1]),
         min(resident),
         min(one.reduce_s for one in ranks),
         min(one.optimizer_s for one in ranks),
-        is_last and config.vpp == 1 and not halved,
     )
+
+
+def _begun(told: Sequence[_Told], config: Config) -> list[float]:
+    """Bytes of each of several ranks when a backward of its stages begins: of the block that needs least."""
+    blocks = np.repeat([one.begun[0] for one in told], [one.run.count for one in told])
+    least = least_of_stages(blocks, config.stages)
+    return [float(least[list(own)].min()) for own in stages_of(config.schedule, config.pp, config.vpp)]
+
+
+def _needed(told: Sequence[_Told], config: Config, begun: Sequence[float]) -> list[tuple[float, ...]]:
+    """For each run, the bytes beside that stand for the transient bytes of its options: of the last block, whose
+    backward runs first, when most is in flight (of others, less is by the time of theirs); without stages also of the
+    last block of a run which only the root group follows, less what the blocks that follow had saved."""
+    found = [tuple(0.0 for _ in one.choices) for one in told]
+    if config.vpp > 1 or SCHEDULES[config.schedule].splits_backward:
+        return found
+    counted = begun[-1] if begun else 0.0
+    found[-1] = tuple(max(0.0, least.needed - counted) for least in told[-1].choices)
+    gone = 0.0
+    for place in reversed(range(len(told) if config.pp == 1 else 0)):
+        one = told[place]
+        needed = one.begun[one.run.count > 1] - gone
+        found[place] = tuple(max(needed, other) for other in found[place])
+        if not one.run.root:
+            break
+        gone += one.run.count * max(least.kept for least in one.choices)
+    return found
 
 
 def _elements(context: Context, config: Config, run: KindRun) -> tuple[float, float, float]:
@@ -172,11 +220,6 @@ def _of_data(context: Context, config: Config, place: Placed, run: KindRun) -> _
     return cast(_Ranks, context.memo[key])
 
 
-def _sends(told: Sequence[_Told]) -> bool:
-    """Whether anything is gathered in every forward, or gathered or reduced in every backward."""
-    return any(ahead or back for ahead, back in (one.sent for one in told))
-
-
 def _beside(
     context: Context, pairs: Sequence[tuple[Config, Placed]], told: Sequence[_Told], way: tuple[bool, bool]
 ) -> Floats:
@@ -191,9 +234,9 @@ def _beside(
     return np.asarray(np.min([least_beside(context, config, place.data, *own) for config, place in pairs], axis=0))
 
 
-def _options(told: _Told, way: tuple[bool, bool], gpipe: bool) -> Iterator[Option]:
+def _options(told: _Told, way: tuple[bool, bool], gpipe: bool, transient: tuple[float, ...]) -> Iterator[Option]:
     ahead_sent, back_sent = way
-    for least in told.choices:
+    for least, needed in zip(told.choices, transient, strict=True):
         seconds = least.seconds + told.copies
         # The slowest forward and backward count apart under GPipe: only their sum is known.
         ahead = min(least.forward, seconds) if not gpipe or back_sent else 0.0
@@ -211,7 +254,7 @@ def _options(told: _Told, way: tuple[bool, bool], gpipe: bool) -> Iterator[Optio
             back,
             told.resident,
             least.kept,
-            least.needed if told.needs else 0.0,
+            needed,
             told.reduce_s,
             told.optimizer_s,
             weight_s=back,  # nothing is known of the halves of a backward: all of it may wait

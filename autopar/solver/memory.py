@@ -253,6 +253,15 @@ class MemoryModel:
         gradients = min(self.kept_gradients(done, self.splits) for done in ("one", "some")) if steady else 0.0
         return held["parameters"] * elements + (held["optimizer"] + gradients) * (elements - frozen)
 
+    def least_backward(self, elements: float, trains: float, root: bool = False, behind: float = 0.0) -> float:
+        """Bytes that surely stand, beside `least_resident` and what is saved, when the backward of a block begins
+        (`stage_peaks`): its gradients, and under zero 3 its gathered ``elements``, and the ``behind`` of the block
+        before it."""
+        if self.splits or self.keeps_buffers:
+            return 0.0
+        gathered = (0.0 if root else elements) + behind if self.frees_blocks else 0.0
+        return self.job.compute_bytes * (trains + gathered)
+
     def buffers(self, stage: int) -> int:
         """The most that the pipeline runtime holds on a stage beside what blocks save."""
         flying, done = np.array([self.in_flight(stage)]), np.array([self.micro_batches])

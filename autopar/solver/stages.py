@@ -89,7 +89,7 @@ class StageProblem:
     ``fixed``: blocks in each stage, or nothing.
     ``least``: for bounds, whose memory counts what ranks hold after their first forwards, not at every time; only then
     ``beside``, seconds of every stage beside its blocks (`beside.Beside`): in each forward, in each backward, more in
-    its first forward and in its last backward."""
+    its first forward and in its last backward; and ``ends_s``, seconds of the step before and after all stages."""
 
     runs: tuple[BlockRun, ...]
     pp: int
@@ -102,6 +102,7 @@ class StageProblem:
     fixed: tuple[int, ...] = ()
     least: bool = False
     beside: tuple[tuple[float, float, float, float], ...] = ()
+    ends_s: float = 0.0
     host_room: float = float("inf")
 
     @property

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from autopar.solver.chain import Floats, bytes_of, chain_of, hull, work_of
+from autopar.solver.chain import Floats, bytes_of, chain_of, work_of
 from autopar.solver.stages import StageProblem
 
 PRICES = 24
@@ -70,9 +70,9 @@ def _sure(problem: StageProblem, index: int) -> list[bool]:
 
 def _prices(problem: StageProblem, index: int, flying: list[int]) -> Floats:
     """Prices at which the best option changes, for any number of micro-batches in flight."""
-    found = {0.0}
+    chain, found = chain_of(problem), {0.0}
     for alive in flying:
-        found |= {step.seconds / step.nbytes for step in hull(problem, alive) if step.run == index}
+        found |= {step.seconds / step.nbytes for step in chain.hull(alive) if step.run == index}
     ordered = sorted(found)
     places = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), PRICES)).astype(int))
     return np.array([ordered[place] for place in places])
