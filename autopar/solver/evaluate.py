@@ -86,24 +86,12 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
     Raises UnsupportedError for state offload on a device whose link to the host is not known."""
     device = context.cluster.device
     mesh = config.mesh
-    spans, apart = lying(mesh, orders_in(config, context.cluster))
     if config.offload == "state" and not (device.host_bandwidth and device.host_memory_bandwidth):
         raise UnsupportedError(
             f"fix: offload=state on device {device.name!r}, whose host_bandwidth and host_memory_bandwidth are not "
             "known; give both in a cluster file, or use offload=none"
         )
-    data = DataAxis(
-        context.ops,
-        context.collectives,
-        spans=spans,
-        zero=config.zero,
-        fsdp=config.fsdp,
-        micro_batches=config.micro_batches,
-        halves=SCHEDULES[config.schedule].splits_backward,
-        offload=config.offload,
-        staged=config.pp > 1,
-    )
-    data = with_experts(data, config.ep)
+    data, apart = _data(context, config)
     memory = MemoryModel(
         context.job,
         fsdp=config.fsdp,
@@ -125,6 +113,30 @@ def placed(context: Context, config: Config, boundary: int) -> Placed:
     every = [context.collectives.handed_on(sent, config.pp, stride, gather_s) for stride in apart]
     links = every[0] if len(every) == 1 else tuple(map(min, *every))
     return Placed(data, memory, transfers(config.schedule, config.pp, config.stages, links))
+
+
+def _data(context: Context, config: Config) -> tuple[DataAxis, tuple[int, ...]]:
+    """The data ranks of a configuration, which many differ in little else than from each other; and how far apart
+    neighbouring stages are (`lying`)."""
+    halved = SCHEDULES[config.schedule].splits_backward
+    ranks = (config.mesh, config.order, config.zero, config.fsdp, config.micro_batches, config.offload, config.ep)
+    key = ("data", halved, ranks)
+    if key not in context.memo:
+        spans, apart = lying(config.mesh, orders_in(config, context.cluster))
+        data = DataAxis(
+            context.ops,
+            context.collectives,
+            spans=spans,
+            zero=config.zero,
+            fsdp=config.fsdp,
+            micro_batches=config.micro_batches,
+            halves=halved,
+            offload=config.offload,
+            staged=config.pp > 1,
+        )
+        context.memo[key] = with_experts(data, config.ep), apart
+    data, apart = context.memo[key]
+    return data, apart
 
 
 def _share(context: Context, config: Config) -> float:

@@ -13,15 +13,6 @@ seconds of k of them on rank q):
 
     V >= the n-th least of all idle_q + m u_q(k) + o, k = 1, 2, ...
 
-The bytes of each rank say more: with k micro-batches in flight whatever its stages are, blocks of that run take it at
-least t_q(n_q) seconds, convex in their number: of options with seconds w_i and bytes b_i on the lower hull, R_q / b_i
-blocks take R_q w_i / b_i seconds in R_q bytes, and other numbers what lies on the lines between. With W' the seconds of
-all other runs, V is possible only if there are n_q with
-
-    sum_q n_q = n,   t_q(n_q) <= (V - idle_q - o) / m,   sum_q t_q(n_q) + W' <= sum_q (V - idle_q - o) / m
-
-which the ranks that take least for one block more show first.
-
 The spread: stages as even as whole blocks allow (least squares, by dynamic programming), then blocks moved from ranks
 with more work to ranks with less.
 """
@@ -41,9 +32,6 @@ from autopar.solver.stages import BlockRun, StageProblem
 from autopar.solver.whole_blocks import least_of_whole
 
 Ints = NDArray[np.int64]
-
-ENOUGH = 1e-4
-"""How close to the least V that is possible is close enough."""
 
 
 def laps_bound(problem: StageProblem) -> float:
@@ -66,7 +54,6 @@ def laps_bound(problem: StageProblem) -> float:
     if not problem.halves:
         bound = max(bound, work + 2 * crossings * c + first + optimizer)
     bound = max(bound, least_of_whole(problem, _main(problem), idle) + optimizer)
-    bound = max(bound, _in_room(problem, chain, idle, bound - optimizer) + optimizer)
     return bound * (1 - 1e-12)
 
 
@@ -95,51 +82,6 @@ def _main(problem: StageProblem) -> int:
 
 def _fastest_s(run: BlockRun) -> float:
     return work_of(run.options[fastest(run)])
-
-
-def _in_room(problem: StageProblem, chain: Chain, idle: Floats, low: float) -> float:
-    """The least V, not below ``low``, at which ranks have both time and bytes for all blocks of the run with most
-    work, and time for the others."""
-    main = _main(problem)
-    run, m = problem.runs[main], problem.micro_batches
-    others = float(chain.work[-1]) - run.count * _fastest_s(run)
-    ranks, starts, blocks, slopes = _pieces(problem, chain, main)
-
-    def possible(step: float) -> bool:
-        spare = np.maximum(step - idle, 0.0) / m
-        held = np.minimum(np.maximum(spare[ranks] - starts, 0.0) / slopes, blocks)
-        before = np.concatenate([[0.0], np.cumsum(held)[:-1]])
-        taken = np.clip(run.count - before, 0.0, held)
-        if taken.sum() < run.count * (1 - 1e-9):
-            return False
-        return float(taken @ slopes) + others <= float(spare.sum()) * (1 + 1e-9)
-
-    if possible(low):
-        return low
-    if blocks.sum() < run.count * (1 - 1e-9):
-        return float("inf")
-    high = float(idle.sum()) + m * (float((blocks * slopes).sum()) + others)
-    while high - low > ENOUGH * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if possible(middle) else (middle, high)
-    return low
-
-
-def _pieces(problem: StageProblem, chain: Chain, main: int) -> tuple[Ints, Floats, Floats, Floats]:
-    """The t_q of the docstring, piece by piece, the one that takes least a block first: whose it is, the seconds before
-    it, its blocks, seconds each."""
-    pieces = []
-    for rank in range(problem.pp):
-        room, n, seconds = max(problem.spare(rank), 0.0), 0.0, 0.0
-        for nbytes, work in chain.options(main, _flying(problem, rank)):
-            most = room / max(nbytes, 1.0)
-            taken = most * work - seconds
-            if most > n and taken > 0.0:
-                pieces.append((taken / (most - n), rank, seconds, most - n))
-                n, seconds = most, most * work
-    pieces.sort()
-    slopes, ranks, starts, blocks = zip(*pieces, strict=True) if pieces else ((), (), (), ())
-    return np.array(ranks, dtype=np.int64), np.array(starts), np.array(blocks), np.array(slopes)
 
 
 def even_borders(problem: StageProblem) -> tuple[int, ...]:

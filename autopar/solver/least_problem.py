@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -120,16 +120,19 @@ class _Told:
         return min(least.seconds for least in self.choices) + self.copies
 
 
-@dataclass(frozen=True, slots=True)
-class _Ranks:
+class _Ranks(NamedTuple):
     """What the data ranks of a configuration add at least to a block of a run: seconds of copies in each micro-batch,
-    of the network in each forward and each backward, of reductions after all, of the optimizer."""
+    of the network in each forward and each backward, of reductions after all, of the optimizer; bytes that stand, and
+    at the begin of its backward, if it is alone and if it follows another (`MemoryModel`)."""
 
     copies_s: float
     ahead_s: float
     back_s: float
     reduce_s: float
     optimizer_s: float
+    resident: float
+    begun: float
+    begun_behind: float
 
 
 def _told(
@@ -140,27 +143,67 @@ def _told(
     shardings: Shardings,
     sharp: bool,
 ) -> _Told:
-    config = configs[0]
-    halved = SCHEDULES[config.schedule].splits_backward
-    elements, trains, expert = _elements(context, config, run)
-    held, trained, root = elements + expert, trains + expert, run.root
+    halved = SCHEDULES[configs[0].schedule].splits_backward
     ranks = [_of_data(context, one, place, run) for one, place in zip(configs, places, strict=True)]
-    begun = [
-        min(place.memory.least_backward(held, trained, root, behind) for place in places)
-        for behind in (0.0, 0.0 if root else held)
-    ]
-    resident = (place.memory.least_resident(held, root and run.sure, elements - trains, expert) for place in places)
+    least = _Ranks(*map(min, zip(*ranks, strict=True)))
     return _Told(
         run,
         _choices(context, run, shardings, sharp),
-        min(one.copies_s for one in ranks),
-        (min(one.ahead_s for one in ranks), min(one.back_s for one in ranks)),
-        _sure_halves(context, config, run.kind) if halved else (0.0, 0.0),
-        (begun[0], begun[1]),
-        min(resident),
-        min(one.reduce_s for one in ranks),
-        min(one.optimizer_s for one in ranks),
+        least.copies_s,
+        (least.ahead_s, least.back_s),
+        _sure_halves(context, configs[0], run.kind) if halved else (0.0, 0.0),
+        (least.begun, least.begun_behind),
+        least.resident,
+        least.reduce_s,
+        least.optimizer_s,
     )
+
+
+def _elements(context: Context, config: Config, run: KindRun) -> tuple[float, float, float]:
+    """Of a block of a run at least: elements without experts' that data ranks share, those that train, experts'."""
+    held, trains = (least_elements(context, config, run.start, trained) for trained in (False, True))
+    return float(held), float(trains), float(least_experts(context, config, run.start))
+
+
+def _of_data(context: Context, config: Config, place: Placed, run: KindRun) -> _Ranks:
+    data, memory = place.data, place.memory
+    key = ("of data", run.start, config.tp, config.pp == 1, config.ep, of_ranks(data), memory.steady)
+    if key not in context.memo:
+        elements, trains, expert = _elements(context, config, run)
+        held, trained, shared = int(elements + expert), int(trains + expert), int(expert)
+        passes = context.model.kinds[run.kind].passes_gradient
+        still = 0.0 if passes or (run.root and config.pp == 1) else elements
+        copies = data.least_copies_s(elements, run.root, elements - trains, still)
+        if expert:
+            copies += (data.experts or data).least_copies_s(expert, run.root)
+        # A root group is gathered and reduced apart.
+        gather = data.of("gather_s", held, shared) if data.gathers_each and not run.root else 0.0
+        scatter = 0.0 if data.defers or run.root else data.of("scatter_s", trained, shared)
+        context.memo[key] = _Ranks(
+            copies,
+            gather,
+            (gather if passes else 0.0) + scatter,
+            data.of("reduce_s", trained, shared) if data.exposes else 0.0,
+            _least_optimizer(context, config, place, trains, expert),
+            memory.least_resident(elements + expert, run.root and run.sure, elements - trains, expert),
+            memory.least_backward(held, trained, run.root),
+            memory.least_backward(held, trained, run.root, 0.0 if run.root else held),
+        )
+    return cast(_Ranks, context.memo[key])
+
+
+def _beside(
+    context: Context, pairs: Sequence[tuple[Config, Placed]], told: Sequence[_Told], way: tuple[bool, bool]
+) -> Floats:
+    """`Beside` of any of the configurations, if the network's seconds count for those of blocks that ``way``."""
+    counts, stages = [one.run.count for one in told], pairs[0][0].stages
+    own = [
+        least_of_stages(np.repeat([min(getattr(least, half) for least in one.choices) for one in told], counts), stages)
+        if sent
+        else None
+        for half, sent in zip(("forward", "backward"), way, strict=True)
+    ]
+    return np.asarray(np.min([least_beside(context, config, place.data, *own) for config, place in pairs], axis=0))
 
 
 def _begun(told: Sequence[_Told], config: Config) -> list[float]:
@@ -188,50 +231,6 @@ def _needed(told: Sequence[_Told], config: Config, begun: Sequence[float]) -> li
             break
         gone += one.run.count * max(least.kept for least in one.choices)
     return found
-
-
-def _elements(context: Context, config: Config, run: KindRun) -> tuple[float, float, float]:
-    """Of a block of a run at least: elements without experts' that data ranks share, those that train, experts'."""
-    held, trains = (least_elements(context, config, run.start, trained) for trained in (False, True))
-    return float(held), float(trains), float(least_experts(context, config, run.start))
-
-
-def _of_data(context: Context, config: Config, place: Placed, run: KindRun) -> _Ranks:
-    data = place.data
-    key = ("of data", run.start, config.tp, config.pp == 1, config.ep, of_ranks(data))
-    if key not in context.memo:
-        elements, trains, expert = _elements(context, config, run)
-        held, trained, shared = int(elements + expert), int(trains + expert), int(expert)
-        passes = context.model.kinds[run.kind].passes_gradient
-        still = 0.0 if passes or (run.root and config.pp == 1) else elements
-        copies = data.least_copies_s(elements, run.root, elements - trains, still)
-        if expert:
-            copies += (data.experts or data).least_copies_s(expert, run.root)
-        # A root group is gathered and reduced apart.
-        gather = data.of("gather_s", held, shared) if data.gathers_each and not run.root else 0.0
-        scatter = 0.0 if data.defers or run.root else data.of("scatter_s", trained, shared)
-        context.memo[key] = _Ranks(
-            copies,
-            gather,
-            (gather if passes else 0.0) + scatter,
-            data.of("reduce_s", trained, shared) if data.exposes else 0.0,
-            _least_optimizer(context, config, place, trains, expert),
-        )
-    return cast(_Ranks, context.memo[key])
-
-
-def _beside(
-    context: Context, pairs: Sequence[tuple[Config, Placed]], told: Sequence[_Told], way: tuple[bool, bool]
-) -> Floats:
-    """`Beside` of any of the configurations, if the network's seconds count for those of blocks that ``way``."""
-    counts, stages = [one.run.count for one in told], pairs[0][0].stages
-    own = [
-        least_of_stages(np.repeat([min(getattr(least, half) for least in one.choices) for one in told], counts), stages)
-        if sent
-        else None
-        for half, sent in zip(("forward", "backward"), way, strict=True)
-    ]
-    return np.asarray(np.min([least_beside(context, config, place.data, *own) for config, place in pairs], axis=0))
 
 
 def _options(told: _Told, way: tuple[bool, bool], gpipe: bool, transient: tuple[float, ...]) -> Iterator[Option]:

@@ -169,6 +169,11 @@ class MemoryModel:
         """Whether the schedule halves backwards."""
         return self._rule.splits_backward
 
+    @property
+    def steady(self) -> bool:
+        """See `orders.is_steady`."""
+        return is_steady(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)
+
     def rank_of(self, stage: int) -> int:
         return self._rule.rank_of(stage, self.pp)
 
@@ -249,8 +254,7 @@ class MemoryModel:
         if expert and self.ep > 1:
             return self.least_resident(elements - expert, root, frozen) + self.experts.least_resident(expert, root)
         held = self.per_element(root)
-        steady = is_steady(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)
-        gradients = min(self.kept_gradients(done, self.splits) for done in ("one", "some")) if steady else 0.0
+        gradients = min(self.kept_gradients(done, self.splits) for done in ("one", "some")) if self.steady else 0.0
         return held["parameters"] * elements + (held["optimizer"] + gradients) * (elements - frozen)
 
     def least_backward(self, elements: float, trains: float, root: bool = False, behind: float = 0.0) -> float:
