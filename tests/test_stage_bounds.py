@@ -156,6 +156,16 @@ def test_the_bytes_of_every_rank_count_apart():
     assert 1.05 * laps_bound(ample) < laps_bound(short) < 1.3 * laps_bound(ample)
 
 
+@pytest.mark.parametrize("gib", [14, 12, 10, 8, 6])
+def test_ranks_hold_whole_blocks_in_their_memory(gib):
+    """Seven of fourteen each, some of which memory forces to take longer: what parts of blocks would do is 3 % less."""
+    options = Option("none", 1, 2, 0, GIB, 0), Option("less", 1, 2.4, 0, 0.1 * GIB, 0)
+    problem = StageProblem((BlockRun("layer", 14, options),), 2, 8, gib * GIB, 0.0, (), "interleaved", 2)
+    exact = solve_stages(problem, work_limit=8.0, balance=False)
+    assert exact is not None
+    assert 0.98 * exact.value < laps_bound(problem) <= exact.value * ROUNDING
+
+
 def test_gpipe_of_even_stages_is_as_long_as_its_path():
     found = weights("gpipe", 8, 1, 8)
     even = gpipe_seconds([StageTimes(1.0, 2.0)] * 8, 8)

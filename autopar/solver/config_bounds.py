@@ -77,17 +77,17 @@ def quick_bound(context: Context, config: Config, work: float, halves: tuple[flo
         work += place.data.least_copies_s(elements / config.tp, bool(root), unmoved / config.tp, unpassed / config.tp)
     # Some stage holds at least its even share.
     optimizer = place.data.optimizer_s(trains / config.tp / config.pp)
-    ahead, back, once = _least_sent(context, config, place.data)
+    ahead, back, first, last = _least_sent(context, config, place.data)
     # Neither half of a stage's micro-batch ends before its blocks, nor before what its data ranks send.
     sent = max(halves[0] + back, ahead + halves[1], ahead + back)
     if config.pp > 1:
         beside = least_beside(context, config, place.data)
         waited = max(work + float((beside.ahead + beside.back).sum()), sent)
         return spread_bound(waited, config.pp, m, config.vpp) + optimizer
-    each, first_and_last = _least_exposed(context, config, place.data)
-    last = max(0.0, halves[0] + once - work) if place.data.defers and not place.data.exposes else 0.0
-    alone = m * work + max(m * each + first_and_last, last)
-    return max(alone, m * sent, m * (ahead + back) + once) + optimizer
+    each, once = _least_exposed(context, config, place.data)
+    # The first forward and the last backward take as long as what is sent in them alone, too.
+    longer = max(halves[0] + back + last, first + ahead + halves[1]) - work
+    return max(m * work + max(m * each + once, longer), m * sent, m * (ahead + back) + first + last) + optimizer
 
 
 def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[float, float]:
@@ -106,9 +106,10 @@ def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[fl
     return (each, once + scatter) if data.defers else (each + scatter, once)
 
 
-def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float, float, float]:
-    """Network seconds of all blocks (in each forward, in each backward, once a step): gathers, twice under zero 3 but
-    for the root group and what no gradient passes, and reductions. Of several stages' root groups nothing is sure."""
+def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float, float, float, float]:
+    """Network seconds of all blocks (in each forward, in each backward, more in the first forward, in the last
+    backward): gathers, twice under zero 3 but for the root group and what no gradient passes, and reductions. Of
+    several stages' root groups nothing is sure."""
     groups, rooted, rooted_trained = _groups(context, config)
     if config.pp > 1:
         rooted = rooted_trained = 0
@@ -119,8 +120,10 @@ def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float
         gathers, again = gathers + gather, again + (gather if passes else 0.0)
         scatters += count * data.of("scatter_s", trained + expert, expert)
         replicates += count * data.of("replicate_s", trained + expert, expert)
-    ahead, back, once = (gathers, again, 0.0) if data.gathers_each else (0.0, 0.0, gathers)
-    return (ahead, back, once + scatters + replicates) if data.defers else (ahead, back + scatters, once + replicates)
+    ahead, back, first = (gathers, again, 0.0) if data.gathers_each else (0.0, 0.0, gathers)
+    if data.defers:
+        return ahead, back, first, scatters + replicates
+    return ahead, back + scatters, first, replicates
 
 
 def _groups(context: Context, config: Config) -> tuple[Counter[tuple[int, int, int, bool]], int, int]:
