@@ -304,16 +304,6 @@ def test_samples_dropped_at_random_are_a_dropout(spelling):
     assert [str(size) for size in dropout.meta.shape] == ["b", "1", "1"]
 
 
-class Noisy(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + torch.rand_like(x))
-
-
-def test_other_random_numbers_are_refused_with_their_place():
-    with pytest.raises(UnsupportedError, match=r"module 'inner' draws random numbers \(aten\.rand_like\)"):
-        trace(Outer(Noisy(WIDTH, WIDTH)), SAMPLE, square)
-
-
 class Sinusoids(nn.Module):
     """Positions from a table of sinusoids with a blank row, as of fairseq's models."""
 
