@@ -45,8 +45,8 @@ def angle_table(
     """Rotary positions (arXiv 2104.09864, section 3.2.2), or sinusoidal ones.
 
     Of the angles ``row * base ** -(i / rates)`` the cosines or sines, once or two of each (one after the other, or as
-    two halves of a row); both, as two halves of a row, or in turn ("waves"); or (cosine, sine) [rows, rates, 2], as the parts of
-    complex numbers ("pairs").
+    two halves of a row); both, as two halves of a row, or in turn ("waves"); or (cosine, sine) [rows, rates, 2], as the
+    parts of complex numbers ("pairs").
 
     ``rising``: the rates are made by an exponential. In float32 whatever ``dtype`` is: the numbers are those of the
     model's own table.
