@@ -156,7 +156,7 @@ class Importer:
                 )
             name = name.removesuffix("_")
         args, kwargs = self._arguments(node, target)
-        if no_grad:
+        if no_grad and not self._is_its_operand(name, args, value, node):
             args, kwargs = self._detached(args), self._detached(kwargs)
         if op == "autopar.leaf":
             leaf, _, call = node.args
@@ -311,6 +311,19 @@ class Importer:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise UnsupportedError(f"{self._place()} passes {value!r} to an operator; autopar has no form for it")
+
+    def _is_its_operand(self, name: str, args: tuple[Any, ...], value: Any, node: torch.fx.Node) -> bool:
+        """Whether an operator gives back the very tensor it is given: what reads it later, where gradients flow again,
+        is seen as reading the result."""
+        if name == "dropout":
+            return args[1:2] == (0.0,) or args[2:3] == (False,)
+        if (
+            name not in ("to", "type_as", "contiguous")
+            or dtype_name(value.dtype) != self.draft.meta(args[0].name).dtype
+        ):
+            return False
+        given = node.args[0]
+        return isinstance(given, torch.fx.Node) and bool(given.meta["val"].stride() == value.stride())
 
     def _detached(self, value: Any) -> Any:
         if isinstance(value, Ref):
