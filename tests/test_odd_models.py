@@ -412,3 +412,24 @@ def test_numbers_are_not_rounded_and_what_is_computed_is_finite() -> None:
     graph = trace(model, inputs={"x": torch.zeros(6)})
     batch = {"x": torch.randn(5, 6, dtype=torch.float64)}
     assert worst_error(graph, model, batch, model(**batch)) < 1e-12
+
+
+class Counted(nn.Module):
+    """Positions, and one kind for all tokens, from buffers of more values than are ever written down."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.places, self.kinds, self.first = nn.Embedding(40, WIDTH), nn.Embedding(3, WIDTH), first
+        self.register_buffer("order", torch.arange(first, 9000 + first).expand(1, -1), persistent=False)
+        self.register_buffer("kind", torch.full((1, 9000), 2), persistent=False)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seq = x.shape[1]
+        return self.linear(x + self.places(self.order[:, :seq]) + self.kinds(self.kind[:, :seq]))
+
+
+@pytest.mark.parametrize(("first", "fix"), [(0, {"cp": 2}), (2, {"tp": 2})])
+def test_long_buffers_of_positions_are_computed(first, fix):
+    graph = proved(Outer(Counted(first)), SAMPLE, **fix)
+    assert not graph.buffers
