@@ -116,6 +116,25 @@ class Below(nn.Module):
         return result.view(x.shape[0], -1, self.width)
 
 
+class Beyond(Stacked):
+    """Two experts more can be chosen than have matrices, and give back what they are given; one of the two weights is
+    there for all the same."""
+
+    def __init__(self, experts: int = 4, width: int = 16, inner: int = 24) -> None:
+        super().__init__(experts, width, inner)
+        self.fall = nn.Parameter(torch.randn(experts - 2, inner, width))
+
+    def forward(self, x: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(self.count):
+            rows, slot = torch.where(chosen == expert)
+            y = x[rows]
+            if expert < len(self.fall):
+                y = F.relu(y @ self.rise[expert]).square() @ self.fall[expert]
+            result.index_add_(0, rows, y * share[rows, slot].unsqueeze(-1))
+        return result
+
+
 class StackedModel(nn.Module):
     """Embedding, blocks of a router and experts, projection and loss."""
 

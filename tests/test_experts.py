@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import CONFIGS, Below, Stacked, StackedModel, mixture
+from mixtures import CONFIGS, Below, Beyond, Stacked, StackedModel, mixture
 from torch import nn
 
 import autopar
@@ -148,6 +148,19 @@ def test_experts_below_one_another_in_matrices_are_recognised_and_split() -> Non
     torch.manual_seed(0)
     model = StackedModel(made=Below)
     for fix in ({"tp": 2, "dp": 2}, {"cp": 4}):
+        plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=fix, gap=0.5)
+        assert autopar.verify(plan, model).worst[1] < 1e-12
+
+
+def test_experts_beyond_those_with_matrices_give_back_what_they_are_given() -> None:
+    form = experts_form(Beyond(), {})
+    assert form is not None
+    assert form.beyond
+    assert form.parameters[:2] == (Held(("rise",), first=2), Held(("fall",)))
+    assert form.options["experts"] == 2
+    torch.manual_seed(0)
+    model = StackedModel(made=Beyond)
+    for fix in ({"tp": 4}, {"dp": 2, "cp": 2}):
         plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=fix, gap=0.5)
         assert autopar.verify(plan, model).worst[1] < 1e-12
 

@@ -36,16 +36,19 @@ MOST = 24
 class Held:
     """One tensor of the operator as the module holds it: parameters side by side along the rows of each expert.
     ``below``: experts that lie below one another in a matrix [e f, d], 0 if they have a dim; ``turned``: [e, f, d] is
-    meant as [e, d, f]."""
+    meant as [e, d, f]; ``first``: only so many of the experts, 0 for all."""
 
     names: tuple[str, ...]
     below: int = 0
     turned: bool = False
+    first: int = 0
 
     def of(self, module: nn.Module) -> torch.Tensor:
         parts: list[torch.Tensor] = [module.get_parameter(name) for name in self.names]
         if self.below:
             parts = [part.view(self.below, -1, part.shape[1]) for part in parts]
+        if self.first:
+            parts = [part[: self.first] for part in parts]
         if self.turned:
             parts = [part.transpose(1, 2) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -54,10 +57,22 @@ class Held:
 @dataclass(frozen=True, slots=True)
 class Form:
     """How a module is `autopar.experts`: where the operator's parameters are, in its order (None: no such bias), and
-    the operator's options."""
+    the operator's options. ``beyond``: experts after these give back what they are given."""
 
     parameters: tuple[Held | None, ...]
     options: Mapping[str, Any]
+    beyond: bool = False
+
+    def run(
+        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, operator: Any
+    ) -> torch.Tensor:
+        """What ``module`` computes, by ``operator``."""
+        held = [None if place is None else place.of(module) for place in self.parameters]
+        result: torch.Tensor = operator(hidden, index, weights, *held, **self.options)
+        if self.beyond:
+            kept = weights * (index >= self.options["experts"])
+            result = result + hidden * kept.sum(-1, keepdim=True)
+        return result
 
 
 def replace_experts(model: nn.Module) -> None:
@@ -85,10 +100,8 @@ class _Forward:
                 f"{type(self._module).__name__} is called with {len(given)} tensors; autopar takes the experts of a "
                 "mixture as called with hidden states, the chosen experts' indices and their weights"
             )
-        held = [None if place is None else place.of(self._module) for place in self._form.parameters]
-        operator: Any = torch.ops.autopar.experts
         hidden = floating[0] if floating[0].ndim == index[0].ndim else floating[0].flatten(0, -2)
-        result: torch.Tensor = operator(hidden, index[0], floating[1], *held, **self._form.options)
+        result = self._form.run(self._module, hidden, index[0], floating[1], torch.ops.autopar.experts)
         return result.view_as(floating[0])
 
 
@@ -107,25 +120,30 @@ def experts_form(module: nn.Module, known: dict[str, Form | None]) -> Form | Non
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Where the operator's parameters may be, a small size for each of their sizes, and options."""
+    """Where the operator's parameters may be, a small size for each of their sizes, and options. ``total``: experts
+    that may be chosen, those without matrices included."""
 
     parameters: tuple[Held | None, ...]
     experts: int
     sizes: Mapping[int, int]
     transposed: bool
     gate: str
+    total: int
 
 
 def _find(module: nn.Module, readings: Sequence[_Reading]) -> Form | None:
     """The first reading of the weights under which a small copy and the operator agree."""
     for reading in readings:
         small = _shrunk(module, reading.sizes)
-        count = reading.sizes[reading.experts]
-        places = [place and replace(place, below=place.below and count) for place in reading.parameters]
-        tensors: list[Any] = [None if place is None else place.of(small) for place in places]
+        count, total = reading.sizes[reading.experts], reading.sizes[reading.total]
+        places = tuple(
+            place and replace(place, below=place.below and count, first=place.first and count)
+            for place in reading.parameters
+        )
+        down = places[1].of(small)  # type: ignore[union-attr]
         drawn = torch.Generator().manual_seed(0)
-        hidden = torch.randn(TOKENS, tensors[1].shape[2 if reading.transposed else 1], generator=drawn).requires_grad_()
-        index = torch.rand(TOKENS, count, generator=drawn).argsort(-1)[:, :CHOSEN]
+        hidden = torch.randn(TOKENS, down.shape[2 if reading.transposed else 1], generator=drawn).requires_grad_()
+        index = torch.rand(TOKENS, total, generator=drawn).argsort(-1)[:, :CHOSEN]
         weights = torch.rand(TOKENS, CHOSEN, generator=drawn).requires_grad_()
         inputs = [hidden, weights, *small.parameters()]
         wanted = _outcome(inputs, partial(_called, small, hidden, index, weights))
@@ -133,9 +151,10 @@ def _find(module: nn.Module, readings: Sequence[_Reading]) -> Form | None:
             continue
         for activation in _activations(module, reading.gate):
             options = {"experts": count, "gate": reading.gate, "transposed": reading.transposed, **activation}
-            found = _outcome(inputs, partial(experts, hidden, index, weights, *tensors, **options))
+            form = Form(places, options, total > count)
+            found = _outcome(inputs, partial(form.run, small, hidden, index, weights, experts))
             if found is not None and all(_close(a, b) for a, b in zip(found, wanted, strict=True)):
-                return Form(reading.parameters, {**options, "experts": reading.experts})
+                return replace(form, parameters=reading.parameters, options={**options, "experts": reading.experts})
     return None
 
 
@@ -154,7 +173,7 @@ def _readings(module: nn.Module) -> Iterator[_Reading]:
     own = dict(module.named_parameters())
     dims = [tensor.ndim for tensor in own.values()]
     if dims.count(3) == 2 and not set(dims) - {2, 3} and not any("." in name for name in own):
-        if len({tensor.shape[0] for tensor in own.values()}) == 1:
+        if len({tensor.shape[0] for tensor in own.values()}) == 1 or len(own) == 2:
             yield from _stacked(own)
     elif dims in ([2, 2], [2, 2, 2]) and len({tensor.shape for tensor in own.values()}) == 1:
         yield from _below(module, own)
@@ -165,10 +184,11 @@ def _stacked(own: Mapping[str, nn.Parameter]) -> Iterator[_Reading]:
     stacked = [name for name, tensor in own.items() if tensor.ndim == 3]
     flat = [name for name, tensor in own.items() if tensor.ndim == 2]
     for (up, down), transposed, gate in itertools.product(itertools.permutations(stacked), (False, True), GATES):
-        count, *rest = own[up].shape
+        total, *rest = own[up].shape
+        count = own[down].shape[0]
         rows, width = reversed(rest) if transposed else rest
         out, inner = (own[down].shape[2], own[down].shape[1]) if transposed else own[down].shape[1:]
-        if out != width or rows != (inner if gate == "none" else 2 * inner):
+        if total < count or out != width or rows != (inner if gate == "none" else 2 * inner):
             continue
         biases: list[str | None] = [None, None]
         for name in flat:
@@ -177,8 +197,11 @@ def _stacked(own: Mapping[str, nn.Parameter]) -> Iterator[_Reading]:
                 break
             biases[place] = name
         else:
-            places = tuple(None if name is None else Held((name,)) for name in (up, down, *biases))
-            yield _Reading(places, count, _small_sizes(count, rows, inner, width), transposed, gate)
+            first = count if total > count else 0
+            places = (Held((up,), first=first), *(None if name is None else Held((name,)) for name in (down, *biases)))
+            sizes = _small_sizes(count, rows, inner, width)
+            sizes.setdefault(total, sizes[count] + 2)
+            yield _Reading(places, count, sizes, transposed, gate, total)
 
 
 def _below(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Iterator[_Reading]:
@@ -191,7 +214,7 @@ def _below(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Iterator[_Read
         sizes[rows] = sizes[count] * sizes[inner]
         for *up, down in itertools.permutations(own):
             places = (Held(tuple(up), count), Held((down,), count, turned=True), None, None)
-            yield _Reading(places, count, sizes, False, gate)
+            yield _Reading(places, count, sizes, False, gate, count)
 
 
 def _small_sizes(count: int, rows: int, inner: int, width: int) -> dict[int, int]:
