@@ -433,3 +433,14 @@ class Counted(nn.Module):
 def test_long_buffers_of_positions_are_computed(first, fix):
     graph = proved(Outer(Counted(first)), SAMPLE, **fix)
     assert not graph.buffers
+
+
+class Ordered(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        values, _ = super().forward(x).sort(-1)
+        return values
+
+
+def test_operators_without_a_form_are_refused_with_their_place_and_what_to_do():
+    with pytest.raises(UnsupportedError, match=r"module 'inner' uses aten\.sort.*register_rule.*leaf.*experts"):
+        trace(Outer(Ordered(WIDTH, WIDTH)), SAMPLE, square)

@@ -20,7 +20,16 @@ from autopar.errors import UnsupportedError
 from autopar.graph.aliases import Change, change_of
 from autopar.graph.complex_numbers import REAL
 from autopar.graph.draft import Draft
-from autopar.graph.exported import FROM_VALUES, dtype_name, module_path, positive, rank_of, tupled
+from autopar.graph.exported import (
+    FROM_VALUES,
+    IF_EXPERTS,
+    OWN_OPERATOR,
+    dtype_name,
+    module_path,
+    positive,
+    rank_of,
+    tupled,
+)
 from autopar.graph.formulas import FORMULAS
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
@@ -182,7 +191,9 @@ class Importer:
             self.values[node] = self._recurrent(args, value)
         elif not isinstance(value, torch.Tensor):
             raise UnsupportedError(
-                f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it"
+                f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it: make what uses "
+                f"it {OWN_OPERATOR}, or its module a leaf (autopar.leaf)"
+                + (f". {IF_EXPERTS}" if name == "sort" else "")  # which is how tokens are put in order by expert
             )
         elif name == "copy":
             shape = self.sizes.shape(value)
