@@ -1,13 +1,13 @@
 """Does it take my model? Every architecture of a list: traced, planned, emitted, its gradients compared.
 
-    python benchmarks/zoo.py --configs benchmarks/zoo_models.py [--only llama,bert] [--ranks 4,8] [--json OUT]
+    python benchmarks/zoo.py --configs FILE [--only llama,bert] [--ranks 4,8] [--jobs N] [--json OUT]
 
 FILE defines ``ZOO = {name: (transformers config class name, arguments, auto head name or None)}``. Each model is built
 with random weights, example inputs are derived from it (`zoo_inputs`), and each plan is run by `autopar.verify`: the
 emitted module on all ranks in one process, in float64, against the model on one device. In one process data ranks are
 emulated (their gradients are added up where FSDP2 would) and stages run one after another; what FSDP2 and the pipeline
-schedules do on real ranks is proved by `make subset` and `make proof`. Each model runs in a process of its own, so that
-no model can stop the others.
+schedules do on real ranks is proved by `make subset` and `make proof`. Each model runs in a process of its own,
+several at a time (`zoo_pool`), so that no model can stop the others; one that is ended at its limit keeps its plans.
 
 Printed per model: nodes; operators without a rule and their share of the step, where that is over 1 %; the plans, and
 the worst gradient error of any. Exit status 1 if a model failed.
@@ -18,19 +18,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from zoo_inputs import Example, NoInputsError, example_of
+from zoo_pool import default_jobs, run_pool
 
 import autopar
 from autopar.cluster import Device
@@ -62,6 +61,8 @@ class Result:
     plans: dict[str, Any] = field(default_factory=dict)
     message: str = ""
     seconds: float = 0.0
+    doing: str = ""
+    """What was under way when this was told."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -121,12 +122,14 @@ def _local(meta: TensorMeta, job: autopar.Job) -> LocalTensor:
     return LocalTensor(meta.at(1, job.seq_len), width)
 
 
-def examine(entry: Entry, ranks: Sequence[int], only: Sequence[str]) -> Result:
-    """Take one model through all plans."""
+def examine(
+    entry: Entry, ranks: Sequence[int], only: Sequence[str], tell: Callable[[Result], None] = lambda result: None
+) -> Result:
+    """Take one model through all plans; ``tell`` is called with what is found so far whenever there is more."""
     result = Result()
     begin = time.perf_counter()
     try:
-        _examine(entry, ranks, only, result)
+        _examine(entry, ranks, only, result, tell)
     except NoInputsError as error:
         result.status, result.message = "unsupported", str(error)
     except VerificationError as error:
@@ -139,7 +142,11 @@ def examine(entry: Entry, ranks: Sequence[int], only: Sequence[str]) -> Result:
     return result
 
 
-def _examine(entry: Entry, ranks: Sequence[int], only: Sequence[str], result: Result) -> None:
+def _examine(
+    entry: Entry, ranks: Sequence[int], only: Sequence[str], result: Result, tell: Callable[[Result], None]
+) -> None:
+    result.doing = "while it was traced"
+    tell(result)
     model = build(entry)
     example = example_of(model)
     graph = trace(model, example.inputs, example.loss)
@@ -154,6 +161,8 @@ def _examine(entry: Entry, ranks: Sequence[int], only: Sequence[str], result: Re
             if only and name not in only:
                 continue
             label = name if len(ranks) == 1 else f"{name}@{count}"
+            result.doing = f"in plan {label}"
+            tell(result)
             result.plans[label] = _plan(model, graph, example, count, given | fix, result)
     if result.plans and result.worst is None and result.status == "ok":
         result.status, result.message = "unsupported", str(next(iter(result.plans.values())))
@@ -219,32 +228,22 @@ def load_zoo(path: Path) -> dict[str, Entry]:
     return zoo
 
 
-def _child(entry: Entry, ranks: Sequence[int], only: Sequence[str], sender: Any) -> None:
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # advice of the libraries
-    torch.set_num_threads(1)
-    sender.send(examine(entry, ranks, only))
-    sender.close()
+def run_models(
+    zoo: Mapping[str, Entry], ranks: Sequence[int], only: Sequence[str], limit: float, jobs: int
+) -> Iterator[tuple[str, Result]]:
+    """`examine` for each model in a process of its own, ``jobs`` at a time, each ended after ``limit`` seconds."""
+    tasks = {name: partial(_examine_and_tell, entry, ranks, only) for name, entry in zoo.items()}
+    for name, ended in run_pool(tasks, jobs, limit):
+        result: Result = ended.last or Result()
+        if ended.why:
+            kept = f"; kept: {', '.join(result.plans)}" if result.plans else ""
+            place = f" {result.doing}" if result.doing else ""
+            result.status, result.message, result.seconds = "failed", f"{ended.why}{place}{kept}", ended.seconds
+        yield name, result
 
 
-def run_apart(entry: Entry, ranks: Sequence[int], only: Sequence[str], limit: float) -> Result:
-    """`examine` in a process of its own, ended after ``limit`` seconds."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(entry, ranks, only, sender))
-    child.start()
-    sender.close()
-    try:
-        if not receiver.poll(limit):
-            child.kill()
-            return Result("failed", message=f"ended after {limit:.0f} s", seconds=limit)
-        found: Result = receiver.recv()
-        return found
-    except EOFError:
-        child.join()
-        return Result("failed", message=f"its process died (exit status {child.exitcode})")
-    finally:
-        child.join()
+def _examine_and_tell(entry: Entry, ranks: Sequence[int], only: Sequence[str], tell: Callable[[Result], None]) -> None:
+    tell(examine(entry, ranks, only, tell))
 
 
 def _columns(name: str, status: str, nodes: str, error: str, seconds: str, no_rule: str, plans: str) -> str:
@@ -272,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plans", default="", help="names of plans, comma separated")
     parser.add_argument("--ranks", default="4", help="numbers of ranks, comma separated")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that one model may take")
+    parser.add_argument("--jobs", type=int, default=0, help="models at a time; default: the cores, as memory allows")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args(arguments)
     zoo = load_zoo(options.configs)
@@ -283,12 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     results: dict[str, Result] = {}
     print(_columns("architecture", "status", "nodes", "error", "s", "without rules > 1 %", "equal under"))
-    for name in wanted:
-        results[name] = run_apart(zoo[name], ranks, plans, options.limit)
-        print(row_of(name, results[name]), flush=True)
-    if options.json:
-        found = {"models": {name: result.to_json() for name, result in results.items()}}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    jobs = options.jobs or default_jobs()
+    for name, result in run_models({name: zoo[name] for name in wanted}, ranks, plans, options.limit, jobs):
+        results[name] = result
+        print(row_of(name, result), flush=True)
+        if options.json:  # each time: a run that is stopped leaves what it has found
+            found = {"models": {name: results[name].to_json() for name in wanted if name in results}}
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
     counts = {status: sum(r.status == status for r in results.values()) for status in ("ok", "unsupported", "failed")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     return 1 if counts["failed"] else 0

@@ -96,9 +96,9 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"hidden_size": 32, "n_layer": 4, "n_head": 8, "vocab_size": 64, **_TOKENS},
         "AutoModelForCausalLM",
     ),
-    "gptj": (  # rotary positions by pairs, of a part of each head
+    "gptj": (  # rotary positions by pairs, of a part of each head, from a long table in each layer
         "GPTJConfig",
-        {"n_embd": 32, "n_layer": 4, "n_head": 8, "rotary_dim": 2, "vocab_size": 64, "n_positions": 64, **_TOKENS},
+        {"n_embd": 64, "n_layer": 2, "n_head": 8, "rotary_dim": 4, "vocab_size": 64, "n_positions": 2048, **_TOKENS},
         "AutoModelForCausalLM",
     ),
     "stablelm": ("StableLmConfig", _DECODER, "AutoModelForCausalLM"),
@@ -171,6 +171,49 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {**_DECODER, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
         "AutoModelForCausalLM",
     ),
+    "phimoe": (  # chooses experts by random numbers as it trains, with a gradient of its own
+        "PhimoeConfig",
+        {**_DECODER, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "AutoModelForCausalLM",
+    ),
+    "dbrx": (  # experts below one another in matrices
+        "DbrxConfig",
+        {
+            "d_model": 32,
+            "n_heads": 8,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "vocab_size": 64,
+            "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+            **_TOKENS,
+        },
+        "AutoModelForCausalLM",
+    ),
+    "longcat_flash": (  # experts that give back what they are given, two attentions in a layer
+        "LongcatFlashConfig",
+        {
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "vocab_size": 64,
+            "max_position_embeddings": 64,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "head_dim": 4,
+            "v_head_dim": 8,
+            "moe_topk": 2,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "expert_ffn_hidden_size": 16,
+            **_TOKENS,
+        },
+        "AutoModelForCausalLM",
+    ),
     # State space.
     "mamba": (
         "MambaConfig",
@@ -208,7 +251,6 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "AutoModelForCausalLM",
     ),
-    # Encoders.
     "qwen3_next": (  # linear attention by the gated delta rule, experts with a gated shared one
         "Qwen3NextConfig",
         {
@@ -259,7 +301,22 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "AutoModelForCausalLM",
     ),
-    "bert": ("BertConfig", _TEXT, "AutoModelForMaskedLM"),
+    "falcon_h1": (  # attention and a state space side by side in each layer
+        "FalconH1Config",
+        {
+            **_DECODER,
+            "num_hidden_layers": 2,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 2,
+            "mamba_chunk_size": 8,
+        },
+        "AutoModelForCausalLM",
+    ),
+    # Encoders.
+    "bert": ("BertConfig", {**_TEXT, "max_position_embeddings": 1024}, "AutoModelForMaskedLM"),  # long buffers
     "roberta": ("RobertaConfig", _TEXT, "AutoModelForMaskedLM"),
     "modernbert": (
         "ModernBertConfig",

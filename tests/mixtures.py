@@ -92,13 +92,56 @@ class Stacked(nn.Module):
         return result
 
 
-class StackedModel(nn.Module):
-    """Embedding, blocks of a router and `Stacked` experts, projection and loss."""
+class Below(nn.Module):
+    """Experts below one another in three matrices of a child: [experts * inner, width] each; tokens come as [b, s, d]
+    with one choice for each of b * s."""
 
-    def __init__(self, layers: int = 2, width: int = 16) -> None:
+    def __init__(self, experts: int = 4, width: int = 16, inner: int = 24) -> None:
+        super().__init__()
+        self.held = nn.Module()
+        for name in ("down", "gate", "up"):
+            setattr(self.held, name, nn.Parameter(torch.randn(experts * inner, width)))
+        self.count, self.inner, self.width = experts, inner, width
+
+    def forward(self, x: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.width)
+        result = torch.zeros_like(rows)
+        gate, up, down = (
+            getattr(self.held, name).view(self.count, self.inner, self.width) for name in ("gate", "up", "down")
+        )
+        for expert in range(self.count):
+            token, slot = torch.where(chosen == expert)
+            y = F.gelu(rows[token] @ gate[expert].T) * (rows[token] @ up[expert].T)
+            result.index_add_(0, token, y @ down[expert] * share[token, slot].unsqueeze(-1))
+        return result.view(x.shape[0], -1, self.width)
+
+
+class Beyond(Stacked):
+    """Two experts more can be chosen than have matrices, and give back what they are given; one of the two weights is
+    there for all the same."""
+
+    def __init__(self, experts: int = 4, width: int = 16, inner: int = 24) -> None:
+        super().__init__(experts, width, inner)
+        self.fall = nn.Parameter(torch.randn(experts - 2, inner, width))
+
+    def forward(self, x: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(self.count):
+            rows, slot = torch.where(chosen == expert)
+            y = x[rows]
+            if expert < len(self.fall):
+                y = F.relu(y @ self.rise[expert]).square() @ self.fall[expert]
+            result.index_add_(0, rows, y * share[rows, slot].unsqueeze(-1))
+        return result
+
+
+class StackedModel(nn.Module):
+    """Embedding, blocks of a router and experts, projection and loss."""
+
+    def __init__(self, layers: int = 2, width: int = 16, made: type[nn.Module] = Stacked) -> None:
         super().__init__()
         self.embed = nn.Embedding(64, width)
-        self.layers = nn.ModuleList(StackedLayer(width) for _ in range(layers))
+        self.layers = nn.ModuleList(StackedLayer(width, made) for _ in range(layers))
         self.head = nn.Linear(width, 64, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -109,13 +152,14 @@ class StackedModel(nn.Module):
 
 
 class StackedLayer(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, made: type[nn.Module]) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.router = nn.Linear(width, 4)
-        self.experts = Stacked(4, width)
+        self.experts = made(4, width)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).reshape(-1, x.shape[-1])
         share, chosen = self.router(tokens).softmax(-1).topk(2)
-        return x + self.experts(tokens, chosen, share).view_as(x)
+        given = self.norm(x) if isinstance(self.experts, Below) else tokens
+        return x + self.experts(given, chosen, share).view_as(x)

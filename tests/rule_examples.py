@@ -303,6 +303,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.addcdiv": [(_X, _X, T((16,), "positive"))],
     "aten.lerp": [(_X, _X, 0.3), (_X, _X, _t(16))],
     "aten.dropout": [(_X, 0.5, False), (_X, 0.0, True)],
+    "autopar.drawn": [(_X, "uniform"), (_X, "normal")],
     "aten.rsub": [(_X, _X), (_X, 1.0)],
     "aten.add": [(_X, _X), (_X, _t(8, 1)), (_X, 1.0), (_t(16), _X)],
     "aten.sub": [(_X, _X), (_X, 2.0)],

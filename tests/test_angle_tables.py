@@ -40,6 +40,8 @@ WRITTEN = {
     "cos": lambda: turned(500000.0).cos(),
     "sin halves": lambda: torch.cat((turned(), turned()), -1).sin(),
     "cos twice": lambda: turned(1e6).cos().repeat_interleave(2, -1).bfloat16(),
+    "sin then cos": lambda: torch.cat((turned().sin(), turned().cos()), -1),
+    "cos then sin": lambda: torch.cat((turned(5e5).cos(), turned(5e5).sin()), -1),
     "pairs": lambda: torch.stack((turned().cos(), turned().sin()), -1),
     "pairs polar": polar,
     "waves": waves,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from traced import gpt2, gpt2_graph, llama, llama_graph, worst_error
 
+import autopar
 from autopar.graph.ir import ModelGraph, Source
 from autopar.graph.serialize import model_from_json, model_to_json
 from autopar.graph.trace import trace
@@ -210,3 +211,34 @@ def test_repeated_layers_are_found_inside_stages():
 def test_no_repetition_is_one_block(count):
     graph = traced([Layer() for _ in range(count)])
     assert [block.kind for block in graph.blocks] == ["Model"]
+
+
+class Rounds(nn.Module):
+    """The same layers twice: first without gradients, then with them, as some recurrent models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.SiLU()) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        with torch.no_grad():
+            for layer in self.layers:
+                x = x + layer(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_layers_that_compute_something_else_each_time_are_no_blocks():
+    torch.manual_seed(0)
+    model, inputs = Rounds(), {"ids": torch.zeros(8, dtype=torch.int64)}
+
+    def loss(y: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return y.square().mean()
+
+    graph = trace(model, inputs, loss)
+    assert [block.path for block in graph.blocks] == [""]
+    plan = autopar.search(model, autopar.Job(4, 8), autopar.Cluster.parse("1x2:h100"), inputs, loss, fix={"tp": 2})
+    assert autopar.verify(plan, model, inputs, loss=loss).worst[1] < 1e-12

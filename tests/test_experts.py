@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import CONFIGS, Stacked, StackedModel, mixture
+from mixtures import CONFIGS, Below, Beyond, Stacked, StackedModel, mixture
 from torch import nn
 
 import autopar
@@ -19,7 +19,7 @@ from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify_source
 from autopar.errors import AutoparError, VerificationError
 from autopar.graph import experts as reference
-from autopar.graph.find_experts import experts_form
+from autopar.graph.find_experts import Held, experts_form
 from autopar.graph.ir import EXPERTS, IMBALANCE, Node, TensorMeta
 from autopar.graph.trace import trace
 from autopar.job import Job
@@ -134,10 +134,35 @@ def test_experts_of_transformers_are_recognised(kind: str, implementation: str) 
 def test_experts_of_a_user_are_recognised_by_what_they_compute() -> None:
     form = experts_form(Stacked(), {})
     assert form is not None
-    assert form.parameters == ("rise", "fall", None, None)
+    assert form.parameters == (Held(("rise",)), Held(("fall",)), None, None)
     assert dict(form.options) == {"experts": 4, "gate": "none", "transposed": True, "activation": "relu2"}
     assert experts_form(Stacked(twice=True), {}) is None
     assert experts_form(nn.Linear(4, 4), {}) is None
+
+
+def test_experts_below_one_another_in_matrices_are_recognised_and_split() -> None:
+    form = experts_form(Below(), {})
+    assert form is not None
+    assert form.parameters[:2] == (Held(("held.gate", "held.up"), 4), Held(("held.down",), 4, turned=True))
+    assert dict(form.options) == {"experts": 4, "gate": "halves", "transposed": False, "activation": "gelu"}
+    torch.manual_seed(0)
+    model = StackedModel(made=Below)
+    for fix in ({"tp": 2, "dp": 2}, {"cp": 4}):
+        plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=fix, gap=0.5)
+        assert autopar.verify(plan, model).worst[1] < 1e-12
+
+
+def test_experts_beyond_those_with_matrices_give_back_what_they_are_given() -> None:
+    form = experts_form(Beyond(), {})
+    assert form is not None
+    assert form.beyond
+    assert form.parameters[:2] == (Held(("rise",), first=2), Held(("fall",)))
+    assert form.options["experts"] == 2
+    torch.manual_seed(0)
+    model = StackedModel(made=Beyond)
+    for fix in ({"tp": 4}, {"dp": 2, "cp": 2}):
+        plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=fix, gap=0.5)
+        assert autopar.verify(plan, model).worst[1] < 1e-12
 
 
 def test_experts_that_compute_something_else_are_refused_with_their_place() -> None:

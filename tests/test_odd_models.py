@@ -304,16 +304,6 @@ def test_samples_dropped_at_random_are_a_dropout(spelling):
     assert [str(size) for size in dropout.meta.shape] == ["b", "1", "1"]
 
 
-class Noisy(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + torch.rand_like(x))
-
-
-def test_other_random_numbers_are_refused_with_their_place():
-    with pytest.raises(UnsupportedError, match=r"module 'inner' draws random numbers \(aten\.rand_like\)"):
-        trace(Outer(Noisy(WIDTH, WIDTH)), SAMPLE, square)
-
-
 class Sinusoids(nn.Module):
     """Positions from a table of sinusoids with a blank row, as of fairseq's models."""
 
@@ -422,3 +412,35 @@ def test_numbers_are_not_rounded_and_what_is_computed_is_finite() -> None:
     graph = trace(model, inputs={"x": torch.zeros(6)})
     batch = {"x": torch.randn(5, 6, dtype=torch.float64)}
     assert worst_error(graph, model, batch, model(**batch)) < 1e-12
+
+
+class Counted(nn.Module):
+    """Positions, and one kind for all tokens, from buffers of more values than are ever written down."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.places, self.kinds, self.first = nn.Embedding(40, WIDTH), nn.Embedding(3, WIDTH), first
+        self.register_buffer("order", torch.arange(first, 9000 + first).expand(1, -1), persistent=False)
+        self.register_buffer("kind", torch.full((1, 9000), 2), persistent=False)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seq = x.shape[1]
+        return self.linear(x + self.places(self.order[:, :seq]) + self.kinds(self.kind[:, :seq]))
+
+
+@pytest.mark.parametrize(("first", "fix"), [(0, {"cp": 2}), (2, {"tp": 2})])
+def test_long_buffers_of_positions_are_computed(first, fix):
+    graph = proved(Outer(Counted(first)), SAMPLE, **fix)
+    assert not graph.buffers
+
+
+class Ordered(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        values, _ = super().forward(x).sort(-1)
+        return values
+
+
+def test_operators_without_a_form_are_refused_with_their_place_and_what_to_do():
+    with pytest.raises(UnsupportedError, match=r"module 'inner' uses aten\.sort.*register_rule.*leaf.*experts"):
+        trace(Outer(Ordered(WIDTH, WIDTH)), SAMPLE, square)

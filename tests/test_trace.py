@@ -439,3 +439,28 @@ def test_untraceable_model_says_why():
 
     with pytest.raises(UnsupportedError, match=r"torch\.export cannot trace DataDependent"):
         trace(DataDependent(), inputs={"x": torch.zeros(6)}, loss=lambda y, batch: y.mean())
+
+
+class Looks(nn.Module):
+    """What it looks at without gradients is the very tensor that is used with them afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.out = nn.Embedding(16, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embed(ids))
+        with torch.no_grad():
+            same = F.dropout(x.to(self.out.weight.dtype).contiguous(), 0.5, training=False)
+            marked = (same.sum(-1, keepdim=True) > 0) * (same + x.clone() + same.transpose(1, 2).contiguous().mT)
+        return self.out(x) * marked  # type: ignore[no-any-return]
+
+
+def test_a_tensor_looked_at_without_gradients_keeps_its_own():
+    def square(y: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return y.square().mean()
+
+    torch.manual_seed(0)
+    model, batch = Looks().double(), {"ids": torch.arange(10).view(2, 5)}
+    graph = trace(model, {"ids": torch.zeros(9, dtype=torch.int64)}, square)
+    assert worst_error(graph, model, batch, square(model(**batch), batch)) < 1e-12

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import zoo  # noqa: E402
 from zoo_inputs import NoInputsError, example_of  # noqa: E402
+from zoo_pool import run_pool  # noqa: E402
 
 from autopar.cluster import Cluster  # noqa: E402
 from autopar.codegen.verify import random_batch, verify  # noqa: E402
@@ -78,6 +81,42 @@ def test_one_model_cannot_stop_the_others(tmp_path, capsys):
     assert models["small"]["plans"].keys() == {"tp", "cp"}
     assert all(error < 1e-12 for error in models["small"]["plans"].values())
     assert "2 failed" in capsys.readouterr().out
+
+
+def test_a_model_ended_at_its_limit_keeps_what_it_found():
+    def found(tell):
+        result = zoo.Result(nodes=3, plans={"dp": 1e-15}, doing="in plan tp")
+        tell(result)
+        time.sleep(60)
+
+    def dies(tell):
+        tell(zoo.Result(doing="while it was traced"))
+        os._exit(7)
+
+    def ends(tell):
+        tell("its result")
+
+    begin = time.monotonic()
+    ended = dict(run_pool({"found": found, "dies": dies, "ends": ends}, jobs=2, limit=3.0))
+    assert time.monotonic() - begin < 30
+    assert ended["found"].why == "ended after 3 s"
+    assert ended["found"].last.plans == {"dp": 1e-15}
+    assert ended["dies"].why == "its process died (exit status 7)"
+    assert ended["dies"].last.doing == "while it was traced"
+    assert (ended["ends"].last, ended["ends"].why) == ("its result", "")
+
+
+def test_the_row_of_a_model_ended_at_its_limit_says_what_was_kept(monkeypatch):
+    def slow(entry, ranks, only, tell):
+        tell(zoo.Result(plans={"dp": 1e-15, "zero3": 1e-15}, doing="in plan tp"))
+        time.sleep(60)
+
+    monkeypatch.setattr(zoo, "_examine_and_tell", slow)
+    entry = ("LlamaConfig", {}, None)
+    ((name, result),) = zoo.run_models({"slow": entry}, (4,), (), limit=2.0, jobs=1)
+    assert (name, result.status) == ("slow", "failed")
+    assert result.message == "ended after 2 s in plan tp; kept: dp, zero3"
+    assert result.to_json()["plans"] == {"dp": 1e-15, "zero3": 1e-15}
 
 
 def traced(name: str) -> ModelGraph:

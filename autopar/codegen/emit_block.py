@@ -418,7 +418,7 @@ def _values(args: object) -> list[Value]:
     return [value for item in args for value in _values(item)] if isinstance(args, tuple) else []
 
 
-_OWN_NUMBERS = {"F.dropout": "dropout", "F.scaled_dot_product_attention": "attention"}
+_OWN_NUMBERS = {"F.dropout": "dropout", "drawn": "drawn", "F.scaled_dot_product_attention": "attention"}
 
 
 def _with_own_numbers(plain: Expr, axes: Expr) -> Expr:

@@ -37,6 +37,7 @@ _OPERATORS = (
     "attention",
     "context_attention",
     "cross_entropy",
+    "drawn",
     "dropout",
     "rotary",
     "vocab_cross_entropy",

@@ -279,6 +279,7 @@ RENDERERS: dict[str, Renderer] = {
     "aten.relu": _function("F.relu"),
     "aten.softmax": _reduce("softmax"),
     "aten.dropout": _dropout,
+    "autopar.drawn": _function("drawn", "kind"),
     "autopar.rotary": _function("rotary"),
     "autopar.angle_table": _factory("angle_table"),
     "autopar.sinusoids": _factory("sinusoids"),

@@ -119,6 +119,20 @@ def values_in(expr: Expr) -> Iterator[str]:
         yield from values_in(expr.right)
 
 
+def functions_in(expr: Expr) -> Iterator[str]:
+    """The names that calls of an expression begin with: a function's own, or its module's."""
+    if isinstance(expr, Call | Method):
+        if isinstance(expr, Call):
+            yield expr.function.partition(".")[0]
+        else:
+            yield from functions_in(expr.object)
+        for argument in expr.arguments:
+            yield from functions_in(argument[1] if isinstance(argument, tuple) else argument)
+    elif isinstance(expr, Binary):
+        yield from functions_in(expr.left)
+        yield from functions_in(expr.right)
+
+
 _ROW = re.compile(r" +(-?[\d.]+(e[+-]?\d+)?, )+-?[\d.]+(e[+-]?\d+)?,$")
 """A line with several numbers of a table."""
 

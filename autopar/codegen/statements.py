@@ -6,7 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from autopar.codegen.source import INDENT, WIDTH, Binary, Call, Expr, Resolve, Value, statement, text_of, values_in
+from autopar.codegen.source import (
+    INDENT,
+    WIDTH,
+    Binary,
+    Call,
+    Expr,
+    Resolve,
+    Value,
+    functions_in,
+    statement,
+    text_of,
+    values_in,
+)
 
 _RESERVED = {
     "self",
@@ -140,7 +152,10 @@ class Program:
         return [step for step in steps if step.key not in self._inline]
 
     def _name(self, roots: list[Step]) -> dict[str, str]:
-        """A name for each statement's value: its hint, as soon as no other value that is still read has it."""
+        """A name for each statement's value: its hint, as soon as no other value that is still read has it. A function
+        that is called keeps its name."""
+        exprs = [*(step.expr for step in roots), *self._inline.values()]
+        reserved = {*_RESERVED, *self.reserved, *(name for expr in exprs for name in functions_in(expr))}
         last: dict[str, int] = {}
         for place, step in enumerate(roots):
             for key in self._read(step.expr):
@@ -150,7 +165,7 @@ class Program:
         for place, step in enumerate(roots):
             if step.group == "return":
                 continue
-            stem, number = (f"{step.hint}_" if step.hint in _RESERVED | self.reserved else step.hint), 1
+            stem, number = (f"{step.hint}_" if step.hint in reserved else step.hint), 1
             name = stem
             while name in holder and last.get(holder[name], -1) > place:
                 number += 1

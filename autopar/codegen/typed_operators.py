@@ -18,6 +18,7 @@ from autopar.codegen.runtime.operators import (
     Axes,
     context_attention,
     cross_entropy,
+    drawn,
     vocab_cross_entropy,
     vocab_embedding,
 )
@@ -98,6 +99,14 @@ def _loss_types(logits: Tensor, labels: Tensor, vocabulary_axes: tuple[Any, ...]
 
 def _cross_entropy(logits: Tensor, labels: Tensor, ignore: int = -100) -> Tensor:
     return stated(cross_entropy, _loss_types(logits, labels), logits, labels, ignore)
+
+
+def _drawn(x: Tensor, kind: str, axis: Axes = ()) -> Tensor:
+    """Ranks that hold the same part of ``x`` draw the same; the sum of parts has no such numbers."""
+    types = types_of(x)
+    if unlike := [str(kind) for kind in types.values() if str(kind) == "P"]:
+        _fail(f"numbers drawn in the shape of a tensor that is {unlike[0]}")
+    return stated(drawn, types, x, kind)
 
 
 def _vocab_cross_entropy(
@@ -293,6 +302,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "vocab_embedding": _vocab_embedding,
     "vocab_cross_entropy": _vocab_cross_entropy,
     "cross_entropy": _cross_entropy,
+    "drawn": _drawn,
     "context_attention": _context_attention,
     "ring_attention": _ring_attention,
     "experts": _experts,

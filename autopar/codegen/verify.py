@@ -23,6 +23,7 @@ from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
+from autopar.codegen.same_numbers import SameNumbers
 from autopar.codegen.tokens import looked_for, lookups, loss_targets, target_classes
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
@@ -159,14 +160,16 @@ def _compare(
     samples = plan.mesh.dp * plan.micro_batch * plan.micro_batches
     reference = wide_copy(twin.model, graph, dtype, seed)
     dropout = _drops(graph)
-    reference.train(not dropout)  # random masks cannot be compared: dropout is off on both sides
+    # Random masks cannot be compared: dropout is off on both sides. A model that draws for more trains on both.
+    reference.train(not dropout or _draws(graph))
     by_batch(reference)
     every_stretch(reference)
     batch = random_batch(graph, inputs, samples, plan.job.seq_len, dtype, seed)
     weights = {name: weight.detach() for name, weight in reference.named_parameters()}
     shares = _micro_batches(source, plan, graph, batch)
-    expected_loss, expected = _single_device(reference, graph, loss, shares)
-    found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
+    with SameNumbers() if _draws(graph) else nullcontext():
+        expected_loss, expected = _single_device(reference, graph, loss, shares)
+        found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
     errors = gradient_errors(found, expected) | {name: float("inf") for name in found.keys() - expected.keys()}
     difference = abs(found_loss - expected_loss) / max(abs(expected_loss), 1e-30)
     report = VerifyReport(
@@ -194,6 +197,11 @@ def _compare(
 def _drops(graph: ModelGraph) -> bool:
     """Whether the model drops elements at random."""
     return any(draws_random(node) for kind in graph.kinds.values() for node in kind.graph.of("op"))
+
+
+def _draws(graph: ModelGraph) -> bool:
+    """Whether the model draws random numbers for anything but dropout."""
+    return any(node.op == "autopar.drawn" for kind in graph.kinds.values() for node in kind.graph.of("op"))
 
 
 def random_batch(

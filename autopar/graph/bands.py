@@ -1,7 +1,8 @@
 """Buffers whose values follow a formula become that formula: emitted code can compute them, whatever their size.
 
-A band of a square matrix, as causal and local masks are kept (`autopar.graph.masks` recognises what they mean), and
-tables of positions (`autopar.graph.sinusoids`, `autopar.graph.angle_tables`).
+Positions in order, one number everywhere, a band of a square matrix, as causal and local masks are kept
+(`autopar.graph.masks` recognises what they mean), and tables of positions (`autopar.graph.sinusoids`,
+`autopar.graph.angle_tables`).
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ def unfold_buffers(draft: Draft, model: nn.Module, constants: Mapping[str, torch
 
 
 def _computed(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor], new: Draft) -> Ref | None:
-    """The value of a buffer by its formula, if it has one; all such have two dims or more."""
+    """The value of a buffer by its formula, if it has one."""
     shape, dtype = node.meta.shape, node.meta.dtype
-    if len(shape) < 2:
-        return None
     buffer = constants[node.target] if node.target in constants else value_of(model, node.target)
+    if (plain := _plain(buffer, node, new)) is not None or len(shape) < 2:
+        return plain
     if (band := band_of(buffer)) is not None:
         return _positions(new, *band, dtype, len(shape))
     if (table := table_of(buffer)) is not None:
@@ -54,6 +55,26 @@ def _computed(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor
         made = Ref(new.emit("autopar.angle_table", *turned, shape=own, dtype=dtype, options={"dtype": dtype}))
         return made if own == shape else Ref(new.emit("aten.reshape", made, shape, shape=shape))
     return None
+
+
+def _plain(buffer: torch.Tensor | None, node: Node, new: Draft) -> Ref | None:
+    """One number everywhere, or whole numbers in order along the last dim, the only one."""
+    shape, dtype = node.meta.shape, node.meta.dtype
+    if buffer is None or buffer.is_meta or buffer.is_complex() or buffer.numel() < SMALLEST:
+        return None
+    values = buffer.reshape(-1)
+    if bool((values == values[0]).all()):
+        number = values[0].item()
+        return Ref(new.emit("aten.full", shape, number, shape=shape, dtype=dtype, options={"dtype": dtype}))
+    count = values.numel()
+    if dtype != "int64" or buffer.shape[-1] != count or not torch.equal(values, torch.arange(count) + values[0]):
+        return None
+    places = Ref(new.emit("aten.arange", count, shape=(count,), dtype=dtype))
+    if first := int(values[0]):
+        places = Ref(new.emit("aten.add", places, first, shape=(count,)))
+    for _ in shape[1:]:
+        places = new.unsqueeze(places, 0)
+    return places
 
 
 def band_of(buffer: torch.Tensor | None) -> tuple[int, int, int] | None:

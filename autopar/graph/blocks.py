@@ -33,8 +33,10 @@ def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str],
     """Partition ``draft``. ``layers``: path to structure key; ``class_names``: path to class name.
 
     Layers that ``fold`` made stand-ins of become blocks of their representative's kind. Raises CannotFoldError when the
-    graph shows that they may differ.
+    graph shows that they may differ. A layer that computes something else each time it is called (without gradients,
+    say) is no block, of which a module has one: then there is a single block.
     """
+    given = draft
     draft, shared = _merge_shared(draft, _shared(draft, layers))
     draft, segments = sink(draft, _segments(draft, layers, shared), shared)
     home = {name: index for index, segment in enumerate(segments) for name in segment.nodes}
@@ -61,6 +63,11 @@ def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str],
         kind = kinds[forms[form]]
         inputs = dict(zip((node.name for node in kind.graph.of("input")), sources, strict=True))
         blocks.append(Block(kind.name, segment.module, inputs, targets))
+    called = {(block.path, block.kind) for block in blocks if block.path}
+    if len(called) > len({path for path, _ in called}):
+        if fold is not None:
+            raise CannotFoldError("a layer computes something else each time it is called")
+        return cut(given, {}, class_names)
     return Blocks(kinds, tuple(blocks), constants)
 
 

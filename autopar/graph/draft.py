@@ -16,8 +16,11 @@ from autopar.graph.size import Size
 
 FLOATING = frozenset({COMPUTE, "float64", "float32", "float16", "bfloat16", "complex64", "complex128"})
 """Dtypes of tensors that gradients flow through."""
-_RANDOM = "dropout rand randn rand_like randn_like randint randint_like randperm bernoulli uniform normal exponential"
-RANDOM = frozenset(f"aten.{name}" for name in _RANDOM.split()) | {"aten.multinomial"}
+_RANDOM = (
+    "dropout rand randn rand_like randn_like randint randint_like randperm bernoulli uniform normal normal_functional "
+    "exponential multinomial"
+)
+RANDOM = frozenset(f"aten.{name}" for name in _RANDOM.split()) | {"autopar.drawn"}
 """Operators that give other numbers each time."""
 
 

@@ -13,13 +13,17 @@ from autopar.graph.ir import COMPUTE
 TRACE_DTYPE = torch.bfloat16
 """The model is traced with parameters of this dtype, so that upcasts to float32 show."""
 
+OWN_OPERATOR = "an operator of its own (torch.library.custom_op, autopar.register_rule)"
+IF_EXPERTS = (
+    "If these are experts of a mixture, they are recognised where one module holds the weights of all of them stacked "
+    "(three dims, with or without biases, or below one another in matrices), is called with hidden states, the chosen "
+    "experts' indices and their weights, and computes for each token the weighted sum of down(act(up(x))), act being "
+    "one that autopar knows (silu, gelu, relu, relu squared; clamped silu or swish); or where a module calls each of a "
+    "list of equal modules with the tokens that chose it, and nothing but single tokens counts"
+)
 FROM_VALUES = (
     "computes sizes, or chooses what to run, from the values of tensors, which no graph can hold: make what does "
-    "so an operator of its own (torch.library.custom_op, autopar.register_rule). If these are experts of a mixture, "
-    "they are recognised where one module holds the weights of all of them stacked (three dims, with or without "
-    "biases), is called with hidden states, the chosen experts' indices and their weights, and computes for each "
-    "token the weighted sum of down(act(up(x))); or where a module calls each of a list of equal modules with the "
-    "tokens that chose it, and nothing but single tokens counts"
+    f"so {OWN_OPERATOR}. {IF_EXPERTS}"
 )
 """What is told of code that cannot be traced because it depends on data."""
 

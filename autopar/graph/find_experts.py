@@ -1,7 +1,8 @@
 """Modules that are the experts of a mixture, recognised by what they compute and replaced by one operator.
 
 Such a module cannot be traced as it is written: which tokens an expert sees depends on the data. `experts_form` looks
-at a module that holds its experts' weights stacked (two tensors of three dims, with or without biases) and takes hidden
+at a module that holds its experts' weights stacked (two tensors of three dims, with or without biases; or two or three
+matrices in which the experts lie below one another) and takes hidden
 states, the chosen experts' indices and their weights. A small copy of it (other sizes, the same code) is run on random
 numbers; if, in one reading of its weights, `autopar.experts` computes the same output and gradients, it is that
 operator.
@@ -12,8 +13,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,15 +28,51 @@ from autopar.graph.structure import structure
 
 TOKENS, CHOSEN = 16, 2
 TOLERANCE = 1e-4
+MOST = 24
+"""Readings of one module's weights that are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One tensor of the operator as the module holds it: parameters side by side along the rows of each expert.
+    ``below``: experts that lie below one another in a matrix [e f, d], 0 if they have a dim; ``turned``: [e, f, d] is
+    meant as [e, d, f]; ``first``: only so many of the experts, 0 for all."""
+
+    names: tuple[str, ...]
+    below: int = 0
+    turned: bool = False
+    first: int = 0
+
+    def of(self, module: nn.Module) -> torch.Tensor:
+        parts: list[torch.Tensor] = [module.get_parameter(name) for name in self.names]
+        if self.below:
+            parts = [part.view(self.below, -1, part.shape[1]) for part in parts]
+        if self.first:
+            parts = [part[: self.first] for part in parts]
+        if self.turned:
+            parts = [part.transpose(1, 2) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a module is `autopar.experts`: the names of its parameters in the operator's order (None: no such bias), and
-    the operator's options."""
+    """How a module is `autopar.experts`: where the operator's parameters are, in its order (None: no such bias), and
+    the operator's options. ``beyond``: experts after these give back what they are given."""
 
-    parameters: tuple[str | None, ...]
+    parameters: tuple[Held | None, ...]
     options: Mapping[str, Any]
+    beyond: bool = False
+
+    def run(
+        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, operator: Any
+    ) -> torch.Tensor:
+        """What ``module`` computes, by ``operator``."""
+        held = [None if place is None else place.of(module) for place in self.parameters]
+        result: torch.Tensor = operator(hidden, index, weights, *held, **self.options)
+        if self.beyond:
+            kept = weights * (index >= self.options["experts"])
+            result = result + hidden * kept.sum(-1, keepdim=True)
+        return result
 
 
 def replace_experts(model: nn.Module) -> None:
@@ -57,64 +95,100 @@ class _Forward:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         floating = [value for value in given if value.is_floating_point()]
         index = [value for value in given if not value.is_floating_point()]
-        if len(floating) != 2 or len(index) != 1 or floating[1].shape != index[0].shape:
+        if len(floating) != 2 or len(index) != 1 or floating[1].shape != index[0].shape or index[0].ndim < 2:
             raise UnsupportedError(
                 f"{type(self._module).__name__} is called with {len(given)} tensors; autopar takes the experts of a "
                 "mixture as called with hidden states, the chosen experts' indices and their weights"
             )
-        held = [None if name is None else getattr(self._module, name) for name in self._form.parameters]
-        operator: Any = torch.ops.autopar.experts
-        result: torch.Tensor = operator(floating[0], index[0], floating[1], *held, **self._form.options)
-        return result
+        hidden = floating[0] if floating[0].ndim == index[0].ndim else floating[0].flatten(0, -2)
+        result = self._form.run(self._module, hidden, index[0], floating[1], torch.ops.autopar.experts)
+        return result.view_as(floating[0])
 
 
 def experts_form(module: nn.Module, known: dict[str, Form | None]) -> Form | None:
     """How ``module`` (which may be on meta) is `autopar.experts`, or None. ``known``: what was found, by structure."""
-    own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-    dims = [tensor.ndim for tensor in own.values()]
-    if dims.count(3) != 2 or set(dims) - {2, 3}:
+    if len(inspect.signature(module.forward).parameters) < 3:
         return None
-    if len({tensor.shape[0] for tensor in own.values()}) != 1 or len(inspect.signature(module.forward).parameters) < 3:
+    readings = list(itertools.islice(_readings(module), MOST))
+    if not readings:
         return None
     key = structure(module)
     if key not in known:
-        known[key] = _find(module, own)
+        known[key] = _find(module, readings)
     return known[key]
 
 
-def _find(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Form | None:
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Where the operator's parameters may be, a small size for each of their sizes, and options. ``total``: experts
+    that may be chosen, those without matrices included."""
+
+    parameters: tuple[Held | None, ...]
+    experts: int
+    sizes: Mapping[int, int]
+    transposed: bool
+    gate: str
+    total: int
+
+
+def _find(module: nn.Module, readings: Sequence[_Reading]) -> Form | None:
     """The first reading of the weights under which a small copy and the operator agree."""
-    for names, sizes, transposed, gate in _readings(own):
-        small, held = _shrunk(module, own, sizes)
+    for reading in readings:
+        small = _shrunk(module, reading.sizes)
+        count, total = reading.sizes[reading.experts], reading.sizes[reading.total]
+        places = tuple(
+            place and replace(place, below=place.below and count, first=place.first and count)
+            for place in reading.parameters
+        )
+        down = places[1].of(small)  # type: ignore[union-attr]
         drawn = torch.Generator().manual_seed(0)
-        count, width = held[names[0] or ""].shape[0], held[names[1] or ""].shape[2 if transposed else 1]
-        hidden = torch.randn(TOKENS, width, generator=drawn).requires_grad_()
-        index = torch.rand(TOKENS, count, generator=drawn).argsort(-1)[:, :CHOSEN]
+        hidden = torch.randn(TOKENS, down.shape[2 if reading.transposed else 1], generator=drawn).requires_grad_()
+        index = torch.rand(TOKENS, total, generator=drawn).argsort(-1)[:, :CHOSEN]
         weights = torch.rand(TOKENS, CHOSEN, generator=drawn).requires_grad_()
-        inputs = [hidden, weights, *held.values()]
-        wanted = _outcome(inputs, partial(small, hidden, index, weights))
+        inputs = [hidden, weights, *small.parameters()]
+        wanted = _outcome(inputs, partial(_called, small, hidden, index, weights))
         if wanted is None:
             continue
-        tensors: list[Any] = [None if name is None else held[name] for name in names]
-        for activation in _activations(module, gate):
-            options = {"experts": count, "gate": gate, "transposed": transposed, **activation}
-            found = _outcome(inputs, partial(experts, hidden, index, weights, *tensors, **options))
+        for activation in _activations(module, reading.gate):
+            options = {"experts": count, "gate": reading.gate, "transposed": reading.transposed, **activation}
+            form = Form(places, options, total > count)
+            found = _outcome(inputs, partial(form.run, small, hidden, index, weights, experts))
             if found is not None and all(_close(a, b) for a, b in zip(found, wanted, strict=True)):
-                return Form(names, {**options, "experts": own[names[0] or ""].shape[0]})
+                return replace(form, parameters=reading.parameters, options={**options, "experts": reading.experts})
     return None
 
 
-def _readings(
-    own: Mapping[str, nn.Parameter],
-) -> Iterator[tuple[tuple[str | None, ...], dict[int, int], bool, str]]:
-    """(names of up, down and their biases; small size of each size; whether transposed; gate) that fit the shapes."""
+def _called(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What ``module`` makes of tokens [t, d], which some take as [b, s, d]."""
+    with suppress(Exception):  # the code of a module that is something else may fail in any way
+        result: torch.Tensor = module(hidden, index, weights)
+        if result.shape == hidden.shape:
+            return result
+    result = module(hidden.view(2, -1, hidden.shape[-1]), index, weights)
+    return result.flatten(0, 1)
+
+
+def _readings(module: nn.Module) -> Iterator[_Reading]:
+    """What fits the shapes of the module's parameters."""
+    own = dict(module.named_parameters())
+    dims = [tensor.ndim for tensor in own.values()]
+    if dims.count(3) == 2 and not set(dims) - {2, 3} and not any("." in name for name in own):
+        if len({tensor.shape[0] for tensor in own.values()}) == 1 or len(own) == 2:
+            yield from _stacked(own)
+    elif dims in ([2, 2], [2, 2, 2]) and len({tensor.shape for tensor in own.values()}) == 1:
+        yield from _below(module, own)
+
+
+def _stacked(own: Mapping[str, nn.Parameter]) -> Iterator[_Reading]:
+    """Weights of three dims, and their biases."""
     stacked = [name for name, tensor in own.items() if tensor.ndim == 3]
     flat = [name for name, tensor in own.items() if tensor.ndim == 2]
     for (up, down), transposed, gate in itertools.product(itertools.permutations(stacked), (False, True), GATES):
-        count, *rest = own[up].shape
+        total, *rest = own[up].shape
+        count = own[down].shape[0]
         rows, width = reversed(rest) if transposed else rest
         out, inner = (own[down].shape[2], own[down].shape[1]) if transposed else own[down].shape[1:]
-        if out != width or rows != (inner if gate == "none" else 2 * inner):
+        if total < count or out != width or rows != (inner if gate == "none" else 2 * inner):
             continue
         biases: list[str | None] = [None, None]
         for name in flat:
@@ -123,7 +197,24 @@ def _readings(
                 break
             biases[place] = name
         else:
-            yield (up, down, *biases), _small_sizes(count, rows, inner, width), transposed, gate
+            first = count if total > count else 0
+            places = (Held((up,), first=first), *(None if name is None else Held((name,)) for name in (down, *biases)))
+            sizes = _small_sizes(count, rows, inner, width)
+            sizes.setdefault(total, sizes[count] + 2)
+            yield _Reading(places, count, sizes, transposed, gate, total)
+
+
+def _below(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Iterator[_Reading]:
+    """Equal matrices [e f, d]: up (gate, then values) and down, turned. What e and f are, attributes say."""
+    rows, width = next(iter(own.values())).shape
+    numbers = {value for value in module.__dict__.values() if type(value) is int and value > 1}
+    for count in sorted(value for value in numbers if rows % value == 0 and rows // value in numbers):
+        inner, gate = rows // count, "none" if len(own) == 2 else "halves"
+        sizes = _small_sizes(count, inner if gate == "none" else 2 * inner, inner, width)
+        sizes[rows] = sizes[count] * sizes[inner]
+        for *up, down in itertools.permutations(own):
+            places = (Held(tuple(up), count), Held((down,), count, turned=True), None, None)
+            yield _Reading(places, count, sizes, False, gate, count)
 
 
 def _small_sizes(count: int, rows: int, inner: int, width: int) -> dict[int, int]:
@@ -136,24 +227,29 @@ def _small_sizes(count: int, rows: int, inner: int, width: int) -> dict[int, int
     return small
 
 
-def _shrunk(
-    module: nn.Module, own: Mapping[str, nn.Parameter], sizes: Mapping[int, int]
-) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+def _shrunk(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
     """A copy of ``module`` with parameters (and integer attributes) of the small sizes, with random values."""
-    small = copy.copy(module)
     drawn = torch.Generator().manual_seed(1)
-    held = {
-        name: nn.Parameter(torch.randn([sizes[size] for size in tensor.shape], generator=drawn))
-        for name, tensor in own.items()
-    }
-    attributes = {
-        name: sizes.get(value, value)
-        for name, value in module.__dict__.items()
-        if isinstance(value, int) and not isinstance(value, bool)
-    }
-    small.__dict__ = {**module.__dict__, **attributes, "_parameters": dict(held)}
-    small.__dict__.pop("forward", None)
-    return small, held
+
+    def made(old: nn.Module) -> nn.Module:
+        small = copy.copy(old)
+        held = {
+            name: tensor
+            if tensor is None
+            else nn.Parameter(torch.randn([sizes[size] for size in tensor.shape], generator=drawn))
+            for name, tensor in old._parameters.items()
+        }
+        attributes = {
+            name: sizes.get(value, value)
+            for name, value in old.__dict__.items()
+            if isinstance(value, int) and not isinstance(value, bool)
+        }
+        children = {name: child and made(child) for name, child in old._modules.items()}
+        small.__dict__ = {**old.__dict__, **attributes, "_parameters": held, "_modules": children}
+        small.__dict__.pop("forward", None)
+        return small
+
+    return made(module)
 
 
 def _activations(module: nn.Module, gate: str) -> Iterator[dict[str, Any]]:

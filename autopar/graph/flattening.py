@@ -132,6 +132,7 @@ def experts(node: Node, new: Draft) -> Ref | None:
 RULES: dict[str, list[Rule]] = {
     **{f"aten.{name}": [elementwise] for name in ELEMENTWISE.split()},
     "autopar.cast": [elementwise],
+    "autopar.drawn": [elementwise],
     **{op: [along] for op in ALONG},
     **{op: [pair] for op in PAIRS},
     "aten.unflatten": [unflatten],

@@ -20,7 +20,16 @@ from autopar.errors import UnsupportedError
 from autopar.graph.aliases import Change, change_of
 from autopar.graph.complex_numbers import REAL
 from autopar.graph.draft import Draft
-from autopar.graph.exported import FROM_VALUES, dtype_name, module_path, positive, rank_of, tupled
+from autopar.graph.exported import (
+    FROM_VALUES,
+    IF_EXPERTS,
+    OWN_OPERATOR,
+    dtype_name,
+    module_path,
+    positive,
+    rank_of,
+    tupled,
+)
 from autopar.graph.formulas import FORMULAS
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
@@ -156,7 +165,7 @@ class Importer:
                 )
             name = name.removesuffix("_")
         args, kwargs = self._arguments(node, target)
-        if no_grad:
+        if no_grad and not self._is_its_operand(name, args, value, node):
             args, kwargs = self._detached(args), self._detached(kwargs)
         if op == "autopar.leaf":
             leaf, _, call = node.args
@@ -182,7 +191,9 @@ class Importer:
             self.values[node] = self._recurrent(args, value)
         elif not isinstance(value, torch.Tensor):
             raise UnsupportedError(
-                f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it"
+                f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it: make what uses "
+                f"it {OWN_OPERATOR}, or its module a leaf (autopar.leaf)"
+                + (f". {IF_EXPERTS}" if name == "sort" else "")  # which is how tokens are put in order by expert
             )
         elif name == "copy":
             shape = self.sizes.shape(value)
@@ -311,6 +322,19 @@ class Importer:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise UnsupportedError(f"{self._place()} passes {value!r} to an operator; autopar has no form for it")
+
+    def _is_its_operand(self, name: str, args: tuple[Any, ...], value: Any, node: torch.fx.Node) -> bool:
+        """Whether an operator gives back the very tensor it is given: what reads it later, where gradients flow again,
+        is seen as reading the result."""
+        if name == "dropout":
+            return args[1:2] == (0.0,) or args[2:3] == (False,)
+        if (
+            name not in ("to", "type_as", "contiguous")
+            or dtype_name(value.dtype) != self.draft.meta(args[0].name).dtype
+        ):
+            return False
+        given = node.args[0]
+        return isinstance(given, torch.fx.Node) and bool(given.meta["val"].stride() == value.stride())
 
     def _detached(self, value: Any) -> Any:
         if isinstance(value, Ref):

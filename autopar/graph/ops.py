@@ -8,6 +8,7 @@ Names are torch's without overloads ("aten.linear"), plus a few composites ("aut
     autopar.sinusoids(rows, width, blank, dtype=)    the table of sinusoidal positions, computed in float32
     autopar.angle_table(rows, rates, base, form, rising, dtype=)    a table of rotary positions, computed in float32
     autopar.topk(x, k, dim, largest=True)            the indices of torch.topk, int64
+    autopar.drawn(x, kind)                           random numbers in the shape of x; kind "uniform", "normal", ...
     autopar.experts(...)                             the experts of a mixture (`autopar.graph.experts`)
     aten.batch_norm(x, weight, bias, eps)            by the statistics of the batch itself
     autopar.cast(x, dtype)                           dtype "float32" (at least) or "compute" or torch's name
@@ -94,7 +95,9 @@ def _aten(op: str) -> Callable[..., Any]:
 
 
 def draws_random(node: Node) -> bool:
-    """Whether an operator node drops elements at random."""
+    """Whether an operator node drops elements at random, or draws numbers."""
+    if node.op == "autopar.drawn":
+        return True
     if node.op == "aten.dropout":
         return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5))
     if node.op == "aten.scaled_dot_product_attention":
@@ -132,6 +135,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.cast": cast,
     "autopar.topk": topk,
     "autopar.experts": experts,
+    "autopar.drawn": _travelling("drawn", "operators"),
     "autopar.angle_table": _position_table("angle_table"),
     "autopar.sinusoids": _position_table("sinusoids"),
     "autopar.gated_delta_rule": _travelling("gated_delta_rule"),

@@ -288,6 +288,11 @@ def _dropout(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, gra
     return moved, moved
 
 
+def _drawn(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Written, nothing read and nothing in backward."""
+    return Work(nbytes=output.nbytes, kernels=1), Work()
+
+
 MATMULS = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum")
 VIEWS = (
     *("view", "reshape", "unflatten", "flatten", "transpose", "permute", "t", "numpy_T", "movedim"),
@@ -320,6 +325,7 @@ _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILI
     "aten.cat": _cat,
     "aten.embedding": _embedding,
     "aten.dropout": _dropout,
+    "autopar.drawn": _drawn,
     "autopar.cast": _cast,
     "aten.to": _cast,
     "autopar.rotary": _rotary,

@@ -30,6 +30,8 @@ ANGLE_FORMS = {
     "sin halves": 2,
     "cos twice": 2,
     "sin twice": 2,
+    "sin then cos": 2,
+    "cos then sin": 2,
     "waves": 2,
     "pairs": 2,
     "pairs polar": 2,
@@ -43,8 +45,8 @@ def angle_table(
     """Rotary positions (arXiv 2104.09864, section 3.2.2), or sinusoidal ones.
 
     Of the angles ``row * base ** -(i / rates)`` the cosines or sines, once or two of each (one after the other, or as
-    two halves of a row); sines and cosines in turn ("waves"); or (cosine, sine) [rows, rates, 2], as the parts of
-    complex numbers ("pairs").
+    two halves of a row); both, as two halves of a row, or in turn ("waves"); or (cosine, sine) [rows, rates, 2], as the
+    parts of complex numbers ("pairs").
 
     ``rising``: the rates are made by an exponential. In float32 whatever ``dtype`` is: the numbers are those of the
     model's own table.
@@ -59,6 +61,8 @@ def angle_table(
         table = torch.stack(parts, -1)
         return (table if form == "pairs" else table.flatten(1)).to(dtype)
     table = turned.cos() if form.startswith("cos") else turned.sin()
+    if "then" in form:
+        table = torch.cat((table, turned.sin() if form.startswith("cos") else turned.cos()), -1)
     if form.endswith("halves"):
         table = torch.cat((table, table), -1)
     return (table.repeat_interleave(2, -1) if form.endswith("twice") else table).to(dtype)

@@ -54,5 +54,6 @@ ENTRIES = [
     *_elementwise("mul", _mul),
     *_elementwise("div", _div),
     *_elementwise("where masked_fill addcmul addcdiv lerp rsub dropout"),
+    Entry("autopar.drawn", compute=broadcast, uneven="*"),
     Entry("autopar.cast", compute=broadcast, uneven="*"),
 ]

@@ -1,0 +1,66 @@
+"""Random numbers that are the same wherever they are drawn, so that two runs which draw them apart can be compared.
+
+Of a model that draws numbers other than for dropout, evaluation may compute something else (no noise for a router): it
+is compared as it trains, with every number drawn replaced by one and the same, and nothing dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+NUMBERS = {"uniform": 0.37, "normal": 0.6, "exponential": 1.3}
+"""Drawn each time, of the plain distributions."""
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
+
+
+def _uniform(x: torch.Tensor, low: float = 0.0, high: float = 1.0, **options: Any) -> torch.Tensor:
+    low, high = options.get("from", low), options.get("to", high)
+    return x.fill_(low + (high - low) * NUMBERS["uniform"])
+
+
+def _normal(x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> torch.Tensor:
+    return x.fill_(mean + std * NUMBERS["normal"])
+
+
+def _exponential(x: torch.Tensor, lambd: float = 1.0, **_: Any) -> torch.Tensor:
+    return x.fill_(NUMBERS["exponential"] / lambd)
+
+
+_FUNCTIONS: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.Tensor.uniform_: _uniform,
+    torch.Tensor.normal_: _normal,
+    torch.Tensor.exponential_: _exponential,
+    torch.rand_like: lambda x, **options: torch.full_like(x, NUMBERS["uniform"], **options),
+    torch.randn_like: lambda x, **options: torch.full_like(x, NUMBERS["normal"], **options),
+    torch.rand: lambda *size, **options: torch.full(_size(size), NUMBERS["uniform"], **options),
+    torch.randn: lambda *size, **options: torch.full(_size(size), NUMBERS["normal"], **options),
+    torch.bernoulli: lambda chance, **_: (chance > NUMBERS["uniform"]).to(chance.dtype),
+    **{dropout: lambda x, *_, **__: x for dropout in _DROPOUTS},
+}
+
+
+def _size(size: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(size[0]) if size and not isinstance(size[0], int) else size
+
+
+class SameNumbers(TorchFunctionMode):
+    """Inside it, `NUMBERS` are what is drawn."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in _FUNCTIONS:
+            return _FUNCTIONS[func](*args, **options)
+        if getattr(func, "__name__", "") == "drawn":  # the runtime that travels with emitted code has its own
+            return torch.full_like(args[0], NUMBERS[args[1]])
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            options |= {"dropout_p": 0.0} if "dropout_p" in options else {}
+        return func(*args, **options)

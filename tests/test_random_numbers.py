@@ -1,0 +1,96 @@
+"""Random numbers that a model draws beside its dropout: in emitted code, and compared with the model's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_dropout import Axis
+from torch import Tensor, nn
+
+import autopar
+from autopar.codegen.emit_module import module_source
+from autopar.codegen.runtime.operators import drawn
+from autopar.codegen.same_numbers import NUMBERS
+from autopar.codegen.typecheck import typecheck
+from autopar.codegen.verify import verify
+from autopar.errors import UnsupportedError
+from autopar.graph.trace import trace
+
+WIDTH, SEQ = 8, 8
+CLUSTER = autopar.Cluster.parse("1x4:h100")
+SAMPLE = {"ids": torch.zeros(SEQ, dtype=torch.int64)}
+
+
+def square(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return outputs.float().square().mean()
+
+
+class Noisy(nn.Module):
+    """Numbers of every kind: noise on what comes in, a choice by Gumbel noise, a jitter that only training has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gate, self.out = nn.Embedding(32, WIDTH), nn.Linear(WIDTH, 4), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        if self.training:
+            x = x * torch.empty_like(x).uniform_(0.9, 1.1)
+        x = x + 0.1 * torch.randn_like(x) + torch.rand_like(x.detach())
+        scores = self.gate(x)
+        chosen = (scores - torch.empty_like(scores).exponential_(2.0).log()).argmax(-1, keepdim=True)
+        mixed: Tensor = self.out(x) * scores.softmax(-1).gather(-1, chosen)
+        return mixed
+
+
+@pytest.mark.parametrize("fix", [{"dp": 4}, {"tp": 4, "sp": True}, {"dp": 2, "cp": 2}])
+def test_a_model_that_draws_is_compared_as_it_trains(fix: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Noisy()
+    graph = trace(model, SAMPLE, square)
+    nodes = [node for kind in graph.kinds.values() for node in kind.graph.of("op")]
+    kinds = [node.args[1] for node in nodes if node.op == "autopar.drawn"]
+    assert kinds == ["uniform", "normal", "uniform", "exponential"]
+    plan = autopar.search(model, autopar.Job(8, SEQ), CLUSTER, inputs=SAMPLE, loss=square, fix=fix)
+    report = verify(plan, model, SAMPLE, loss=square, graph=graph)
+    assert report.worst[1] < 1e-10
+    typecheck(plan, graph, 4)
+    assert ("axis=" in module_source(plan, graph)) == ("dp" not in fix or "cp" in fix)
+    monkeypatch.setitem(NUMBERS, "uniform", 0.9)  # what is drawn counts, on both sides
+    other = verify(plan, model, SAMPLE, loss=square, graph=graph)
+    assert other.worst[1] < 1e-10
+    assert abs(other.loss - report.loss) > 1e-3 * abs(report.loss)
+
+
+def test_ranks_draw_numbers_of_their_own_where_they_hold_parts() -> None:
+    def numbers(axis: Any) -> Tensor:
+        torch.manual_seed(0)
+        return drawn(torch.ones(1000), "uniform", axis)
+
+    whole, first, second = numbers(()), numbers(Axis(0)), numbers(Axis(1))
+    assert not torch.equal(first, second)
+    assert torch.equal(whole, numbers(()))
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.1
+
+
+class Shuffled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        return x * torch.randint_like(x, 5)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Shuffled(32, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.inner(ids)
+        return result
+
+
+def test_other_random_numbers_are_refused_with_their_place() -> None:
+    with pytest.raises(UnsupportedError, match=r"module 'inner' draws random numbers \(aten\.randint_like\)"):
+        trace(Outer(), SAMPLE, square)
