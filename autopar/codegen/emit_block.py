@@ -426,4 +426,4 @@ def _with_own_numbers(plain: Expr, axes: Expr) -> Expr:
     assert isinstance(plain, Call)
     if plain.function == "context_attention":
         return Call(plain.function, (*plain.arguments, ("split", axes)))
-    return Call(_OWN_NUMBERS[plain.function], (*plain.arguments, ("axis", axes)))
+    return Call(_OWN_NUMBERS.get(plain.function, plain.function), (*plain.arguments, ("axis", axes)))

@@ -107,6 +107,7 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
         ("runtime.offload", IMPORTS["runtime.offload"], r"\("),
         ("runtime.operators", _OPERATORS, r"\("),
         ("runtime.position_tables", ("angle_table", "sinusoids"), r"\("),
+        ("runtime.random_numbers", ("normal", "uniform"), r"\("),
         ("runtime.ring", ("ring_attention",), r"\("),
         ("runtime.scans", ("gated_delta_rule", "selective_scan", "state_space_scan"), r"\("),
         ("runtime.recompute", IMPORTS["runtime.recompute"], r"\b"),

@@ -147,7 +147,7 @@ def _cross_entropy(site: Site) -> Expr:
 def _logits_and_labels(site: Site) -> tuple[Argument, ...]:
     logits, labels = (argument(value, site.sizes) for value in site.args[:2])
     ignore = site.arg(2, "ignore", -100)
-    return (logits, labels) if ignore == -100 else (logits, labels, ("ignore", literal(ignore)))
+    return (logits, labels) if ignore == -100 else (logits, labels, ("ignore", argument(ignore, site.sizes)))
 
 
 def _experts(site: Site) -> Expr:
@@ -250,6 +250,12 @@ def _dropout(site: Site) -> Expr:
     return Call("F.dropout", (x, literal(p), Text("self.training"))) if p and train else x
 
 
+def _drawn(site: Site) -> Expr:
+    x, *numbers = site.args
+    function = site.node.op.removeprefix("autopar.")
+    return Call(function, (argument(x, site.sizes), *map(literal, numbers), Text("self.training")))
+
+
 def _pad(site: Site) -> Expr:
     x, pads = argument(site.args[0], site.sizes), argument(site.args[1], site.sizes)
     mode, value = site.arg(2, "mode", "constant"), site.arg(3, "value")
@@ -279,6 +285,8 @@ RENDERERS: dict[str, Renderer] = {
     "aten.relu": _function("F.relu"),
     "aten.softmax": _reduce("softmax"),
     "aten.dropout": _dropout,
+    "autopar.uniform": _drawn,
+    "autopar.normal": _drawn,
     "autopar.rotary": _function("rotary"),
     "autopar.angle_table": _factory("angle_table"),
     "autopar.sinusoids": _factory("sinusoids"),

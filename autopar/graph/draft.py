@@ -17,7 +17,9 @@ from autopar.graph.size import Size
 FLOATING = frozenset({COMPUTE, "float64", "float32", "float16", "bfloat16", "complex64", "complex128"})
 """Dtypes of tensors that gradients flow through."""
 _RANDOM = "dropout rand randn rand_like randn_like randint randint_like randperm bernoulli uniform normal exponential"
-RANDOM = frozenset(f"aten.{name}" for name in _RANDOM.split()) | {"aten.multinomial"}
+DRAWN = frozenset({"autopar.uniform", "autopar.normal"})
+"""Operators that draw numbers in the shape of their operand (`autopar.graph.random_numbers`)."""
+RANDOM = frozenset(f"aten.{name}" for name in _RANDOM.split()) | DRAWN | {"aten.multinomial"}
 """Operators that give other numbers each time."""
 
 

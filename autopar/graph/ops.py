@@ -94,7 +94,9 @@ def _aten(op: str) -> Callable[..., Any]:
 
 
 def draws_random(node: Node) -> bool:
-    """Whether an operator node drops elements at random."""
+    """Whether an operator node drops elements, or draws numbers, at random."""
+    if node.op in ("autopar.uniform", "autopar.normal"):
+        return True
     if node.op == "aten.dropout":
         return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5))
     if node.op == "aten.scaled_dot_product_attention":
@@ -134,6 +136,8 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.experts": experts,
     "autopar.angle_table": _position_table("angle_table"),
     "autopar.sinusoids": _position_table("sinusoids"),
+    "autopar.uniform": lambda x, *numbers: _travelling("uniform", "random_numbers")(x, *numbers, False),
+    "autopar.normal": lambda x, *numbers: _travelling("normal", "random_numbers")(x, *numbers, False),
     "autopar.gated_delta_rule": _travelling("gated_delta_rule"),
     "autopar.selective_scan": _travelling("selective_scan"),
     "autopar.state_space_scan": _travelling("state_space_scan"),

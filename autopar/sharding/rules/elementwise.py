@@ -54,5 +54,5 @@ ENTRIES = [
     *_elementwise("mul", _mul),
     *_elementwise("div", _div),
     *_elementwise("where masked_fill addcmul addcdiv lerp rsub dropout"),
-    Entry("autopar.cast", compute=broadcast, uneven="*"),
+    *(Entry(f"autopar.{name}", compute=broadcast, uneven="*") for name in ("cast", "uniform", "normal")),
 ]
