@@ -202,3 +202,59 @@ def test_causal_attention_over_several_tokens_for_each_position() -> None:
     inputs = {"x": torch.randn(length, WIDTH), "ids": torch.zeros(length, dtype=torch.int64)}
     plan = autopar.search(model, autopar.Job(4, length), CLUSTER, inputs=inputs, loss=square, fix={"cp": 2})
     assert verify(plan, model, inputs, loss=square).worst[1] < 1e-10
+
+
+class Lender(nn.Module):
+    """A table that is the model's own, read by every layer of a list; what runs between the layers has weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(SEQ, WIDTH))
+        self.layers = nn.ModuleList(
+            part for _ in range(2) for part in (Borrower(), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, self.table) if isinstance(layer, Borrower) else layer(x)
+        return x
+
+
+class Borrower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.layer(x) + F.gelu(x) * table.sum()
+
+
+class Interrupted(nn.Module):
+    """Equal layers of one list, between which another one works."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.ModuleList((Twice(), nn.Linear(WIDTH, WIDTH), Twice()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.network:
+            x = layer(x)
+        return x
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(torch.tanh(self.one(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2}, {"pp": 2}])
+@pytest.mark.parametrize("model", [Lender, Interrupted])
+def test_layers_that_borrow_and_that_are_interrupted(model: type[nn.Module], fix: dict[str, int]) -> None:
+    graph = proved(model(), SAMPLE, **fix)
+    assert len(graph.blocks) > 2
