@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import transformers
-from zoo_inputs import Example, NoInputsError, example_of
+from zoo_inputs import Example, NoInputsError, examples_of
 from zoo_pool import default_jobs, run_pool
 
 import autopar
@@ -148,8 +148,7 @@ def _examine(
     result.doing = "while it was traced"
     tell(result)
     model = build(entry)
-    example = example_of(model)
-    graph = trace(model, example.inputs, example.loss)
+    example, graph = _traced(model, result)
     result.nodes = sum(len(list(graph.kinds[block.kind].graph.of("op"))) for block in graph.blocks)
     cluster = autopar.Cluster.parse("1x1:h100")
     result.no_rule = without_rules(graph, autopar.Job(1, example.seq), cluster.groups[0].device)
@@ -166,6 +165,22 @@ def _examine(
             result.plans[label] = _plan(model, graph, example, count, given | fix, result)
     if result.plans and result.worst is None and result.status == "ok":
         result.status, result.message = "unsupported", str(next(iter(result.plans.values())))
+
+
+def _traced(model: torch.nn.Module, result: Result) -> tuple[Example, ModelGraph]:
+    """The fullest inputs with which the model can be traced; where that is not all it takes, the message says why."""
+    refusal: AutoparError | None = None
+    for example in examples_of(model):
+        try:
+            graph = trace(model, example.inputs, example.loss)
+        except AutoparError as error:
+            refusal = refusal or error
+            continue
+        if refusal is not None:
+            result.message = f"with {', '.join(example.inputs)} alone; with more: {refusal}"
+        return example, graph
+    assert refusal is not None
+    raise refusal
 
 
 def _plan(

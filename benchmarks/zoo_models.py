@@ -436,4 +436,53 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "AutoModelForImageTextToText",
     ),
+    # Of other kinds.
+    "deberta": (  # a table of relative positions that every layer reads
+        "DebertaConfig",
+        {
+            **_TEXT,
+            "num_hidden_layers": 2,
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "max_relative_positions": 16,
+        },
+        "AutoModelForMaskedLM",
+    ),
+    "bert_answers": ("BertConfig", {**_TEXT, "num_hidden_layers": 2}, "AutoModelForQuestionAnswering"),
+    "switch_transformers": (  # experts in a list with a forward of its own, noise before the router
+        "SwitchTransformersConfig",
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "vocab_size": 64,
+            "num_experts": 4,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+        },
+        "AutoModelForSeq2SeqLM",
+    ),
+    "dinov3_vit": ("DINOv3ViTConfig", {**_VISION, "num_hidden_layers": 2}, None),  # positions scaled at random
+    "vit_mae": (  # patches masked at random
+        "ViTMAEConfig",
+        {
+            **_VISION,
+            "num_hidden_layers": 2,
+            "decoder_num_attention_heads": 4,
+            "decoder_hidden_size": 16,
+            "decoder_num_hidden_layers": 1,
+            "decoder_intermediate_size": 24,
+        },
+        "AutoModelForPreTraining",
+    ),
+    "decision_transformer": (  # three tokens for each position
+        "DecisionTransformerConfig",
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4, "state_dim": 5, "act_dim": 3, "max_ep_len": 64},
+        None,
+    ),
 }

@@ -246,6 +246,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.all": [(T((4, 8), "mask"), 1, True)],
     "aten.argmax": [(_X, 2), (_X, 1, True)],
     "aten.argmin": [(_X, 2)],
+    "aten.argsort": [(_X, 2), (_X, 1, True)],
     "aten.linalg_vector_norm": [(_X, 2, (2,), True)],
     "aten.cumsum": [(_X, 1)],
     "aten.cumprod": [(_X, 1)],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from expert_lists import ByBooleans, ByComparison, ByMask, Centred, EveryToken, Model, OneEach, OnlyHit
+from expert_lists import ByBooleans, ByComparison, ByMask, Centred, EveryToken, Model, OneEach, OnlyHit, OwnForward
 from traced import token_batch, worst_error
 
 import autopar
@@ -41,3 +41,11 @@ def test_rows_that_are_mixed_are_refused() -> None:
 
 def test_a_loop_that_chooses_nothing_is_traced_as_it_is() -> None:
     assert NOTE not in trace(Model(EveryToken)).notes
+
+
+def test_a_list_with_a_forward_of_its_own_is_followed() -> None:
+    torch.manual_seed(0)
+    model = Model(OwnForward)
+    assert NOTE in trace(model).notes
+    plan = autopar.search(model, autopar.Job(4, 16), autopar.Cluster.parse("1x2:h100"), fix={"dp": 2})
+    assert autopar.verify(plan, model).worst[1] < 1e-10

@@ -94,3 +94,47 @@ class Outer(nn.Module):
 def test_other_random_numbers_are_refused_with_their_place() -> None:
     with pytest.raises(UnsupportedError, match=r"module 'inner' draws random numbers \(aten\.randint_like\)"):
         trace(Outer(), SAMPLE, square)
+
+
+class Ordered(nn.Module):
+    """A scale for all, and an order drawn for each sample (as masked autoencoders do)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(32, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x * torch.empty(1, device=x.device).uniform_(0.5, 2.5).to(x.dtype)
+        values, order = torch.sort(torch.rand(x.shape[:2], device=x.device), dim=1)
+        x = torch.gather(x, 1, order.unsqueeze(-1).expand(-1, -1, WIDTH))
+        return torch.tanh(self.out(x)) * values.unsqueeze(-1).to(x.dtype)
+
+
+@pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2}])
+def test_orders_that_are_drawn(fix: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = Ordered()
+    cluster = autopar.Cluster.parse("1x2:h100")
+    plan = autopar.search(model, autopar.Job(4, SEQ), cluster, inputs=SAMPLE, loss=square, fix=fix)
+    assert verify(plan, model, SAMPLE, loss=square).worst[1] < 1e-10
+
+
+class Scaled(nn.Module):
+    """Evaluated, scales by what dropout keeps in training: another program than training with nothing dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(32, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.out(self.embed(ids))
+        return nn.functional.dropout(x, 0.2) if self.training else x * 0.8
+
+
+def test_what_is_compared_with_dropout_off_is_the_training_step() -> None:
+    torch.manual_seed(0)
+    model = Scaled()
+    cluster = autopar.Cluster.parse("1x2:h100")
+    plan = autopar.search(model, autopar.Job(4, SEQ), cluster, inputs=SAMPLE, loss=square, fix={"dp": 2})
+    assert verify(plan, model, SAMPLE, loss=square).worst[1] < 1e-10

@@ -191,3 +191,34 @@ def test_placeholders_stay_where_they_are():
     marked = example.inputs["input_ids"] == 63
     assert marked.sum() == 16
     assert torch.equal(batch["input_ids"] == 63, marked.expand(4, -1))
+
+
+def test_inputs_of_other_kinds_of_data():
+    assert shapes("decision_transformer") == {
+        "states": (32, 5),
+        "actions": (32, 3),
+        "rewards": (32, 1),
+        "returns_to_go": (32, 1),
+        "timesteps": (32,),
+    }
+    assert shapes("bert_answers").keys() == {"input_ids", "attention_mask", "start_positions", "end_positions"}
+    video = {**ZOO["vit"][1], "num_frames": 4, "tubelet_size": [2, 4, 4]}
+    made = example_of(zoo.build(("VivitConfig", video, "AutoModelForVideoClassification"))).inputs
+    assert made["pixel_values"].shape == (4, 3, 16, 16)
+    boxed = example_of(zoo.build(("LayoutLMConfig", ZOO["bert"][1], "AutoModelForMaskedLM"))).inputs["bbox"]
+    assert boxed.shape == (32, 4)
+    assert bool((boxed[:, :2] <= boxed[:, 2:]).all())
+
+
+def test_text_alone_where_a_model_cannot_be_traced_with_images(monkeypatch):
+    def refusing(model, inputs, loss):
+        if "pixel_values" in inputs:
+            raise zoo.AutoparError("images are beyond it")
+        return inputs
+
+    monkeypatch.setattr(zoo, "trace", refusing)
+    result = zoo.Result()
+    example, traced_with = zoo._traced(zoo.build(ZOO["llava"]), result)
+    assert traced_with is example.inputs
+    assert "pixel_values" not in example.inputs
+    assert result.message == "with input_ids, labels alone; with more: images are beyond it"

@@ -418,7 +418,7 @@ def _values(args: object) -> list[Value]:
     return [value for item in args for value in _values(item)] if isinstance(args, tuple) else []
 
 
-_OWN_NUMBERS = {"F.dropout": "dropout", "drawn": "drawn", "F.scaled_dot_product_attention": "attention"}
+_OWN_NUMBERS = {"F.dropout": "dropout", "F.scaled_dot_product_attention": "attention"}
 
 
 def _with_own_numbers(plain: Expr, axes: Expr) -> Expr:
@@ -426,4 +426,4 @@ def _with_own_numbers(plain: Expr, axes: Expr) -> Expr:
     assert isinstance(plain, Call)
     if plain.function == "context_attention":
         return Call(plain.function, (*plain.arguments, ("split", axes)))
-    return Call(_OWN_NUMBERS[plain.function], (*plain.arguments, ("axis", axes)))
+    return Call(_OWN_NUMBERS.get(plain.function, plain.function), (*plain.arguments, ("axis", axes)))

@@ -15,11 +15,13 @@ from autopar.graph.ir import ModelGraph
 
 
 def is_plain(placed: Sequence[Placed], model: ModelGraph) -> bool:
-    """Whether one tensor goes from block to block, and all layers are of one list and take the same arguments."""
+    """Whether one tensor goes from block to block, and all layers are of one list, one after another, and take the same
+    arguments."""
     loops = [block for block in placed if block.container]
     return (
         all(len(model.kinds[block.kind].graph.outputs) == 1 for block in placed)
         and len({(block.container, block.arguments) for block in loops}) <= 1
+        and all(after.index == before.index + 1 for before, after in pairwise(loops))
     )
 
 

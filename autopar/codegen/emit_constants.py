@@ -70,13 +70,15 @@ def count_source(model: ModelGraph, setting: Setting) -> list[str]:
             f'    return torch.zeros((), dtype=torch.int64, device=batch["{some}"].device)',
         ]
     body = _free_body(model, model.count, setting)
-    if not any(
-        True for _ in model.count.of("input")
-    ):  # a mean over all elements: their number follows from the batch alone
-        long, dims = next(((key, m.shape) for key, m in model.batch.items() if SEQ in m.shape), (some, shape))
-        body.extra = {"size b": f'batch["{some}"].shape[0]', "device": f'batch["{some}"].device'}
-        if SEQ in dims:
-            body.extra["size s"] = f'batch["{long}"].shape[{dims.index(SEQ)}]'
+    # A mean over all elements, or targets without positions: the sizes follow from other tensors of the batch.
+    read = {size for node in model.count.of("input") for size in node.meta.shape}
+    long, dims = next(((key, m.shape) for key, m in model.batch.items() if SEQ in m.shape), (some, shape))
+    others = {"device": f'batch["{some}"].device'} if not read else {}
+    if BATCH not in read:
+        others["size b"] = f'batch["{some}"].shape[0]'
+    if SEQ not in read and SEQ in dims:
+        others["size s"] = f'batch["{long}"].shape[{dims.index(SEQ)}]'
+    body.extra = others
     return [
         head,
         '    """How many targets ``batch`` has: what its summed loss is divided by."""',

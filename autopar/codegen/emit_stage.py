@@ -295,15 +295,6 @@ class StageWriter:
 
     def _loop(self, first: Placed, flow: tuple[str, ...]) -> list[str]:
         loops = [block for block in self.placed if block.container]
-        if any(block.arguments != first.arguments for block in loops):
-            raise UnsupportedError(
-                "repeated blocks of this model take different arguments: cannot write one loop over them"
-            )
-        indices = [block.index for block in loops]
-        if indices != list(range(indices[0], indices[-1] + 1)):
-            raise UnsupportedError(
-                "repeated blocks of this model are interrupted by others: cannot write one loop over them"
-            )
         outputs = len(self.model.kinds[first.kind].graph.outputs)
         result = ", ".join(flow[:outputs]) + " = "
         manners = {manner(block.candidate): block.candidate for block in loops}

@@ -147,7 +147,7 @@ def _cross_entropy(site: Site) -> Expr:
 def _logits_and_labels(site: Site) -> tuple[Argument, ...]:
     logits, labels = (argument(value, site.sizes) for value in site.args[:2])
     ignore = site.arg(2, "ignore", -100)
-    return (logits, labels) if ignore == -100 else (logits, labels, ("ignore", literal(ignore)))
+    return (logits, labels) if ignore == -100 else (logits, labels, ("ignore", argument(ignore, site.sizes)))
 
 
 def _experts(site: Site) -> Expr:

@@ -10,21 +10,23 @@ from autopar.sharding.layout import CONTEXT, SpmdType
 
 
 def is_balanced(plan: Plan, model: ModelGraph) -> bool:
-    """Whether cp holds sequences in balanced order: some causal attention has its queries split by position on cp, and
-    there is an even number of equal chunks for each rank."""
+    """Whether cp holds sequences in balanced order: some causal attention has its queries split by position on cp, all
+    such attend to sequences as they are (not several tokens made of one), and there is an even number of equal chunks
+    for each rank."""
     cp = plan.mesh.cp
-    return (
-        cp > 1
-        and plan.job.seq_len % (2 * cp) == 0
-        and any(
-            strategy.by_position
-            for candidate in plan.candidates.values()
-            for node in model.kinds[candidate.decision.kind].graph.of("op")
-            if node.op == "aten.scaled_dot_product_attention"
-            for axis, strategy in chosen(node, model.kinds[candidate.decision.kind].graph, candidate.decision).items()
-            if axis == CONTEXT
-        )
-    )
+    if cp == 1 or plan.job.seq_len % (2 * cp):
+        return False
+    sizes = [
+        graph.nodes[operand].meta.shape[-2]
+        for candidate in plan.candidates.values()
+        for graph in (model.kinds[candidate.decision.kind].graph,)
+        for node in graph.of("op")
+        if node.op == "aten.scaled_dot_product_attention"
+        for axis, strategy in chosen(node, graph, candidate.decision).items()
+        if axis == CONTEXT and strategy.by_position
+        for operand in node.operands()[:2]
+    ]
+    return bool(sizes) and all(size == SEQ for size in sizes)
 
 
 def is_sequence(size: int | Size, kind: SpmdType) -> bool:

@@ -143,11 +143,14 @@ def target_classes(graph: ModelGraph) -> dict[str, int | Size]:
 
 
 def loss_targets(graph: ModelGraph) -> dict[str, tuple[int, bool]]:
-    """Batch tensors that a cross-entropy takes as targets: the index it ignores, and whether they are shifted first."""
+    """Batch tensors that a cross-entropy takes as targets: the index it ignores, and whether they are shifted first.
+
+    Not those of which the one past the last position is ignored: any position may be given for it.
+    """
     found: dict[str, tuple[int, bool]] = {}
     for nodes, keys in _graphs(graph):
         for node in nodes.of("op"):
-            if node.op != "autopar.cross_entropy":
+            if node.op != "autopar.cross_entropy" or not isinstance(node.args[2], int):
                 continue
             *passed, target = _way(node.operands()[1], nodes, keys)
             if target.name in keys:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-_NAMES = "slice select narrow unsqueeze squeeze view transpose t permute alias detach"
+_NAMES = "slice select narrow unsqueeze squeeze view transpose t permute alias detach contiguous"
 VIEWS = frozenset(_NAMES.split())
-"""Operators that always make views (`reshape` and `to` may copy), through which a change can be written back."""
+"""Operators through which a change can be written back: they always make views (`reshape` and `to` may copy), or it is
+told from the tensor whether they do (`contiguous`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,4 +79,17 @@ def _viewed(node: torch.fx.Node) -> torch.fx.Node | None:
     returns = node.target._schema.returns
     shares = bool(returns) and returns[0].alias_info is not None
     source = node.args[0] if node.args else None
-    return source if shares and isinstance(source, torch.fx.Node) else None
+    if not shares or not isinstance(source, torch.fx.Node):
+        return None
+    return None if _copies(node, source) else source
+
+
+def _copies(node: torch.fx.Node, source: torch.fx.Node) -> bool:
+    """Whether an operator that may make a view made a copy, as is told from what it was given."""
+    name = node.target._schema.name  # type: ignore[union-attr]
+    given, made = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(given, torch.Tensor) or not isinstance(made, torch.Tensor):
+        return False
+    return (name == "aten::contiguous" and not given.is_contiguous()) or (
+        name == "aten::to" and given.dtype != made.dtype
+    )

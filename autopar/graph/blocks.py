@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from autopar.graph.draft import Draft
 from autopar.graph.fold import STAND_IN, CannotFoldError, Fold
-from autopar.graph.handing import Segment, hand_on, sink
+from autopar.graph.handing import Segment, hand_on, lend, sink
 from autopar.graph.ir import Block, BlockKind, Node, OpGraph, Source, map_refs
 from autopar.graph.naming import leaf_name, named, purpose
 from autopar.graph.size import BATCH
@@ -38,7 +38,12 @@ def cut(draft: Draft, layers: Mapping[str, str], class_names: Mapping[str, str],
     """
     given = draft
     draft, shared = _merge_shared(draft, _shared(draft, layers))
-    draft, segments = sink(draft, _segments(draft, layers, shared), shared)
+    lent = lend(draft, layers)
+    if len(segments := _segments(lent, layers, shared)) > 1:
+        draft = lent
+    else:
+        segments = _segments(draft, layers, shared)
+    draft, segments = sink(draft, segments, shared)
     home = {name: index for index, segment in enumerate(segments) for name in segment.nodes}
     wanted, readers = _outputs(draft, segments, home)
     carried = hand_on(segments, wanted, readers)

@@ -63,13 +63,18 @@ class _Followed:
 
 def _is_list(module: nn.Module) -> bool:
     """Whether it holds several equal modules, each with matrices that take and give vectors of one size."""
-    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(module) < 2:
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(held := _held(module)) < 2:
         return False
-    first, *others = module.children()
+    first, *others = held.values()
     if not _width(first):
         return False
     wanted = structure(first)
     return all(structure(other) == wanted for other in others)
+
+
+def _held(module: nn.Module) -> dict[str, nn.Module]:
+    """The experts in a list: a list with a forward of its own may also hold what has no weights (a dropout)."""
+    return {name: child for name, child in module.named_children() if next(child.parameters(), None) is not None}
 
 
 def _width(expert: nn.Module) -> int:
@@ -93,7 +98,7 @@ class _Expert(nn.Module):
 
 def _follows(module: nn.Module, name: str) -> bool:
     """Whether the module chooses tokens, and gives what it should if every expert gets every token."""
-    width = _width(next(getattr(module, name).children()))
+    width = _width(next(iter(_held(getattr(module, name)).values())))
     try:
         small = _small(module, name)
         for shape in ((BATCH, POSITIONS, width), (BATCH * POSITIONS, width)):
@@ -111,11 +116,7 @@ def _follows(module: nn.Module, name: str) -> bool:
 def _small(module: nn.Module, name: str) -> nn.Module:
     """A copy of ``module`` with random weights and stand-ins for its experts. Raises ValueError if it is too large."""
     experts = getattr(module, name)
-    stand_ins: list[nn.Module] = [_Expert(number) for number in range(len(experts))]
-    made = nn.ModuleList(stand_ins)
-    memo: dict[int, Any] = {id(experts): made}
-    if isinstance(experts, nn.ModuleDict):
-        memo[id(experts)] = nn.ModuleDict(dict(zip(experts, stand_ins, strict=True)))
+    memo: dict[int, Any] = {id(expert): _Expert(number) for number, expert in enumerate(_held(experts).values())}
     drawn = torch.Generator().manual_seed(1)
     inside = {id(tensor) for tensor in (*experts.parameters(), *experts.buffers())}
     outside = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in inside]

@@ -33,6 +33,7 @@ from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
 from autopar.graph.specialise import raised_in, watched
 from autopar.graph.taking_apart import unknown_lengths
+from autopar.graph.value_checks import checks_passed, checks_told
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
@@ -199,13 +200,18 @@ def _export(
         data_followed(),
         numbers_kept(),
     )
-    with contextlib.ExitStack() as stack, watched(copied) as fixed_in, every_layer() as skipping:
+    with (
+        contextlib.ExitStack() as stack,
+        watched(copied) as fixed_in,
+        every_layer() as skipping,
+        checks_passed() as checks,
+    ):
         for context in taken:
             stack.enter_context(context)
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
-    return Exported(program, fixed_in, told + notes)
+    return Exported(program, fixed_in, told + notes + checks_told(checks))
 
 
 _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could not extract")

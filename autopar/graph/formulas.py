@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from autopar.errors import UnsupportedError
 from autopar.graph.draft import Draft
 from autopar.graph.ir import Ref
 from autopar.graph.size import divide
+from autopar.graph.windows import im2col, unfold
 
 
 def glu(draft: Draft, x: Ref, dim: int = -1) -> Ref:
@@ -36,4 +38,46 @@ def bilinear(draft: Draft, x: Ref, y: Ref, weight: Ref, bias: Ref | None = None)
     return total if bias is None else Ref(draft.emit("aten.add", total, bias, shape=(*lead, out)))
 
 
-FORMULAS: dict[str, Callable[..., Ref]] = {"glu": glu, "bilinear": bilinear}
+def tile(draft: Draft, x: Ref, counts: Sequence[int]) -> Ref:
+    """``x`` repeated along its last dims, or along all and new ones before them."""
+    shape = draft.shape(x)
+    counts = (1,) * (len(shape) - len(counts)) + tuple(counts)
+    sizes = (1,) * (len(counts) - len(shape)) + shape
+    tiled = tuple(size * count for size, count in zip(sizes, counts, strict=True))
+    return Ref(draft.emit("aten.repeat", x, counts, shape=tiled, dtype=draft.meta(x).dtype))
+
+
+def norm(draft: Draft, x: Ref, order: float | None = None, dims: Any = None, keep: bool = False) -> Ref:
+    """The norm of vectors (torch has those of matrices in no half precision, in which models are traced)."""
+    shape = draft.shape(x)
+    along = tuple(range(len(shape))) if dims is None else tuple(dims) if isinstance(dims, tuple | list) else (dims,)
+    along = tuple(dim % len(shape) for dim in along)
+    left = tuple(1 if dim in along else size for dim, size in enumerate(shape) if keep or dim not in along)
+    given = (2 if order is None else order, along, *((True,) if keep else ()))
+    return Ref(draft.emit("aten.linalg_vector_norm", x, *given, shape=left, dtype=draft.meta(x).dtype))
+
+
+def put(draft: Draft, x: Ref, index: Sequence[Ref | None], values: Ref, accumulate: bool = False) -> Ref:
+    """``x[mask] = values``: one number, or rows in order. Other indices are left as they are."""
+    shape, dtype = draft.shape(x), draft.meta(x).dtype
+    masks = [each for each in index if each is not None]
+    if len(index) != 1 or len(masks) != 1 or draft.meta(masks[0]).dtype != "bool" or accumulate:
+        options = (True,) if accumulate else ()
+        return Ref(draft.emit("aten.index_put", x, tuple(index), values, *options, shape=shape, dtype=dtype))
+    mask = masks[0]
+    for _ in range(len(shape) - len(draft.shape(mask))):
+        mask = draft.unsqueeze(mask, len(draft.shape(mask)))
+    if not draft.shape(values):
+        return Ref(draft.emit("aten.where", mask, values, x, shape=shape, dtype=dtype))
+    return Ref(draft.emit("aten.masked_scatter", x, draft.expand(mask, shape), values, shape=shape, dtype=dtype))
+
+
+FORMULAS: dict[str, Callable[..., Ref]] = {
+    "bilinear": bilinear,
+    "glu": glu,
+    "im2col": im2col,
+    "index_put": put,
+    "linalg_norm": norm,
+    "tile": tile,
+    "unfold": unfold,
+}

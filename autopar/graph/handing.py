@@ -1,6 +1,7 @@
 """Makes a chain of segments: each reads batch data, shared constants, and what the segment before it hands over.
 
-What depends on batch data alone (a mask) is computed again where it is read. Everything else that is needed further
+What depends on batch data alone (a mask) is computed again where it is read. Parameters that layers read and do not own
+are handed on by the first segment (`lend`). Everything else that is needed further
 down (an encoder's output, a position bias) is handed on by the segments in between.
 """
 
@@ -11,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.graph.draft import RANDOM, Draft, live
-from autopar.graph.ir import Node, map_refs
+from autopar.graph.ir import Node, Ref, map_refs
+from autopar.graph.structure import layer_of
 
 
 @dataclass(slots=True)
@@ -64,6 +66,21 @@ def sink(draft: Draft, segments: Sequence[Segment], shared: set[str]) -> tuple[D
     for segment in moved:
         segment.nodes = [name for name in segment.nodes if name in sunk.nodes]
     return sunk, [segment for segment in moved if segment.nodes]
+
+
+def lend(draft: Draft, layers: Mapping[str, str]) -> Draft:
+    """Parameters that are no layer's, but read in layers (a table of relative positions), are handed to them: as copies
+    that are made outside of all layers, since a block holds parameters of its own only."""
+    names: dict[str, str] = {}
+    lent = Draft(output=draft.output, constant=set(draft.constant))
+    for node in draft.nodes.values():
+        inside = node.kind == "op" and layer_of(node.module, layers) is not None
+        lent.nodes[node.name] = _renamed(node, names, node.name) if inside else node
+        if node.kind == "parameter" and layer_of(node.target, layers) is None:
+            names[node.name] = copy = f"{node.name}_lent"
+            module = node.target.rpartition(".")[0]
+            lent.nodes[copy] = Node(copy, "op", node.meta, "aten.clone", (Ref(node.name),), module=module)
+    return live(lent)
 
 
 def _renamed(node: Node, names: Mapping[str, str], name: str | None = None) -> Node:

@@ -22,7 +22,6 @@ from autopar.graph.complex_numbers import REAL
 from autopar.graph.draft import Draft
 from autopar.graph.exported import (
     FROM_VALUES,
-    IF_EXPERTS,
     OWN_OPERATOR,
     dtype_name,
     module_path,
@@ -185,16 +184,18 @@ class Importer:
             self.values[node] = FORMULAS[name](self.draft, *args)
         elif name == "topk":
             self.values[node] = self._largest(args, value)
+        elif name == "sort":
+            self.values[node] = self._sorted(args, kwargs, value)
         elif name in ("max", "min") and len(args) > 1 and isinstance(args[1], int):
             self.values[node] = self._extreme(name, args, value)
         elif op == "autopar.recurrent":
             self.values[node] = self._recurrent(args, value)
         elif not isinstance(value, torch.Tensor):
-            raise UnsupportedError(
+            refusal = UnsupportedError(
                 f"{self._place()} uses {op}, which returns several tensors; autopar has no form for it: make what uses "
                 f"it {OWN_OPERATOR}, or its module a leaf (autopar.leaf)"
-                + (f". {IF_EXPERTS}" if name == "sort" else "")  # which is how tokens are put in order by expert
             )
+            self.values[node] = (refusal,) * len(value)  # a check may be all that reads them
         elif name == "copy":
             shape = self.sizes.shape(value)
             self.values[node] = self._expanded(self.draft.cast(args[1], dtype_name(value.dtype)), shape)
@@ -224,6 +225,20 @@ class Importer:
         index = Ref(self.draft.emit("autopar.topk", x, count, dim, shape=shape, dtype="int64", options=options))
         picked = self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype_name(value[0].dtype))
         return [Ref(picked), index]
+
+    def _sorted(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Sequence[torch.Tensor]) -> list[Ref]:
+        """The values and the indices of `sort`: those of `argsort`, and what they pick."""
+        x, *rest = args
+        dim = kwargs.get("dim", rest[0] if rest else -1) % max(len(self.draft.shape(x)), 1)
+        descending = kwargs.get("descending", rest[1] if len(rest) > 1 else False)
+        shape = self.sizes.shape(value[1])
+        index = Ref(
+            self.draft.emit("aten.argsort", x, dim, *((True,) if descending else ()), shape=shape, dtype="int64")
+        )
+        return [
+            Ref(self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype_name(value[0].dtype))),
+            index,
+        ]
 
     def _extreme(self, name: str, args: tuple[Any, ...], value: Sequence[torch.Tensor]) -> list[Ref]:
         """The values and the indices of `max` or `min` along a dim."""
@@ -294,7 +309,8 @@ class Importer:
             if argument.name in DROPPED_ARGUMENTS:
                 continue
             value = self._value(value)
-            if argument.name in DIM_ARGUMENTS and rank is not None and value is not None:
+            counts = target._schema.name == "aten::tile"  # its "dims" say how often
+            if argument.name in DIM_ARGUMENTS and not counts and rank is not None and value is not None:
                 extra = target._schema.name in ("aten::unsqueeze", "aten::stack")
                 value = positive(value, rank + extra)
             if argument.kwarg_only:
@@ -310,7 +326,7 @@ class Importer:
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
-            if isinstance(found := self.values[value], SizeOfValuesError):
+            if isinstance(found := self.values[value], UnsupportedError):
                 raise found
             return found
         if isinstance(value, torch.dtype):

@@ -6,9 +6,9 @@ sum over the sum of a mask, mse and l1 losses; each optionally scaled by a numbe
 it adds up over micro-batches and ranks would be a guess.
 
 A loss may add other terms to such a one: a router's balance, its z-loss. They are computed from the samples of each
-micro-batch of each data rank, and count by the number of targets in it: together this is the mean, over targets, of
-what the model returns for each micro-batch. `autopar.sharding.data_parallel` sees that they mix samples, so that the
-size of a micro-batch is part of the model.
+micro-batch of each data rank, and count by the number of targets in it (a mean with weights that are no whole numbers,
+by its samples): together this is the mean, over targets, of what the model returns for each micro-batch.
+`autopar.sharding.data_parallel` sees that they mix samples, so that the size of a micro-batch is part of the model.
 """
 
 from __future__ import annotations
@@ -47,14 +47,19 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
         except NoMeanError as refusal:
             others[term.name] = refusal
     counts = [count for _, count in sums.values()]
+    if not counts and all(_weighted(draft, draft.nodes[name]) for name in others):
+        counts = [_constant_count(BATCH)]
     if not counts:
         raise next(iter(others.values()))
     count = next((count for count in counts if _elements(count) is None), counts[0])
     totals: dict[str, Ref] = {}
     for name, (total, own) in sums.items():
         ratio = _ratio(count, own)
-        scaled = total if ratio == 1 or ratio is None else Ref(draft.emit("aten.mul", total, ratio, shape=()))
-        totals[name] = scaled if ratio is not None else _by_targets(draft, Ref(name), count)
+        if ratio is None:  # means over different numbers of targets
+            mean = draft.emit("aten.div", total, _counted(draft, own, total), shape=(), dtype=draft.meta(total).dtype)
+            totals[name] = _by_targets(draft, Ref(mean), count)
+        else:
+            totals[name] = total if ratio == 1 else Ref(draft.emit("aten.mul", total, ratio, shape=()))
     for name, error in others.items():
         if not draft.meta(name).requires_grad:
             raise error
@@ -120,9 +125,17 @@ def _sum_of(draft: Draft, node: Node, totals: Mapping[str, Ref]) -> Ref:
 
 
 def _by_targets(draft: Draft, term: Ref, count: OpGraph) -> Ref:
-    """``term`` times the number of targets in the micro-batch, counted in ``draft``."""
+    """``term`` times the number of targets in the micro-batch."""
     if not count.nodes:
         return term
+    dtype = draft.meta(term).dtype
+    return Ref(draft.emit("aten.mul", term, _counted(draft, count, term), shape=(), dtype=dtype))
+
+
+def _counted(draft: Draft, count: OpGraph, like: Ref) -> Ref | int:
+    """What ``count`` counts in the micro-batch, computed in ``draft``, in the dtype of ``like``."""
+    if not count.nodes:
+        return 1
     names: dict[str, str] = {}
     for node in count.nodes.values():
         if node.kind != "op":
@@ -136,8 +149,7 @@ def _by_targets(draft: Draft, term: Ref, count: OpGraph) -> Ref:
         else:
             args, options = map_refs(node.args, names.__getitem__), map_refs(node.kwargs, names.__getitem__)
             names[node.name] = draft.emit(node.op, *args, shape=node.meta.shape, dtype=node.meta.dtype, options=options)
-    targets = draft.cast(Ref(names[count.outputs[0]]), draft.meta(term).dtype)
-    return Ref(draft.emit("aten.mul", term, targets, shape=(), dtype=draft.meta(term).dtype))
+    return draft.cast(Ref(names[count.outputs[0]]), draft.meta(like).dtype)
 
 
 def _scaled(node: Node) -> Ref | None:
@@ -171,6 +183,17 @@ def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
         return _total(draft, node, node.args[0], node.op == "aten.mean")
     what = f"ends in {node.op}" if node.kind == "op" else "does not depend on the model"
     raise NoMeanError(f"the loss {what} (module {node.module!r}), which is not a sum over a count; {ACCEPTED}")
+
+
+def _weighted(draft: Draft, node: Node) -> bool:
+    """Whether ``node`` is a sum over a sum of weights that are no whole numbers of the batch (drawn, or given)."""
+    if node.op != "aten.div" or len(node.args) != 2 or not all(isinstance(arg, Ref) for arg in node.args):
+        return False
+    total, weight = node.args
+    while inner := draft.producer(total, "autopar.cast"):
+        total = inner.args[0]
+    added = draft.producer(total, "aten.sum")
+    return added is not None and draft.shape(total) == () and not draft.meta(weight).requires_grad
 
 
 SMALL = 1e-6
@@ -275,10 +298,9 @@ def _smoothed(draft: Draft, total: Ref, logits: Ref, labels: Ref, ignore: int, s
     none = Ref(draft.emit("aten.eq", labels, ignore, shape=draft.shape(labels), dtype="bool"))
     none = draft.unsqueeze(none, len(shape) - 1)
     counted = draft.emit("aten.masked_fill", Ref(logs), none, 0.0, shape=shape, dtype="float32")
-    summed = Ref(draft.emit("aten.sum", Ref(counted), shape=(), dtype="float32"))
-    classes = shape[-1]
-    assert isinstance(classes, int)
-    spread = Ref(draft.emit("aten.mul", summed, -smoothing / classes, shape=(), dtype="float32"))
+    mean = Ref(draft.emit("aten.mean", Ref(counted), (len(shape) - 1,), shape=shape[:-1], dtype="float32"))
+    summed = Ref(draft.emit("aten.sum", mean, shape=(), dtype="float32"))
+    spread = Ref(draft.emit("aten.mul", summed, -smoothing, shape=(), dtype="float32"))
     kept = Ref(draft.emit("aten.mul", total, 1.0 - smoothing, shape=(), dtype="float32"))
     return Ref(draft.emit("aten.add", kept, spread, shape=(), dtype="float32"))
 

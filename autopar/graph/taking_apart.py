@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from autopar.errors import UnsupportedError
+from autopar.graph.value_checks import passing_value
 
 
 class Samples:
@@ -54,8 +56,11 @@ def _refusal(what: str) -> UnsupportedError:
 
 def _unknown(x: Any) -> bool:
     """Whether dim 0 of ``x`` has a symbolic size; not one that follows from values, which nothing can stand for."""
-    size: Any = x.shape[0] if isinstance(x, torch.Tensor) and x.ndim > 0 else 0
-    return isinstance(size, torch.SymInt) and not free_unbacked_symbols(size)
+    return _symbolic(x) and not free_unbacked_symbols(x.shape[0])
+
+
+def _symbolic(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.ndim > 0 and isinstance(x.shape[0], torch.SymInt)
 
 
 @contextlib.contextmanager
@@ -64,7 +69,8 @@ def unknown_lengths() -> Iterator[None]:
     plain_len, plain_iter, plain_size = builtins.len, torch.Tensor.__iter__, torch.Tensor.__len__
 
     def length(x: Any) -> Any:
-        return x.shape[0] if _unknown(x) else plain_len(x)
+        checked = _symbolic(x) and passing_value(sys._getframe(1)) is not None  # no matter what it follows from
+        return x.shape[0] if checked or _unknown(x) else plain_len(x)
 
     def iterate(x: torch.Tensor) -> Iterator[Any]:
         return iter([Samples(x)]) if _unknown(x) else plain_iter(x)  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ def written_back(view: torch.fx.Node, args: tuple[Any, ...], value: Ref, draft: 
     name = view.target._schema.name.removeprefix("aten::")
     base: Ref = args[0]
     shape = draft.shape(base)
-    if view.target._schema.is_mutable or name in ("alias", "detach"):
+    if view.target._schema.is_mutable or name in ("alias", "detach", "contiguous"):
         return value
     if draft.shape(value) == shape and name in ("view", "slice", "narrow"):
         return value

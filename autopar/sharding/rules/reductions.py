@@ -77,7 +77,7 @@ ENTRIES = [
     Entry("aten.linalg_vector_norm", compute=_reduce("^", dim_at=2, keep_at=3)),
     *(
         Entry(f"aten.{op}", compute=_along())
-        for op in ["softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod"]
+        for op in ["softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod", "argsort"]
     ),
     Entry("autopar.topk", compute=_topk),
     Entry("aten.histc", compute=_histogram),
