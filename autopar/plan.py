@@ -30,7 +30,8 @@ class Candidate:
 
     ``recompute`` is "none", "full" (backward runs the whole forward again) or "selective" (all of it but the operators
     named in ``saved``, out of `SAVEABLE`; without "all_gather" what was gathered is gathered again). ``offload``: what
-    the block saves for backward waits on the host.
+    the block saves for backward waits on the host. ``gathered``: under zero 3, its parameters stay gathered through the
+    step (`reshard_after_forward=False`); else they are freed after each forward and backward.
 
     Seconds: ``forward_s``, ``backward_s`` (recomputation included), ``step_s`` (once per optimizer step, exposed).
     Bytes: ``resident_bytes`` (parameters, gradients, optimizer state), ``inflight_bytes`` (saved for backward per
@@ -51,6 +52,7 @@ class Candidate:
     saved: tuple[str, ...] = ()
     offload: bool = False
     sources: dict[str, float] = field(default_factory=dict)
+    gathered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Small random problems, and every plan of their spaces: each configuration that the capability table allows, each
-contiguous split over its stages, each recompute choice of each block, priced by the simulator alone.
+contiguous split over its stages, each recompute choice of each block, under zero 3 whether it stays gathered, priced by
+the simulator alone.
 
 What a plan costs does not depend on the memory of its devices, so that one enumeration answers for any."""
 
@@ -25,6 +26,7 @@ from autopar.solver.decision_costs import boundary_bytes
 from autopar.solver.decisions import whole_decisions
 from autopar.solver.evaluate import assess
 from autopar.solver.fix import parse_fix
+from autopar.solver.groups import root_blocks
 from autopar.solver.prices import AxisPrices
 from autopar.solver.recompute import choices
 from autopar.solver.space import Config, configs
@@ -145,7 +147,7 @@ def space(trial: Trial) -> list[Config]:
 
 
 def size(trial: Trial) -> int:
-    """Plans of a problem, or a few less."""
+    """Plans of a problem, or a few less; those apart that differ in what stays gathered alone."""
     context = context_of(trial)
     total = 0
     for config in space(trial):
@@ -181,6 +183,17 @@ def block_costs(context: Context, config: Config) -> list[list[BlockCost]]:
     return found
 
 
+def staying(context: Context, config: Config) -> list[list[BlockCost]]:
+    """`block_costs`, under zero 3 also of blocks that stay gathered, where they have a group of their own."""
+    roots = root_blocks(context.model, range(len(context.model.blocks)))
+    return [
+        [*costs, *(dataclasses.replace(cost, gathered=True) for cost in costs)]
+        if config.zero == 3 and not root
+        else costs
+        for costs, root in zip(block_costs(context, config), roots, strict=True)
+    ]
+
+
 def enumerated(trial: Trial) -> Iterator[Priced]:
     """Every plan of the space."""
     context, blocks = context_of(trial), len(trial.model.blocks)
@@ -189,8 +202,9 @@ def enumerated(trial: Trial) -> Iterator[Priced]:
         kinds = trial.model.kinds.values()
         boundary = max(boundary_bytes(kind, whole[kind.name], config.micro_batch, trial.job) for kind in kinds)
         for cuts in itertools.combinations(range(1, blocks), config.stages - 1):
-            for way in itertools.product(*block_costs(context, config)):
+            for way in itertools.product(*staying(context, config)):
                 stages = [way[start:stop] for start, stop in itertools.pairwise((0, *cuts, blocks))]
                 priced = assess(context, config, stages, boundary)
-                told = f"{config}, cut at {cuts}, {[cost.choice for cost in way]}"
+                choices = [cost.choice + ("/gathered" if cost.gathered else "") for cost in way]
+                told = f"{config}, cut at {cuts}, {choices}"
                 yield Priced(priced.step_time, max(priced.rank_bytes()), config, told, max(priced.host))

@@ -59,6 +59,15 @@ def test_borders_of_stages_and_recomputation_by_block():
     }
 
 
+def test_blocks_that_stay_gathered():
+    plan = small_plan()
+    stays = dataclasses.replace(plan.candidates["Layer/plain"], gathered=True)
+    found = diff(plan, changed(candidates={**plan.candidates, "Layer/plain": stays}))
+    assert {pair.name: (pair.first, pair.second) for pair in found.decisions} == {
+        "stay gathered": ("false", "0-1 false, 2-3 true")
+    }
+
+
 def test_operators_that_are_split_otherwise():
     plan = small_plan()
     candidates = {

@@ -106,7 +106,8 @@ def test_the_draw_is_not_one_sided() -> None:
     binds = sum(one.best != bests[place // 3] for place, one in enumerate(every))
     assert len(every) * 0.4 < binds < len(every) * 0.7
     assert sum(not one.fitting for one in every) > 20
-    for wished in ("pp=2", "pp=4", "dp=4", "zero=0", "zero=3", "gpipe", "interleaved", "zbv", "full", "selective"):
+    told = ("pp=2", "pp=4", "dp=4", "zero=0", "zero=3", "gpipe", "interleaved", "zbv", "full", "selective", "gathered")
+    for wished in told:
         told = [one.best.told for one in every if one.best and wished in one.best.told]
         assert len(told) >= 3, (wished, len(told))
     assert any("order=dp,pp,cp,tp" in one.best.told for one in every if one.best)

@@ -130,6 +130,22 @@ def test_given_round_trips():
     assert fix.given()["recompute"] == "Layer:full,0-1:selective(matmul+attention)"
 
 
+def test_reshard_is_given_for_all_or_by_block():
+    fix = parse_fix({"zero": 3, "reshard": "true,2-3:false,Layer:true,5:false"})
+    assert [fix.reshard_of(i, "Other") for i in range(6)] == [True, True, False, False, True, False]
+    assert fix.reshard_of(2, "Layer") is True
+    assert parse_fix(["reshard=0-1:false"]).reshard_of(7, "Layer") is None
+    assert parse_fix({"reshard": False}).reshard_of(7, "Layer") is False
+    assert fix.given()["reshard"] == "true,2-3:false,Layer:true,5:false"
+    assert parse_fix(fix.given()) == fix
+    with pytest.raises(BadInputError, match="reshard is of zero=3, not of zero=2"):
+        parse_fix({"zero": 2, "reshard": True})
+    with pytest.raises(BadInputError, match="reshard must be true or false, not 'sometimes'"):
+        parse_fix({"reshard": "sometimes"})
+    with pytest.raises(BadInputError, match="reshard names block '9'; the model has blocks 0-1"):
+        parse_fix({"reshard": "9:false"}).check(1, ["Layer", "Layer"])
+
+
 def test_every_key_of_the_design_is_in_the_table():
     keys = [
         "dp",
@@ -144,6 +160,7 @@ def test_every_key_of_the_design_is_in_the_table():
         "schedule",
         "micro_batch",
         "recompute",
+        "reshard",
         "offload",
         "mesh",
         "stages",

@@ -73,6 +73,23 @@ def test_zero3_shards_over_the_shard_group_and_gathers_two_blocks():
     assert memory["activations"] == 1000
 
 
+def test_what_stays_gathered_under_zero3_stands_all_the_time():
+    stays = dataclasses.replace(BLOCK, gathered=True)
+    free, one, all_three = (model(zero=3).ranks([[stays] * count + [BLOCK] * (3 - count)])[0] for count in (0, 1, 3))
+    assert one["parameters"] == free["parameters"] + 1000 * 2
+    assert (
+        all_three["parameters"] == free["parameters"] + 3000 * 2 == model(zero=2).ranks([[BLOCK] * 3])[0]["parameters"]
+    )
+    # Nothing is gathered beside it, neither the block that runs nor the one before it; with the first alone, the last
+    # two still are.
+    assert free["transient"] == one["transient"] + 1000 * 2 == all_three["transient"] + 2000 * 2
+    assert sum(all_three.values()) == sum(model(zero=2).ranks([[BLOCK] * 3])[0].values())
+    # In other levels and in the root group it means nothing.
+    assert model(zero=2).ranks([[stays] * 3]) == model(zero=2).ranks([[BLOCK] * 3])
+    rooted = [dataclasses.replace(block, root=True) for block in (BLOCK, stays)]
+    assert model(zero=3).ranks([[rooted[0]]]) == model(zero=3).ranks([[rooted[1]]])
+
+
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])

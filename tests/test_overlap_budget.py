@@ -13,7 +13,8 @@ import pytest
 from autopar.cluster import Cluster
 from autopar.job import Job
 from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward, stage_events
+from autopar.solver.data_axis import BlockTime, DataAxis, stage_events
+from autopar.solver.hiding import hidden_backward, hidden_forward
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.simulate import simulate
 
@@ -96,7 +97,9 @@ def blocks_of(draw: random.Random) -> list[BlockTime]:
         ahead = 1e-3 * seconds(draw)
         back = 0.0 if still else 2e-3 * seconds(draw)
         weights = draw.random() * back
-        found.append(BlockTime(ahead, back, elements, root, weights, elements if still else 0, still))
+        stays = draw.random() < 0.3
+        frozen_elements = elements if still else 0
+        found.append(BlockTime(ahead, back, elements, root, weights, frozen_elements, still, gathered=stays))
     return found
 
 
@@ -110,13 +113,14 @@ def test_stages_hide_no_more_than_they_compute(zero: int, halves: bool) -> None:
         times = axis.stage(blocks)
         m = axis.micro_batches
         step = simulate(stage_events([times]), m, schedule="none").total
-        groups = [(b.elements, b.trains, b.still) for b in blocks if not b.root]
+        groups = [(b.elements, b.trains, b.still, b.gathered) for b in blocks if not b.root]
         rooted = [b for b in blocks if b.root]
         root = sum(b.elements for b in rooted), sum(b.trains for b in rooted)
-        # Gathers, and how often: each forward and backward under zero 3 (forwards alone of what has no backward).
+        # Gathers, and how often: each forward and backward under zero 3 (forwards alone of what has no backward, and
+        # once of what stays gathered).
         wire = copies = 0.0
-        for elements, trains, still in groups:
-            often = m * (1 if still else 2) if axis.gathers_each else 1
+        for elements, trains, still, stays in groups:
+            often = m * (1 if still else 2) if axis.gathers_each and not stays else 1
             wire += often * axis.gather_s(elements)
             copies += often * axis.gather_copy_s(elements) if elements else 0.0
             copies += m * axis.reduce_copy_s(trains) if trains else 0.0
@@ -124,7 +128,7 @@ def test_stages_hide_no_more_than_they_compute(zero: int, halves: bool) -> None:
         wire += often * axis.gather_s(root[0])
         copies += often * axis.gather_copy_s(root[0]) if root[0] else 0.0
         copies += m * axis.reduce_copy_s(root[1]) if root[1] else 0.0
-        for trains in (*(trains for _, trains, _ in groups), root[1]):
+        for trains in (*(trains for _, trains, _, _ in groups), root[1]):
             wire += (1 if axis.defers else m) * axis.scatter_s(trains) + axis.replicate_s(trains)
         compute = m * sum(b.forward_s + b.backward_s for b in blocks) + copies
         within(step, compute, wire)

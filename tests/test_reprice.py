@@ -9,7 +9,8 @@ from autopar.cluster import Cluster
 from autopar.errors import AutoparError, BadInputError
 from autopar.job import Job
 from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.data_axis import BlockTime, DataAxis, hidden_backward, hidden_forward, stage_events
+from autopar.solver.data_axis import BlockTime, DataAxis, stage_events
+from autopar.solver.hiding import hidden_backward, hidden_forward
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.reprice import check_price, price_plan, reprice
 from autopar.solver.search import search
@@ -131,6 +132,25 @@ def test_levels_two_and_three_reduce_in_every_micro_batch():
     assert one.last_s > data_axis(1).reduce_s(N)
     assert two.last_s == 0
     assert none.forward_s == one.forward_s == two.forward_s
+
+
+def test_what_stays_gathered_is_gathered_once():
+    axis = data_axis(3)
+    free, some, every = (
+        axis.stage([dataclasses.replace(block, gathered=place < count) for place, block in enumerate(BLOCKS)])
+        for count in range(3)
+    )
+    # All are seen: gathers are far longer than the compute beside them.
+    once = axis.gather_s(N)
+    assert free.first_s == 0
+    assert free.forward_s - some.forward_s > 0.99 * once
+    assert some.first_s == pytest.approx(free.forward_s - some.forward_s)
+    assert every.first_s == pytest.approx(free.forward_s - every.forward_s)
+    assert free.backward_s > some.backward_s > every.backward_s
+    # As under zero 2, but for what a step gathers first: with all of them, nothing is left to gather.
+    two = data_axis(2).stage(BLOCKS)
+    assert (every.forward_s, every.backward_s, every.first_s) == (two.forward_s, two.backward_s, two.first_s)
+    assert axis.least_copies_s(N, gathered=1.0) == 0 < axis.least_copies_s(N, gathered=0.5) < axis.least_copies_s(N)
 
 
 def test_what_no_gradient_passes_is_gathered_for_forwards_alone():

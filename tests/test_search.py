@@ -171,7 +171,8 @@ def test_bounds_hold_for_every_configuration(shape, nbytes):
 def test_bounds_of_pipelines_know_what_data_ranks_send(zero, schedule):
     """Between nodes reductions take longer than the blocks they are hidden behind."""
     model, job, cluster = decoder(8, hidden=512, ffn=2048), Job(32, 512), Cluster.parse("8x1:h100")
-    wanted = Fix(pp=2, dp=4, zero=zero, fsdp=4, micro_batch=1, offload="none", **schedule)
+    freed = (("", True),) if zero == 3 else ()
+    wanted = Fix(pp=2, dp=4, zero=zero, reshard=freed, fsdp=4, micro_batch=1, offload="none", **schedule)
     context = Context.of(model, job, cluster, wanted)
     (config,) = configs(model, job, cluster, wanted)
     shardings = KnownShardings(context).of(config.sharding)
@@ -277,7 +278,7 @@ def test_shard_groups_of_a_node_beat_slow_links_and_hold_more():
     model, job = decoder(4, hidden=256, ffn=1024), Job(16, 64)
     link = CLUSTER.inter_node
     slow = CLUSTER.with_links(inter_node=dataclasses.replace(link, bandwidth=link.bandwidth / 100))
-    node, whole = (search(model, job, slow, {"dp": 8, "zero": 3, "fsdp": group}) for group in (4, 8))
+    node, whole = (search(model, job, slow, {"dp": 8, "zero": 3, "reshard": "true", "fsdp": group}) for group in (4, 8))
     assert node.predicted.step_time < 0.7 * whole.predicted.step_time
     assert node.stages[0].memory["optimizer"] == 2 * whole.stages[0].memory["optimizer"]
     assert (node.fsdp, search(model, job, slow, {"dp": 8, "zero": 3}).fsdp) == (4, 4)

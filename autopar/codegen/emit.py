@@ -177,6 +177,7 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "vpp": plan.vpp,
         "zero": plan.zero,
         "zero_text": ZERO_TEXTS[plan.zero],
+        "gathered": _gathered(plan, names),
         "fsdp": plan.fsdp,
         "ep": plan.mesh.ep,
         "replicas": plan.mesh.data // plan.fsdp,
@@ -198,6 +199,24 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "has_weights": has_weights,
         "blocks": blocks_method(graph),
     }
+
+
+def _gathered(plan: Plan, names: list[str]) -> list[str]:
+    """Source text of the names of the blocks that stay gathered under zero 3, those of a list of modules together."""
+    runs = [run for stage in plan.stages for run in stage.runs if plan.candidates[run.candidate].gathered]
+    places = [names[block].rpartition(".") for run in runs for block in range(run.start, run.stop)]
+    texts: list[str] = []
+    first = before = ""
+    for parent, _, own in places:
+        if texts and own.isdigit() and (parent, str(int(own) - 1)) == (first.rpartition(".")[0], before):
+            start = first.rpartition(".")[2]
+            span = f"{int(own) + 1}" if start == "0" else f"{start}, {int(own) + 1}"
+            texts[-1] = f'*(f"{parent}.{{i}}" for i in range({span}))'
+        else:
+            first = f"{parent}.{own}" if parent else own
+            texts.append(f'"{first}"')
+        before = own
+    return texts
 
 
 def _dict_text(entries: dict[str, str]) -> str:

@@ -114,6 +114,7 @@ def decided(plan: Plan) -> dict[str, str]:
         "schedule": schedule_words(plan),
         "ZeRO": str(plan.zero),
         "fsdp": str(plan.fsdp),
+        "stay gathered": _by_block(plan, lambda name: value_text(_stays(plan, name))),
         "recompute": _by_block(plan, lambda name: recompute_text(plan.candidates[name])),
         "stages": " | ".join(span(stage.runs[0].start, stage.runs[-1].stop) for stage in plan.stages),
         "state on the host": value_text(plan.offload == "state"),
@@ -121,6 +122,11 @@ def decided(plan: Plan) -> dict[str, str]:
         "heads padded to": str(plan.pad_heads),
         "equal blocks": value_text(plan.equal_blocks),
     }
+
+
+def _stays(plan: Plan, name: str) -> bool:
+    """Whether blocks under a candidate stay gathered though ZeRO 3 frees others."""
+    return plan.zero == 3 and plan.candidates[name].gathered
 
 
 def _by_block(plan: Plan, told: Callable[[str], str]) -> str:

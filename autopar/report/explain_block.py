@@ -10,6 +10,7 @@ from autopar.graph.ir import BlockKind, ModelGraph
 from autopar.plan import Candidate, Plan
 from autopar.report.columns import span
 from autopar.report.find import find_kind
+from autopar.report.gather_choice import GatherChoice, gather_choice
 from autopar.report.recompute_choices import RecomputeChoice, recompute_choices
 from autopar.report.text import equal_blocks_words
 from autopar.report.words import operator_name, strategy_words
@@ -71,7 +72,7 @@ class Split:
 class CandidateAnswer:
     """One candidate of the kind. ``saved_bytes``: kept for backward by a micro-batch in flight; ``again``: operators
     and conversion steps that backward runs again; ``recompute``: the plan's choice first, then the others; ``fixed``:
-    what `fix` said of it, "" if nothing."""
+    what `fix` said of it, "" if nothing; ``gathering``: whether its blocks stay gathered, where there is a choice."""
 
     candidate: str
     blocks: tuple[str, ...]
@@ -86,6 +87,7 @@ class CandidateAnswer:
     again: int
     recompute: tuple[RecomputeChoice, ...]
     fixed: str
+    gathering: GatherChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,9 @@ def _candidate(
     own = [sum(row.forward_s for row in rows), sum(row.backward_s for row in rows)]
     twice = sum(seconds[key] for key in again)
     context = context_of(plan, model)
-    fixed = context.fix.recompute_of(runs[0][0], kind.name, context.repeated(model.blocks[runs[0][0]]))
+    first = runs[0][0]
+    fixed = context.fix.recompute_of(first, kind.name, context.repeated(model.blocks[first]))
+    held = context.fix.reshard_of(first, kind.name) is not None
     return CandidateAnswer(
         candidate=candidate.name,
         blocks=tuple(span(start, stop) for start, stop in runs),
@@ -152,6 +156,7 @@ def _candidate(
         again=len(again),
         recompute=recompute_choices(plan, model, candidate),
         fixed=fixed or "",
+        gathering=gather_choice(plan, model, candidate, first, held),
     )
 
 

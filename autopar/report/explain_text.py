@@ -10,6 +10,7 @@ from autopar.report.columns import counted, item, pairs, paragraph, percent, sig
 from autopar.report.diff import fullest_rank, rank_bytes, split_words
 from autopar.report.explain_block import BlockAnswer, CandidateAnswer, OperatorRow, Split
 from autopar.report.explain_op import OperatorAnswer, StrategyAnswer, Whole
+from autopar.report.gather_choice import GatherChoice
 from autopar.report.recompute_choices import RecomputeChoice
 from autopar.report.record import plan_record
 from autopar.report.text import decision_lines
@@ -178,6 +179,7 @@ def _candidate_lines(kind: str, one: CandidateAnswer) -> list[str]:
             f"{bytes_text(one.transient_bytes, scale)} {unit} while the block runs, {one.parameters:,} parameter "
             "elements on a rank of the model axes",
         ),
+        *(item("parameters", _gathering(one.gathering)) if one.gathering else ()),
         *item("recompute", _why(one)),
     ]
     if len(one.recompute) > 1:
@@ -208,6 +210,17 @@ def _action(action: str, nbytes: int, seconds: float) -> str:
 def _split_cells(split: Split) -> Sequence[str]:
     parts = (split.computation, split.communication, split.recomputation, split.copies, split.total)
     return tuple(seconds_text(part) for part in parts)
+
+
+def _gathering(choice: GatherChoice) -> str:
+    """Whether parameters stay gathered under zero 3, and what the other choice would do."""
+    mine, other = ("stay gathered through the step", "freeing them after each use")
+    if not choice.gathered:
+        mine, other = ("freed after each forward and backward", "keeping them gathered")
+    told = mine + (" (fixed)" if choice.fixed else "")
+    way = "longer" if choice.step_s >= 0 else "shorter"
+    told += f"; {other} in all of these blocks would make the step {seconds_text(abs(choice.step_s))} {way}"
+    return told + (f", and lack {choice.short:,} bytes on rank {choice.rank}" if choice.short else "")
 
 
 def _why(one: CandidateAnswer) -> str:

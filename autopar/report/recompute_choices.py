@@ -83,10 +83,10 @@ def _placed(
     """``one`` with what it means for the plan."""
     every = range(len(model.blocks))
     priced = price_plan(_with(plan, candidate, cost, every), model)
-    lacking = {where: _lacking(plan, priced, where == "host") for where in ("device", "host")}
-    where = "device" if max(lacking["device"]) > 0 else "host"
-    short = max(0, *lacking[where])
-    rank = lacking[where].index(max(lacking[where]))
+    lacks = {where: lacking(plan, priced, where == "host") for where in ("device", "host")}
+    where = "device" if max(lacks["device"]) > 0 else "host"
+    short = max(0, *lacks[where])
+    rank = lacks[where].index(max(lacks[where]))
     blocks = _count(plan, candidate) if not short else _most_blocks(plan, model, candidate, cost)
     return replace(
         one,
@@ -107,7 +107,7 @@ def _most_blocks(plan: Plan, model: ModelGraph, candidate: Candidate, cost: Bloc
         while low < high:
             middle = (low + high + 1) // 2
             priced = price_plan(_with(plan, candidate, cost, own[:middle]), model)
-            if max(_lacking(plan, priced)[rank], _lacking(plan, priced, host=True)[rank]) <= 0:
+            if max(lacking(plan, priced)[rank], lacking(plan, priced, host=True)[rank]) <= 0:
                 low = middle
             else:
                 high = middle - 1
@@ -115,7 +115,7 @@ def _most_blocks(plan: Plan, model: ModelGraph, candidate: Candidate, cost: Bloc
     return total
 
 
-def _lacking(plan: Plan, priced: Repriced, host: bool = False) -> list[int]:
+def lacking(plan: Plan, priced: Repriced, host: bool = False) -> list[int]:
     """Bytes that each rank lacks, on its device or its ``host``; below zero: has to spare."""
     device = plan.cluster.device
     if host:

@@ -84,6 +84,7 @@ def _stage_record(plan: Plan, index: int) -> dict[str, Any]:
             "recompute": plan.candidates[run.candidate].recompute,
             "saved": list(plan.candidates[run.candidate].saved),
             "offload": plan.candidates[run.candidate].offload,
+            "gathered": plan.candidates[run.candidate].gathered,
         }
         for run in stage.runs
     ]

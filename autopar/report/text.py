@@ -39,7 +39,7 @@ def decision_lines(plan: Plan) -> list[str]:
             f"{counted(plan.micro_batch, 'sequences')} on each data rank, {plan.micro_batches:,} per step",
         ),
         *item("schedule", schedule_words(plan)),
-        *item("memory", f"ZeRO-{plan.zero}{_shard_groups(plan)}, recompute {recompute_words(plan)}{_offload(plan)}"),
+        *item("memory", ", ".join([f"ZeRO-{plan.zero}{_shard_groups(plan)}", *_gathered(plan), *_kept(plan)])),
     ]
     if plan.pad_heads > 1:
         lines += item("heads", f"padded with zeros to a multiple of {plan.pad_heads}")
@@ -60,6 +60,7 @@ def chosen(plan: Plan) -> dict[str, str]:
         "micro_batch": str(plan.micro_batch),
         "zero": str(plan.zero),
         "fsdp": str(plan.fsdp),
+        "reshard": reshard_words(plan),
         "recompute": recompute_words(plan),
         "schedule": plan.schedule,
         "offload": offload_words(plan),
@@ -68,7 +69,7 @@ def chosen(plan: Plan) -> dict[str, str]:
     if mesh.tp > 1:
         whole["sp"] = value_text("sequence parallel" in _names(plan, next(iter(mesh.tp_axes()))))
     fsdp = str(mesh.data if plan.zero else 1)
-    neutral = {"cp": "1", "offload": "none", "fsdp": fsdp, "order": ",".join(AXES)}
+    neutral = {"cp": "1", "offload": "none", "fsdp": fsdp, "order": ",".join(AXES), "reshard": ""}
     whole = {key: value for key, value in whole.items() if neutral.get(key) != value}
     return {key: value for key, value in whole.items() if key not in plan.fixed and "mesh" not in plan.fixed}
 
@@ -109,6 +110,29 @@ def _shard_groups(plan: Plan) -> str:
     return f" over groups of {plan.fsdp} data ranks"
 
 
+def gathered_blocks(plan: Plan) -> int:
+    """How many blocks stay gathered through the step though ZeRO 3 frees the others."""
+    runs = [run for stage in plan.stages for run in stage.runs if plan.candidates[run.candidate].gathered]
+    return sum(run.stop - run.start for run in runs) if plan.zero == 3 else 0
+
+
+def reshard_words(plan: Plan) -> str:
+    """Which blocks free their parameters after each use, as `fix` writes it: all but those named; nothing where that is
+    all of them, or the ZeRO level leaves no choice."""
+    if not gathered_blocks(plan):
+        return ""
+    spans: list[tuple[int, int]] = []
+    for run in (run for stage in plan.stages for run in stage.runs if plan.candidates[run.candidate].gathered):
+        start = spans.pop()[0] if spans and spans[-1][1] == run.start else run.start
+        spans.append((start, run.stop))
+    return ",".join(["true", *(f"{span(start, stop)}:false" for start, stop in spans)])
+
+
+def _gathered(plan: Plan) -> list[str]:
+    count = gathered_blocks(plan)
+    return [f"{counted(count, 'blocks')} staying gathered"] if count else []
+
+
 def recompute_words(plan: Plan) -> str:
     """How many blocks are recomputed in backward: ``none``, or the count for each way of it."""
     runs = [run for stage in plan.stages for run in stage.runs]
@@ -133,10 +157,11 @@ def offload_words(plan: Plan) -> str:
     return activations.replace("activations", "all", 1) if plan.offload == "state" else activations
 
 
-def _offload(plan: Plan) -> str:
+def _kept(plan: Plan) -> list[str]:
+    """What of a micro-batch is made again, and what waits on the host."""
     waiting = ["parameters, gradients, optimizer state"] if plan.offload == "state" else []
     waiting += filter(None, [_activations(plan)])
-    return f", {', '.join(waiting)} on the host" if waiting else ""
+    return [f"recompute {recompute_words(plan)}", *([f"{', '.join(waiting)} on the host"] if waiting else [])]
 
 
 def _activations(plan: Plan) -> str:
@@ -271,6 +296,7 @@ def _sharding(plan: Plan) -> list[str]:
         times = f"{seconds_text(candidate.forward_s)} forward, {seconds_text(candidate.backward_s)} backward"
         way = recompute_text(candidate)
         times += ", saved tensors on the host" if candidate.offload else ""
+        times += ", parameters stay gathered" if candidate.gathered and plan.zero == 3 else ""
         lines.append(f"{where}: {times}{'' if way == 'none' else f', recompute {way}'}")
         lines += [f"  {line}" for line in told] if told not in printed else [f"  split as {printed[told]}"]
         if told:

@@ -54,7 +54,7 @@ def _results(context: Context, *key: Any) -> dict[Any, Any]:
     of axes that split no block may differ."""
     if "blocks" not in context.memo:
         fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
-        fix = replace(fix, ep=None)
+        fix = replace(fix, ep=None, reshard=())
         group = context.cluster.groups[0]
         links = (group.intra_node, group.inter_node)
         job = replace(context.job, global_batch=1)

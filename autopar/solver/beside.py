@@ -19,6 +19,7 @@ from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
 from autopar.solver.elements import blocks_held
 from autopar.solver.groups import root_blocks
+from autopar.solver.room import most_gathered
 from autopar.solver.space import Config
 
 
@@ -39,9 +40,11 @@ def least_beside(
     if config.pp == 1:
         none = np.zeros(config.stages)
         return Beside(none, none, none, none)
-    key = ("beside", config.tp, config.stages, of_ranks(data))
+    # All that a stage has may stay gathered.
+    again = data.gathers_each and not most_gathered(context, config)
+    key = ("beside", config.tp, config.stages, again, of_ranks(data))
     if key not in context.memo:
-        context.memo[key] = _beside(context, config, data)
+        context.memo[key] = _beside(context, config, data, again)
     beside, hidden = context.memo[key]
     if ahead is not None:
         beside = beside._replace(ahead=ahead)
@@ -56,19 +59,20 @@ def of_ranks(data: DataAxis) -> tuple[object, ...]:
     return data.zero, data.fsdp, data.spans, experts, data.micro_batches > 1, data.halves, data.offload
 
 
-def _beside(context: Context, config: Config, data: DataAxis) -> tuple[Beside, float]:
-    """With blocks' own seconds; and the longest gather of a backward."""
+def _beside(context: Context, config: Config, data: DataAxis, each_time: bool) -> tuple[Beside, float]:
+    """With blocks' own seconds; and the longest gather of a backward. ``each_time``: if each micro-batch surely gathers
+    anew."""
     none = np.zeros(config.stages)
     gathers, scatters, replicates = _network(context, config, data)
     gather, scatter, replicate = (least_of_stages(values, config.stages) for values in (gathers, scatters, replicates))
     hidden = float(gathers.max()) if data.gathers_each else 0.0
-    each = gather if data.gathers_each else none
-    once = none if data.gathers_each or data.ahead else gather
+    each = gather if each_time else none
+    once = none if each_time or data.ahead else gather
     if data.exposes or data.drains:  # what is reduced after the last backward counts with the blocks, or has no waiter
         return Beside(each, none, once, none), hidden
     if data.defers:
         return Beside(each, none, once, scatter + replicate), hidden
-    again = np.where(_own_groups(context, config), gather, 0.0) if data.gathers_each else none
+    again = np.where(_own_groups(context, config), gather, 0.0) if each_time else none
     return Beside(each, again + scatter, once, replicate), hidden
 
 

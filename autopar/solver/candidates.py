@@ -48,7 +48,8 @@ class BlockCost:
     ``elements``: parameters held on the model axes, ``frozen``: of these, those that do not train, ``expert``: those of
     experts that data ranks share; ``inflight``: bytes
     kept for backward on the device, ``hosted``: on the host; ``transient``: bytes while it runs.
-    ``sources``: seconds by where the figure is from.
+    ``sources``: seconds by where the figure is from. ``gathered``: under zero 3, its parameters stay gathered through
+    the step; what this saves is the stage's (`data_axis`).
     """
 
     kind: str
@@ -68,6 +69,7 @@ class BlockCost:
     hosted: int = 0
     copies_s: float = 0.0
     expert: int = 0
+    gathered: bool = False
 
     @property
     def trains(self) -> int:

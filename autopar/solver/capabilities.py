@@ -46,6 +46,7 @@ CAPABILITIES: dict[str, Capability] = {
         ("none", "selective", "full"),
         searched="none, full, selective where memory is short; for each block",
     ),
+    "reshard": Capability("reshard", (True, False), searched="under zero=3, for each block"),
     "offload": Capability(
         "offload",
         ("none", "state", "activations", "all"),
@@ -60,9 +61,8 @@ CAPABILITIES: dict[str, Capability] = {
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What the limits look at: the decisions outside the blocks, and which recomputation and offload blocks use.
-
-    ``inside_node``: devices of a node."""
+    """What the limits look at: the decisions outside the blocks, which recomputation and offload blocks use, and if
+    any stays gathered."""
 
     mesh: Mesh
     schedule: str
@@ -74,6 +74,7 @@ class Chosen:
     recompute: frozenset[str] = frozenset({"none"})
     offloads_blocks: bool = False
     dtype: str = "bf16"
+    gathered: bool = False
 
     @staticmethod
     def of(plan: Plan) -> Chosen:
@@ -90,6 +91,7 @@ class Chosen:
             frozenset(candidate.recompute for candidate in used),
             any(candidate.offload for candidate in used),
             plan.job.dtype,
+            any(candidate.gathered for candidate in used),
         )
 
 
@@ -152,6 +154,12 @@ LIMITS: tuple[Limit, ...] = (
         "zbv and dualpipev compute weight gradients apart from the backward that FSDP2 reduces and frees after; use "
         "zero=0 or zero=1, or another schedule",
         "gradients are wrong, and nothing is raised (reshard_after_forward under a split backward)",
+    ),
+    Limit(
+        "only zero 3 frees parameters",
+        ("zero", "reshard"),
+        lambda c: c.gathered and c.zero != 3,
+        "under zero=0 to 2 parameters stay gathered in every block; reshard says in which they do under zero=3",
     ),
     Limit(
         "split backward recomputes too often",

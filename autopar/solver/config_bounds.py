@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from autopar.graph.ir import TensorMeta
 from autopar.schedule import SCHEDULES
@@ -18,12 +19,15 @@ from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
 from autopar.solver.elements import least_experts, least_groups, still_elements, total_elements
 from autopar.solver.evaluate import assess, placed
+from autopar.solver.gather_bound import gather_bound
+from autopar.solver.groups import root_blocks
 from autopar.solver.laps import laps_bound
 from autopar.solver.least_problem import least_problems
 from autopar.solver.op_costs import LocalTensor
 from autopar.solver.path_bound import path_bound, program_bound
 from autopar.solver.prices import element_bytes
 from autopar.solver.reach import reach
+from autopar.solver.room import most_gathered
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Shape
 from autopar.solver.stages import StageProblem, solve_stages
@@ -70,11 +74,15 @@ def quick_bound(context: Context, config: Config, work: float, halves: tuple[flo
     trains, rooted_trains = total_elements(context, trains=True)
     frozen, rooted_frozen = total - trains, rooted - rooted_trains
     still, rooted_still = still_elements(context)
+    gathered = most_gathered(context, config)
     parts = [(total - rooted, frozen - rooted_frozen, still), (rooted, rooted_frozen, rooted_still)]
     for root, (elements, unmoved, unpassed) in enumerate(parts):
         # A stage that any gradient passes gathers its root group each time.
         unpassed = unpassed if not root or config.pp > 1 else 0
-        work += place.data.least_copies_s(elements / config.tp, bool(root), unmoved / config.tp, unpassed / config.tp)
+        stays = 0.0 if root else gathered * config.tp / max(elements, 1)
+        work += place.data.least_copies_s(
+            elements / config.tp, bool(root), unmoved / config.tp, unpassed / config.tp, min(1.0, stays)
+        )
     # Some stage holds at least its even share.
     optimizer = place.data.optimizer_s(trains / config.tp / config.pp)
     ahead, back, first, last = _least_sent(context, config, place.data)
@@ -99,10 +107,13 @@ def _least_exposed(context: Context, config: Config, data: DataAxis) -> tuple[fl
     trained, rooted_trained = least_groups(context, config, trains=True)
     first, last = (rooted or own[0]), own[-1]
     reduced = rooted_trained if rooted else trained[0]
-    gather, scatter = data.gather_s(first), data.scatter_s(reduced)
+    gather, again, scatter = data.gather_s(first), data.gather_s(last), data.scatter_s(reduced)
+    # What may stay gathered is gathered once.
+    stays = most_gathered(context, config)
+    free = data.gathers_each and (bool(rooted) or stays < first)
     # The last block has a backward, if anything trains.
-    each = gather + data.gather_s(last) if data.gathers_each else 0.0
-    once = data.replicate_s(reduced) + (0.0 if data.gathers_each else gather)
+    each = (gather if free else 0.0) + (again if data.gathers_each and stays < last else 0.0)
+    once = data.replicate_s(reduced) + (0.0 if free else gather)
     return (each, once + scatter) if data.defers else (each + scatter, once)
 
 
@@ -115,15 +126,32 @@ def _least_sent(context: Context, config: Config, data: DataAxis) -> tuple[float
         rooted = rooted_trained = 0
     gathers, again = data.gather_s(rooted), 0.0
     scatters, replicates = data.scatter_s(rooted_trained), data.replicate_s(rooted_trained)
+    # Elements of groups that may stay gathered, with what each of these gathers takes. Without stages one micro-batch
+    # of a step still gathers them before its forward.
+    spared: list[tuple[float, float, float]] = []
+    left = 1.0 if config.pp > 1 else 1 - 1 / config.micro_batches
     for (held, trained, expert, passes), count in groups.items():
         gather = count * data.of("gather_s", held + expert, expert)
+        spared.append((count * (held + expert), left * gather, gather if passes else 0.0))
         gathers, again = gathers + gather, again + (gather if passes else 0.0)
         scatters += count * data.of("scatter_s", trained + expert, expert)
         replicates += count * data.of("replicate_s", trained + expert, expert)
+    if stays := most_gathered(context, config):
+        gathers -= _most_spared([(held, ahead) for held, ahead, _ in spared], stays)
+        again -= _most_spared([(held, back) for held, _, back in spared], stays)
     ahead, back, first = (gathers, again, 0.0) if data.gathers_each else (0.0, 0.0, gathers)
     if data.defers:
         return ahead, back, first, scatters + replicates
     return ahead, back + scatters, first, replicates
+
+
+def _most_spared(groups: list[tuple[float, float]], elements: float) -> float:
+    """The most seconds that so many elements of ``groups`` (elements, seconds), or parts of these, can spare."""
+    spared = 0.0
+    for held, seconds in sorted(groups, key=lambda group: group[1] / max(group[0], 1), reverse=True):
+        share = min(1.0, elements / held) if held else 1.0
+        spared, elements = spared + share * seconds, elements - share * held
+    return spared
 
 
 def _groups(context: Context, config: Config) -> tuple[Counter[tuple[int, int, int, bool]], int, int]:
@@ -202,13 +230,24 @@ def _problem_bound(problem: StageProblem, paths: bool, sharp: bool, enough: floa
 
 
 def _only_bound(context: Context, config: Config, shardings: Shardings) -> float:
-    """Without model axis and stages nothing is left to choose but recomputation, which only adds seconds: what the
-    least of it takes is a bound."""
+    """Without model axis and stages all that is left to choose is recomputation, which only adds seconds, and what
+    stays gathered, which spares some: the least of one with all of the other is a bound, and so is `gather_bound`."""
     if config.pp > 1 or config.mesh.model_axes():
         return 0.0
-    costs = shardings.fastest().costs
+    key = ("only bound", config)
+    if key not in context.memo:
+        context.memo[key] = _fastest_bound(context, config, shardings)
+    return float(context.memo[key])
+
+
+def _fastest_bound(context: Context, config: Config, shardings: Shardings) -> float:
+    answer, found = shardings.fastest(), 0.0
     blocks = [
-        min((costs[kind][choice] for choice in choices), key=lambda cost: cost.forward_s + cost.backward_s)
+        min((answer.costs[kind][choice] for choice in choices), key=lambda cost: cost.forward_s + cost.backward_s)
         for kind, choices in context.freedom()
     ]
-    return assess(context, config, [blocks], shardings.fastest().boundary).step_time * (1 - 1e-12)
+    if most_gathered(context, config):
+        found = gather_bound(context, config, least_problems(context, [config], shardings)[0], blocks, answer)
+        roots = root_blocks(context.model, range(len(blocks)))
+        blocks = [replace(cost, gathered=not root) for cost, root in zip(blocks, roots, strict=True)]
+    return max(found, assess(context, config, [blocks], answer.boundary).step_time * (1 - 1e-12))

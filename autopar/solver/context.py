@@ -135,6 +135,11 @@ class Context:
             self.memo["freedom", extended] = found
         return list(self.memo["freedom", extended])
 
+    def gathered_of(self, index: int) -> tuple[bool, ...]:
+        """Whether block ``index`` may be freed after each use under zero 3 (False), and stay gathered (True)."""
+        fixed = self.fix.reshard_of(index, self.model.blocks[index].kind)
+        return (False, True) if fixed is None else (not fixed,)
+
     def choices_of(self, kind: str) -> tuple[str, ...]:
         """All recompute choices that some block of the kind has."""
         return tuple(dict.fromkeys(choice for name, some in self.freedom(True) if name == kind for choice in some))

@@ -14,7 +14,7 @@ ranks; groups are replicas of each other. How far apart these ranks are follows 
     3     over the shard group, for each forward and        as 2
           backward; for each forward only: the root group,
           and blocks that no gradient passes (``still``);
-          once a step: the root group of a stage of those
+          once a step: the root group of a stage of those, and blocks that stay ``gathered`` (as all do under 2)
 
 Replicas of shard groups add up their shards once, in the last backward. Reductions run block by block under the
 backward, with stages and without: schedules do not see the groups. Only those that halve backwards (zero 0 and 1)
@@ -56,6 +56,7 @@ from math import prod
 from autopar.mesh import Span, cut
 from autopar.schedule import SCHEDULES
 from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.hiding import hidden_backward, hidden_forward, ready_forward
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.simulate import StageTimes
 
@@ -66,7 +67,8 @@ class BlockTime:
     it is in the root group. ``weight_s``: of the backward, the part that gives weight gradients alone. ``frozen``: of
     the elements, those that do not train: gathered like the others, but without a gradient to reduce. ``still``: no
     gradient passes the block (`ir.BlockKind.passes_gradient`), so it has no backward. ``fetched_s``: seconds in which
-    what it saved comes back from the host. ``expert``: of the elements, those of experts that data ranks share."""
+    what it saved comes back from the host. ``expert``: of the elements, those of experts that data ranks share.
+    ``gathered``: under zero 3, its parameters stay gathered through the step."""
 
     forward_s: float
     backward_s: float
@@ -77,6 +79,7 @@ class BlockTime:
     still: bool = False
     fetched_s: float = 0.0
     expert: int = 0
+    gathered: bool = False
 
     @property
     def trains(self) -> int:
@@ -104,6 +107,18 @@ class DataTimes:
     gathers_s: float = 0.0
     gathered_s: float = 0.0
     reduces_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTimes:
+    """Seconds of what FSDP2's groups do, a block each (0 where it has none of its own), the root group's last: network
+    seconds of gathers, of reductions inside a shard group and across replicas, and of the copies around them."""
+
+    gathers: list[float]
+    gather_copies: list[float]
+    scatters: list[float]
+    replicates: list[float]
+    reduce_copies: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +161,7 @@ class DataAxis:
 
     @property
     def gathers_each(self) -> bool:
-        """Whether each micro-batch gathers."""
+        """Whether each micro-batch gathers what is not kept gathered."""
         return self.zero == 3
 
     @property
@@ -233,16 +248,19 @@ class DataAxis:
         # As `OpCosts` counts them: the optimizer reads and writes 3 + 2 k tensors, clipping 3.
         return (3 + 2 * job.moments + 3) * share * job.master_bytes / device.host_memory_bandwidth if share else 0.0
 
-    def least_copies_s(self, elements: float, root: bool = False, frozen: float = 0.0, still: float = 0.0) -> float:
+    def least_copies_s(
+        self, elements: float, root: bool = False, frozen: float = 0.0, still: float = 0.0, gathered: float = 0.0
+    ) -> float:
         """Seconds per micro-batch of all copies beside one C + M per backward, launches left out, so that it is linear
         in ``elements`` and may stand in bounds. ``root``: of elements that may be in the root group; ``frozen``: how
-        many of them do not train; ``still``: how many are in blocks that no gradient passes."""
+        many of them do not train; ``still``: how many are in blocks that no gradient passes; ``gathered``: which share
+        of them may stay gathered."""
         master, compute = self.ops.job.master_bytes, self.ops.job.compute_bytes
         cast = (master + compute) / self.shards if master != compute else 0.0
         gather = cast + (4 if self.shards == 1 else 2) * compute
-        gathered = (1 if root else 2) * elements - still if self.gathers_each else 0.0
+        each = ((1 if root else 2) * elements - still) * (1 - gathered) if self.gathers_each else 0.0
         accumulated = (master if self.accumulates else 0) * (elements - frozen)
-        return self._copied_s(gather * gathered + accumulated)
+        return self._copied_s(gather * each + accumulated)
 
     def _copied_s(self, nbytes: float, kernels: int = 0) -> float:
         """Seconds of copies around collectives, as many as the stack makes."""
@@ -256,9 +274,8 @@ class DataAxis:
         others = getattr(self, seconds)(elements - expert) if elements > expert else 0.0
         return float(others + getattr(self.experts, seconds)(expert))
 
-    def stage(self, blocks: Sequence[BlockTime]) -> DataTimes:
-        """Seconds of a stage that holds ``blocks``."""
-        # By group, the root group's last.
+    def groups(self, blocks: Sequence[BlockTime]) -> GroupTimes:
+        """Of the groups of a stage that holds ``blocks``."""
         held = [0 if block.root else block.elements for block in blocks]
         held.append(sum(block.elements for block in blocks if block.root))
         trains = [0 if block.root else block.trains for block in blocks]
@@ -273,17 +290,29 @@ class DataAxis:
             [self.of(what, n, expert) if n else 0.0 for n, expert in zip(trains, shared, strict=True)]
             for what in ("scatter_s", "replicate_s", "reduce_copy_s")
         )
-        reduces = [one + other for one, other in zip(scatters, replicates, strict=True)]
+        return GroupTimes(gathers, gather_copies, scatters, replicates, reduce_copies)
+
+    def stage(self, blocks: Sequence[BlockTime]) -> DataTimes:
+        """Seconds of a stage that holds ``blocks``."""
+        groups = self.groups(blocks)
+        gathers, gather_copies, reduce_copies = groups.gathers, groups.gather_copies, groups.reduce_copies
+        scatters = groups.scatters
+        reduces = [one + other for one, other in zip(scatters, groups.replicates, strict=True)]
         root_gather, root_gather_copy = gathers.pop(), gather_copies.pop()
         root_scatter, root_reduce, root_reduce_copy = scatters.pop(), reduces.pop(), reduce_copies.pop()
         weights = sum(block.weight_s for block in blocks) + sum(reduce_copies) + root_reduce_copy
         forward = [block.forward_s for block in blocks]
         backward = [block.backward_s + copy for block, copy in zip(blocks, reduce_copies, strict=True)]
-        optimizer = self.of("optimizer_s", sum(trains), sum(shared))
-        none = [0.0] * len(blocks)
+        optimizer = self.of("optimizer_s", sum(block.trains for block in blocks), sum(block.expert for block in blocks))
         compute, plain = sum(forward), sum(backward) + root_reduce_copy
         copied = [f + copy for f, copy in zip(forward, gather_copies, strict=True)]
         rooted, hidden = root_gather + root_gather_copy, hidden_forward(copied, gathers)
+        # What a micro-batch gathers, and copies for it; others only the first.
+        freed = [self.gathers_each and not block.gathered for block in blocks]
+        again, copies = (
+            [seconds if free else 0.0 for seconds, free in zip(some, freed, strict=True)]
+            for some in (gathers, gather_copies)
+        )
         before = not self.ops.stack.prefetches
         gathers_s = gathered_s = 0.0
         if self.ahead:
@@ -294,20 +323,24 @@ class DataAxis:
                 gathered_s = gathers_s + root_gather_copy + sum(copied)
         elif not self.gathers_each:
             each, first = compute, rooted + (sum(gathers) + sum(copied) if before else hidden) - compute
-        elif all(block.still for block in blocks):  # the root group is freed by a backward, or at the step's end
-            each, first = hidden, rooted
         else:
-            each, first = rooted + hidden, 0.0
+            later = hidden_forward([f + copy for f, copy in zip(forward, copies, strict=True)], again)
+            once = sum(gathers) - sum(again) + sum(gather_copies) - sum(copies) if before else hidden - later
+            if all(block.still for block in blocks):  # the root group is freed by a backward, or at the step's end
+                each, first = later, once + rooted
+            else:
+                each, first = rooted + later, once
         after = sum(reduces) + root_reduce
         if self.exposes:
             return DataTimes(each, plain, first, 0.0, after, optimizer, weights, gathers_s, gathered_s)
         if self.halves and self.drains:
             return DataTimes(each, plain, first, after, 0.0, optimizer, weights, gathers_s, gathered_s, after)
-        again = none
+        again = [0.0 if block.still else gather for block, gather in zip(blocks, again, strict=True)]
         if self.gathers_each:
-            again = [0.0 if block.still else gather for block, gather in zip(blocks, gathers, strict=True)]
-            copies = [0.0 if block.still else copy for block, copy in zip(blocks, gather_copies, strict=True)]
-            links = [0.0 if block.root or block.still else self._host_s(block.elements) for block in blocks]
+            copies = [0.0 if block.still else copy for block, copy in zip(blocks, copies, strict=True)]
+            links = [
+                self._host_s(block.elements) if gather else 0.0 for block, gather in zip(blocks, again, strict=True)
+            ]
             backward = [
                 max(b + copy, block.fetched_s + link if block.fetched_s else 0.0)
                 for b, copy, block, link in zip(backward, copies, blocks, links, strict=True)
@@ -362,47 +395,3 @@ def stream_seconds(ops: OpCosts, nbytes: float, kernels: int = 0) -> float:
     """Seconds to read and write ``nbytes`` of memory, caches left out: linear, so that it may stand in bounds."""
     device = ops.device
     return nbytes / (device.memory_bandwidth * device.memory_efficiency) + kernels * device.launch_s
-
-
-def ready_forward(compute: Sequence[float], gathers: Sequence[float]) -> float:
-    """When a forward can have ended at the earliest whose block i waits for gather i, all issued at time 0."""
-    now = channel = 0.0
-    for seconds, gather in zip(compute, gathers, strict=True):
-        channel += gather
-        now = max(now, channel) + seconds
-    return now
-
-
-def hidden_forward(compute: Sequence[float], gathers: Sequence[float]) -> float:
-    """Seconds of a forward whose block i waits for gather i, issued when block i-1 starts."""
-    channel = now = started = 0.0
-    for seconds, gather in zip(compute, gathers, strict=True):
-        channel = max(channel, started) + gather
-        started = max(now, channel)
-        now = started + seconds
-    return now
-
-
-def hidden_backward(
-    compute: Sequence[float],
-    gathers: Sequence[float],
-    reduces: Sequence[float],
-    after: float = 0.0,
-    reduce_after: float = 0.0,
-) -> float:
-    """Seconds of a backward, last block first: the gather of the next block is issued when a block starts, its
-    reduction when it has ended; both in one channel. ``after``: seconds once all have ended, then a last reduction."""
-    now = 0.0
-    channel = ready = gathers[-1] if gathers else 0.0
-    for index in range(len(compute) - 1, -1, -1):
-        started = max(now, ready)
-        if index:
-            channel = max(channel, started) + gathers[index - 1]
-            ready = channel
-        now = started + compute[index]
-        if reduces[index]:
-            channel = max(channel, now) + reduces[index]
-    now += after
-    if reduce_after:
-        channel = max(channel, now) + reduce_after
-    return max(now, channel)

@@ -25,6 +25,10 @@ TENSOR, SEQUENCE = 0.05, 0.03
 """What each doubling of a tensor or context axis is likely to add, before any sharding was looked at."""
 
 
+SHARDED = 0.005
+"""What a bound without stages is likely to leave out where blocks are sharded, compared with where they are not."""
+
+
 def estimate(context: Context, item: Shape | Family | Config, shardings: Shardings, step: Step, bound: float) -> float:
     """Seconds of a step, not below the ``bound`` that is known at this ``step``: even stages that wait as even stages
     do, and pass first forwards and last backwards one by one."""
@@ -41,6 +45,8 @@ def _guess(context: Context, item: Shape | Family | Config, shardings: Shardings
     each = once = 0.0
     if isinstance(item, Config) and step == Step.SPREAD and pp > 1:
         return _spread(least_problems(context, [item], shardings)[0])
+    if isinstance(item, Config) and step == Step.SPREAD:
+        return bound * (1 + SHARDED) if item.mesh.model_axes() else bound
     work = shardings.work(step)
     if isinstance(item, Config) and pp > 1:
         ahead, back, first, last = least_beside(context, item, placed(context, item, 0).data)

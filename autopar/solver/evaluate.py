@@ -194,6 +194,22 @@ def tied_elements(context: Context, stages: Sequence[Sequence[BlockCost]]) -> tu
     return shared, crossing
 
 
+def block_time(context: Context, cost: BlockCost, shared: Shared, root: bool, weight_s: float) -> BlockTime:
+    """A block as the data axis sees it."""
+    return BlockTime(
+        cost.forward_s,
+        cost.backward_s,
+        cost.elements - shared[0],
+        root,
+        weight_s,
+        cost.frozen - shared[1],
+        not context.model.kinds[cost.kind].passes_gradient,
+        cost.hosted / context.cluster.device.host_bandwidth if cost.hosted else 0.0,
+        cost.expert,
+        cost.gathered,
+    )
+
+
 def assess(
     context: Context, config: Config, stages: Sequence[Sequence[BlockCost]], boundary: int, fitting: bool = False
 ) -> Assessment:
@@ -216,20 +232,7 @@ def assess(
         key = (tuple(map(id, costs)), tuple(doubles), rooted)
         if key not in known:
             row = list(zip(costs, doubles, rooted, (halves(context, config, c) for c in costs), strict=True))
-            timed = [
-                BlockTime(
-                    c.forward_s,
-                    c.backward_s,
-                    c.elements - double,
-                    root,
-                    half[0],
-                    c.frozen - still,
-                    not context.model.kinds[c.kind].passes_gradient,
-                    c.hosted / context.cluster.device.host_bandwidth if c.hosted else 0.0,
-                    c.expert,
-                )
-                for c, (double, still), root, half in row
-            ]
+            timed = [block_time(context, c, double, root, half[0]) for c, double, root, half in row]
             held = [
                 BlockBytes(
                     c.elements,
@@ -243,6 +246,7 @@ def assess(
                     tail(c),
                     c.hosted,
                     c.expert,
+                    c.gathered,
                 )
                 for c, (double, still), root, half in row
             ]

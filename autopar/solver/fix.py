@@ -18,6 +18,8 @@ recompute      "none" | "selective" | "full" (the repeated blocks; the ends of t
                named), or per block: "LlamaDecoderLayer:full" or "0-3:full" (block indices), comma separated, later
                ones win; "selective(matmul+attention)" keeps the results of these operators, "selective" alone is the
                search's choice
+reshard        "true" | "false", or per block, as recompute: under zero=3, which blocks free their parameters after each
+               forward and backward; those of the others stay gathered through the step, as all do under zero=2
 offload        "none" | "state" (parameters, gradients, optimizer state wait on the host) | "activations" (what the
                repeated blocks save for backward does) | "all"
 mesh           "pp=2,dp=2,cp=1,tp=2", or {"pp": 2, "dp": 2, "tp": 2}: all at once (what is not named is 1)
@@ -46,8 +48,8 @@ _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """Parsed and validated; None means: searched. ``recompute``: (block selector, choice), a later entry wins;
-    the selector is "" for all blocks, a kind's name, or "3" / "0-3"."""
+    """Parsed and validated; None means: searched. ``recompute``, ``reshard``: (block selector, choice), a later entry
+    wins; the selector is "" for all blocks, a kind's name, or "3" / "0-3"."""
 
     pp: int | None = None
     dp: int | None = None
@@ -63,6 +65,7 @@ class Fix:
     offload: str | None = None
     micro_batch: int | None = None
     recompute: tuple[tuple[str, str], ...] = ()
+    reshard: tuple[tuple[str, bool], ...] = ()
     order: tuple[str, ...] = ()
     ep: int | None = None
     context: str | None = None
@@ -71,24 +74,26 @@ class Fix:
         """What is fixed for block ``index`` of kind ``kind``, or None. ``repeated``: not an end of the model."""
         found = None
         for selector, choice in self.recompute:
-            numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
-            inside = bool(numbers) and int(numbers[1]) <= index <= int(numbers[2] or numbers[1]) if numbers else False
             if selector == "":
                 found = choice if repeated else "none"
-            elif selector == kind or inside:
+            elif _selects(selector, index, kind):
                 found = choice
         return found
+
+    def reshard_of(self, index: int, kind: str) -> bool | None:
+        """Whether block ``index`` of kind ``kind`` is fixed to free its parameters under zero 3, or not to; or None."""
+        chosen = [choice for selector, choice in self.reshard if not selector or _selects(selector, index, kind)]
+        return chosen[-1] if chosen else None
 
     def given(self) -> dict[str, Any]:
         """What was fixed, as plain values for the plan's record."""
         values: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if name == "recompute":
+            if name in ("recompute", "reshard"):
                 if value:
-                    values[name] = ",".join(
-                        f"{selector}:{choice}" if selector else choice for selector, choice in value
-                    )
+                    told = [(selector, str(choice).lower()) for selector, choice in value]
+                    values[name] = ",".join(f"{selector}:{choice}" if selector else choice for selector, choice in told)
             elif name == "tp_parts":
                 values |= {"tp": "x".join(map(str, value))} if value else {}
             elif name in ("stages", "order"):
@@ -121,12 +126,13 @@ class Fix:
             wanted = "none" if self.pp == 1 else "1f1b"
             raise BadInputError(f'fix: schedule={self.schedule} contradicts pp={self.pp}; that runs under "{wanted}"')
         self._check_stages(len(kinds))
-        for selector, _ in self.recompute:
+        selectors = [("recompute", one) for one, _ in self.recompute] + [("reshard", one) for one, _ in self.reshard]
+        for key, selector in selectors:
             numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
             last = int(numbers[2] or numbers[1]) if numbers else -1
             if (numbers and last >= len(kinds)) or (not numbers and selector and selector not in kinds):
                 raise BadInputError(
-                    f"fix: recompute names block {selector!r}; the model has blocks 0-{len(kinds) - 1} of kinds "
+                    f"fix: {key} names block {selector!r}; the model has blocks 0-{len(kinds) - 1} of kinds "
                     f"{', '.join(dict.fromkeys(kinds))}"
                 )
 
@@ -181,7 +187,9 @@ def _value(key: str, given: Any) -> Any:
     if capability is None:
         raise BadInputError(f"fix: unknown key {key!r}; the keys are {', '.join(CAPABILITIES)}")
     value = _READERS[capability.form](key, given)
-    told = tuple(choice.partition("(")[0] for _, choice in value) if capability.form == "recompute" else (value,)
+    told: tuple[Any, ...] = (value,)
+    if capability.form in ("recompute", "reshard"):
+        told = tuple(choice.partition("(")[0] if isinstance(choice, str) else choice for _, choice in value)
     for choice in told:
         if capability.executable is not None and choice not in capability.executable:
             raise UnsupportedError(f"fix: {key}={given} cannot be executed: {capability.missing}")
@@ -239,13 +247,27 @@ def _counts(key: str, given: Any) -> tuple[int, ...]:
     return tuple(_size(key, part) for part in parts)
 
 
-def _recompute(key: str, given: Any) -> tuple[tuple[str, str], ...]:
+def _selects(selector: str, index: int, kind: str) -> bool:
+    """Whether a kind's name or block numbers ("3", "0-3") select block ``index`` of kind ``kind``."""
+    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
+    return selector == kind or (numbers is not None and int(numbers[1]) <= index <= int(numbers[2] or numbers[1]))
+
+
+def _by_block(given: Any) -> list[tuple[str, str]]:
     if isinstance(given, Mapping):
         entries = [(str(selector), str(choice)) for selector, choice in given.items()]
     else:
         parts = [part.strip() for part in str(given).split(",")]
         entries = [(part.rpartition(":")[0], part.rpartition(":")[2]) for part in parts]
-    return tuple((selector.strip(), _recomputation(key, choice)) for selector, choice in entries)
+    return [(selector.strip(), choice) for selector, choice in entries]
+
+
+def _recompute(key: str, given: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((selector, _recomputation(key, choice)) for selector, choice in _by_block(given))
+
+
+def _reshard(key: str, given: Any) -> tuple[tuple[str, bool], ...]:
+    return tuple((selector, _switch(key, choice)) for selector, choice in _by_block(given))
 
 
 def _recomputation(key: str, given: str) -> str:
@@ -294,8 +316,10 @@ def _parts_text(mesh: Mesh) -> str:
 
 
 def _check_zero(values: dict[str, Any]) -> None:
-    """`fsdp` and `zero` must agree."""
+    """`fsdp`, `reshard` and `zero` must agree."""
     shard, level = values.get("fsdp"), values.get("zero")
+    if level not in (None, 3) and values.get("reshard"):
+        raise BadInputError(f"fix: reshard is of zero=3, not of zero={level}, under which parameters are not freed")
     data = values["dp"] * values.get("cp", 1) if "dp" in values else None
     if shard is None:
         return
@@ -314,6 +338,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "schedule": _schedule,
     "context": _context,
     "recompute": _recompute,
+    "reshard": _reshard,
     "offload": _offload,
     "mesh": _mesh,
     "order": _order,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -25,6 +26,9 @@ from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config
 from autopar.solver.spread import KindRun, block_runs, overheads, staged
 from autopar.solver.stages import BlockRun, Option, StageProblem
+
+GATHERED = "/gathered"
+"""What the names of options end in whose blocks stay gathered under zero 3."""
 
 NEAR = 0.8
 """Share of the longest blocks that others have to be as long as to be counted with as well: memory may force more."""
@@ -73,7 +77,7 @@ def _ways(
     """Whether the network's seconds count for those of blocks, in forwards, in backwards, and what comes beside them:
     the longest first."""
     ways = [(False, False)]
-    if pairs[0][0].pp > 1 and any(ahead or back for ahead, back in (one.sent for one in told)):
+    if pairs[0][0].pp > 1 and any(way.ahead_s or way.back_s for one in told for way in one.sending):
         ways += [(False, True), (True, False), (True, True)]
     found = [(way, _beside(context, pairs, told, way)) for way in ways]
     lengths = [sum(one.run.count * one.seconds(*way) for one in told) + float(each[:2].sum()) for way, each in found]
@@ -95,16 +99,27 @@ class _Least:
 
 
 @dataclass(frozen=True, slots=True)
+class _Sending:
+    """Seconds of copies in each micro-batch, and of the network in each forward and each backward, of a block that
+    ``stays`` gathered under zero 3 or does not, which takes so many bytes (``staying``)."""
+
+    stays: bool
+    staying: float
+    copies_s: float
+    ahead_s: float
+    back_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Told:
-    """What is known of a run's blocks: each ``choice``; ``copies``, seconds of copies whatever the choice; ``sent``,
-    seconds of the network in each forward and each backward; ``sure``, seconds of both halves of the backward;
-    ``begun``, bytes at the begin of the backward of one, and of one behind another (`MemoryModel.least_backward`). Of
-    an option of one of them ``resident``, ``reduce_s``, ``optimizer_s``."""
+    """What is known of a run's blocks: each ``choice``; ``sending``, what they copy and send whatever the choice, the
+    ways of it apart that take memory; ``sure``, seconds of both halves of the backward; ``begun``, bytes at the begin
+    of the backward of one, and of one behind another (`MemoryModel.least_backward`). Of an option of one of them
+    ``resident``, ``reduce_s``, ``optimizer_s``."""
 
     run: KindRun
     choices: tuple[_Least, ...]
-    copies: float
-    sent: tuple[float, float]
+    sending: tuple[_Sending, ...]
     sure: tuple[float, float]
     begun: tuple[float, float]
     resident: float
@@ -113,11 +128,13 @@ class _Told:
 
     def seconds(self, ahead_sent: bool, back_sent: bool) -> float:
         """The least seconds of a block if the network's stand for its own in forwards, in backwards."""
+        ahead = min(one.ahead_s for one in self.sending)
+        back = min(one.back_s for one in self.sending)
         if ahead_sent:
-            return self.sent[0] + (self.sent[1] if back_sent else min(least.backward for least in self.choices))
+            return ahead + (back if back_sent else min(least.backward for least in self.choices))
         if back_sent:
-            return min(least.forward for least in self.choices) + self.sent[1]
-        return min(least.seconds for least in self.choices) + self.copies
+            return min(least.forward for least in self.choices) + back
+        return min(least.seconds for least in self.choices) + min(one.copies_s for one in self.sending)
 
 
 class _Ranks(NamedTuple):
@@ -144,13 +161,21 @@ def _told(
     sharp: bool,
 ) -> _Told:
     halved = SCHEDULES[configs[0].schedule].splits_backward
-    ranks = [_of_data(context, one, place, run) for one, place in zip(configs, places, strict=True)]
-    least = _Ranks(*map(min, zip(*ranks, strict=True)))
+    elements, _, expert = _elements(context, configs[0], run)
+    # If some are not of zero 3, what stays gathered in one takes no bytes in another: the least of all.
+    together = all(one.zero == 3 for one in configs)
+    sending, every = [], []
+    for stays in run.gathered if together else (True,):
+        ranks = [_of_data(context, one, place, run, stays) for one, place in zip(configs, places, strict=True)]
+        staying = places[0].memory.staying(elements + expert) if stays and together else 0.0
+        some = _Ranks(*map(min, zip(*ranks, strict=True)))
+        sending.append(_Sending(stays and together, staying, some.copies_s, some.ahead_s, some.back_s))
+        every.append(some)
+    least = _Ranks(*map(min, zip(*every, strict=True)))
     return _Told(
         run,
         _choices(context, run, shardings, sharp),
-        least.copies_s,
-        (least.ahead_s, least.back_s),
+        tuple(sending),
         _sure_halves(context, configs[0], run.kind) if halved else (0.0, 0.0),
         (least.begun, least.begun_behind),
         least.resident,
@@ -165,19 +190,22 @@ def _elements(context: Context, config: Config, run: KindRun) -> tuple[float, fl
     return float(held), float(trains), float(least_experts(context, config, run.start))
 
 
-def _of_data(context: Context, config: Config, place: Placed, run: KindRun) -> _Ranks:
-    data, memory = place.data, place.memory
-    key = ("of data", run.start, config.tp, config.pp == 1, config.ep, of_ranks(data), memory.steady)
+def _of_data(context: Context, config: Config, place: Placed, run: KindRun, stays: bool) -> _Ranks:
+    """``stays``: if under zero 3 the block, unless it is in a root group, stays gathered."""
+    data, memory, stays = place.data, place.memory, stays and not run.root
+    key = ("of data", run.start, config.tp, config.pp == 1, config.ep, stays, of_ranks(data), memory.steady)
     if key not in context.memo:
         elements, trains, expert = _elements(context, config, run)
         held, trained, shared = int(elements + expert), int(trains + expert), int(expert)
         passes = context.model.kinds[run.kind].passes_gradient
         still = 0.0 if passes or (run.root and config.pp == 1) else elements
-        copies = data.least_copies_s(elements, run.root, elements - trains, still)
+        share = 1.0 if stays else 0.0
+        copies = data.least_copies_s(elements, run.root, elements - trains, still, share)
         if expert:
-            copies += (data.experts or data).least_copies_s(expert, run.root)
+            copies += (data.experts or data).least_copies_s(expert, run.root, gathered=share)
+        gathered = 0 if stays else held  # in its own backward; what stays so stands all the time
         # A root group is gathered and reduced apart.
-        gather = data.of("gather_s", held, shared) if data.gathers_each and not run.root else 0.0
+        gather = data.of("gather_s", held, shared) if data.gathers_each and not (run.root or stays) else 0.0
         scatter = 0.0 if data.defers or run.root else data.of("scatter_s", trained, shared)
         context.memo[key] = _Ranks(
             copies,
@@ -186,8 +214,8 @@ def _of_data(context: Context, config: Config, place: Placed, run: KindRun) -> _
             data.of("reduce_s", trained, shared) if data.exposes else 0.0,
             _least_optimizer(context, config, place, trains, expert),
             memory.least_resident(elements + expert, run.root and run.sure, elements - trains, expert),
-            memory.least_backward(held, trained, run.root),
-            memory.least_backward(held, trained, run.root, 0.0 if run.root else held),
+            memory.least_backward(gathered, trained, run.root),
+            memory.least_backward(gathered, trained, run.root, 0.0 if run.root else gathered),
         )
     return cast(_Ranks, context.memo[key])
 
@@ -235,23 +263,23 @@ def _needed(told: Sequence[_Told], config: Config, begun: Sequence[float]) -> li
 
 def _options(told: _Told, way: tuple[bool, bool], gpipe: bool, transient: tuple[float, ...]) -> Iterator[Option]:
     ahead_sent, back_sent = way
-    for least, needed in zip(told.choices, transient, strict=True):
-        seconds = least.seconds + told.copies
+    for sending, (least, needed) in product(told.sending, tuple(zip(told.choices, transient, strict=True))):
+        seconds = least.seconds + sending.copies_s
         # The slowest forward and backward count apart under GPipe: only their sum is known.
         ahead = min(least.forward, seconds) if not gpipe or back_sent else 0.0
         back = seconds - ahead
         either = max(0.0, back - least.backward)
         if ahead_sent:
-            ahead, back, either = told.sent[0], least.backward, 0.0
+            ahead, back, either = sending.ahead_s, least.backward, 0.0
         if back_sent:
-            back, either = told.sent[1], 0.0
+            back, either = sending.back_s, 0.0
         if gpipe:
             ahead, back, either = 0.0, ahead + back, ahead + either
         yield Option(
-            least.choice,
+            least.choice + (GATHERED if sending.stays else ""),
             ahead,
             back,
-            told.resident,
+            told.resident + sending.staying,
             least.kept,
             needed,
             told.reduce_s,
@@ -264,7 +292,7 @@ def _options(told: _Told, way: tuple[bool, bool], gpipe: bool, transient: tuple[
 
 
 def _runs(context: Context, config: Config) -> list[KindRun]:
-    key = ("least runs", SCHEDULES[config.schedule].splits_backward, config.pp == 1)
+    key = ("least runs", SCHEDULES[config.schedule].splits_backward, config.pp == 1, config.zero == 3)
     if key not in context.memo:
         context.memo[key] = block_runs(context, config, extended=True)
     return cast(list[KindRun], context.memo[key])

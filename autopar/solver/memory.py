@@ -7,7 +7,8 @@ optimizer (`Job.moments`), m: micro-batches of a step.
 
                 zero 0      zero 1      zero 2      zero 3
     parameters  M N         M N / Z     M N / Z     M N / Z     as the optimizer keeps them
-                C N         C N         C N         C r         as blocks read them, for a micro-batch or longer
+                C N         C N         C N         C r         as blocks read them, for a micro-batch or longer; under
+                                                                zero 3 also of blocks that stay gathered
     gradients   M N         M N *       M N / Z     M N / Z     kept from one micro-batch to the next
                 C r         C r         C r         C r         of the root group, as autograd leaves them: it takes
                                                                 them up only when the backward has ended; beside the
@@ -68,7 +69,8 @@ class BlockBytes:
     the same stage holds already (tied weights). ``root``: whether it is in the root group. ``waiting``: bytes per
     micro-batch between the halves of its backward. ``frozen``, ``shared_frozen``: of the elements, and of those shared,
     those that do not train. ``tail``: elements of the last parameter that trains. ``hosted``: bytes saved per
-    micro-batch that wait on the host. ``expert``: of the elements, those of experts that data ranks share."""
+    micro-batch that wait on the host. ``expert``: of the elements, those of experts that data ranks share.
+    ``gathered``: under zero 3, its parameters stay gathered through the step."""
 
     elements: int
     inflight: int
@@ -81,6 +83,7 @@ class BlockBytes:
     tail: int = 0
     hosted: int = 0
     expert: int = 0
+    gathered: bool = False
 
     @property
     def own(self) -> int:
@@ -146,7 +149,7 @@ class MemoryModel:
 
     @property
     def frees_blocks(self) -> bool:
-        """Whether parameters are gathered block by block, for each forward and backward."""
+        """Whether parameters are gathered block by block, for each forward and backward, unless they stay so."""
         return self.zero == 3
 
     @property
@@ -201,6 +204,10 @@ class MemoryModel:
             "optimizer": self.job.moments * shard,
         }
 
+    def staying(self, elements: float) -> float:
+        """Bytes that blocks of so many elements add to what stands when they stay gathered."""
+        return self.job.compute_bytes * elements if self.frees_blocks else 0.0
+
     def resident(self, elements: float, root: bool = False, frozen: float = 0.0, expert: float = 0.0) -> float:
         """Bytes of parameters, gradients and optimizer state of so many elements, of which ``frozen`` do not train and
         ``expert`` are those of shared experts."""
@@ -231,7 +238,8 @@ class MemoryModel:
         # The root group's gradients stand already.
         own = compute * block.trains if block.root else 0
         shard = master / self.shards * block.elements if self.offload == "state" else 0.0
-        running = block.transient - own + (2 * compute if self.frees_blocks else 0) * largest + shard
+        passing = compute * (1 if block.gathered else 2) if self.frees_blocks else 0
+        running = block.transient - own + passing * largest + shard
         pending = 0 if self.splits else master * largest
         return max(running + pending, 0.0 if block.root else self.reduction(block.trains))
 
@@ -397,6 +405,7 @@ class MemoryModel:
         for block in blocks:
             held = root if block.root else plain
             bytes_of["parameters"] += held["parameters"] * block.own
+            bytes_of["parameters"] += self.staying(block.own) if block.gathered and not block.root else 0.0
             bytes_of["optimizer"] += held["optimizer"] * block.own_trains
             if block.expert and self.ep > 1:
                 thin = self.experts.per_element(block.root)

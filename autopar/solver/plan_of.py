@@ -110,14 +110,14 @@ def _mixing(context: Context) -> list[str]:
 
 
 def candidate_names(costs: list[BlockCost]) -> list[tuple[str, BlockCost]]:
-    """A name for every different cost: the kind, then how it is recomputed, if it is, and "offload" if what it keeps
-    waits on the host; then a number if several."""
+    """A name for every different cost: the kind, then how it is recomputed, if it is, "offload" if what it keeps waits
+    on the host, and "gathered" if its parameters stay so; then a number if several."""
     names: list[tuple[str, BlockCost]] = []
     for cost in costs:
         if any(cost is other or cost == other for _, other in names):
             continue
         base = "/".join([cost.kind, *([cost.recompute] if cost.recompute != "none" else [])])
-        base += "/offload" if cost.offload else ""
+        base += ("/offload" if cost.offload else "") + ("/gathered" if cost.gathered else "")
         taken = {name for name, _ in names}
         name, number = base, 2
         while name in taken:
@@ -130,6 +130,7 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
     once = place.data.of("optimizer_s", cost.trains, cost.expert)
     if place.data.defers:
         once += place.data.of("reduce_s", cost.trains, cost.expert)
+    resident = place.memory.resident(cost.elements, root, cost.frozen, cost.expert)
     return Candidate(
         name=name,
         decision=cost.decision,
@@ -137,11 +138,12 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
         forward_s=cost.forward_s,
         backward_s=cost.backward_s,
         step_s=once,
-        resident_bytes=round(place.memory.resident(cost.elements, root, cost.frozen, cost.expert)),
+        resident_bytes=round(resident + (place.memory.staying(cost.elements) if cost.gathered else 0.0)),
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
         parameters=cost.elements,
         saved=cost.saved,
         offload=cost.offload,
         sources=dict(cost.sources),
+        gathered=cost.gathered,
     )

@@ -149,8 +149,9 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
             own = held - doubled
             expert = expert_elements(model.kinds[candidate.decision.kind], candidate.decision)
             fetched = hosted[candidate.name] / cluster.device.host_bandwidth if candidate.offload else 0.0
+            stays = candidate.gathered
             block_times.append(
-                BlockTime(forward, backward, own, root, weights, frozen - doubled_frozen, still, fetched, expert)
+                BlockTime(forward, backward, own, root, weights, frozen - doubled_frozen, still, fetched, expert, stays)
             )
             block_bytes.append(
                 BlockBytes(
@@ -165,6 +166,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
                     tail_elements(model.kinds[candidate.decision.kind], candidate.decision),
                     hosted[candidate.name],
                     expert,
+                    stays,
                 )
             )
         for name, elements in here.items():

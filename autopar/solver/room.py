@@ -6,6 +6,7 @@ from autopar.solver.context import Context
 from autopar.solver.decisions import whole_decisions
 from autopar.solver.elements import total_elements
 from autopar.solver.evaluate import placed
+from autopar.solver.groups import root_blocks
 from autopar.solver.space import Config, Outline
 
 
@@ -34,6 +35,25 @@ def state_fits(context: Context, config: Config) -> bool:
     """Whether all ranks together could hold the state of a step, as `MemoryModel.ranks` counts it: parameters as the
     optimizer keeps them and, but for zero 3, as blocks read them; optimizer state; under zero 0 and 1 the gradients
     that wait for their reduction, those of every stage at their most. Each is split at most over tp and the stages."""
+    return _spare(context, config) >= 0.0
+
+
+def most_gathered(context: Context, config: Config) -> float:
+    """Parameter elements that may stay gathered under zero 3 in the room that the state leaves, of all stages together,
+    split over tp; 0 where no block may."""
+    if config.zero != 3:
+        return 0.0
+    if "may stay" not in context.memo:
+        roots = root_blocks(context.model, range(len(context.model.blocks)))
+        context.memo["may stay"] = any(True in context.gathered_of(i) for i, root in enumerate(roots) if not root)
+    if not context.memo["may stay"]:
+        return 0.0
+    elements, rooted = total_elements(context)
+    return max(0.0, min(_spare(context, config) / context.job.compute_bytes, (elements - rooted) / config.tp))
+
+
+def _spare(context: Context, config: Config) -> float:
+    """Bytes that the state of `state_fits` leaves of all stages' memory."""
     sizes = (config.pp, config.tp, config.dp, config.cp, config.micro_batch, config.zero, config.fsdp, config.offload)
     key = ("state fits", sizes, config.schedule)
     if key not in context.memo:
@@ -43,5 +63,5 @@ def state_fits(context: Context, config: Config) -> bool:
         gradients = min(context.job.master_bytes, waiting) if memory.defers else 0
         needed = held["parameters"] * elements + (held["optimizer"] + gradients) * trains
         room = context.cluster.device.memory_bytes - memory.reserve
-        context.memo[key] = needed / config.tp <= room * config.pp
-    return bool(context.memo[key])
+        context.memo[key] = room * config.pp - needed / config.tp
+    return float(context.memo[key])

@@ -45,6 +45,7 @@ from autopar.solver.estimates import estimate
 from autopar.solver.evaluate import within_memory
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.found import HOPE, INFINITE, Found
+from autopar.solver.gathering import more_gathered
 from autopar.solver.infeasible import explain, least_memory
 from autopar.solver.limits import INTERRUPTED, OPTIMAL, Limits, Progress, Watch
 from autopar.solver.missed import Guesses, Missed
@@ -108,7 +109,7 @@ def search(
     if found.best is None:
         raise InfeasibleError(explain(context) if explained else f"{model.name} does not fit on {cluster}")
     context = context.sharing(found.best.config.ep)
-    best = polished(context, found.best)
+    best = more_gathered(context, polished(context, found.best))
     free = free_step_time(context, best, found.known.of(best.config.sharding)) if equal_blocks else None
     seconds = dict(context.clock.seconds)
     counts = {

@@ -13,6 +13,7 @@ from autopar.solver.candidates import BlockCost
 from autopar.solver.chain import fastest
 from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements
+from autopar.solver.gathering import more_gathered, worth_gathering
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
 from autopar.solver.laps import even_borders, laps_bound
@@ -43,7 +44,8 @@ CAPACITIES = (1.0, 0.98, 0.94, 0.88)
 @dataclass(frozen=True, slots=True)
 class KindRun:
     """``count`` consecutive blocks from ``start`` of one kind and freedom. ``root``: their stage's root group holds
-    them, or may (``sure`` False: only if a block they share a weight with is in the same stage)."""
+    them, or may (``sure`` False: only if a block they share a weight with is in the same stage). ``gathered``: whether
+    their parameters may be freed (False), and stay gathered (True), under zero 3."""
 
     kind: str
     choices: tuple[str, ...]
@@ -51,6 +53,7 @@ class KindRun:
     count: int
     root: bool
     sure: bool
+    gathered: tuple[bool, ...] = (False,)
 
 
 def block_runs(context: Context, config: Config, extended: bool = False) -> list[KindRun]:
@@ -60,13 +63,21 @@ def block_runs(context: Context, config: Config, extended: bool = False) -> list
     # Where input and weight gradients are computed apart, a block would be recomputed for each (`capabilities.LIMITS`).
     whole = SCHEDULES[config.schedule].splits_backward
     alike = [
-        (kind, _without_recomputation(choices) if whole else choices, root, config.pp == 1 or not (root and block.path))
-        for (kind, choices), root, block in zip(context.freedom(extended), rooted, blocks, strict=True)
+        (
+            kind,
+            _without_recomputation(choices) if whole else choices,
+            root,
+            config.pp == 1 or not (root and block.path),
+            context.gathered_of(index) if config.zero == 3 and not root else (False,),
+        )
+        for index, ((kind, choices), root, block) in enumerate(
+            zip(context.freedom(extended), rooted, blocks, strict=True)
+        )
     ]
     runs, start = [], 0
-    for (kind, choices, root, sure), group in groupby(alike):
+    for (kind, choices, root, sure, gathered), group in groupby(alike):
         count = len(list(group))
-        runs.append(KindRun(kind, choices, start, count, root, sure))
+        runs.append(KindRun(kind, choices, start, count, root, sure, gathered))
         start += count
     return runs
 
@@ -89,14 +100,20 @@ def stage_problem(
     answers: Sequence[Answered],
     capacity: float | None = None,
     extended: bool = False,
+    gathers: bool = True,
 ) -> tuple[StageProblem, list[list[BlockCost]]]:
     """The stage ILP of a configuration over compatible answers, and the cost each option stands for. ``extended``: see
-    `Context.freedom`."""
+    `Context.freedom`; ``gathers`` False: without blocks that stay gathered though they need not."""
     boundary = max(answer.boundary for answer in answers)
     place = placed(context, config, boundary)
     kinds = block_runs(context, config, extended)
     costs_of = [
-        _undominated([answer.costs[run.kind][choice] for answer in answers for choice in run.choices]) for run in kinds
+        [
+            replace(cost, gathered=True) if stays else cost
+            for stays in (run.gathered if gathers else run.gathered[:1])
+            for cost in _undominated([answer.costs[run.kind][choice] for answer in answers for choice in run.choices])
+        ]
+        for run in kinds
     ]
     most = [max(cost.trains for cost in costs) for costs in costs_of]
     largest = max(
@@ -160,7 +177,10 @@ def staged(
 
 
 def _bytes_of(cost: BlockCost, root: bool) -> BlockBytes:
-    return BlockBytes(cost.elements, cost.inflight, cost.transient, root=root, frozen=cost.frozen, expert=cost.expert)
+    frozen, expert, gathered = cost.frozen, cost.expert, cost.gathered
+    return BlockBytes(
+        cost.elements, cost.inflight, cost.transient, root=root, frozen=frozen, expert=expert, gathered=gathered
+    )
 
 
 def _most_rooted(runs: Sequence[KindRun], elements: Sequence[int], stages: int) -> int:
@@ -178,7 +198,8 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
     copies, gather = (data.of(what, elements, expert) for what in ("gather_copy_s", "gather_s"))
     scatter, replicate = (data.of(what, trains, expert) for what in ("scatter_s", "replicate_s"))
     forward, backward, once = cost.forward_s, cost.backward_s + data.reduce_copy_s(trains), 0.0
-    if data.gathers_each:
+    each = data.gathers_each and not cost.gathered
+    if each:
         forward = forward + copies + gather if root else max(forward + copies, gather)
     elif data.ahead:
         once += copies
@@ -191,15 +212,15 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
         backward += scatter
         once += replicate
     elif not data.defers:
-        again = data.gathers_each and passes
-        backward = max(backward + copies, gather + scatter) if again else max(backward, scatter)
+        backward = max(backward + copies, gather + scatter) if each and passes else max(backward, scatter)
     # What communication hides costs a little all the same, so that nothing is recomputed for nothing.
     own = 1e-6 * (cost.forward_s + cost.backward_s)
     return Option(
         name=f"{cost.kind}/{cost.choice}",
         forward_s=forward,
         backward_s=backward + own,
-        resident=place.memory.resident(elements, root, cost.frozen, expert),
+        resident=place.memory.resident(elements, root, cost.frozen, expert)
+        + (place.memory.staying(elements) if cost.gathered else 0.0),
         inflight=cost.inflight,
         transient=transient,
         reduce_s=once,
@@ -237,12 +258,15 @@ def best_stages(
     found, and no others.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
-    short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit."""
-    problem, costs_of = stage_problem(context, config, answers, extended=extended)
+    short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit. Which blocks stay
+    gathered under zero 3, where that may be worth it, is a choice of the problem itself, and then, with none of it in
+    the problem, what room the stages leave (`more_gathered`)."""
     boundary = max(answer.boundary for answer in answers)
     tried: dict[Counts, Assessment | None] = {}
 
-    def fitting(share: float) -> tuple[Counts | None, Assessment | None]:
+    def fitting(
+        problem: StageProblem, costs_of: list[list[BlockCost]], share: float
+    ) -> tuple[Counts | None, Assessment | None]:
         """The stages for a share of the memory, and what they take if they fit."""
         begin = time.perf_counter()
         smaller = replace(problem, capacity=share * problem.capacity)
@@ -255,21 +279,33 @@ def best_stages(
             tried[counts] = found if found.step_time < float("inf") else None
         return counts, tried[counts]
 
-    counts, best = fitting(1.0)
-    if at_once or (counts is not None and best is not None and _at_ease(problem, counts)):
+    others: list[Assessment | None] = []
+    if worth_gathering(context, config, answers[0]):
+        problem, costs_of = stage_problem(context, config, answers, extended=extended)
+        counts, best = fitting(problem, costs_of, 1.0)
+        if at_once or (counts is not None and best is not None and _at_ease(problem, counts)):
+            return best
+        others, tried = [best], {}
+    problem, costs_of = stage_problem(context, config, answers, extended=extended, gathers=False)
+    counts, best = fitting(problem, costs_of, 1.0)
+    if at_once:
         return best
-    # Between most that fits and least that does not, closer and closer.
-    fits, not_fits = 1.0, ROOM
-    for _ in range(HALVINGS):
-        share = (fits + not_fits) / 2
-        found = fitting(share)[1]
-        if found is None:
-            not_fits = share
-            continue
-        fits = share
-        if best is None or found.step_time < best.step_time:
-            best = found
-    return best
+    if counts is None or best is None or not _at_ease(problem, counts):
+        # Between most that fits and least that does not, closer and closer.
+        fits, not_fits = 1.0, ROOM
+        for _ in range(HALVINGS):
+            share = (fits + not_fits) / 2
+            found = fitting(problem, costs_of, share)[1]
+            if found is None:
+                not_fits = share
+                continue
+            fits = share
+            if best is None or found.step_time < best.step_time:
+                best = found
+    if not others:
+        return best
+    filled = [more_gathered(context, one) for one in (best, *others) if one is not None]
+    return min(filled, key=lambda one: one.step_time, default=None)
 
 
 def _at_ease(problem: StageProblem, counts: Counts) -> bool:

@@ -11,7 +11,8 @@ runs, there are
   they were before (`MemoryModel.kept_gradients`). Those of the root group's blocks after it: C n, until the end;
 * the input of the last reduction, M n of the block after it, until the next one starts; where only the end of the step
   waits for reductions (`MemoryModel.drains`), the inputs of all so far, until then;
-* under zero 3 its gathered parameters and those of the block before it, on the way.
+* under zero 3 its gathered parameters and those of the block before it, on the way, if they do not stay gathered (then
+  they stand).
 
 When it is done, its gradients are reduced (if this backward reduces): the input M n beside them, or beside the M n to
 which deferred ones were added; then, without them, the input with the output M n / Z. A shard group of one rank divides
@@ -105,9 +106,9 @@ class StageBackward:
         for place in reversed(range(len(self.blocks))):
             block = self.blocks[place]
             ahead = next((other for other in reversed(self.blocks[:place]) if not other.root), None)
-            coming = compute * ahead.elements if model.frees_blocks and ahead is not None else 0
+            coming = compute * ahead.elements if model.frees_blocks and ahead is not None and not ahead.gathered else 0
             kept = after * later + before * (rest + self.rooted)
-            own = compute * block.elements if model.frees_blocks and not block.root else 0
+            own = compute * block.elements if model.frees_blocks and not (block.root or block.gathered) else 0
             shard = master / model.shards * block.elements if model.offload == "state" else 0.0
             yield Beside(self.saved[place + 1], kept, waiting + block.transient + reducing + coming + own + shard)
             if block.root:

@@ -64,6 +64,9 @@ RECOMPUTE = {
 }
 """Values of the key "recompute", and the fix they mean; in "mixed" blocks differ, and the first block is recomputed."""
 
+RESHARD = {"all": "true", "some": "true,1:false,3-4:false", "none": "false"}
+"""Values of the key "reshard", and the fix they mean under zero 3."""
+
 KEYS: dict[str, tuple[Any, ...]] = {
     "family": ("llama", "gpt2", "bert", "t5"),
     "mesh": tuple(MESHES),
@@ -72,6 +75,7 @@ KEYS: dict[str, tuple[Any, ...]] = {
     "micro_batch": (1, 2),
     "sharding": ("zero0", "zero1", "zero1 half", "zero2", "zero2 half", "zero3", "zero3 half"),
     "recompute": tuple(RECOMPUTE),
+    "reshard": tuple(RESHARD),
     "offload": ("none", "state", "activations", "all"),
     "sp": ("searched", True, False),
     "context": ("searched", "gathered", "all-to-all", "ring"),
@@ -173,6 +177,8 @@ class Case:
         }
         if mesh.data > 1:
             fixed |= {"zero": zero, "fsdp": fsdp}
+        if zero == 3:
+            fixed["reshard"] = RESHARD[self["reshard"]]
         if self["sp"] != "searched":
             fixed["sp"] = self["sp"]
         if self["context"] != "searched":
@@ -201,12 +207,14 @@ class Case:
             frozenset(used),
             self["offload"] in ("activations", "all"),
             self["dtype"],
+            self["reshard"] != "all",
         )
 
     def __str__(self) -> str:
         told = [self["family"], self["mesh"], self["dtype"], self["sharding"] if self.mesh.data > 1 else ""]
         told += [self["schedule"] if self.mesh.pp > 1 else "", f"m{self['micro_batches']}x{self['micro_batch']}"]
         told += [self[key] if self[key] != "none" else "" for key in ("recompute",)]
+        told += [f"reshard {self['reshard']}" if self["reshard"] != "all" else ""]
         told += [f"offload {self['offload']}" if self["offload"] != "none" else ""]
         told += [{True: "sp", False: "no sp"}.get(self["sp"], "")]
         told += [self["context"] if self["context"] != "searched" else ""]
@@ -259,7 +267,7 @@ def legal_pairs() -> dict[Pair, Case]:
         for schedule in KEYS["schedule"]
         for count in (8, 4, 2)
     ]
-    bases = [case for case in bases if legal(case)]
+    bases = [other for case in bases for other in (case, case.changed({"sharding": "zero3"})) if legal(other)]
     found = {}
     for (one, ones), (other, others) in itertools.combinations(KEYS.items(), 2):
         for pair in itertools.product(ones, others):
@@ -278,7 +286,8 @@ def one_by_one() -> tuple[Case, ...]:
     found = [Case.of(family=family, mesh=mesh) for mesh in homes[:4] for family in KEYS["family"]]
     for key, options in KEYS.items():
         for value in options[1:]:
-            options_ = (Case.of(mesh=home).changed({key: value}) for home in homes)
+            level = {"sharding": "zero3"} if key == "reshard" else {}
+            options_ = (Case.of(mesh=home).changed({key: value, **level}) for home in homes)
             found += itertools.islice(filter(legal, options_), 1)
     return tuple(dict.fromkeys(found))
 

@@ -68,6 +68,8 @@ PLANS = (
     Sized("dp4 zero1", {"dp": 4, "zero": 1, "micro_batch": 2}),
     Sized("dp4 zero2", {"dp": 4, "zero": 2, "micro_batch": 2}),
     Sized("dp4 zero3", {"dp": 4, "zero": 3, "micro_batch": 2}),
+    Sized("dp4 zero3 some stay", {"dp": 4, "zero": 3, "micro_batch": 2, "reshard": "true,2-3:false,6:false"}),
+    Sized("dp4 zero3 all stay", {"dp": 4, "zero": 3, "micro_batch": 1, "reshard": False, "recompute": "full"}),
     Sized("dp4 zero3 groups of 2", {"dp": 4, "zero": 3, "fsdp": 2, "micro_batch": 2}),
     Sized("dp4 zero3 fp32 sgd", {"dp": 4, "zero": 3, "micro_batch": 1}, dtype="fp32", optimizer="sgd"),
     Sized("dp4 zero1 fp32", {"dp": 4, "zero": 1, "micro_batch": 4}, dtype="fp32"),
@@ -85,6 +87,10 @@ PLANS = (
     Sized("pp2 dp2 gpipe zero1", {"pp": 2, "dp": 2, "schedule": "gpipe", "zero": 1, "micro_batch": 2}),
     Sized("pp2 dp2 1f1b zero3", {"pp": 2, "dp": 2, "schedule": "1f1b", "zero": 3, "micro_batch": 2}),
     Sized("pp2 tp2 interleaved", {"pp": 2, "tp": 2, "schedule": "interleaved", "vpp": 2, "micro_batch": 2}),
+    Sized(
+        "pp2 dp2 1f1b some stay",
+        {"pp": 2, "dp": 2, "schedule": "1f1b", "zero": 3, "micro_batch": 2, "reshard": "true,1-2:false,5:false"},
+    ),
     Sized(
         "pp2 dp2 interleaved zero1",
         {"pp": 2, "dp": 2, "schedule": "interleaved", "vpp": 2, "zero": 1, "micro_batch": 2},
@@ -182,9 +188,10 @@ def model_of(name: str) -> nn.Module:
 
 
 def plan_of(sized: Sized, graph: ModelGraph) -> Plan:
-    """The plan of the fix, with nothing recomputed where it does not say so."""
+    """The plan of the fix, with nothing recomputed where it does not say so, and under zero 3 nothing that stays
+    gathered."""
     job = Job(sized.batch, SEQ, sized.dtype, sized.optimizer)
-    usual = {"pp": 1, "tp": 1, "recompute": "none"}
+    usual = {"pp": 1, "tp": 1, "recompute": "none", **({"reshard": True} if sized.fix.get("zero") == 3 else {})}
     return search(graph, job, Cluster.parse(f"1x{sized.ranks}:h100"), {**usual, **sized.fix})
 
 

@@ -15,6 +15,7 @@ from proof.cases import (
     KEYS,
     MESHES,
     RECOMPUTE,
+    RESHARD,
     Case,
     cover,
     legal,
@@ -28,7 +29,7 @@ from proof.cases import (
 def test_every_pair_of_values_that_some_legal_case_holds_is_covered() -> None:
     covered = {pair for case in cover() for pair in pairs_of(case)}
     drawn, seen = random.Random(3), set()
-    for _ in range(60_000):
+    for _ in range(100_000):
         case = Case(tuple(drawn.choice(options) for options in KEYS.values()))
         if legal(case):
             seen.update(pairs_of(case))
@@ -67,6 +68,8 @@ def test_the_values_are_those_of_the_capability_table() -> None:
     assert set(KEYS["offload"]) == set(CAPABILITIES["offload"].executable)
     told = {choice.rpartition(":")[2].partition("(")[0] for fix in RECOMPUTE.values() for choice in fix.split(",")}
     assert told == set(CAPABILITIES["recompute"].executable)
+    resharded = {part.rpartition(":")[2] == "true" for fix in RESHARD.values() for part in fix.split(",")}
+    assert resharded == set(CAPABILITIES["reshard"].executable)
     assert set(KEYS["sp"]) == {"searched", *CAPABILITIES["sp"].executable}
 
 
@@ -90,6 +93,7 @@ def test_a_case_says_what_its_fix_says() -> None:
         {"mesh": "dp4", "sp": True},
         {"mesh": "pp2 dp2", "schedule": "1f1b", "micro_batches": 1},
         {"mesh": "pp2 dp2", "schedule": "zbv", "sharding": "zero3"},
+        {"mesh": "dp4", "sharding": "zero2", "reshard": "some"},
     ],
     ids=str,
 )

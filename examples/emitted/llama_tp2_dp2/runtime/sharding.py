@@ -10,6 +10,7 @@ shard group they are copies; "reductions": of each block's gradients):
     2      as 1                           1         m reduce-scatters
     3      whole while a block runs       2m        m reduce-scatters
 
+Under level 3 some blocks may stay whole as all do under level 2: ``gathered`` of `shard_stage`.
 A block that no gradient passes, because it and all before it are frozen, is gathered for forwards alone: m at level 3.
 Where shard groups have replicas, these add up their shards of the gradients once, in the last backward. Under schedules
 that split the backward (level 0 and 1 only) the reduction comes after the last backward of the stage. The root group
@@ -22,7 +23,7 @@ without them (`gather_ahead`, `drains`). PyTorch before 2.13 still has each bloc
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -43,13 +44,15 @@ def shard_stage(
     compute: torch.dtype,
     offload: bool = False,
     expert_mesh: DeviceMesh | None = None,
+    gathered: Collection[str] = (),
 ) -> None:
     """Wrap a stage for the data ranks, in place. Afterwards every parameter is a DTensor over data and tensor axes.
 
     ``fsdp_mesh``: one axis, which shards, or two, which replicate and shard. ``compute``: the dtype blocks run in;
     parameters, gradient reduction and optimizer state keep the dtype of the parameters. ``offload``: these three wait
     on the host, and are copied to the device and back as they are used. ``expert_mesh``: the same as ``fsdp_mesh`` for
-    parameters that are split over "ep".
+    parameters that are split over "ep". ``gathered``: names of blocks that stay whole from their first use to the end
+    of the step, at level 3 too.
     """
     master = next(stage.parameters()).dtype
     precision = MixedPrecisionPolicy(
@@ -59,12 +62,13 @@ def shard_stage(
     # A weight that two blocks share has to be gathered once for both: it goes with the root.
     holders = Counter(id(weight) for block in blocks for weight in block.parameters())
     place = None if expert_mesh is None else _placement(fsdp_mesh, expert_mesh)
-    sharded = []
+    names = {module: name for name, module in stage.named_modules()}
+    sharded: list[FSDPModule] = []
     for block in blocks:
         weights = list(block.parameters())
         if weights and all(holders[id(weight)] == 1 for weight in weights):
-            free = zero == 3
-            fully_shard(
+            free = zero == 3 and names[block] not in gathered
+            wrapped = fully_shard(
                 block,
                 mesh=fsdp_mesh,
                 reshard_after_forward=free,
@@ -72,7 +76,8 @@ def shard_stage(
                 mp_policy=precision,
                 offload_policy=policy,
             )
-            sharded.append(block)
+            wrapped.set_reshard_after_backward(free)  # below level 3 `before_backward` says so of all
+            sharded.append(wrapped)
     fully_shard(stage, mesh=fsdp_mesh, reshard_after_forward=False, mp_policy=precision, offload_policy=policy)
     # While a block goes backward, the one before it is gathered. By itself FSDP2 goes by the order of the forwards,
     # which under a pipeline are those of other micro-batches.
@@ -133,7 +138,8 @@ def before_backward(stage: FSDPModule, zero: int, is_last: bool, waits: bool = T
     """Say what the next backward of a stage does with the gradients. ``is_last``: it is the last of the step;
     ``waits``: it ends when its reductions are through, else `after_step` waits for them."""
     reduce = zero >= 2 or is_last
-    stage.set_reshard_after_backward(zero == 3)
+    if zero < 3:
+        stage.set_reshard_after_backward(False)
     stage.set_requires_gradient_sync(reduce)
     stage.set_requires_all_reduce(is_last)
     # Every backward that reduces ends its reductions, as the last of a step does. Otherwise FSDP2 holds the whole
