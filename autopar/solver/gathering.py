@@ -19,12 +19,12 @@ WORTH = 2e-3
 on; below, only the plan that is found at last has what room it leaves filled."""
 
 
-def worth_gathering(context: Context, config: Config, answer: Answered) -> bool:
-    """Whether blocks that stay gathered may spare a share of the step worth the search: each block as if alone, as
-    many as memory has room for at most."""
+def worth_gathering(context: Context, config: Config, answer: Answered) -> float:
+    """The share of the step that blocks which stay gathered may spare, if it is worth the search, else 0: each block as
+    if alone, as many as memory has room for at most."""
     elements = most_gathered(context, config)
     if not elements or not any(len(context.gathered_of(index)) > 1 for index in range(len(context.model.blocks))):
-        return False
+        return 0.0
     data = placed(context, config, answer.boundary).data
     roots = root_blocks(context.model, range(len(context.model.blocks)))
     work = spared = held = 0.0
@@ -37,7 +37,8 @@ def worth_gathering(context: Context, config: Config, answer: Answered) -> bool:
             ahead = max(cost.forward_s + copies, gather) - cost.forward_s
             back = max(cost.backward_s + copies, gather + scatter) - max(cost.backward_s, scatter)
             spared, held = spared + count * (ahead + back), held + count * cost.elements
-    return spared * min(1.0, elements / max(held, 1.0)) >= WORTH * work
+    share = spared * min(1.0, elements / max(held, 1.0)) / max(work, 1e-30)
+    return share if share >= WORTH else 0.0
 
 
 def more_gathered(context: Context, found: Assessment) -> Assessment:

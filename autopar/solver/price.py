@@ -41,7 +41,7 @@ def _price(
     context: Context, config: Config, shardings: Shardings, found: Found, bound: float
 ) -> tuple[bool, Assessment | None]:
     """The same under one order: whether anything fits, and the fastest that was found."""
-    best = best_stages(context, config, [shardings.fastest()])
+    best = best_stages(context, config, [shardings.fastest()], beat=_beat(found))
     found.keep(best)
     if best is not None and not _short(context, best):
         return True, best
@@ -57,10 +57,14 @@ def _price(
             fits = True  # or would not be better
             continue
         # Of several answers the first is sought with the ILP as well: which it is seldom decides what fits.
-        leaner = best_stages(context, config, answers, extended=True, thorough=not place)
+        leaner = best_stages(context, config, answers, extended=True, thorough=not place, beat=_beat(found))
         found.keep(leaner)
         best = min((one for one in (best, leaner) if one), key=lambda one: one.step_time, default=None)
     return fits or best is not None, best
+
+
+def _beat(found: Found) -> float:
+    return found.best.step_time if found.best else INFINITE
 
 
 def _short(context: Context, best: Assessment) -> bool:

@@ -72,9 +72,9 @@ least hardly rises."""
 AHEAD = 2.5
 """How many times as long as anything may take, by its estimate, what has no stages may take to be looked into first."""
 
-PATIENCE, STEPS, BETTER = 8, 1500, 1e-3
-"""Configurations priced one after the other that are no better, and steps, after which no better ones are sought; and
-how much shorter a step has to be to count as better."""
+PATIENCE, FIRST, STEPS, BETTER = 8, 3, 1500, 1e-3
+"""Configurations priced one after the other that are no better (of those that are looked into first), and steps, after
+which no better ones are sought; and how much shorter a step has to be to count as better."""
 
 
 def search(
@@ -223,17 +223,19 @@ class _Walk:
         what has no stages, which is soon done and says what the rest has to beat. What is not likely to fit comes only
         if nothing else does."""
         stop = AHEAD * min(self.likely, default=(INFINITE, 0))[0]
-        self._find([pair for pair in self.likely if _mesh(self.entries[pair[1]].item)[0] == 1], stop=stop)
+        self._find([pair for pair in self.likely if _mesh(self.entries[pair[1]].item)[0] == 1], FIRST, stop)
         self._find([(entry.estimate, entry.order) for entry in self.entries.values()])
         if self.found.best is None:
             self.crowded = Crowded()
             self._find([(entry.estimate, entry.order) for entry in self.entries.values()], patient=True)
 
-    def _find(self, likely: list[tuple[float, int]], patient: bool = False, stop: float = INFINITE) -> None:
+    def _find(
+        self, likely: list[tuple[float, int]], patience: int = PATIENCE, stop: float = INFINITE, patient: bool = False
+    ) -> None:
         found, waited, refined, told = self.found, 0, 0, set()
         heapq.heapify(likely)
         self.likely = likely
-        while likely and waited < PATIENCE and refined < STEPS:
+        while likely and waited < patience and refined < STEPS:
             guess, order = heapq.heappop(likely)
             entry = self.entries.get(order)
             if entry is None or not found.promising(entry.bound):

@@ -252,10 +252,11 @@ def best_stages(
     extended: bool = False,
     thorough: bool = True,
     at_once: bool = False,
+    beat: float = float("inf"),
 ) -> Assessment | None:
     """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
     fit there. ``extended``: see `Context.freedom`; ``thorough``: see `quick_stages`; ``at_once``: the first that are
-    found, and no others.
+    found, and no others. ``beat``: seconds of a step that others are not looked for if they are not likely to beat.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit. Which blocks stay
@@ -280,7 +281,8 @@ def best_stages(
         return counts, tried[counts]
 
     others: list[Assessment | None] = []
-    if worth_gathering(context, config, answers[0]):
+    spared = worth_gathering(context, config, answers[0])
+    if spared:
         problem, costs_of = stage_problem(context, config, answers, extended=extended)
         counts, best = fitting(problem, costs_of, 1.0)
         if at_once or (counts is not None and best is not None and _at_ease(problem, counts)):
@@ -304,8 +306,12 @@ def best_stages(
                 best = found
     if not others:
         return best
-    filled = [more_gathered(context, one) for one in (best, *others) if one is not None]
-    return min(filled, key=lambda one: one.step_time, default=None)
+    found = None
+    for one in sorted((one for one in (best, *others) if one is not None), key=lambda one: one.step_time):
+        likely = one.step_time * (1 - spared) < min(beat, found.step_time if found else beat)
+        one = more_gathered(context, one) if likely else one
+        found = one if found is None or one.step_time < found.step_time else found
+    return found
 
 
 def _at_ease(problem: StageProblem, counts: Counts) -> bool:
