@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 
 _functional = torch.ops._c10d_functional
@@ -164,6 +165,17 @@ def dropout(x: Tensor, p: float, training: bool, axis: Axes) -> Tensor:
     """Dropout of a tensor that is split over ``axis``: every rank draws a mask of its own."""
     with _own_random_numbers(_tuple(axis), training):
         return F.dropout(x, p, training)
+
+
+def drawn(x: Tensor, kind: str, axis: Axes = ()) -> Tensor:
+    """Random numbers in the shape of ``x``: "uniform" in [0, 1), "normal" or "exponential". Where that is split over
+    ``axis``, every rank draws its own."""
+    if has_torch_function((x,)):
+        result: Tensor = handle_torch_function(drawn, (x,), x, kind, axis=axis)
+        return result
+    with _own_random_numbers(_tuple(axis), True):
+        numbers = torch.empty_like(x)
+        return {"uniform": numbers.uniform_, "normal": numbers.normal_, "exponential": numbers.exponential_}[kind]()
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, axis: Axes, dropout_p: float, **options: Any) -> Tensor:
