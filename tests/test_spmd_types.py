@@ -204,6 +204,7 @@ def agrees_globally(example: Example, strategy: Strategy, group: Any) -> bool:
     return kind is kinds[strategy.output.kind]
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support on cpu")
 def test_checker_in_global_mode_infers_our_split_dims(group: Any) -> None:
     gaps, agreed = set(), 0
     for op in RULES:

@@ -43,6 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, graph: ModelGraph) -> Path:
     fp32, cluster = replace(JOB, dtype="fp32"), autopar.Cluster.parse("1x4:cpu")
     tensor = autopar.search(model, fp32, cluster, fix={"tp": 2, "dp": 2, "pp": 1, "zero": 3, "micro_batch": 2})
     stages = autopar.search(model, fp32, cluster, fix={"pp": 2, "dp": 2, "tp": 1, "zero": 0, "micro_batch": 1})
+    freed = autopar.search(
+        model, fp32, cluster, fix={"tp": 2, "dp": 2, "pp": 1, "zero": 3, "reshard": "true", "micro_batch": 2}
+    )
     half = replace(JOB, dtype="fp16", optimizer="sgd")
     near = {"order": "dp,pp,cp,tp", "recompute": "full"}  # ranks 0 and 1 are the stages of the first data rank
     ordered = autopar.search(
@@ -58,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, graph: ModelGraph) -> Path:
         "interleaved": in_stages(replace(stages, job=JOB, zero=3, fsdp=2), "interleaved", 2),
         # There and back: the two copies of the tied weight are on the same rank.
         "zbv": in_stages(replace(stages, job=JOB, zero=1, fsdp=2), "zbv", 2),
-        "half": replace(tensor, job=half, zero=2, fsdp=2),
+        "half": replace(freed, job=half, zero=2, fsdp=2),
         "half_stages": in_stages(replace(stages, job=half), "dualpipev", 2),
     }
     for name, plan in plans.items():

@@ -70,6 +70,9 @@ REFUSED = {
     "split backward keeps gradients whole": Refused(
         {**ZBV, "zero": 3}, "use zero=0 or zero=1, or another schedule", ZBV, {"zero": 3, "fsdp": 2}
     ),
+    "only zero 3 frees parameters": Refused(
+        {"dp": 4, "zero": 2, "reshard": "true"}, "reshard is of zero=3", {"dp": 4, "zero": 2}, blocks={"gathered": True}
+    ),
     "split backward recomputes too often": Refused(
         {**ZBV, "recompute": "full"}, "use recompute=none, or another schedule", ZBV, blocks={"recompute": "full"}
     ),
