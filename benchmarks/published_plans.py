@@ -34,7 +34,7 @@ EXAMINED = 0.10
 """Gains above it get a path."""
 STEPS = (
     ("recompute",),
-    ("zero", "fsdp"),
+    ("zero", "fsdp", "reshard"),
     ("micro_batch",),
     ("schedule", "vpp", "stages"),
     ("sp",),

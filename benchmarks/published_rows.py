@@ -301,7 +301,10 @@ def _zero(record: Record, data: int) -> dict[str, Any]:
     instances = int((record.get("ci_args") or {}).get("num-distributed-optimizer-instances", 1))
     shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data // instances
     shards = min(shards, data)
-    return {"zero": 0} if level == 0 or shards == 1 else {"zero": level, "fsdp": shards}
+    if level == 0 or shards == 1:
+        return {"zero": 0}
+    freed = {"reshard": "true"} if level == 3 else {}  # the default of all software of these runs
+    return {"zero": level, "fsdp": shards, **freed}
 
 
 def family_of(record: Record) -> str:

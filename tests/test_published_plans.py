@@ -40,7 +40,7 @@ def test_what_a_source_leaves_open_is_not_fixed():
     record = BY_ID["automodel_Llama3_70B"]
     assert record["recompute"] is None
     mesh = {"pp": 1, "dp": 32, "cp": 2, "tp": 1, "ep": 1}
-    assert fix_of(record) == {**mesh, "micro_batch": 1, "zero": 3, "fsdp": 32}
+    assert fix_of(record) == {**mesh, "micro_batch": 1, "zero": 3, "fsdp": 32, "reshard": "true"}
     assert fix_of(BY_ID["vtrain_multi_0042"])["stages"] == "13,12,12,13"
 
 
