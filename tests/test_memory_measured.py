@@ -116,12 +116,13 @@ def test_prediction_is_what_the_allocator_sees(
 
 
 @pytest.mark.parametrize("model", [llama, mixtral])
-def test_where_all_blocks_stay_gathered_no_less_is_predicted(
+def test_where_all_blocks_stay_gathered_little_less_is_predicted(
     tmp_path: Path, model: Callable[[], PreTrainedModel]
 ) -> None:
-    """In models this small the root group, of which more is counted than was found, is most of it."""
+    """Within 0.1 % on ranks of their own (`proof.memory`); here, in a faked group, half of what the root group gathers
+    stands beside."""
     predicted, measured = bytes_of(tmp_path, model, {"zero": 3, "recompute": "none", "reshard": "false"})
-    assert 0.99 * measured <= predicted <= 1.07 * measured
+    assert 0.94 * measured <= predicted <= 1.01 * measured
 
 
 def bytes_of(tmp_path: Path, model: Callable[[], PreTrainedModel], fix: dict[str, object]) -> tuple[int, int]:

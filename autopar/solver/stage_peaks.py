@@ -27,7 +27,7 @@ of weights come in "W", and stay, C N of the stage, until the hooks of the next 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,6 @@ class StageBackward:
         self.thinner = 0.0 if model.defers else model.thinner - 1
         self.added = self.thinner * sum(block.expert for block in self.blocks)
         self.elements_rooted = sum(block.own for block in self.blocks if block.root)
-        own = [block for block in self.blocks if not block.root]
-        # FSDP2 holds on to what it gathered last in a forward until it gathers again: where all blocks stay gathered,
-        # that is the root group. Measured is half of it in small models: this is no less.
-        stay = model.frees_blocks and bool(own) and all(block.gathered for block in own)
-        self.left_over = model.job.compute_bytes * self.elements_rooted if stay else 0.0
         self._most: dict[tuple[str, str, bool], tuple[float, Beside | None]] = {}
 
     def most(self, kind: str, done: str, last: bool) -> tuple[float, Beside | None]:
@@ -85,8 +80,7 @@ class StageBackward:
         elif kind == "I" and self.halved:
             yield from self._inputs(done)
         elif kind != "I":
-            through = self._buffered() if self.model.keeps_buffers else self._whole(done, last)
-            yield from (replace(time, transient=time.transient + self.left_over) for time in through)
+            yield from self._buffered() if self.model.keeps_buffers else self._whole(done, last)
         if kind == "W" and last:
             yield from self._reductions()
 
