@@ -155,6 +155,11 @@ class Plan:
         """The stages of a pipeline rank, in the model's order."""
         return tuple(stage for stage in range(len(self.stages)) if self.rank_of(stage) == rank)
 
+    def gathered_runs(self) -> tuple[Run, ...]:
+        """Runs of blocks whose parameters stay gathered through the step though zero 3 frees those of others."""
+        runs = (run for stage in self.stages for run in stage.runs if self.candidates[run.candidate].gathered)
+        return tuple(runs) if self.zero == 3 else ()
+
     def candidate_of(self, block: int) -> Candidate:
         """The candidate block ``block`` runs under."""
         for stage in self.stages:

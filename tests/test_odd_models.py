@@ -16,6 +16,7 @@ import autopar
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.verify import verify
 from autopar.errors import UnsupportedError
+from autopar.graph.export import Loss
 from autopar.graph.ir import ModelGraph
 from autopar.graph.trace import trace
 
@@ -31,11 +32,11 @@ def ops(graph: ModelGraph) -> set[str]:
     return {node.op for kind in graph.kinds.values() for node in kind.graph.of("op")}
 
 
-def proved(model: nn.Module, inputs: dict[str, Tensor], **fix: object) -> ModelGraph:
+def proved(model: nn.Module, inputs: dict[str, Tensor], loss: Loss = square, **fix: object) -> ModelGraph:
     """The graph of ``model``, once its plan on two ranks computes the same."""
-    graph = trace(model, inputs, square)
-    plan = autopar.search(model, autopar.Job(4, SEQ), CLUSTER, inputs=inputs, loss=square, fix=fix)
-    assert verify(plan, model, inputs, loss=square, graph=graph).worst[1] < 1e-10
+    graph = trace(model, inputs, loss)
+    plan = autopar.search(model, autopar.Job(4, SEQ), CLUSTER, inputs=inputs, loss=loss, fix=fix)
+    assert verify(plan, model, inputs, loss=loss, graph=graph).worst[1] < 1e-10
     return graph
 
 

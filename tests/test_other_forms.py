@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from test_odd_models import CLUSTER, ops, proved
 from torch import Tensor, nn
 
 import autopar
 from autopar.codegen.verify import verify
-from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
 
 WIDTH, SEQ = 8, 6
-CLUSTER = autopar.Cluster.parse("1x2:h100")
 SAMPLE = {
     "x": torch.randn(SEQ, WIDTH, generator=torch.Generator().manual_seed(1)),
     "ids": torch.zeros(SEQ, dtype=torch.int64),
@@ -22,18 +20,6 @@ SAMPLE = {
 
 def square(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return (outputs.float() - 0.5).square().mean()
-
-
-def ops(graph: ModelGraph) -> set[str]:
-    return {node.op for kind in graph.kinds.values() for node in kind.graph.of("op")}
-
-
-def proved(model: nn.Module, inputs: dict[str, Tensor], **fix: object) -> ModelGraph:
-    """The graph of ``model``, once its plan on two ranks computes the same."""
-    graph = trace(model, inputs, square)
-    plan = autopar.search(model, autopar.Job(4, SEQ), CLUSTER, inputs=inputs, loss=square, fix=fix)
-    assert verify(plan, model, inputs, loss=square, graph=graph).worst[1] < 1e-10
-    return graph
 
 
 class Layer(nn.Module):
@@ -76,7 +62,7 @@ class Dilated(Layer):
 @pytest.mark.parametrize("model", [Normed, Tiled, Overlapping, Dilated])
 @pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2}])
 def test_forms_are_understood(model: type[nn.Module], fix: dict[str, int]) -> None:
-    graph = proved(model(), SAMPLE if model is not Dilated else {"x": SAMPLE["x"]}, **fix)
+    graph = proved(model(), SAMPLE if model is not Dilated else {"x": SAMPLE["x"]}, square, **fix)
     assert not ops(graph) & {"aten.linalg_norm", "aten.tile", "aten.unfold", "aten.im2col"}
 
 
@@ -100,7 +86,7 @@ def test_rows_and_numbers_are_put_where_a_mask_says() -> None:
     lows = torch.arange(SEQ) % 3
     marked = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.bool)
     inputs = {**SAMPLE, "marked": marked, "boxes": torch.stack((lows, lows + 2), 1)}
-    assert "aten.index_put" not in ops(proved(Placed(), inputs, dp=2))
+    assert "aten.index_put" not in ops(proved(Placed(), inputs, square, dp=2))
 
 
 class Changed(Layer):
@@ -117,7 +103,7 @@ class Changed(Layer):
 
 
 def test_copies_may_be_changed_in_place() -> None:
-    proved(Changed(), SAMPLE, dp=2)
+    proved(Changed(), SAMPLE, square, dp=2)
 
 
 class Aliased(Layer):
@@ -131,7 +117,7 @@ class Aliased(Layer):
 
 
 def test_a_change_shows_in_what_is_the_same_tensor() -> None:
-    proved(Aliased(), SAMPLE, dp=2)
+    proved(Aliased(), SAMPLE, square, dp=2)
 
 
 class Answers(nn.Module):
@@ -256,5 +242,5 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2}, {"pp": 2}])
 @pytest.mark.parametrize("model", [Lender, Interrupted])
 def test_layers_that_borrow_and_that_are_interrupted(model: type[nn.Module], fix: dict[str, int]) -> None:
-    graph = proved(model(), SAMPLE, **fix)
+    graph = proved(model(), SAMPLE, square, **fix)
     assert len(graph.blocks) > 2

@@ -203,8 +203,8 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
 
 def _gathered(plan: Plan, names: list[str]) -> list[str]:
     """Source text of the names of the blocks that stay gathered under zero 3, those of a list of modules together."""
-    runs = [run for stage in plan.stages for run in stage.runs if plan.candidates[run.candidate].gathered]
-    places = [names[block].rpartition(".") for run in runs for block in range(run.start, run.stop)]
+    blocks = (block for run in plan.gathered_runs() for block in range(run.start, run.stop))
+    places = [names[block].rpartition(".") for block in blocks]
     texts: list[str] = []
     first = before = ""
     for parent, _, own in places:

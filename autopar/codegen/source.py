@@ -103,34 +103,28 @@ def _argument(argument: Argument, resolve: Resolve) -> str:
     return text_of(argument, resolve)
 
 
+def _walk(expr: Expr) -> Iterator[Expr]:
+    """An expression and all that it is made of, in order, repeats included."""
+    yield expr
+    parts: tuple[Argument, ...] = ()
+    if isinstance(expr, Call):
+        parts = expr.arguments
+    elif isinstance(expr, Method):
+        parts = (expr.object, *expr.arguments)
+    elif isinstance(expr, Binary):
+        parts = (expr.left, expr.right)
+    for part in parts:
+        yield from _walk(part[1] if isinstance(part, tuple) else part)
+
+
 def values_in(expr: Expr) -> Iterator[str]:
     """Keys of the values an expression reads, in order, repeats included."""
-    if isinstance(expr, Value):
-        yield expr.key
-    elif isinstance(expr, Call):
-        for argument in expr.arguments:
-            yield from values_in(argument[1] if isinstance(argument, tuple) else argument)
-    elif isinstance(expr, Method):
-        yield from values_in(expr.object)
-        for argument in expr.arguments:
-            yield from values_in(argument[1] if isinstance(argument, tuple) else argument)
-    elif isinstance(expr, Binary):
-        yield from values_in(expr.left)
-        yield from values_in(expr.right)
+    return (part.key for part in _walk(expr) if isinstance(part, Value))
 
 
 def functions_in(expr: Expr) -> Iterator[str]:
     """The names that calls of an expression begin with: a function's own, or its module's."""
-    if isinstance(expr, Call | Method):
-        if isinstance(expr, Call):
-            yield expr.function.partition(".")[0]
-        else:
-            yield from functions_in(expr.object)
-        for argument in expr.arguments:
-            yield from functions_in(argument[1] if isinstance(argument, tuple) else argument)
-    elif isinstance(expr, Binary):
-        yield from functions_in(expr.left)
-        yield from functions_in(expr.right)
+    return (part.function.partition(".")[0] for part in _walk(expr) if isinstance(part, Call))
 
 
 _ROW = re.compile(r" +(-?[\d.]+(e[+-]?\d+)?, )+-?[\d.]+(e[+-]?\d+)?,$")

@@ -223,8 +223,7 @@ class Importer:
         largest, shape = len(args) < 4 or args[3], self.sizes.shape(value[1])
         options = {} if largest else {"largest": False}
         index = Ref(self.draft.emit("autopar.topk", x, count, dim, shape=shape, dtype="int64", options=options))
-        picked = self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype_name(value[0].dtype))
-        return [Ref(picked), index]
+        return [self._picked(x, dim, index, value[0]), index]
 
     def _sorted(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Sequence[torch.Tensor]) -> list[Ref]:
         """The values and the indices of `sort`: those of `argsort`, and what they pick."""
@@ -235,21 +234,23 @@ class Importer:
         index = Ref(
             self.draft.emit("aten.argsort", x, dim, *((True,) if descending else ()), shape=shape, dtype="int64")
         )
-        return [
-            Ref(self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype_name(value[0].dtype))),
-            index,
-        ]
+        return [self._picked(x, dim, index, value[0]), index]
 
     def _extreme(self, name: str, args: tuple[Any, ...], value: Sequence[torch.Tensor]) -> list[Ref]:
         """The values and the indices of `max` or `min` along a dim."""
         x, dim, keep = args[0], args[1], args[2:] == (True,)
-        shape, dtype = list(self.draft.shape(x)), dtype_name(value[0].dtype)
+        shape = list(self.draft.shape(x))
         shape[dim] = 1
         index = Ref(self.draft.emit(f"aten.arg{name}", x, dim, True, shape=shape, dtype="int64"))
-        picked = Ref(self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype))
+        picked = self._picked(x, dim, index, value[0])
         if keep:
             return [picked, index]
         return [self.draft.squeeze(result, dim) for result in (picked, index)]
+
+    def _picked(self, x: Ref, dim: int, index: Ref, value: torch.Tensor) -> Ref:
+        """What ``index`` picks of ``x`` along a dim, in the dtype of ``value``."""
+        shape, dtype = self.draft.shape(index), dtype_name(value.dtype)
+        return Ref(self.draft.emit("aten.gather", x, dim, index, shape=shape, dtype=dtype))
 
     def _recurrent(self, args: tuple[Any, ...], values: Sequence[torch.Tensor]) -> list[Ref]:
         """The results of a recurrent layer, each by an operator that takes all it takes, and which result."""

@@ -112,20 +112,17 @@ def _shard_groups(plan: Plan) -> str:
 
 def gathered_blocks(plan: Plan) -> int:
     """How many blocks stay gathered through the step though ZeRO 3 frees the others."""
-    runs = [run for stage in plan.stages for run in stage.runs if plan.candidates[run.candidate].gathered]
-    return sum(run.stop - run.start for run in runs) if plan.zero == 3 else 0
+    return sum(run.stop - run.start for run in plan.gathered_runs())
 
 
 def reshard_words(plan: Plan) -> str:
     """Which blocks free their parameters after each use, as `fix` writes it: all but those named; nothing where that is
     all of them, or the ZeRO level leaves no choice."""
-    if not gathered_blocks(plan):
-        return ""
     spans: list[tuple[int, int]] = []
-    for run in (run for stage in plan.stages for run in stage.runs if plan.candidates[run.candidate].gathered):
+    for run in plan.gathered_runs():
         start = spans.pop()[0] if spans and spans[-1][1] == run.start else run.start
         spans.append((start, run.stop))
-    return ",".join(["true", *(f"{span(start, stop)}:false" for start, stop in spans)])
+    return ",".join(["true", *(f"{span(start, stop)}:false" for start, stop in spans)]) if spans else ""
 
 
 def _gathered(plan: Plan) -> list[str]:

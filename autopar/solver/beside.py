@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from autopar.solver.chain import Floats
+from autopar.solver.chain import Floats, least_of_stages
 from autopar.solver.context import Context
 from autopar.solver.data_axis import DataAxis
 from autopar.solver.elements import blocks_held
@@ -116,8 +116,3 @@ def _own_groups(context: Context, config: Config) -> Floats:
         ]
         context.memo[key] = least_of_stages(np.array(own, dtype=float), config.stages) > 0.0
     return np.asarray(context.memo[key])
-
-
-def least_of_stages(values: Floats, stages: int) -> Floats:
-    """For every stage, the least of the blocks it may have."""
-    return np.asarray(np.lib.stride_tricks.sliding_window_view(values, len(values) - stages + 1).min(axis=1))

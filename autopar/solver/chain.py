@@ -93,6 +93,12 @@ def least_borders(costs: Iterable[Floats]) -> tuple[int, ...]:
     return tuple(borders[-2::-1])
 
 
+def least_of_stages(values: Floats, stages: int) -> Floats:
+    """For every stage, the least of the blocks it may have, of what each block of the chain has: stage j of S has none
+    but the blocks j to N - S + j, and one of them at least."""
+    return np.asarray(np.lib.stride_tricks.sliding_window_view(values, len(values) - stages + 1).min(axis=1))
+
+
 class Chain:
     """Prefix sums over the chain of a problem, and the pieces between any two borders (matrices by a and b)."""
 
@@ -108,7 +114,6 @@ class Chain:
         self.counts = np.stack([self._sums(row) for row in np.eye(len(problem.runs)).tolist()])
         self._transient = [min(o.transient for o in run.options) for run in problem.runs]
         self._hulls: dict[int, list[Saving]] = {}
-        self._options: dict[tuple[int, int], list[tuple[float, float]]] = {}
 
     def _sums(self, values: list[float]) -> Floats:
         return np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float)[self.run_of])])
@@ -122,14 +127,6 @@ class Chain:
         if alive not in self._hulls:
             self._hulls[alive] = hull(self.problem, alive)
         return self._hulls[alive]
-
-    def options(self, run: int, alive: int) -> list[tuple[float, float]]:
-        """(Bytes, seconds) of a run's options on the lower convex hull, from the fastest on."""
-        if (run, alive) not in self._options:
-            options, steps = self.problem.runs[run].options, savings(self.problem.runs[run], run, alive)
-            chosen = [fastest(self.problem.runs[run]), *(step.after for step in steps)]
-            self._options[run, alive] = [(bytes_of(options[c], alive), work_of(options[c])) for c in chosen]
-        return self._options[run, alive]
 
     def seconds(self, rank: int) -> Floats:
         """Least seconds per micro-batch of every piece as the one stage of a rank; infinite where it cannot fit."""

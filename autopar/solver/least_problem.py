@@ -16,8 +16,8 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from autopar.schedule import SCHEDULES, stages_of
-from autopar.solver.beside import least_beside, least_ends, least_of_stages, of_ranks
-from autopar.solver.chain import Floats
+from autopar.solver.beside import least_beside, least_ends, of_ranks
+from autopar.solver.chain import Floats, least_of_stages
 from autopar.solver.context import Context
 from autopar.solver.elements import least_elements, least_experts
 from autopar.solver.evaluate import Placed, placed

@@ -208,9 +208,13 @@ class MemoryModel:
         """Bytes that blocks of so many elements add to what stands when they stay gathered."""
         return self.job.compute_bytes * elements if self.frees_blocks else 0.0
 
-    def resident(self, elements: float, root: bool = False, frozen: float = 0.0, expert: float = 0.0) -> float:
+    def resident(
+        self, elements: float, root: bool = False, frozen: float = 0.0, expert: float = 0.0, gathered: bool = False
+    ) -> float:
         """Bytes of parameters, gradients and optimizer state of so many elements, of which ``frozen`` do not train and
-        ``expert`` are those of shared experts."""
+        ``expert`` are those of shared experts; ``gathered``: they stay so."""
+        if gathered:
+            return self.resident(elements, root, frozen, expert) + self.staying(elements)
         if expert and self.ep > 1:
             return self.resident(elements - expert, root, frozen) + self.experts.resident(expert, root)
         held = self.per_element(root)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from autopar.solver.chain import Chain, Floats, chain_of, fastest, work_of
+from autopar.solver.chain import Chain, chain_of, fastest, least_of_stages, work_of
 from autopar.solver.laps import forced_seconds
 from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, Rows, solve_linear
 from autopar.solver.paths import Weights, weights
@@ -49,7 +49,7 @@ def path_bound(problem: StageProblem) -> float:
         (either, "either"),
     ):
         values = np.array([_parts(problem, run)[part] for run in problem.runs])[chain.run_of]
-        least = _least(values, problem.stages)
+        least = least_of_stages(values, problem.stages)
         total += float(counts @ least) + float(counts.min()) * max(0.0, float(values.sum() - least.sum()))
     total += float(first @ first_s + last @ last_s)
     return total * (1 - 1e-9) + float(chain.optimizer[-1]) / problem.pp
@@ -73,19 +73,13 @@ def _split(problem: StageProblem, option: Option, ahead: float, work: float) -> 
     return {"ahead": ahead, "inputs": inputs, "weight": weight, "loose": loose, "either": either}
 
 
-def _least(values: Floats, stages: int) -> Floats:
-    """What each of so many stages has at least of what single blocks have."""
-    windows = np.lib.stride_tricks.sliding_window_view(values, len(values) - stages + 1)
-    return np.asarray(windows.min(axis=1))
-
-
 def _weights(problem: StageProblem, chain: Chain) -> Weights | None:
     """The paths that suit a problem."""
     works = np.array([work_of(run.options[fastest(run)]) for run in problem.runs])[chain.run_of]
     beside = problem.beside_s()
     each, ends = float(beside[:2].sum()), float(beside[2:].sum())
     total = float(works.sum()) + each
-    sure = float(_least(works, problem.stages).sum()) + each
+    sure = float(least_of_stages(works, problem.stages).sum()) + each
     level = next(level for level in LEVELS if level * total <= sure)
     once = next(share for share in ONCE if share * total <= ends)
     return weights(problem.schedule, problem.pp, problem.vpp, problem.micro_batches, level, once)

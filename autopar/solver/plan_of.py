@@ -130,7 +130,7 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
     once = place.data.of("optimizer_s", cost.trains, cost.expert)
     if place.data.defers:
         once += place.data.of("reduce_s", cost.trains, cost.expert)
-    resident = place.memory.resident(cost.elements, root, cost.frozen, cost.expert)
+    resident = place.memory.resident(cost.elements, root, cost.frozen, cost.expert, cost.gathered)
     return Candidate(
         name=name,
         decision=cost.decision,
@@ -138,7 +138,7 @@ def _candidate(name: str, cost: BlockCost, root: bool, place: Placed) -> Candida
         forward_s=cost.forward_s,
         backward_s=cost.backward_s,
         step_s=once,
-        resident_bytes=round(resident + (place.memory.staying(cost.elements) if cost.gathered else 0.0)),
+        resident_bytes=round(resident),
         inflight_bytes=cost.inflight,
         transient_bytes=cost.transient,
         parameters=cost.elements,

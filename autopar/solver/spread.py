@@ -219,8 +219,7 @@ def _option(place: Placed, cost: BlockCost, root: bool, transient: float, halved
         name=f"{cost.kind}/{cost.choice}",
         forward_s=forward,
         backward_s=backward + own,
-        resident=place.memory.resident(elements, root, cost.frozen, expert)
-        + (place.memory.staying(elements) if cost.gathered else 0.0),
+        resident=place.memory.resident(elements, root, cost.frozen, expert, cost.gathered),
         inflight=cost.inflight,
         transient=transient,
         reduce_s=once,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from autopar.solver.chain import Floats, bytes_of, chain_of, work_of
+from autopar.solver.chain import Floats, bytes_of, chain_of, least_of_stages, work_of
 from autopar.solver.stages import StageProblem
 
 PRICES = 24
@@ -62,10 +62,8 @@ def _seconds(problem: StageProblem, index: int) -> Floats:
 
 def _sure(problem: StageProblem, index: int) -> list[bool]:
     """Whether each stage surely has a block of the run."""
-    chain = chain_of(problem)
-    mine = np.concatenate([[0], np.cumsum(chain.run_of == index)])
-    window = chain.blocks - problem.stages + 1
-    return [bool(mine[stage + window] - mine[stage] == window) for stage in range(problem.stages)]
+    mine = (chain_of(problem).run_of == index).astype(float)
+    return [bool(least) for least in least_of_stages(mine, problem.stages)]
 
 
 def _prices(problem: StageProblem, index: int, flying: list[int]) -> Floats:
