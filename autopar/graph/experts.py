@@ -87,12 +87,12 @@ def experts(
 ) -> Tensor:
     """The operator; with fewer experts than ``experts`` in ``up``, what those from ``first`` on contribute.
 
-    On fake tensors, whose indices are unknown, each expert gets its equal share of the tokens, or where others hold
-    some of the experts, what the fullest rank gets (`IMBALANCE`). ``ep``: as many ranks send each other their tokens;
-    ``up`` has the experts of one of them (fake tensors only).
+    On fake and meta tensors, whose indices are unknown, each expert gets its equal share of the tokens, or where others
+    hold some of the experts, what the fullest rank gets (`IMBALANCE`). ``ep``: as many ranks send each other their
+    tokens; ``up`` has the experts of one of them (such tensors only).
     """
     tokens, slots, own = hidden.flatten(0, -2), index.flatten() - first, up.size(0)
-    if isinstance(hidden, FakeTensor):
+    if _unknown(hidden):
         each = slots.numel() // max(1, index.size(0))
         rows = fullest_rows(each, own, experts, ep) * index.size(0)
         sent = sent_rows(each, own, experts, ep) * index.size(0) if ep > 1 else rows
@@ -118,6 +118,10 @@ def experts(
     return torch.zeros_like(tokens).index_add(0, token, rows_down.to(tokens.dtype)).view_as(hidden)
 
 
+def _unknown(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
 def _grouped(rows: Tensor, weight: Tensor, counts: list[int], transposed: bool) -> Tensor:
     """Rows in groups of ``counts``, each times its own matrix."""
     return _Grouped.apply(rows, weight if transposed else weight.transpose(1, 2), counts)  # type: ignore[no-any-return, no-untyped-call]
@@ -137,13 +141,13 @@ class _Sent(torch.autograd.Function):
 
 
 class _Grouped(torch.autograd.Function):
-    """One kernel on a GPU; here one product for each group, and nothing at all on fake tensors."""
+    """One kernel on a GPU; here one product for each group, and nothing at all where values are unknown."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.counts = counts
-        if len(counts) != weight.size(0) or isinstance(rows, FakeTensor):
+        if len(counts) != weight.size(0) or _unknown(rows):
             return rows.new_empty(rows.size(0), weight.size(2))
         parts = [part @ weight[group] for group, part in enumerate(torch.split(rows, counts))]
         return torch.cat(parts)
@@ -151,7 +155,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, weight = ctx.saved_tensors
-        if len(ctx.counts) != weight.size(0) or isinstance(rows, FakeTensor):
+        if len(ctx.counts) != weight.size(0) or _unknown(rows):
             return torch.empty_like(rows), torch.empty_like(weight), None
         pairs = list(zip(torch.split(rows, ctx.counts), torch.split(grad, ctx.counts), strict=True))
         rows_grad = torch.cat([out @ weight[group].t() for group, (_, out) in enumerate(pairs)])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -209,6 +210,8 @@ def _export(
         for context in taken:
             stack.enter_context(context)
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
+        if fold:  # for a few layers torch's cache of fake results costs more than it saves
+            stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
     return Exported(program, fixed_in, told + notes + checks_told(checks))

@@ -69,6 +69,8 @@ def unknown_lengths() -> Iterator[None]:
     plain_len, plain_iter, plain_size = builtins.len, torch.Tensor.__iter__, torch.Tensor.__len__
 
     def length(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return plain_len(x)
         checked = _symbolic(x) and passing_value(sys._getframe(1)) is not None  # no matter what it follows from
         return x.shape[0] if checked or _unknown(x) else plain_len(x)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
+from autopar.garbage import uncollected
 from autopar.graph import (
     arguments,
     broadcasting,
@@ -129,7 +130,10 @@ def _folded(
     static_seq: bool,
 ) -> _Traced:
     """Trace with equal layers stood in for; if the proof fails, trace them all."""
-    with torch.device("cpu"):  # whatever the caller's default device: the traced copy is a fake on the CPU
+    with (
+        torch.device("cpu"),
+        uncollected(),
+    ):  # whatever the caller's default device: the traced copy is a fake on the CPU
         if fold:
             with contextlib.suppress(CannotFoldError):
                 return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)

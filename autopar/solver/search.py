@@ -17,16 +17,15 @@ every sharding of every block, generated or not.
 
 from __future__ import annotations
 
-import gc
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autopar.cluster import Cluster
 from autopar.errors import InfeasibleError
+from autopar.garbage import uncollected
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.plan import Plan
@@ -101,7 +100,7 @@ def search(
     context = Context.of(model, job, cluster, fixed, equal_blocks)
     watch = Watch(limits or Limits())
     space = list(shapes(model, job, cluster, fixed))
-    with _uncollected():
+    with uncollected():
         found = explore(context, space, watch)
     if found.best is None and explained:
         leanest = least_memory(context)  # looked for by memory alone, which takes a while
@@ -128,18 +127,6 @@ def search(
     seconds["search"] = time.perf_counter() - begin
     plan.seconds.update({name: round(value, 4) for name, value in seconds.items()})
     return plan
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: it would go through all of torch again and again, and find nothing."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

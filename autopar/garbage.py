@@ -1,0 +1,20 @@
+"""Python's garbage collection, put off while much is made that lasts."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No collection meanwhile: each would go through all of torch and sympy again, a fifth of a trace's time, and find
+    little."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
