@@ -9,9 +9,13 @@ from proof.fused import fused_rms_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.codegen.runtime import collectives, operators, ring
+from autopar.graph.trace import trace
+from autopar.job import Job
 from autopar.sharding.conversions import direct
 from autopar.sharding.layout import I, P, R, S
-from autopar.solver.liveness import PRIME, _Live
+from autopar.solver import liveness
+from autopar.solver.decisions import whole_decisions
+from autopar.solver.liveness import PRIME, _Live, footprint
 from autopar.solver.stand_ins import Conversion, RingAttention, VocabCrossEntropy
 
 RANKS, ROWS, WIDTH = 4, 8, 64
@@ -152,3 +156,38 @@ def test_the_fused_norm_of_the_measurement_is_the_norm() -> None:
     torch.testing.assert_close(fused, plain)
     for one, other in zip(*(torch.autograd.grad(y.sin().sum(), (x, weight)) for y in (fused, plain)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_layer_norms_keep_their_statistics_in_float32_as_on_a_gpu() -> None:
+    norm = torch.nn.LayerNorm(WIDTH)
+    graph = trace(_Normed(norm), {"x": torch.randn(ROWS, WIDTH)}, lambda out, batch: out.square().mean())
+    (block,) = graph.blocks
+    kind = graph.kinds[block.kind]
+    whole = footprint(kind, whole_decisions(graph)[block.kind], Job(1, ROWS))
+    assert whole.saved_sizes(1).count(4 * ROWS) == 2
+
+
+def test_what_torch_knows_on_fake_tensors_alone_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = trace(_Normed(torch.nn.Tanh()), {"x": torch.randn(ROWS, WIDTH)}, lambda out, batch: out.square().mean())
+    (block,) = graph.blocks
+    kind, decision = graph.kinds[block.kind], whole_decisions(graph)[block.kind]
+    found = footprint(kind, decision, Job(1, ROWS))
+
+    def on_fakes(place: object, *rest: object) -> object:
+        if isinstance(place, torch.device):
+            raise NotImplementedError("no meta kernel")
+        return measured(place, *rest)
+
+    measured = liveness._measured
+    monkeypatch.setattr(liveness, "_measured", on_fakes)
+    assert footprint(kind, decision, Job(1, ROWS)) == found
+
+
+class _Normed(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = torch.nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x * self.scale) * self.scale
