@@ -213,6 +213,7 @@ def test_bounds_hold(axes: dict[str, int]) -> None:
         kind = found.context.model.kinds[name]
         assert found.kind_bounds()[name].none_s <= seconds[name] * (1 + 1e-9)
         assert found.kind_bytes()[name].saved <= cost.inflight
+        assert found.kind_bytes()[name].peak <= cost.inflight + cost.transient
         assert found.kind_bytes()[name].inputs <= boundary_bytes(kind, cost.decision, 2, job)
 
 

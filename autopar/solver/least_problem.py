@@ -309,7 +309,8 @@ def _choices(context: Context, run: KindRun, shardings: Shardings, sharp: bool) 
 
 def _least(shardings: Shardings, kind: str, choice: str, sharp: bool) -> _Least:
     seconds, (forward, backward) = shardings.least_seconds(kind, choice, sharp), shardings.least_parts(kind, choice)
-    kept, needed = shardings.least_kept(kind, choice), 0.0
+    kept = shardings.least_kept(kind, choice)
+    needed = max(0.0, shardings.kind_bytes()[kind].peak - kept)
     if shardings.size == 1:  # there is one decision, and these are its bytes
         cost = shardings.fastest().costs[kind][choice]
         kept, needed = float(cost.inflight), float(cost.transient)
@@ -317,10 +318,11 @@ def _least(shardings: Shardings, kind: str, choice: str, sharp: bool) -> _Least:
 
 
 def _unbeaten(choices: Sequence[_Least]) -> tuple[_Least, ...]:
-    """Without those that another one takes no more seconds and bytes than, of whatever part of the block they are."""
+    """Without those that another one takes no more seconds and bytes than, of whatever part of the block they are:
+    what is needed beside what is kept counts for one block at a time, and each has kept its own by then."""
 
     def entries(one: _Least) -> tuple[float, ...]:
-        return one.forward, one.seconds - one.forward, one.backward, one.kept, one.needed
+        return one.forward, one.seconds - one.forward, one.backward, one.kept, one.kept + one.needed
 
     kept: list[_Least] = []
     for place, one in enumerate(choices):

@@ -36,10 +36,12 @@ class KindBound:
 
 @dataclass(frozen=True, slots=True)
 class KindBytes:
-    """No decision for the kind keeps fewer bytes for backward (``saved``) or as its inputs."""
+    """No decision for the kind keeps fewer bytes for backward (``saved``) or as its inputs, nor has fewer at once
+    (``peak``)."""
 
     saved: float
     inputs: float
+    peak: float
 
 
 class KnownShardings:
@@ -99,18 +101,21 @@ class Shardings(Answers):
         return sum(found) * (1 - 1e-12)
 
     def kind_bytes(self) -> dict[str, KindBytes]:
-        """Per kind, bytes that no decision can undercut: what the whole block keeps, evenly split."""
+        """Per kind, bytes that no decision can undercut: what the whole block keeps, or holds at once, evenly split."""
         context = self.context
         if not self._kind_bytes:
             begin = time.perf_counter()
             for name, decision in whole_decisions(context.model).items():
                 kind = context.model.kinds[name]
                 # A split vocabulary's cross-entropy keeps less than a whole one's share.
-                saved = context.costs.saved(kind, decision, self.batch)
-                if self.size > 1 and any(node.op == "autopar.cross_entropy" for node in kind.graph.of("op")):
-                    saved = min(saved, context.costs.saved(kind, decision, self.batch, lean=True))
+                split = self.size > 1 and any(node.op == "autopar.cross_entropy" for node in kind.graph.of("op"))
+                ways = [
+                    context.costs.footprint(kind, decision, lean) for lean in ((False, True) if split else (False,))
+                ]
+                saved = min(way.saved_bytes(self.batch) for way in ways)
+                peak = min(way.peak_bytes(self.batch) for way in ways)
                 inputs = boundary_bytes(kind, decision, self.batch, context.job)
-                self._kind_bytes[name] = KindBytes(saved / self.size, inputs / self.size)
+                self._kind_bytes[name] = KindBytes(saved / self.size, inputs / self.size, peak / self.size)
             context.clock.add("saved bytes", begin)
         return self._kind_bytes
 
