@@ -53,7 +53,7 @@ def _least_problems(
     handed = int(min((least.inputs for least in bytes_of.values() if least.inputs), default=0))
     places = [placed(context, config, handed) for config in configs]
     config, pairs = configs[0], list(zip(configs, places, strict=True))
-    told = [_told(context, configs, places, run, shardings, sharp) for run in _runs(context, config)]
+    told = _every(context, configs, places, shardings, sharp)
     gpipe = config.schedule == "gpipe"
     needed = _needed(told, config, begun := _begun(told, config) if config.pp > 1 else [])
     room = context.cluster.device.memory_bytes
@@ -150,6 +150,19 @@ class _Ranks(NamedTuple):
     resident: float
     begun: float
     begun_behind: float
+
+
+def _every(
+    context: Context, configs: Sequence[Config], places: Sequence[Placed], shardings: Shardings, sharp: bool
+) -> list[_Told]:
+    """What is known of every run: the same for all schedules that halve backwards, or for all that do not."""
+    first, halved = configs[0], SCHEDULES[configs[0].schedule].splits_backward
+    ranks = tuple((of_ranks(place.data), place.memory.steady) for place in places)
+    key = ("told", halved, first.pp == 1, first.ep, sharp, ranks)
+    if key not in shardings.memo:
+        runs = _runs(context, first)
+        shardings.memo[key] = [_told(context, configs, places, run, shardings, sharp) for run in runs]
+    return cast(list[_Told], shardings.memo[key])
 
 
 def _told(

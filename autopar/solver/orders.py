@@ -19,13 +19,13 @@ dualpipev    2(p - r - 1) times Fa; r + 1 times Fa Fb; p - r - 1 times Ib W Fb; 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from autopar.schedule import SCHEDULES
+from autopar.schedule import SCHEDULES, stages_of
 
 _Numbers = TypeVar("_Numbers", bound=tuple[tuple[int, ...], ...])
 
@@ -212,23 +212,28 @@ def peaks(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tupl
     leaves all of the backward to "W", so that nothing waits there."""
     if vpp == 1:
         return tuple((one,) for one in warm_up(schedule, ranks, vpp, micro_batches))
-    place = SCHEDULES[schedule].rank_of
-    found = []
-    for rank, order in enumerate(orders(schedule, ranks, vpp, micro_batches)):
-        stages = [stage for stage in range(ranks * vpp) if place(stage, ranks) == rank]
-        held = dict.fromkeys(stages, (0, 0))
-        seen = set()
-        for kind, stage, *_ in order:
-            alive, waiting = held[stage]
-            if kind == "F":
-                held[stage] = (alive + 1, waiting)
-            elif kind == "I":
-                held[stage] = (alive, waiting + (stage > 0))
-            else:
-                seen.add(tuple(held.values()))
-                held[stage] = (alive - 1, waiting - (kind == "W" and stage > 0))
-        found.append(tuple(_largest(seen)))
-    return tuple(found)
+    programs = orders(schedule, ranks, vpp, micro_batches)
+    owned = stages_of(schedule, ranks, vpp)
+    return tuple(
+        tuple(_largest({held for held, _ in _begun(order, own)})) for order, own in zip(programs, owned, strict=True)
+    )
+
+
+def _begun(order: Iterable[Action], own: Sequence[int]) -> Iterator[tuple[Held, bool]]:
+    """What the stages of a rank hold whenever a backward, or half of one, begins, and whether each has done one."""
+    held, place, left = [(0, 0)] * len(own), {stage: index for index, stage in enumerate(own)}, set(own)
+    for kind, stage, *_ in order:
+        at = place[stage]
+        alive, waiting = held[at]
+        if kind == "F":
+            held[at] = (alive + 1, waiting)
+            continue
+        if kind == "I":
+            held[at] = (alive, waiting + (stage > 0))
+            continue
+        yield tuple(held), not left
+        held[at] = (alive - 1, waiting - (kind == "W" and stage > 0))
+        left.discard(stage)
 
 
 class Moment(NamedTuple):
@@ -284,7 +289,7 @@ def _moments(most: int, micro_batches: int) -> tuple[Moment, ...]:
     return tuple(found.values())
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def is_steady(schedule: str, ranks: int, vpp: int, micro_batches: int) -> bool:
     """Whether all that a rank ever holds at its `peaks`, it also holds when each of its stages has done a backward; not
     looked into for schedules of more actions than `MOST_ACTIONS`, which are said not to be."""
@@ -292,16 +297,21 @@ def is_steady(schedule: str, ranks: int, vpp: int, micro_batches: int) -> bool:
         return False
     if vpp == 1:
         return all(most[0][0] < micro_batches for most in warm_up(schedule, ranks, vpp, micro_batches))
-    found = moments(schedule, ranks, vpp, micro_batches)
-    for rank, most in enumerate(peaks(schedule, ranks, vpp, micro_batches)):
-        later = {
-            tuple((alive, waiting) for alive, waiting, _ in moment.held)
-            for moment in found[rank]
-            if "none" not in moment.done
-        }
-        if not all(held in later for held in most):
-            return False
-    return True
+    programs, owned = orders(schedule, ranks, vpp, micro_batches), stages_of(schedule, ranks, vpp)
+    return all(_steady(order, own) for order, own in zip(programs, owned, strict=True))
+
+
+def _steady(order: Iterable[Action], own: Sequence[int]) -> bool:
+    every: set[Held] = set()
+    later: set[Held] = set()
+    for held, done in _begun(order, own):
+        (later if done else every).add(held)
+    sooner = sorted(every - later)
+    if not sooner:
+        return True
+    rows = np.array(sorted(every | later)).reshape(len(every | later), -1)
+    # What another time exceeds is no peak.
+    return all((rows >= np.array(held).reshape(-1)).all(axis=1).sum() > 1 for held in sooner)
 
 
 def _share(count: int, whole: int) -> str:
