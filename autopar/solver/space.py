@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from autopar.cluster import Cluster
@@ -65,7 +66,7 @@ class Config:
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order or AXES, self.ep)
+        return _mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order or AXES, self.ep)
 
     @property
     def stages(self) -> int:
@@ -126,7 +127,7 @@ class Outline:
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order, self.ep)
+        return _mesh(self.pp, self.dp, self.cp, self.tp, self.tp_parts, self.order, self.ep)
 
     @property
     def sharding(self) -> Sharding:
@@ -157,6 +158,13 @@ class Family:
     offload: str
 
 
+@lru_cache(maxsize=4096)
+def _mesh(pp: int, dp: int, cp: int, tp: int, tp_parts: tuple[int, ...], order: Order, ep: int) -> Mesh:
+    """A mesh, which thousands of configurations ask for again and again."""
+    return Mesh(pp, dp, cp, tp, tp_parts, order, ep)
+
+
+@lru_cache(maxsize=4096)
 def _sharding(mesh: Mesh, micro_batch: int, pad_heads: int) -> Sharding:
     axes, apart = mesh.model_axes(), tuple[int, ...]()
     if mesh.order != AXES:
@@ -197,7 +205,10 @@ def orders_in(config: Config, cluster: Cluster) -> tuple[Order, ...]:
 def judged(config: Config, job: Job, fix: Fix) -> Chosen:
     """A configuration with what the job and the fix say about its blocks, for the capability table."""
     recompute = frozenset(choice.partition("(")[0] for _, choice in fix.recompute)
-    return replace(config.choice, recompute=recompute, dtype=job.dtype)
+    mesh, schedule, count = config.mesh, config.schedule, config.micro_batches
+    return Chosen(
+        mesh, schedule, config.vpp, count, config.zero, config.fsdp, config.offload, recompute, dtype=job.dtype
+    )
 
 
 def wished(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> Iterator[Config]:
