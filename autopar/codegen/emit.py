@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from autopar.codegen.tokens import DENOISING, MASKED, NEXT, token_batch, vocabulary_of
+from autopar.codegen.tokens import DENOISING, GIVEN, MASKED, NEXT, batch_of, samples_text, vocabulary_of
 from autopar.codegen.wiring import blocks_method
 from autopar.errors import BadInputError, UnsupportedError
-from autopar.graph.ir import ModelGraph
+from autopar.graph.ir import COMPUTE, ModelGraph
+from autopar.graph.size import SEQ
 from autopar.plan import Plan
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ The model sees all positions, so it learns masked tokens: {share:.0%} of each sa
     DENOISING: """\
 The encoder reads samples with {share:.0%} of their tokens masked, the decoder learns to write them whole. Set `MASK_ID`
 at the top of `train.py` to your tokenizer's mask token; `make_batch` there is the place for another task.""",
+    GIVEN: """\
+A sample is what the model takes: the tensors in `TENSORS` at the top of `train.py`, each saved for all samples, on dim
+0. `read_data` and `make_batch` there are the places for a dataset of your own, and for what is to be done to its
+samples.""",
 }
 """What a model is trained on, in words."""
 
@@ -140,7 +145,8 @@ def _runtime_needed(*sources: str) -> list[str]:
 def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
     compute, master = TORCH_DTYPES[plan.job.dtype]
     names = [block.path or block.kind for block in graph.blocks]
-    tokens = token_batch(graph)
+    tokens = batch_of(graph)
+    given = tokens.objective == GIVEN
     share = MASK_SHARES.get(tokens.objective, 0.0)
     stages = []
     for index, stage in enumerate(plan.stages):
@@ -187,7 +193,11 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "offload": plan.offload == "state",
         "compute_dtype": compute,
         "master_dtype": master,
-        "vocabulary": vocabulary_of(graph),
+        "vocabulary": 0 if given else vocabulary_of(graph),
+        "tensors": samples_text(graph) if given else {},
+        "counts": "GLOBAL_BATCH" if given and not _has_sequence(graph) else "GLOBAL_BATCH * SEQ_LEN",
+        "in_tokens": not given or _has_sequence(graph),
+        "casts": any(meta.dtype == COMPUTE for meta in graph.batch.values()),
         "predicted_step_s": float(f"{plan.predicted.step_time:.4g}"),
         "batch": _dict_text(tokens.made),
         "objective": tokens.objective,
@@ -199,6 +209,11 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "has_weights": has_weights,
         "blocks": blocks_method(graph),
     }
+
+
+def _has_sequence(graph: ModelGraph) -> bool:
+    """Whether some tensor of the batch has a value for each position."""
+    return any(SEQ in meta.shape for meta in graph.batch.values())
 
 
 def _gathered(plan: Plan, names: list[str]) -> list[str]:

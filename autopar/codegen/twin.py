@@ -201,10 +201,17 @@ def wide_copy(model: nn.Module, graph: ModelGraph, dtype: torch.dtype, seed: int
         made = made.to_empty(device="cpu")
         _tie(made, graph)
         _draw(made, graph, seed)
-    made = made.to(device="cpu", dtype=dtype).train()
+    made._apply(lambda tensor: _wide(tensor, dtype))  # type: ignore[no-untyped-call]
     for parameter in made.parameters():
         parameter.grad = None
-    return made
+    return made.train()
+
+
+def _wide(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """On the CPU; numbers in ``dtype``, complex ones with parts in it (`Module.to` would drop what is imaginary)."""
+    if tensor.is_complex():
+        return tensor.to("cpu", torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _tie(model: nn.Module, graph: ModelGraph) -> None:

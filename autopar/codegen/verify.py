@@ -29,6 +29,7 @@ from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
 from autopar.graph.batch_norms import by_batch
 from autopar.graph.export import LossOf
+from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
 from autopar.graph.ops import draws_random
@@ -291,7 +292,7 @@ def _single_device(
     runner = LossOf(model, loss)
     total = 0.0
     for share, part in shares:
-        with keep_wide() if wide else nullcontext(), every_layer():
+        with keep_wide() if wide else nullcontext(), every_layer(), whole_numbers_counted():
             value = runner(dict(part)) * share
         value.backward()
         total += float(value.detach())

@@ -27,6 +27,7 @@ from autopar.graph.expert_loops import follow_loops
 from autopar.graph.exported import FROM_VALUES, TRACE_DTYPE
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
+from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.leaves import stopping
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
@@ -199,6 +200,7 @@ def _export(
         bags_taken_apart(),
         data_followed(),
         numbers_kept(),
+        whole_numbers_counted(),
     )
     with (
         contextlib.ExitStack() as stack,

@@ -7,6 +7,7 @@ from typing import Any
 
 from autopar.errors import UnsupportedError
 from autopar.graph.draft import Draft
+from autopar.graph.elementwise_losses import ELEMENTWISE_LOSSES
 from autopar.graph.ir import Ref
 from autopar.graph.size import divide
 from autopar.graph.windows import im2col, unfold
@@ -80,4 +81,5 @@ FORMULAS: dict[str, Callable[..., Ref]] = {
     "linalg_norm": norm,
     "tile": tile,
     "unfold": unfold,
+    **ELEMENTWISE_LOSSES,
 }

@@ -181,7 +181,7 @@ class Importer:
         elif name in LISTS:
             self.values[node] = self._items(args, node, target, value)
         elif name in FORMULAS:
-            self.values[node] = FORMULAS[name](self.draft, *args)
+            self.values[node] = FORMULAS[name](self.draft, *args, **kwargs)
         elif name == "topk":
             self.values[node] = self._largest(args, value)
         elif name == "sort":

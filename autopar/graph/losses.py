@@ -60,9 +60,7 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
             totals[name] = _by_targets(draft, Ref(mean), count)
         else:
             totals[name] = total if ratio == 1 else Ref(draft.emit("aten.mul", total, ratio, shape=()))
-    for name, error in others.items():
-        if not draft.meta(name).requires_grad:
-            raise error
+    for name in others:
         totals[name] = _by_targets(draft, Ref(name), count)
     draft.output = _sum_of(draft, node, totals).name
     return live(draft), count
@@ -170,13 +168,6 @@ def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
             return _cross_entropy(draft, replace(node, args=(logs.args[0], *node.args[1:])))
     if node.op == "aten.div" and (found := _over_count(draft, node)) is not None:
         return found
-    if node.op in ("aten.mse_loss", "aten.l1_loss"):
-        x, y, *reduction = node.args
-        shape = max(draft.shape(x), draft.shape(y), key=len)
-        difference = Ref(draft.emit("aten.sub", x, y, shape=shape, dtype=node.meta.dtype))
-        op = ("aten.mul", difference, difference) if node.op == "aten.mse_loss" else ("aten.abs", difference)
-        terms = Ref(draft.emit(*op, shape=shape))
-        return _total(draft, node, terms, (reduction or [MEAN])[0] == MEAN)
     if node.op in ("aten.mean", "aten.sum") and (
         len(node.args) == 1 or len(node.args[1]) == len(draft.shape(node.args[0]))
     ):
