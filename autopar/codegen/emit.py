@@ -102,7 +102,9 @@ def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, T
 
 def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the files of `emit` into an existing folder."""
+    from autopar.codegen.buffers import filed
     from autopar.codegen.emit_module import imported_modules, module_source
+    from autopar.codegen.runtime.buffers import FILE
     from autopar.solver.capabilities import check_executable
 
     check_executable(plan)
@@ -115,13 +117,16 @@ def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[s
     templates = Environment(
         loader=PackageLoader("autopar.codegen"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
-    values = _values(plan, graph, weights is not None)
+    buffers = filed(graph)
+    values = {**_values(plan, graph, weights is not None), "has_buffers": bool(buffers)}
     for name in ("train.py", "launch.sh", "README.md"):
         (folder / name).write_text(templates.get_template(f"{name}.jinja").render(values))
     (folder / "launch.sh").chmod(0o755)
     (folder / "runtime").mkdir()
     for name in _runtime_needed((folder / "module.py").read_text(), (folder / "train.py").read_text()):
         shutil.copyfile(RUNTIME / f"{name}.py", folder / "runtime" / f"{name}.py")
+    if buffers:
+        _save(buffers, folder / FILE.name)
     plan.save(folder / "plan.json")
     if weights is not None:
         _save_weights(graph, weights, folder / WEIGHTS_FILE)
@@ -248,8 +253,6 @@ def _span(names: list[str], first: int, last: int) -> str:
 
 
 def _save_weights(graph: ModelGraph, weights: Mapping[str, Tensor], path: Path) -> None:
-    import torch
-
     groups = {group[0]: group for group in graph.tied}
     chosen = {}
     for name in graph.parameters:
@@ -257,7 +260,13 @@ def _save_weights(graph: ModelGraph, weights: Mapping[str, Tensor], path: Path) 
         if held is None:
             raise BadInputError(f"no weight named {name} was given for {graph.name}; give all of them or none")
         chosen[name] = weights[held].detach().cpu().clone()
-    torch.save(chosen, path)
+    _save(chosen, path)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    import torch
+
+    torch.save(dict(tensors), path)
 
 
 def check_target(out: Path) -> None:

@@ -356,5 +356,9 @@ RENDERERS: dict[str, Renderer] = {
     "aten.arange": _factory("torch.arange"),
     "aten.full": _factory("torch.full"),
     "aten.zeros": _factory("torch.zeros"),
+    **{
+        f"aten.{name}": _factory(f"torch.{name}")
+        for name in ("eye", "linspace", "scalar_tensor", "tril_indices", "triu_indices")
+    },
     "aten.ones": _factory("torch.ones"),
 } | SHAPES

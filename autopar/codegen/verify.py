@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from autopar.codegen.buffers import filed
 from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
+from autopar.codegen.runtime.buffers import hold
 from autopar.codegen.same_numbers import SameNumbers
 from autopar.codegen.tokens import looked_for, lookups, loss_targets, target_classes
 from autopar.codegen.twin import Twin, small_twin, wide_copy
@@ -262,6 +264,8 @@ def _drawn_from(example: Tensor, shape: tuple[int, ...], generator: torch.Genera
 
 def _place(special: set[int], ids: Tensor, example: Tensor) -> None:
     """Take ``special`` ids out of ``ids``, and put those of the ``example`` of one sample where it has them."""
+    if not example.ndim:
+        return
     marked, usual = torch.tensor(sorted(special)), next(id_ for id_ in itertools.count() if id_ not in special)
     ids.masked_fill_(torch.isin(ids, marked), usual)
     shown = example[: ids.shape[1]]
@@ -316,6 +320,7 @@ def run_emitted(
     ``weights``: whole values by full name; ``batch``: the samples of all data ranks and micro-batches.
     """
     module = load_module(source)
+    hold(filed(graph))
     mesh = plan.mesh
     first = {name: group[0] for group in graph.tied for name in group}
     values = {first.get(name, name): value for name, value in weights.items()}

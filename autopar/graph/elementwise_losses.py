@@ -10,15 +10,8 @@ from typing import Any
 
 from autopar.graph.draft import Draft
 from autopar.graph.ir import Ref
-from autopar.graph.size import Size
 
 NONE, MEAN, SUM = range(3)  # at::Reduction
-
-
-def _broadcast(draft: Draft, x: Ref, y: Ref) -> tuple[int | Size, ...]:
-    longer, shorter = sorted((draft.shape(x), draft.shape(y)), key=len, reverse=True)
-    shorter = (1,) * (len(longer) - len(shorter)) + tuple(shorter)
-    return tuple(b if a == 1 else a for a, b in zip(longer, shorter, strict=True))
 
 
 def _reduced(draft: Draft, terms: Ref, reduction: int) -> Ref:
@@ -28,13 +21,13 @@ def _reduced(draft: Draft, terms: Ref, reduction: int) -> Ref:
 
 
 def mse_loss(draft: Draft, x: Ref, y: Ref, reduction: int = MEAN) -> Ref:
-    difference = Ref(draft.emit("aten.sub", x, y, shape=_broadcast(draft, x, y)))
+    difference = Ref(draft.emit("aten.sub", x, y, shape=draft.broadcast(x, y)))
     shape = draft.shape(difference)
     return _reduced(draft, Ref(draft.emit("aten.mul", difference, difference, shape=shape)), reduction)
 
 
 def l1_loss(draft: Draft, x: Ref, y: Ref, reduction: int = MEAN) -> Ref:
-    difference = Ref(draft.emit("aten.sub", x, y, shape=_broadcast(draft, x, y)))
+    difference = Ref(draft.emit("aten.sub", x, y, shape=draft.broadcast(x, y)))
     return _reduced(draft, Ref(draft.emit("aten.abs", difference, shape=draft.shape(difference))), reduction)
 
 
@@ -45,7 +38,7 @@ def _own_elements(name: str, tensors: int = 0) -> Callable[..., Ref]:
     def loss(draft: Draft, x: Ref, y: Ref, *rest: Any, **options: Any) -> Ref:
         reduction = rest[tensors] if len(rest) > tensors else MEAN
         given = (*rest[:tensors], *(None,) * (tensors - len(rest)), NONE, *rest[tensors + 1 :])
-        shape = _broadcast(draft, x, y)
+        shape = draft.broadcast(x, y)
         return _reduced(draft, Ref(draft.emit(f"aten.{name}", x, y, *given, shape=shape, options=options)), reduction)
 
     return loss

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.leaves import stopping
+from autopar.graph.quotients import quotients_whole
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
@@ -150,23 +151,28 @@ def export(
     fold: Fold | None,
     static_seq: bool,
     narrow: frozenset[str] = frozenset(),
+    made: torch.dtype = torch.float32,
 ) -> Exported:
-    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``.
+    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``. ``made``: the
+    dtype of what forward makes without saying which.
 
     Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
     with torch's reason when the model cannot be traced.
     """
     try:
-        return _export(model, batch, loss, fold, static_seq, narrow)
+        return _export(model, batch, loss, fold, static_seq, narrow, made)
     except (AutoparError, CannotFoldError):
         raise
     except Exception as error:
         if fold is not None:
             raise CannotFoldError(str(error)) from error
         every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-        # A float32 buffer may have met half-precision activations where torch does not promote.
-        if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")) and every - narrow:
-            return export(model, batch, loss, fold, static_seq, every)
+        # A float32 buffer (or constant) may have met half-precision activations where torch does not promote.
+        if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")):
+            if every - narrow:
+                return export(model, batch, loss, fold, static_seq, every, made)
+            if made == torch.float32:
+                return export(model, batch, loss, fold, static_seq, narrow, TRACE_DTYPE)
         raise UnsupportedError(_reason(model, error)) from error
 
 
@@ -177,6 +183,7 @@ def _export(
     fold: Fold | None,
     static_seq: bool,
     narrow: frozenset[str],
+    made: torch.dtype,
 ) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
@@ -201,6 +208,8 @@ def _export(
         data_followed(),
         numbers_kept(),
         whole_numbers_counted(),
+        quotients_whole(copied),
+        _default_dtype(made),
     )
     with (
         contextlib.ExitStack() as stack,
@@ -214,6 +223,16 @@ def _export(
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
     return Exported(program, fixed_in, told + notes + checks_told(checks))
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could not extract")
