@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_odd_models import ops, proved
+from test_odd_models import CLUSTER, ops, proved
 from torch import Tensor, nn
 
 import autopar
@@ -170,3 +170,42 @@ def test_dims_in_another_order_are_no_product() -> None:
             return torch.einsum("bsd->bds", self.layer(x))
 
     assert "aten.einsum" not in ops(proved(Einsum(), SAMPLE, square, dp=2))
+
+
+class Mapped(Layer):
+    """Takes its batch as a dict, and gives one back."""
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": (self.layer(batch["x"]) - batch["target"]).square().mean()}
+
+
+def test_a_model_may_take_its_batch_as_a_dict() -> None:
+    model, inputs = Mapped(), {"x": SAMPLE["x"], "target": SAMPLE["x"]}
+    plan = autopar.search(model, autopar.Job(4, SEQ), CLUSTER, inputs, fix={"dp": 2})
+    assert autopar.verify(plan, model, inputs).worst[1] < 1e-10
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("places", torch.tensor([3, 1, 2]))
+        self.register_buffer("table", torch.sin(torch.arange(800.0)).view(100, 8))
+
+    def forward(self, x):
+        return (self.layer(x + self.table[: x.shape[1]])[:, self.places] - 0.5).square().mean()
+
+def build():
+    return Model(), {"x": torch.zeros(6, 8), "ids": torch.zeros(6, dtype=torch.int64)}, lambda loss, batch: loss
+"""
+
+
+def test_buffers_of_a_factory_on_meta_keep_their_values(tmp_path: Path) -> None:
+    (tmp_path / "factory_with_buffers.py").write_text(FACTORY)
+    model = f"{tmp_path}/factory_with_buffers.py:build"
+    plan = autopar.search(model, autopar.Job(4, SEQ), CLUSTER, fix={"dp": 2})
+    assert autopar.verify(plan, model).worst[1] < 1e-10

@@ -90,8 +90,11 @@ def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, T
     plan.check_model(graph.fingerprint(), graph.name)
     check_emitted(plan)
     check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise BadInputError(f"cannot write the folder {out}: {error.strerror}; name another place") from error
     try:
         write_folder(plan, graph, temporary, weights)
         temporary.chmod(0o755)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,11 +70,21 @@ class LossOf(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         outputs = self.model(**call_arguments(self.model, batch))
-        loss = scalar_of(outputs) if self._loss is None else self._loss(outputs, batch)
+        loss = scalar_of(outputs) if self._loss is None else self._own(outputs, batch)
         if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
             given = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise BadInputError(f"the loss must be a scalar floating-point tensor, got {given}")
         return loss
+
+    def _own(self, outputs: Any, batch: dict[str, torch.Tensor]) -> Any:
+        assert self._loss is not None
+        try:
+            return self._loss(outputs, batch)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise BadInputError(
+                f"loss(outputs, batch) fails with {type(error).__name__}: {error}; outputs is a "
+                f"{type(outputs).__name__}, batch has {', '.join(batch)}"
+            ) from error
 
 
 def call_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,11 +92,24 @@ def call_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     arguments = {key: value for key, value in batch.items() if takes_all or key in parameters}
+    if not arguments and (whole := takes_whole(model)):
+        arguments = {whole: dict(batch)}
     if "use_cache" in parameters:
         arguments["use_cache"] = False
     if "return_loss" in parameters:  # contrastive models, which need no labels
         arguments["return_loss"] = True
     return arguments
+
+
+def takes_whole(model: nn.Module) -> str:
+    """The argument of a forward that takes the batch as a dict (it looks up names in it); "" of any other."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    try:
+        source = inspect.getsource(model.forward)
+    except (OSError, TypeError):
+        return ""
+    name = parameters[0] if len(parameters) == 1 else ""
+    return name if name and re.search(rf"\b{name}(\[|\.get\()[\"']", source) else ""
 
 
 def scalar_of(outputs: Any) -> torch.Tensor:
@@ -173,7 +197,7 @@ def export(
                 return export(model, batch, loss, fold, static_seq, every, made)
             if made == torch.float32:
                 return export(model, batch, loss, fold, static_seq, narrow, TRACE_DTYPE)
-        raise UnsupportedError(_reason(model, error)) from error
+        raise UnsupportedError(_reason(model, error, batch)) from error
 
 
 def _export(
@@ -235,13 +259,16 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+_OF_SHAPES = (ValueError, RuntimeError, IndexError)
 _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could not extract")
 
 
-def _reason(model: nn.Module, error: Exception) -> str:
+def _reason(model: nn.Module, error: Exception, batch: BatchSpec) -> str:
     place = raised_in(error)
     if any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
         return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {FROM_VALUES}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     where = f"in {place}: " if place else ""
-    return f"torch.export cannot trace {type(model).__name__}: {where}{type(error).__name__}: {lines[0]}"
+    shapes = (f"{key} [{', '.join(map(str, ('b', *shape[1:])))}]" for key, shape in batch.shapes.items())
+    given = f" (traced with {', '.join(shapes)}: inputs are of one sample)" if isinstance(error, _OF_SHAPES) else ""
+    return f"torch.export cannot trace {type(model).__name__}: {where}{type(error).__name__}: {lines[0]}{given}"

@@ -29,7 +29,7 @@ from autopar.graph import (
 from autopar.graph.bands import unfold_buffers
 from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import LARGEST_FILED, known_values
-from autopar.graph.export import BatchSpec, Exported, Loss, export
+from autopar.graph.export import BatchSpec, Exported, Loss, export, takes_whole
 from autopar.graph.fold import CannotFoldError, Fold, plan_fold
 from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
@@ -201,6 +201,7 @@ def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | 
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     samples = dict(inputs) if inputs is not None else _default_inputs(model, list(parameters), loss)
+    takes_all = takes_all or bool(takes_whole(model) and not samples.keys() & parameters.keys())
     for key, value in samples.items():
         if not isinstance(value, torch.Tensor):
             raise BadInputError(f"inputs[{key!r}] is a {type(value).__name__}; give example tensors of one sample")
