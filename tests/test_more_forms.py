@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_odd_models import CLUSTER, ops, proved
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar.codegen.prove import run_ranks
@@ -209,3 +210,38 @@ def test_buffers_of_a_factory_on_meta_keep_their_values(tmp_path: Path) -> None:
     model = f"{tmp_path}/factory_with_buffers.py:build"
     plan = autopar.search(model, autopar.Job(4, SEQ), CLUSTER, fix={"dp": 2})
     assert autopar.verify(plan, model).worst[1] < 1e-10
+
+
+class Spectrum(Layer):
+    """A long convolution by its spectrum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(WIDTH, 64) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x).transpose(1, 2)
+        length = x.shape[-1]
+        kernel = torch.fft.rfft(self.kernel[:, :length].float(), n=2 * length)
+        spectrum = torch.fft.rfft(x.float(), n=2 * length) * kernel
+        return torch.fft.irfft(spectrum, n=2 * length)[..., :length].type_as(x).transpose(1, 2)
+
+
+@pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2}])
+def test_convolutions_by_spectrum(fix: dict[str, int]) -> None:
+    proved(Spectrum(), SAMPLE, square, **fix)
+
+
+class Recomputed(Layer):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.head = reentrant, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        return x + checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_model_recomputes_keeps_its_gradients(reentrant: bool) -> None:
+    proved(Recomputed(reentrant), {"x": SAMPLE["x"]}, square, tp=2)

@@ -31,6 +31,7 @@ from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.leaves import stopping
 from autopar.graph.quotients import quotients_whole
+from autopar.graph.recomputed import computed_once
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
@@ -233,6 +234,7 @@ def _export(
         numbers_kept(),
         whole_numbers_counted(),
         quotients_whole(copied),
+        computed_once(),
         _default_dtype(made),
     )
     with (
