@@ -34,11 +34,32 @@ def lazy() -> nn.Module:
     return model
 
 
+def spectral() -> nn.Module:
+    model = Plain()
+    nn.utils.parametrizations.spectral_norm(model.layer)
+    return model
+
+
+def compiled() -> nn.Module:
+    model = Plain()
+    model.layer = torch.compile(model.layer)  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # of torch's own compiler
+def test_a_compiled_module_is_taken_as_it_is_written() -> None:
+    torch.manual_seed(0)
+    model = compiled()
+    plan = autopar.search(model, JOB, CLUSTER, INPUTS, fix={"dp": 2})
+    assert autopar.verify(plan, model, INPUTS).worst[1] < 1e-10
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: nn.DataParallel(Plain()), "the model is wrapped in DataParallel: hand over the plain module"),
         (lambda: nn.Sequential(nn.DataParallel(Plain())), "module '0' is wrapped in DataParallel"),
+        (spectral, "module 'layer' has a spectral norm, whose vectors change in every forward"),
         (frozen, "no parameter of Plain trains"),
         (lazy, r"parameter layer\.weight has no shape yet"),
     ],

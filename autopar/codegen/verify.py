@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -296,7 +296,7 @@ def _single_device(
     runner = LossOf(model, loss)
     total = 0.0
     for share, part in shares:
-        with keep_wide() if wide else nullcontext(), every_layer(), whole_numbers_counted():
+        with keep_wide() if wide else nullcontext(), every_layer(), whole_numbers_counted(), _eager():
             value = runner(dict(part)) * share
         value.backward()
         total += float(value.detach())
@@ -305,6 +305,11 @@ def _single_device(
         for name, weight in model.named_parameters()
         if name in graph.parameters and weight.requires_grad
     }
+
+
+def _eager() -> AbstractContextManager[None]:
+    """Modules that the user compiled run as they are written: in float64, and once."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def run_emitted(

@@ -235,6 +235,7 @@ def _export(
         whole_numbers_counted(),
         quotients_whole(copied),
         computed_once(),
+        torch.compiler.set_stance("force_eager"),
         _default_dtype(made),
     )
     with (
@@ -269,6 +270,12 @@ def _reason(model: nn.Module, error: Exception, batch: BatchSpec) -> str:
     place = raised_in(error)
     if any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
         return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {FROM_VALUES}"
+    if "FlexAttention" in str(error):
+        return (
+            f"{place or 'the model'} calls flex_attention, which autopar cannot take apart: write what it does to "
+            "scores as a mask or bias of torch.nn.functional.scaled_dot_product_attention, or make a function of it a leaf "
+            "(autopar.leaf)"
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     where = f"in {place}: " if place else ""
     shapes = (f"{key} [{', '.join(map(str, ('b', *shape[1:])))}]" for key, shape in batch.shapes.items())

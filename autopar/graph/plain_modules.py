@@ -23,6 +23,18 @@ def check_plain(model: nn.Module) -> None:
             raise BadInputError(
                 f"{where} has been through fully_shard: hand over the module before it; autopar shards it"
             )
+        hooks = {type(hook).__name__ for hook in module._forward_pre_hooks.values()}
+        if "_SpectralNorm" in names or "SpectralNorm" in hooks:
+            owner = f"module {path.partition('.parametrizations')[0]!r}"
+            raise BadInputError(
+                f"{owner} has a spectral norm, whose vectors change in every forward: emitted code keeps no state "
+                "between steps; bound the weight without one (parametrizations.weight_norm, a gradient penalty)"
+            )
+        if "WeightNorm" in hooks:
+            raise BadInputError(
+                f"{where} has torch.nn.utils.weight_norm, which torch cannot copy: use "
+                "torch.nn.utils.parametrizations.weight_norm"
+            )
         if "ScriptModule" in names:
             raise BadInputError(
                 f"{where} is a ScriptModule, whose code cannot be traced: hand over the module it is of"
