@@ -273,8 +273,8 @@ def _reason(model: nn.Module, error: Exception, batch: BatchSpec) -> str:
     if "FlexAttention" in str(error):
         return (
             f"{place or 'the model'} calls flex_attention, which autopar cannot take apart: write what it does to "
-            "scores as a mask or bias of torch.nn.functional.scaled_dot_product_attention, or make a function of it a leaf "
-            "(autopar.leaf)"
+            "scores as a mask or bias of torch.nn.functional.scaled_dot_product_attention, or make a function of it a "
+            "leaf (autopar.leaf)"
         )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     where = f"in {place}: " if place else ""
