@@ -176,10 +176,10 @@ def export(
     fold: Fold | None,
     static_seq: bool,
     narrow: frozenset[str] = frozenset(),
-    made: torch.dtype = torch.float32,
+    made: torch.dtype | None = None,
 ) -> Exported:
     """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``. ``made``: the
-    dtype of what forward makes without saying which.
+    dtype of what forward makes without saying which (by default as the caller has it).
 
     Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
     with torch's reason when the model cannot be traced.
@@ -196,7 +196,7 @@ def export(
         if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")):
             if every - narrow:
                 return export(model, batch, loss, fold, static_seq, every, made)
-            if made == torch.float32:
+            if made is None:
                 return export(model, batch, loss, fold, static_seq, narrow, TRACE_DTYPE)
         raise UnsupportedError(_reason(model, error, batch)) from error
 
@@ -208,7 +208,7 @@ def _export(
     fold: Fold | None,
     static_seq: bool,
     narrow: frozenset[str],
-    made: torch.dtype,
+    made: torch.dtype | None,
 ) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
@@ -253,9 +253,9 @@ def _export(
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype or before)
     try:
         yield
     finally:
