@@ -87,7 +87,10 @@ _traced: Recent[ModelGraph] = Recent(16)
 
 def _trace(loaded: LoadedModel) -> ModelGraph:
     from autopar.graph.model_key import model_key
+    from autopar.graph.plain_modules import check_plain
     from autopar.graph.trace import trace
+
+    check_plain(loaded.model)
 
     def traced() -> ModelGraph:
         with _quiet(sys.modules.get("transformers")):
@@ -169,6 +172,37 @@ def _quiet(transformers: Any) -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
+def _first(made: Any) -> Any:
+    return made[0] if isinstance(made, tuple) and made else made
+
+
+def _lost_buffers(model: nn.Module) -> bool:
+    """Whether ``model``, made on meta, has buffers whose values cannot be told from it."""
+    from autopar.graph.buffers import value_of
+
+    names = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    return any(value_of(model, name) is None for name in names)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """While open, what modules register as parameters goes to meta at once; buffers are made as written."""
+    from torch import nn
+
+    plain = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        plain(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
 def _from_function(path: Path, function: str) -> LoadedModel:
     import torch
     from torch import nn
@@ -188,6 +222,9 @@ def _from_function(path: Path, function: str) -> LoadedModel:
             raise BadInputError(f"{path} has no function {function!r}")
         with torch.device("meta"):
             made = build()
+        if isinstance(_first(made), nn.Module) and _lost_buffers(_first(made)):
+            with _parameters_on_meta():
+                made = build()
     except AutoparError:
         raise
     except Exception as error:

@@ -114,12 +114,15 @@ class T:
             return wide[..., : self.shape[-1]]
         if self.kind == "unit":
             return 0.1 + 0.8 * torch.rand(self.shape, generator=generator, dtype=torch.float64)
+        if self.kind == "complex":
+            return torch.randn(self.shape, generator=generator, dtype=torch.complex128)
         drawn = torch.randn(self.shape, generator=generator, dtype=torch.float64)
         return drawn.abs() + 0.5 if self.kind == "positive" else drawn
 
     @property
     def meta(self) -> TensorMeta:
-        dtype = {"mask": "bool", "marks": "bool", "index": "int64", "places": "int64"}.get(self.kind, "compute")
+        kinds = {"mask": "bool", "marks": "bool", "index": "int64", "places": "int64", "complex": "complex128"}
+        dtype = kinds.get(self.kind, "compute")
         return TensorMeta(self.shape, dtype, dtype == "compute")
 
 
@@ -302,6 +305,16 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "aten.masked_fill": [(_X, T((8, 16), "mask"), 0.0), (_X, T((4, 8, 1), "mask"), -1.0)],
     "aten.addcmul": [(_X, _X, _t(16))],
     "aten.addcdiv": [(_X, _X, T((16,), "positive"))],
+    "aten.fft_rfft": [(_X,), (_X, 32), (_X, None, 1)],
+    **{
+        f"aten.fft_{name}": [(T((4, 8, 16), "complex"),), (T((4, 8, 16), "complex"), 6, 1)]
+        for name in ("fft", "ifft", "irfft")
+    },
+    "aten.smooth_l1_loss": [(_X, _X, 0), (_X, _X, 0, 0.5)],
+    "aten.huber_loss": [(_X, _X, 0, 0.7)],
+    "aten.kl_div": [(_X, T((4, 8, 16), "positive"), 0)],
+    "aten.binary_cross_entropy": [(T((4, 8, 16), "unit"), T((4, 8, 16), "unit"), None, 0)],
+    "aten.binary_cross_entropy_with_logits": [(_X, _X, None, None, 0)],
     "aten.lerp": [(_X, _X, 0.3), (_X, _X, _t(16))],
     "aten.dropout": [(_X, 0.5, False), (_X, 0.0, True)],
     "autopar.drawn": [(_X, "uniform"), (_X, "normal")],

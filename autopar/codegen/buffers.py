@@ -1,4 +1,4 @@
-"""Buffers in emitted code: by their formula where it gives the very same numbers, else as literals."""
+"""Buffers in emitted code: by their formula where it gives the very same numbers, else as literals, or from a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 
 from autopar.codegen.source import Binary, Call, Expr, Method, Text, Value, literal
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import TensorMeta
+from autopar.graph.buffers import LARGEST_FILED
+from autopar.graph.interpret import torch_dtype
+from autopar.graph.ir import ModelGraph, TensorMeta
 
 _MOST_LITERAL = 512
 
@@ -14,11 +16,14 @@ _MOST_LITERAL = 512
 def buffer_expr(name: str, meta: TensorMeta, values: tuple[float, ...] | None, double: bool) -> Expr:
     """The buffer ``name`` as an expression on ``device``; ``double``: floating-point values are computed in float64.
 
-    Raises UnsupportedError when its values are unknown or too many to write down.
+    Raises UnsupportedError when its values are unknown.
     """
     shape = meta.at(1, 1)
     if values is None:
-        raise UnsupportedError(f"buffer {name}: its values are not known, so emitted code cannot recreate it")
+        raise UnsupportedError(
+            f"buffer {name}: its values are not known, so emitted code cannot recreate it; hand over a model that "
+            f"holds them (is not on meta), at most {LARGEST_FILED:,} in a buffer"
+        )
     floating = meta.dtype in ("compute", "float32", "float64", "bfloat16", "float16")
     theta = _rotary_base(values) if floating and len(shape) == 1 else None
     if theta is not None:
@@ -27,11 +32,9 @@ def buffer_expr(name: str, meta: TensorMeta, values: tuple[float, ...] | None, d
         exponent = Binary("/", Method(steps, "float"), literal(size))
         # In float32 also for a float64 job: the numbers are the model's own.
         return Binary("/", literal(1.0), Binary("**", literal(theta), exponent))
-    if len(values) > _MOST_LITERAL:
-        raise UnsupportedError(
-            f"buffer {name} of {len(values)} values has no formula that autopar knows; compute it in forward, or make "
-            "it a parameter"
-        )
+    if in_file(meta, values):
+        place, dtype = _where(meta, double)[::-1]
+        return Call("held", (literal(name), place[1], dtype[1]))
     if len(set(values)) == 1 and len(values) > 1:
         filled = literal(values[0] if floating else int(values[0]))
         return Call("torch.full", (literal(shape), filled, *_where(meta, double)))
@@ -44,6 +47,22 @@ def buffer_expr(name: str, meta: TensorMeta, values: tuple[float, ...] | None, d
         listed = literal(numbers[0])
     tensor: Expr = Call("torch.tensor", (listed, *_where(meta, double)))
     return tensor if len(shape) <= 1 else Method(tensor, "reshape", tuple(literal(size) for size in shape))
+
+
+def in_file(meta: TensorMeta, values: tuple[float, ...]) -> bool:
+    """Whether the values are too many to write down."""
+    floating = meta.dtype in ("compute", "float32", "float64", "bfloat16", "float16")
+    by_formula = floating and len(meta.shape) == 1 and _rotary_base(values) is not None
+    return len(values) > _MOST_LITERAL and not by_formula
+
+
+def filed(model: ModelGraph) -> dict[str, torch.Tensor]:
+    """The buffers, by full name, that emitted code reads from its file."""
+    return {
+        name: torch.tensor(values, dtype=torch_dtype(meta.dtype, torch.float32)).reshape(meta.at(1, 1))
+        for name, meta in model.buffers.items()
+        if (values := model.buffer_values.get(name)) is not None and in_file(meta, values)
+    }
 
 
 def _where(meta: TensorMeta, double: bool) -> tuple[tuple[str, Expr], ...]:

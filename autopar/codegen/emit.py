@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from autopar.codegen.tokens import DENOISING, MASKED, NEXT, token_batch, vocabulary_of
+from autopar.codegen.tokens import DENOISING, GIVEN, MASKED, NEXT, batch_of, samples_text, vocabulary_of
 from autopar.codegen.wiring import blocks_method
 from autopar.errors import BadInputError, UnsupportedError
-from autopar.graph.ir import ModelGraph
+from autopar.graph.ir import COMPUTE, ModelGraph
+from autopar.graph.size import SEQ
 from autopar.plan import Plan
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ The model sees all positions, so it learns masked tokens: {share:.0%} of each sa
     DENOISING: """\
 The encoder reads samples with {share:.0%} of their tokens masked, the decoder learns to write them whole. Set `MASK_ID`
 at the top of `train.py` to your tokenizer's mask token; `make_batch` there is the place for another task.""",
+    GIVEN: """\
+A sample is what the model takes: the tensors in `TENSORS` at the top of `train.py`, each saved for all samples, on dim
+0. `read_data` and `make_batch` there are the places for a dataset of your own, and for what is to be done to its
+samples.""",
 }
 """What a model is trained on, in words."""
 
@@ -85,8 +90,11 @@ def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, T
     plan.check_model(graph.fingerprint(), graph.name)
     check_emitted(plan)
     check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise BadInputError(f"cannot write the folder {out}: {error.strerror}; name another place") from error
     try:
         write_folder(plan, graph, temporary, weights)
         temporary.chmod(0o755)
@@ -97,7 +105,9 @@ def emit(plan: Plan, graph: ModelGraph, out: str | Path, weights: Mapping[str, T
 
 def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the files of `emit` into an existing folder."""
+    from autopar.codegen.buffers import filed
     from autopar.codegen.emit_module import imported_modules, module_source
+    from autopar.codegen.runtime.buffers import FILE
     from autopar.solver.capabilities import check_executable
 
     check_executable(plan)
@@ -110,13 +120,16 @@ def write_folder(plan: Plan, graph: ModelGraph, folder: Path, weights: Mapping[s
     templates = Environment(
         loader=PackageLoader("autopar.codegen"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
-    values = _values(plan, graph, weights is not None)
+    buffers = filed(graph)
+    values = {**_values(plan, graph, weights is not None), "has_buffers": bool(buffers)}
     for name in ("train.py", "launch.sh", "README.md"):
         (folder / name).write_text(templates.get_template(f"{name}.jinja").render(values))
     (folder / "launch.sh").chmod(0o755)
     (folder / "runtime").mkdir()
     for name in _runtime_needed((folder / "module.py").read_text(), (folder / "train.py").read_text()):
         shutil.copyfile(RUNTIME / f"{name}.py", folder / "runtime" / f"{name}.py")
+    if buffers:
+        _save(buffers, folder / FILE.name)
     plan.save(folder / "plan.json")
     if weights is not None:
         _save_weights(graph, weights, folder / WEIGHTS_FILE)
@@ -140,7 +153,8 @@ def _runtime_needed(*sources: str) -> list[str]:
 def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
     compute, master = TORCH_DTYPES[plan.job.dtype]
     names = [block.path or block.kind for block in graph.blocks]
-    tokens = token_batch(graph)
+    tokens = batch_of(graph)
+    given = tokens.objective == GIVEN
     share = MASK_SHARES.get(tokens.objective, 0.0)
     stages = []
     for index, stage in enumerate(plan.stages):
@@ -187,7 +201,11 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "offload": plan.offload == "state",
         "compute_dtype": compute,
         "master_dtype": master,
-        "vocabulary": vocabulary_of(graph),
+        "vocabulary": 0 if given else vocabulary_of(graph),
+        "tensors": samples_text(graph) if given else {},
+        "counts": "GLOBAL_BATCH" if given and not _has_sequence(graph) else "GLOBAL_BATCH * SEQ_LEN",
+        "in_tokens": not given or _has_sequence(graph),
+        "casts": any(meta.dtype == COMPUTE for meta in graph.batch.values()),
         "predicted_step_s": float(f"{plan.predicted.step_time:.4g}"),
         "batch": _dict_text(tokens.made),
         "objective": tokens.objective,
@@ -199,6 +217,11 @@ def _values(plan: Plan, graph: ModelGraph, has_weights: bool) -> dict[str, Any]:
         "has_weights": has_weights,
         "blocks": blocks_method(graph),
     }
+
+
+def _has_sequence(graph: ModelGraph) -> bool:
+    """Whether some tensor of the batch has a value for each position."""
+    return any(SEQ in meta.shape for meta in graph.batch.values())
 
 
 def _gathered(plan: Plan, names: list[str]) -> list[str]:
@@ -233,8 +256,6 @@ def _span(names: list[str], first: int, last: int) -> str:
 
 
 def _save_weights(graph: ModelGraph, weights: Mapping[str, Tensor], path: Path) -> None:
-    import torch
-
     groups = {group[0]: group for group in graph.tied}
     chosen = {}
     for name in graph.parameters:
@@ -242,7 +263,13 @@ def _save_weights(graph: ModelGraph, weights: Mapping[str, Tensor], path: Path) 
         if held is None:
             raise BadInputError(f"no weight named {name} was given for {graph.name}; give all of them or none")
         chosen[name] = weights[held].detach().cpu().clone()
-    torch.save(chosen, path)
+    _save(chosen, path)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    import torch
+
+    torch.save(dict(tensors), path)
 
 
 def check_target(out: Path) -> None:

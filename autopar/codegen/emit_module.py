@@ -103,6 +103,7 @@ def _header(plan: Plan, model: ModelGraph, setting: Setting, text: str) -> list[
     if "F." in text:
         lines.append("import torch.nn.functional as F")
     for module, names, end in (
+        ("runtime.buffers", ("held",), r"\("),
         ("runtime.collectives", sorted(FUNCTIONS.values()), r"\("),
         ("runtime.experts", ("experts",), r"\("),
         ("runtime.offload", IMPORTS["runtime.offload"], r"\("),

@@ -219,6 +219,25 @@ def _convolution(site: Site) -> Expr:
     return Call(f"F.{op}", (*tensors, *pairs))
 
 
+def _loss(name: str, *tensors: str, options: tuple[str, ...] = ()) -> Renderer:
+    """The elements of a loss: two tensors, optional ones, the reduction, numbers."""
+
+    def write(site: Site) -> Expr:
+        first, second, *rest = site.args
+        given = [*zip(tensors, rest, strict=False), *zip(options, rest[len(tensors) + 1 :], strict=False)]
+        pairs = [(key, argument(value, site.sizes)) for key, value in given if value is not None]
+        pairs += [(key, literal(value)) for key, value in site.kwargs.items()]
+        both = (argument(x, site.sizes) for x in (first, second))
+        return Call(f"F.{name}", (*both, *pairs, ("reduction", literal("none"))))
+
+    return write
+
+
+def _einsum(site: Site) -> Expr:
+    equation, operands = site.args
+    return Call("torch.einsum", (literal(equation), *(argument(x, site.sizes) for x in operands)))
+
+
 def _recurrent(site: Site) -> Expr:
     *given, index = site.args
     name = site.node.op.partition(".")[2]
@@ -308,6 +327,12 @@ RENDERERS: dict[str, Renderer] = {
     "aten.logical_or": _binary("|"),
     "aten.bitwise_or": _binary("|"),
     "aten.neg": _neg,
+    "aten.einsum": _einsum,
+    "aten.smooth_l1_loss": _loss("smooth_l1_loss", options=("beta",)),
+    "aten.huber_loss": _loss("huber_loss", options=("delta",)),
+    "aten.kl_div": _loss("kl_div"),
+    "aten.binary_cross_entropy": _loss("binary_cross_entropy", "weight"),
+    "aten.binary_cross_entropy_with_logits": _loss("binary_cross_entropy_with_logits", "weight", "pos_weight"),
     **dict.fromkeys(RECURRENT, _recurrent),
     "aten.pad": _pad,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
@@ -331,5 +356,9 @@ RENDERERS: dict[str, Renderer] = {
     "aten.arange": _factory("torch.arange"),
     "aten.full": _factory("torch.full"),
     "aten.zeros": _factory("torch.zeros"),
+    **{
+        f"aten.{name}": _factory(f"torch.{name}")
+        for name in ("eye", "linspace", "scalar_tensor", "tril_indices", "triu_indices")
+    },
     "aten.ones": _factory("torch.ones"),
 } | SHAPES

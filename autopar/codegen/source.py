@@ -77,7 +77,8 @@ def _text(expr: Expr, resolve: Resolve) -> tuple[str, int]:
     if isinstance(expr, Text):
         return expr.text, _ATOM
     if isinstance(expr, Call):
-        return f"{expr.function}({', '.join(_argument(a, resolve) for a in expr.arguments)})", _ATOM
+        inner = ", ".join(_argument(a, resolve) for a in expr.arguments)
+        return f"{expr.function}({inner.removesuffix(' ')})", _ATOM  # one item and nothing: a tuple of one
     if isinstance(expr, Method):
         target = _grouped(expr.object, resolve, _ATOM)
         arguments = ", ".join(_argument(a, resolve) for a in expr.arguments)

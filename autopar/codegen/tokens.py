@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.codegen.reach import reach_of_predictions
 from autopar.errors import UnsupportedError
-from autopar.graph.ir import ModelGraph, Node, OpGraph
+from autopar.graph.ir import COMPUTE, ModelGraph, Node, OpGraph
 from autopar.graph.size import BATCH, SEQ, Size
 
 _BY_NAME = {
@@ -16,16 +16,20 @@ _BY_NAME = {
     "token_type_ids": "torch.zeros_like(ids)",
 }
 
-NEXT, MASKED, DENOISING = "next", "masked", "denoising"
+NEXT, MASKED, DENOISING, GIVEN = "next", "masked", "denoising", "given"
 """What a model learns: each position's next token; tokens that are masked in its input; the whole of a sample whose
-tokens are masked in the input of its encoder."""
+tokens are masked in the input of its encoder; what the samples say, which are no tokens."""
+
+
+class NoTokensError(UnsupportedError):
+    """A batch that cannot be made from token ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """How train.py makes a batch. ``objective``: `NEXT`, `MASKED` or `DENOISING`. ``made``: for each batch tensor the
-    expression that makes it from token ids ``ids`` [samples, SEQ_LEN], from ``shown`` (ids with some masked) and
-    ``chosen`` (bool: where). ``starts``: whether an expression reads START_ID."""
+    """How train.py makes a batch. ``objective``: `NEXT`, `MASKED`, `DENOISING` or `GIVEN`. ``made``: for each batch
+    tensor the expression that makes it from token ids ``ids`` [samples, SEQ_LEN], from ``shown`` (ids with some masked)
+    and ``chosen`` (bool: where). ``starts``: whether an expression reads START_ID."""
 
     objective: str
     made: dict[str, str]
@@ -35,6 +39,14 @@ class TokenBatch:
         return any("START_ID" in value for value in self.made.values())
 
 
+def batch_of(graph: ModelGraph) -> TokenBatch:
+    """What the graph is trained on: token ids if they are all that it takes, else samples that hold its tensors."""
+    try:
+        return token_batch(graph)
+    except NoTokensError:
+        return TokenBatch(GIVEN, {})
+
+
 def token_batch(graph: ModelGraph) -> TokenBatch:
     """What the graph is trained on.
 
@@ -42,17 +54,19 @@ def token_batch(graph: ModelGraph) -> TokenBatch:
     by itself gets the ids. One that predicts from earlier positions alone gets each position's next token, and none for
     the last. One that sees all positions would only copy: it gets masked ids and has to find the masked ones. One
     that sees all positions of some ids and the earlier ones of its targets (or of other ids) is an encoder and a
-    decoder: the first are masked, the decoder writes the whole. Raises UnsupportedError for a tensor that is none of
+    decoder: the first are masked, the decoder writes the whole. Raises NoTokensError for a tensor that is none of
     these, and for targets that are not token ids.
     """
     tables, targets = token_tables(graph), loss_targets(graph)
     for key in graph.batch:
         if key not in _BY_NAME and key not in tables and key not in targets:
-            raise UnsupportedError(
+            raise NoTokensError(
                 f"{graph.name} takes {key}, which train.py cannot make from token ids: it is neither looked up by an "
                 "embedding, nor the target of a cross-entropy, nor called attention_mask, position_ids or "
-                "token_type_ids; wrap the model in one that makes it by itself"
+                "token_type_ids"
             )
+        if key not in targets and graph.batch[key].shape != (BATCH, SEQ):
+            raise NoTokensError(f"{graph.name} takes {key} of shape {_shape_text(graph, key)}, not one id per token")
     _check_targets(graph, targets)
     reach = reach_of_predictions(graph)
     sources = [key for key in tables if reach.get(key) and key not in targets]
@@ -83,35 +97,54 @@ def _target(objective: str, ignored: int, shifted: bool) -> str:
 
 
 def _check_targets(graph: ModelGraph, targets: dict[str, tuple[int, bool]]) -> None:
-    """Raise UnsupportedError for targets that are no token ids: labels of samples, or of few classes."""
+    """Raise NoTokensError for targets that are no token ids: labels of samples, or of few classes."""
     for nodes, _ in _graphs(graph):
         for node in nodes.of("op"):
             if node.op == "autopar.cross_entropy":
                 classes, vocabulary = nodes.nodes[node.operands()[0]].meta.shape[-1], vocabulary_of(graph)
                 if isinstance(classes, int) and classes < vocabulary:
-                    raise UnsupportedError(
+                    raise NoTokensError(
                         f"{graph.name} tells {classes} classes apart, but has {vocabulary} token ids: its targets are "
-                        "not tokens, and train.py makes batches from tokens alone; use autopar.parallelize in a script "
-                        "of your own"
+                        "not tokens"
                     )
     for key in targets:
         if graph.batch[key].shape != (BATCH, SEQ):
-            shape = ", ".join(map(str, graph.batch[key].shape))
-            raise UnsupportedError(
-                f"{graph.name} has targets {key} of shape [{shape}], not one per token; train.py makes batches from "
-                "tokens alone: use autopar.parallelize in a script of your own"
-            )
+            raise NoTokensError(f"{graph.name} has targets {key} of shape {_shape_text(graph, key)}, not one per token")
+
+
+def _shape_text(graph: ModelGraph, key: str) -> str:
+    return f"[{', '.join(map(str, graph.batch[key].shape))}]"
 
 
 def vocabulary_of(graph: ModelGraph) -> int:
-    """Rows of the table that token ids look up. Raises UnsupportedError if the model has no such table."""
+    """Rows of the table that token ids look up. Raises NoTokensError if the model has no such table."""
     tables = token_tables(graph)
     if not tables:
-        raise UnsupportedError(
-            f"{graph.name}: no embedding reads a tensor of the batch, so train.py cannot tell its vocabulary; autopar "
-            "writes training scripts for models that start from token ids"
-        )
+        raise NoTokensError(f"{graph.name}: no embedding reads a tensor of the batch")
     return min(tables.values())
+
+
+def samples_text(graph: ModelGraph) -> dict[str, str]:
+    """For each batch tensor, source text of what a sample of it is: (shape, dtype, values that whole numbers may have
+    or 0), as `runtime.samples` takes it."""
+    values = {**target_classes(graph), **lookups(graph)}
+    return {
+        key: f"({_tuple_text(meta.shape[1:])}, {_dtype_text(meta.dtype)}, {_limit(values.get(key))})"
+        for key, meta in graph.batch.items()
+    }
+
+
+def _tuple_text(sizes: Sequence[int | Size]) -> str:
+    texts = ["SEQ_LEN" if size == SEQ else str(size) for size in sizes]
+    return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+
+
+def _dtype_text(dtype: str) -> str:
+    return "torch.float32" if dtype == COMPUTE else f"torch.{dtype}"
+
+
+def _limit(values: int | Size | None) -> int:
+    return values if isinstance(values, int) else 0
 
 
 def token_tables(graph: ModelGraph) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
@@ -198,13 +198,21 @@ def wide_copy(model: nn.Module, graph: ModelGraph, dtype: torch.dtype, seed: int
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     made = copy.deepcopy(model)
     if on_meta:
-        made = made.to_empty(device="cpu")
+        lost = {name for name, buffer in made.named_buffers() if buffer.is_meta}
+        made._apply(lambda x: torch.empty_like(x, device="cpu") if x.is_meta else x)  # type: ignore[no-untyped-call]
         _tie(made, graph)
-        _draw(made, graph, seed)
-    made = made.to(device="cpu", dtype=dtype).train()
+        _draw(made, graph, seed, lost)
+    made._apply(lambda tensor: _wide(tensor, dtype))  # type: ignore[no-untyped-call]
     for parameter in made.parameters():
         parameter.grad = None
-    return made
+    return made.train()
+
+
+def _wide(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """On the CPU; numbers in ``dtype``, complex ones with parts in it (`Module.to` would drop what is imaginary)."""
+    if tensor.is_complex():
+        return tensor.to("cpu", torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _tie(model: nn.Module, graph: ModelGraph) -> None:
@@ -216,7 +224,8 @@ def _tie(model: nn.Module, graph: ModelGraph) -> None:
 
 
 @torch.no_grad()
-def _draw(model: nn.Module, graph: ModelGraph, seed: int) -> None:
+def _draw(model: nn.Module, graph: ModelGraph, seed: int, lost: Collection[str]) -> None:
+    """Random parameters, and for the ``lost`` buffers the values that the graph has."""
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -224,5 +233,5 @@ def _draw(model: nn.Module, graph: ModelGraph, seed: int) -> None:
         parameter.copy_(noise * scale + (parameter.ndim < 2))
     for name, buffer in model.named_buffers():
         values = graph.buffer_values.get(name)
-        if values is not None:
+        if values is not None and name in lost:
             buffer.copy_(torch.tensor(values).reshape(buffer.shape))

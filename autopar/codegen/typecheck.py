@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autopar.codegen.buffers import filed
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import fake_mesh
@@ -50,6 +51,8 @@ def typecheck(plan: Plan, graph: ModelGraph, world_size: int, source: str | None
             if hasattr(module, name):
                 setattr(module, name, twin)
         module.New = lambda mesh, splits, device, dtype, ep=1: TypedNew(mesh, splits, dtype, axes)
+        buffers = filed(graph)
+        module.held = lambda name, device, dtype: torch.zeros(buffers[name].shape, dtype=dtype, device=device)
         # Recomputation repeats the forward; its types are the same.
         module.checkpoint = lambda block, *arguments, use_reentrant: block(*arguments)
         module.selective = lambda block, *arguments, keep: block(*arguments)

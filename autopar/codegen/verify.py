@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from autopar.codegen.buffers import filed
 from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
 from autopar.codegen.ranks import local_ranks, on_rank, per_rank
+from autopar.codegen.runtime.buffers import hold
 from autopar.codegen.same_numbers import SameNumbers
 from autopar.codegen.tokens import looked_for, lookups, loss_targets, target_classes
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
 from autopar.graph.batch_norms import by_batch
 from autopar.graph.export import LossOf
+from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
 from autopar.graph.ops import draws_random
@@ -261,6 +264,8 @@ def _drawn_from(example: Tensor, shape: tuple[int, ...], generator: torch.Genera
 
 def _place(special: set[int], ids: Tensor, example: Tensor) -> None:
     """Take ``special`` ids out of ``ids``, and put those of the ``example`` of one sample where it has them."""
+    if not example.ndim:
+        return
     marked, usual = torch.tensor(sorted(special)), next(id_ for id_ in itertools.count() if id_ not in special)
     ids.masked_fill_(torch.isin(ids, marked), usual)
     shown = example[: ids.shape[1]]
@@ -291,7 +296,7 @@ def _single_device(
     runner = LossOf(model, loss)
     total = 0.0
     for share, part in shares:
-        with keep_wide() if wide else nullcontext(), every_layer():
+        with keep_wide() if wide else nullcontext(), every_layer(), whole_numbers_counted(), _eager():
             value = runner(dict(part)) * share
         value.backward()
         total += float(value.detach())
@@ -300,6 +305,11 @@ def _single_device(
         for name, weight in model.named_parameters()
         if name in graph.parameters and weight.requires_grad
     }
+
+
+def _eager() -> AbstractContextManager[None]:
+    """Modules that the user compiled run as they are written: in float64, and once."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def run_emitted(
@@ -315,6 +325,7 @@ def run_emitted(
     ``weights``: whole values by full name; ``batch``: the samples of all data ranks and micro-batches.
     """
     module = load_module(source)
+    hold(filed(graph))
     mesh = plan.mesh
     first = {name: group[0] for group in graph.tied for name in group}
     values = {first.get(name, name): value for name, value in weights.items()}

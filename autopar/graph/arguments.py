@@ -22,9 +22,12 @@ def layer_norm(node: Node, new: Draft) -> Ref | None:
 
 
 def einsum(node: Node, new: Draft) -> Ref | None:
-    """The dims that an ellipsis stands for by letters of their own."""
+    """The dims that an ellipsis stands for by letters of their own; of one tensor, its dims in another order."""
     equation, operands = node.args[0], node.args[1]
     terms, arrow, result = equation.replace(" ", "").partition("->")
+    if len(operands) == 1 and len(set(terms)) == len(terms) and sorted(terms) == sorted(result) and "." not in terms:
+        order = tuple(terms.index(letter) for letter in result)
+        return Ref(new.emit("aten.permute", operands[0], order, shape=node.meta.shape, dtype=node.meta.dtype))
     if "..." not in terms or not arrow:
         return None
     counts = [

@@ -10,6 +10,8 @@ from torch import nn
 
 LARGEST = 4096
 """Elements up to which a buffer's values are kept with the graph."""
+LARGEST_FILED = 1 << 20
+"""Elements up to which those of a buffer that no formula is found for are kept, to be written into a file."""
 SMALLEST = 64
 """Elements below which a buffer is written down as it is, whatever formula it follows."""
 _SMALL_MODULE = 10_000_000
@@ -17,8 +19,8 @@ _SMALL_MODULE = 10_000_000
 anew, of its parameters as well."""
 
 
-def known_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """For each buffer (full name) whose values can be known, a CPU tensor. Nothing is guessed.
+def known_values(model: nn.Module, names: Iterable[str], most: int = LARGEST) -> dict[str, torch.Tensor]:
+    """For each buffer (full name) of at most ``most`` values that can be known, a CPU tensor. Nothing is guessed.
 
     A buffer on meta is recomputed by the model's own code: its ``_init_weights`` on a small twin of the owning module
     (Hugging Face models restore non-persistent buffers there), or the module's constructor from its ``config``.
@@ -27,7 +29,7 @@ def known_values(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tens
     for full in names:
         path, _, name = full.rpartition(".")
         buffer = model.get_submodule(path)._buffers.get(name)
-        if buffer is None or buffer.numel() > LARGEST:
+        if buffer is None or buffer.numel() > most:
             continue
         value = value_of(model, full)
         if value is not None:

@@ -85,6 +85,12 @@ class Draft:
     def shape(self, name: str | Ref) -> tuple[int | Size, ...]:
         return self.meta(name).shape
 
+    def broadcast(self, x: Ref, y: Ref) -> tuple[int | Size, ...]:
+        """The shape that two tensors have together."""
+        longer, shorter = sorted((self.shape(x), self.shape(y)), key=len, reverse=True)
+        shorter = (1,) * (len(longer) - len(shorter)) + tuple(shorter)
+        return tuple(b if a == 1 else a for a, b in zip(longer, shorter, strict=True))
+
     def producer(self, value: Any, op: str | Iterable[str]) -> Node | None:
         """The node ``value`` refers to, if it is operator ``op`` (or one of them)."""
         if not isinstance(value, Ref):

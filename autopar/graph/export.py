@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,10 @@ from autopar.graph.expert_loops import follow_loops
 from autopar.graph.exported import FROM_VALUES, TRACE_DTYPE
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
+from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.leaves import stopping
+from autopar.graph.quotients import quotients_whole
+from autopar.graph.recomputed import computed_once
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
@@ -68,11 +72,21 @@ class LossOf(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         outputs = self.model(**call_arguments(self.model, batch))
-        loss = scalar_of(outputs) if self._loss is None else self._loss(outputs, batch)
+        loss = scalar_of(outputs) if self._loss is None else self._own(outputs, batch)
         if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
             given = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise BadInputError(f"the loss must be a scalar floating-point tensor, got {given}")
         return loss
+
+    def _own(self, outputs: Any, batch: dict[str, torch.Tensor]) -> Any:
+        assert self._loss is not None
+        try:
+            return self._loss(outputs, batch)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise BadInputError(
+                f"loss(outputs, batch) fails with {type(error).__name__}: {error}; outputs is a "
+                f"{type(outputs).__name__}, batch has {', '.join(batch)}"
+            ) from error
 
 
 def call_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,11 +94,24 @@ def call_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     arguments = {key: value for key, value in batch.items() if takes_all or key in parameters}
+    if not arguments and (whole := takes_whole(model)):
+        arguments = {whole: dict(batch)}
     if "use_cache" in parameters:
         arguments["use_cache"] = False
     if "return_loss" in parameters:  # contrastive models, which need no labels
         arguments["return_loss"] = True
     return arguments
+
+
+def takes_whole(model: nn.Module) -> str:
+    """The argument of a forward that takes the batch as a dict (it looks up names in it); "" of any other."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    try:
+        source = inspect.getsource(model.forward)
+    except (OSError, TypeError):
+        return ""
+    name = parameters[0] if len(parameters) == 1 else ""
+    return name if name and re.search(rf"\b{name}(\[|\.get\()[\"']", source) else ""
 
 
 def scalar_of(outputs: Any) -> torch.Tensor:
@@ -150,24 +177,29 @@ def export(
     fold: Fold | None,
     static_seq: bool,
     narrow: frozenset[str] = frozenset(),
+    made: torch.dtype | None = None,
 ) -> Exported:
-    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``.
+    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``. ``made``: the
+    dtype of what forward makes without saying which (by default as the caller has it).
 
     Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
     with torch's reason when the model cannot be traced.
     """
     try:
-        return _export(model, batch, loss, fold, static_seq, narrow)
+        return _export(model, batch, loss, fold, static_seq, narrow, made)
     except (AutoparError, CannotFoldError):
         raise
     except Exception as error:
         if fold is not None:
             raise CannotFoldError(str(error)) from error
         every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-        # A float32 buffer may have met half-precision activations where torch does not promote.
-        if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")) and every - narrow:
-            return export(model, batch, loss, fold, static_seq, every)
-        raise UnsupportedError(_reason(model, error)) from error
+        # A float32 buffer (or constant) may have met half-precision activations where torch does not promote.
+        if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")):
+            if every - narrow:
+                return export(model, batch, loss, fold, static_seq, every, made)
+            if made is None:
+                return export(model, batch, loss, fold, static_seq, narrow, TRACE_DTYPE)
+        raise UnsupportedError(_reason(model, error, batch)) from error
 
 
 def _export(
@@ -177,6 +209,7 @@ def _export(
     fold: Fold | None,
     static_seq: bool,
     narrow: frozenset[str],
+    made: torch.dtype | None,
 ) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
@@ -200,6 +233,11 @@ def _export(
         bags_taken_apart(),
         data_followed(),
         numbers_kept(),
+        whole_numbers_counted(),
+        quotients_whole(copied),
+        computed_once(),
+        torch.compiler.set_stance("force_eager"),
+        _default_dtype(made),
     )
     with (
         contextlib.ExitStack() as stack,
@@ -217,13 +255,32 @@ def _export(
     return Exported(program, fixed_in, told + notes + checks_told(checks))
 
 
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+_OF_SHAPES = (ValueError, RuntimeError, IndexError)
 _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could not extract")
 
 
-def _reason(model: nn.Module, error: Exception) -> str:
+def _reason(model: nn.Module, error: Exception, batch: BatchSpec) -> str:
     place = raised_in(error)
     if any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
         return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {FROM_VALUES}"
+    if "FlexAttention" in str(error):
+        return (
+            f"{place or 'the model'} calls flex_attention, which autopar cannot take apart: write what it does to "
+            "scores as a mask or bias of torch.nn.functional.scaled_dot_product_attention, or make a function of it a "
+            "leaf (autopar.leaf)"
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     where = f"in {place}: " if place else ""
-    return f"torch.export cannot trace {type(model).__name__}: {where}{type(error).__name__}: {lines[0]}"
+    shapes = (f"{key} [{', '.join(map(str, ('b', *shape[1:])))}]" for key, shape in batch.shapes.items())
+    given = f" (traced with {', '.join(shapes)}: inputs are of one sample)" if isinstance(error, _OF_SHAPES) else ""
+    return f"torch.export cannot trace {type(model).__name__}: {where}{type(error).__name__}: {lines[0]}{given}"

@@ -7,7 +7,9 @@ from typing import Any
 
 from autopar.errors import UnsupportedError
 from autopar.graph.draft import Draft
+from autopar.graph.elementwise_losses import ELEMENTWISE_LOSSES
 from autopar.graph.ir import Ref
+from autopar.graph.recurrent_cells import CELLS
 from autopar.graph.size import divide
 from autopar.graph.windows import im2col, unfold
 
@@ -72,7 +74,7 @@ def put(draft: Draft, x: Ref, index: Sequence[Ref | None], values: Ref, accumula
     return Ref(draft.emit("aten.masked_scatter", x, draft.expand(mask, shape), values, shape=shape, dtype=dtype))
 
 
-FORMULAS: dict[str, Callable[..., Ref]] = {
+FORMULAS: dict[str, Callable[..., Any]] = {
     "bilinear": bilinear,
     "glu": glu,
     "im2col": im2col,
@@ -80,4 +82,6 @@ FORMULAS: dict[str, Callable[..., Ref]] = {
     "linalg_norm": norm,
     "tile": tile,
     "unfold": unfold,
+    **ELEMENTWISE_LOSSES,
+    **CELLS,
 }

@@ -160,7 +160,7 @@ class Importer:
             if change is None and state is None:
                 raise UnsupportedError(
                     f"{self._place()} changes in place ({op}) a parameter, a buffer, an input, or one of several "
-                    "tensors split from another; write it out of place"
+                    "tensors split from another; write it out of place, or do it outside of forward"
                 )
             name = name.removesuffix("_")
         args, kwargs = self._arguments(node, target)
@@ -181,7 +181,7 @@ class Importer:
         elif name in LISTS:
             self.values[node] = self._items(args, node, target, value)
         elif name in FORMULAS:
-            self.values[node] = FORMULAS[name](self.draft, *args)
+            self.values[node] = FORMULAS[name](self.draft, *args, **kwargs)
         elif name == "topk":
             self.values[node] = self._largest(args, value)
         elif name == "sort":

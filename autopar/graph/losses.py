@@ -39,6 +39,7 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
     """
     node = draft.nodes[draft.output]
     draft.module = node.module
+    node = _divided_terms(draft, node, None)
     sums: dict[str, tuple[Ref, OpGraph]] = {}
     others: dict[str, NoMeanError] = {}
     for term in list(_terms(draft, node)):
@@ -111,6 +112,26 @@ def _terms(draft: Draft, node: Node) -> Iterator[Node]:
         yield node
 
 
+def _divided_terms(draft: Draft, node: Node, size: Size | None) -> Node:
+    """``node`` with a division by a size of the batch (or by ``size``) moved to each of its terms."""
+    if node.kind == "op" and node.op == "aten.div" and len(node.args) == 2 and isinstance(node.args[1], Size):
+        if size is None and isinstance(node.args[0], Ref):
+            return _divided_terms(draft, draft.nodes[node.args[0].name], node.args[1])
+        return node
+    if terms := _added(draft, node):
+        parts: tuple[Any, ...] = tuple(Ref(_divided_terms(draft, term, size).name) for term in terms)
+    elif (inner := _scaled(node)) is not None:
+        moved = Ref(_divided_terms(draft, draft.nodes[inner.name], size).name)
+        parts = tuple(moved if isinstance(arg, Ref) else arg for arg in node.args)
+    elif size is None:
+        return node
+    else:
+        return draft.nodes[draft.emit("aten.div", Ref(node.name), size, shape=(), dtype=node.meta.dtype)]
+    if parts == node.args:
+        return node
+    return draft.nodes[draft.emit(node.op, *parts, shape=(), dtype=node.meta.dtype)]
+
+
 def _sum_of(draft: Draft, node: Node, totals: Mapping[str, Ref]) -> Ref:
     """``node`` with ``totals`` in place of its terms."""
     if node.name in totals:
@@ -168,15 +189,12 @@ def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
         logs = _classes_last(draft, node.args[0])
         if logs and logs.args[1] == len(logs.meta.shape) - 1 and not logs.kwargs:
             return _cross_entropy(draft, replace(node, args=(logs.args[0], *node.args[1:])))
-    if node.op == "aten.div" and (found := _over_count(draft, node)) is not None:
+    if node.op == "aten.div" and isinstance(node.args[1], Size):
+        total, own = _base(draft, draft.nodes[node.args[0].name])
+        if own == NO_COUNT and divide(node.args[1], BATCH) is not None:
+            return total, _constant_count(node.args[1])
+    elif node.op == "aten.div" and (found := _over_count(draft, node)) is not None:
         return found
-    if node.op in ("aten.mse_loss", "aten.l1_loss"):
-        x, y, *reduction = node.args
-        shape = max(draft.shape(x), draft.shape(y), key=len)
-        difference = Ref(draft.emit("aten.sub", x, y, shape=shape, dtype=node.meta.dtype))
-        op = ("aten.mul", difference, difference) if node.op == "aten.mse_loss" else ("aten.abs", difference)
-        terms = Ref(draft.emit(*op, shape=shape))
-        return _total(draft, node, terms, (reduction or [MEAN])[0] == MEAN)
     if node.op in ("aten.mean", "aten.sum") and (
         len(node.args) == 1 or len(node.args[1]) == len(draft.shape(node.args[0]))
     ):

@@ -191,16 +191,18 @@ def cast(node: Node, new: Draft) -> Ref | None:
 
 
 def arithmetic(node: Node, new: Draft) -> Ref | None:
-    """x + 0, x - 0, x * 1, x / 1."""
+    """x + 0, x - 0, x * 1, x / 1, also where the number fills a tensor."""
     if len(node.args) != 2 or node.kwargs:
         return None
     x, y = node.args
-    if isinstance(y, Ref) and not isinstance(x, Ref) and node.op in ("aten.add", "aten.mul"):
+    if node.op in ("aten.add", "aten.mul") and (not isinstance(x, Ref) or new.producer(x, "aten.full")):
         x, y = y, x
     neutral = 1 if node.op in ("aten.mul", "aten.div") else 0
+    if isinstance(y, Ref) and (filled := new.producer(y, "aten.full")):
+        y = filled.args[1]
     if isinstance(y, bool | Ref | Size) or y != neutral or not isinstance(x, Ref):
         return None
-    return x if new.meta(x).dtype == node.meta.dtype else None
+    return x if new.meta(x).dtype == node.meta.dtype and new.shape(x) == node.meta.shape else None
 
 
 def concatenate(node: Node, new: Draft) -> Ref | None:

@@ -20,6 +20,7 @@ from autopar.graph import (
     complex_numbers,
     flattening,
     joining,
+    joint_indices,
     losses,
     masks,
     raising,
@@ -28,8 +29,8 @@ from autopar.graph import (
 )
 from autopar.graph.bands import unfold_buffers
 from autopar.graph.blocks import Blocks, cut
-from autopar.graph.buffers import known_values
-from autopar.graph.export import BatchSpec, Exported, Loss, export
+from autopar.graph.buffers import LARGEST_FILED, known_values
+from autopar.graph.export import BatchSpec, Exported, Loss, export, takes_whole
 from autopar.graph.fold import CannotFoldError, Fold, plan_fold
 from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
@@ -91,7 +92,8 @@ def trace(
     notes = (*notes, *traced.notes)
     if unused := [full for full in parameters if full not in used["parameter"]]:
         notes = (*notes, f"{len(unused)} parameters take no part in the loss and are left out: {', '.join(unused[:3])}")
-    values = {**traced.values, **known_values(model, used["buffer"].keys() - traced.values.keys())}
+    missing = used["buffer"].keys() - traced.values.keys()
+    values = {**traced.values, **known_values(model, missing, LARGEST_FILED)}
     limits = {*traced.limits, *(limit for limit in (longest_sequence(traced.blocks, values),) if limit is not None)}
     return ModelGraph(
         name=name or type(model).__name__,
@@ -176,11 +178,12 @@ def _traced(
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
     limits: set[int] = set()
     recognised = masks.rules(values, _nominal_seq(model), limits)
+    several = joint_indices.rules(values)
     passes = (arguments, broadcasting, joining, flattening, raising, sinks, complex_numbers, random_numbers)
     patterns = tuple(each.RULES for each in passes)
-    draft = simplify(draft, *patterns, recognised)
+    draft = simplify(draft, *patterns, recognised, several)
     draft = share_samples(draft, values)
-    draft = simplify(draft, *patterns, recognised)
+    draft = simplify(draft, *patterns, recognised, several)
     draft, count = losses.lower(draft)
     draft = simplify(draft, *patterns)
     random_numbers.refuse_others(draft)
@@ -202,6 +205,7 @@ def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | 
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     samples = dict(inputs) if inputs is not None else _default_inputs(model, list(parameters), loss)
+    takes_all = takes_all or bool(takes_whole(model) and not samples.keys() & parameters.keys())
     for key, value in samples.items():
         if not isinstance(value, torch.Tensor):
             raise BadInputError(f"inputs[{key!r}] is a {type(value).__name__}; give example tensors of one sample")

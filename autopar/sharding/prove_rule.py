@@ -109,5 +109,6 @@ def _compare(
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """‖found − wanted‖ / ‖wanted‖ in float64; absolute where the wanted is zero."""
-    found, wanted = found.detach().double(), wanted.detach().double()
+    found, wanted = (torch.view_as_real(x) if x.is_complex() else x for x in (found.detach(), wanted.detach()))
+    found, wanted = found.double(), wanted.double()
     return float((found - wanted).norm() / (wanted.norm() if wanted.norm() > 0 else 1.0))

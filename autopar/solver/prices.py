@@ -38,6 +38,8 @@ _WIDTHS = {
     "float64": 8,
     "int64": 8,
     "int32": 4,
+    "complex64": 8,
+    "complex128": 16,
     "bfloat16": 2,
     "float16": 2,
     "int16": 2,

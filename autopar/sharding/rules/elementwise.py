@@ -20,6 +20,11 @@ pow maximum minimum eq ne lt le gt ge logical_and logical_or logical_xor bitwise
 remainder fmod floor_divide atan2 logaddexp xlogy bitwise_left_shift bitwise_right_shift isclose fmax fmin hypot
 """
 
+_LOSSES = """
+smooth_l1_loss huber_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits
+"""
+"""Their elements: reductions are operators of their own (`autopar.graph.elementwise_losses`)."""
+
 
 def broadcast(call: Call) -> str:
     """All operands broadcast together: `...` for each."""
@@ -54,6 +59,7 @@ ENTRIES = [
     *_elementwise("mul", _mul),
     *_elementwise("div", _div),
     *_elementwise("where masked_fill addcmul addcdiv lerp rsub dropout"),
+    *_elementwise(_LOSSES),
     Entry("autopar.drawn", compute=broadcast, uneven="*"),
     Entry("autopar.cast", compute=broadcast, uneven="*"),
 ]

@@ -61,6 +61,16 @@ def _histogram(call: Call) -> str:
     return f"{source} -> {Names(names).take(call.arg(1, 'bins', 100))}^"
 
 
+def _transformed(call: Call) -> str:
+    """A Fourier transform along a dim, which stays whole and may become longer or shorter."""
+    names = letters(call)
+    along = int(call.arg(2, "dim", -1)) % len(names)
+    used = Names(names)
+    source = [name + "^" if index == along else name for index, name in enumerate(names)]
+    target = [used.take(call.output[along]) + "^" if index == along else name for index, name in enumerate(names)]
+    return f"{' '.join(source)} -> {' '.join(target)}"
+
+
 def _last_two(call: Call) -> str:
     return "... i^ j^ -> ... i^ j^"
 
@@ -84,5 +94,6 @@ ENTRIES = [
     Entry("aten.cumsum", compute=_along(), linear="0"),
     Entry("aten.flip", compute=_along(), linear="0"),
     Entry("aten.roll", compute=_along(2), linear="0"),
+    *(Entry(f"aten.fft_{op}", compute=_transformed, linear="0") for op in ("fft", "ifft", "rfft", "irfft")),
     *(Entry(f"aten.{op}", compute=_last_two) for op in ("tril", "triu")),
 ]

@@ -13,11 +13,15 @@ import torch.distributed as dist
 class Metrics:
     """Prints one line per step from rank 0 and, if asked, appends one JSON object per step to a file.
 
-    ``predicted_s``: seconds per step that the plan predicts. ``tokens``: per step, over all ranks.
+    ``predicted_s``: seconds per step that the plan predicts. ``amount``: tokens (or other ``unit``) per step, over all
+    ranks.
     """
 
-    def __init__(self, tokens: int, predicted_s: float, device: torch.device, path: Path | None = None) -> None:
-        self.tokens, self.predicted_s, self.device, self.path = tokens, predicted_s, device, path
+    def __init__(
+        self, amount: int, predicted_s: float, device: torch.device, path: Path | None = None, unit: str = "tokens"
+    ) -> None:
+        self.amount, self.predicted_s, self.device, self.path = amount, predicted_s, device, path
+        self.unit = unit
         self.is_main = dist.get_rank() == 0
         self.last = time.perf_counter()
         self.last_step: int | None = None
@@ -41,12 +45,12 @@ class Metrics:
             "learning_rate": rate,
             "step_s": seconds,
             "predicted_step_s": self.predicted_s,
-            "tokens_per_second": self.tokens / seconds,
+            f"{self.unit}_per_second": self.amount / seconds,
             "peak_bytes": int(memory.item()),
         }
         print(
             f"step {step:6d}  loss {loss:.4f}  norm {norm:.3f}  lr {rate:.2e}  {seconds * 1e3:.0f} ms"
-            f" (predicted {self.predicted_s * 1e3:.0f})  {values['tokens_per_second']:,.0f} tokens/s"
+            f" (predicted {self.predicted_s * 1e3:.0f})  {self.amount / seconds:,.0f} {self.unit}/s"
             f"  {memory.item() / 2**30:.2f} GiB",
             flush=True,
         )

@@ -22,6 +22,7 @@ without them (`gather_ahead`, `drains`). PyTorch before 2.13 still has each bloc
 """
 
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -34,6 +35,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
+
+# Of a block that hands on what it is given; nothing in module.py changes a tensor in place.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def shard_stage(

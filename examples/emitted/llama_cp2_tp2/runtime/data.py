@@ -47,7 +47,7 @@ class Tokens:
         rows = []
         for index in indices:
             epoch, place = divmod(index, self.count)
-            start = int(_shuffled(self.count, self.seed, epoch)[place]) * self.seq_len
+            start = int(order_of_epoch(self.count, self.seed, epoch)[place]) * self.seq_len
             rows.append(self.tokens[start : start + self.seq_len].to(torch.int64))
         ids = torch.stack(rows)
         if int(ids.max()) >= self.vocabulary or int(ids.min()) < 0:
@@ -107,6 +107,7 @@ def mask_tokens(
 
 
 @lru_cache(maxsize=2)
-def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
+def order_of_epoch(count: int, seed: int, epoch: int) -> Tensor:
+    """In which order an epoch goes through ``count`` samples: int64 [count]."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator)

@@ -38,7 +38,8 @@ class Step:
 
     A stage returns the loss *summed* over a micro-batch (the last one does); it is divided by the number of targets
     in the whole step, over all micro-batches and data ranks, so that gradients are those of the mean over tokens.
-    ``stage``: what holds all parameters of this rank. ``scale``: the loss scale of float16.
+    ``stage``: what holds all parameters of this rank. ``scale``: the loss scale of float16. ``compute``: the dtype that
+    floating-point tensors of a batch are cast to.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Step:
         zero: int,
         tied: Tied = (),
         scale: LossScale | None = None,
+        compute: torch.dtype | None = None,
     ) -> None:
         self.stages, self.mesh, self.micro_batches = list(stages.values()), mesh, micro_batches
         self.stage = self.stages[0] if len(stages) == 1 else Stages(stages)
         self.count_targets, self.zero = count_targets, zero
         self.tied = TiedWeights(stages, tied, mesh)
-        self.scale, self.factor = scale, 1.0
+        self.scale, self.factor, self.compute = scale, 1.0, compute
         self.targets: Tensor | int = 1
         self.has_last = mesh["pp"].size() * len(stages) - 1 in stages
         self.schedule, self.waits = None, True
@@ -75,6 +77,8 @@ class Step:
 
         Returns the mean loss over the tokens of the whole step, the same on every rank.
         """
+        if self.compute is not None:
+            batch = {key: x.to(self.compute) if x.is_floating_point() else x for key, x in batch.items()}
         first = next(iter(batch.values()))
         if first.size(0) % self.micro_batches:
             raise ValueError(f"{first.size(0)} samples do not make {self.micro_batches} micro-batches of equal size")
