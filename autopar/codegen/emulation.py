@@ -9,6 +9,7 @@ Together that is most of what an emulated rank costs on small tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Ranks(LocalTensorMode):  # type: ignore[no-untyped-call]
     """Also where a tensor that is the same on all ranks (a buffer) meets a number that differs (a rank's first row)."""
 
     def __init__(self, ranks: int) -> None:
-        super().__init__(ranks)  # type: ignore[no-untyped-call]
+        super().__init__(ranks)
         self._known: dict[Any, list[torch.SymInt]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,7 +43,7 @@ class Ranks(LocalTensorMode):  # type: ignore[no-untyped-call]
             return super().__torch_dispatch__(func, types, args, kwargs)
         results = {}
         for rank in sorted(self.ranks):
-            own, named = _each((args, kwargs), lambda value, rank=rank: _on_rank(value, rank))
+            own, named = _each((args, kwargs), partial(_on_rank, rank))
             results[rank] = func(*own, **named)
         if len({len(result) if isinstance(result, list) else 0 for result in results.values()}) > 1:
             # Parts of a tensor that is shorter on some ranks: torch adds empty ones there.
@@ -57,7 +58,7 @@ class Ranks(LocalTensorMode):  # type: ignore[no-untyped-call]
 
     def _patch_device_mesh(self) -> None:
         """Torch remembers coordinates by the id of a mesh object, which the next submesh may get once one is freed."""
-        super()._patch_device_mesh()  # type: ignore[no-untyped-call]
+        super()._patch_device_mesh()
         methods: dict[str, Callable[..., Any]] = {
             "get_coordinate": self._coordinates,
             "get_local_rank": lambda mesh, axis=None: self._coordinates(mesh)[_dim_of(mesh, axis)],
@@ -70,7 +71,7 @@ class Ranks(LocalTensorMode):  # type: ignore[no-untyped-call]
         """Of all ranks, each in the mesh of its own that is cut out of the whole one as ``mesh`` is."""
         key = (mesh._layout, mesh._flatten_rank_map)
         if key not in self._known:
-            with self.disable():  # type: ignore[no-untyped-call]
+            with self.disable():
                 alike = mesh._layout.remap_to_tensor(torch.tensor(mesh._flatten_rank_map))
                 places = {rank: (alike == rank).nonzero().tolist() for rank in self.ranks}
             assert all(len(found) == 1 for found in places.values()), "a rank is in one mesh, once"
@@ -124,7 +125,7 @@ def _differs(value: Any) -> bool:
     return isinstance(value, torch.SymInt) and isinstance(value.node, LocalIntNode)
 
 
-def _on_rank(value: Any, rank: int) -> Any:
+def _on_rank(rank: int, value: Any) -> Any:
     if isinstance(value, LocalTensor):
         return value._local_tensors[rank]
     return value.node._local_ints[rank] if _differs(value) else value

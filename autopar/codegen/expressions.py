@@ -219,6 +219,13 @@ def _convolution(site: Site) -> Expr:
     return Call(f"F.{op}", (*tensors, *pairs))
 
 
+def _ctc_loss(site: Site) -> Expr:
+    *tensors, blank, zero_infinity = site.args
+    given = [argument(value, site.sizes) for value in tensors]
+    options = (("blank", literal(blank)), ("reduction", literal("none")), ("zero_infinity", literal(zero_infinity)))
+    return Call("F.ctc_loss", (*given, *options))
+
+
 def _recurrent(site: Site) -> Expr:
     *given, index = site.args
     name = site.node.op.partition(".")[2]
@@ -309,6 +316,7 @@ RENDERERS: dict[str, Renderer] = {
     "aten.bitwise_or": _binary("|"),
     "aten.neg": _neg,
     **dict.fromkeys(RECURRENT, _recurrent),
+    "autopar.ctc_loss": _ctc_loss,
     "aten.pad": _pad,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     "aten.pow": _pow,

@@ -20,6 +20,7 @@ from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.graph.batch_norms import forget_averages
 from autopar.graph.cast_modules import casts_traced
 from autopar.graph.causal_hints import masks_unread
+from autopar.graph.ctc import ctc_whole
 from autopar.graph.data_attribute import data_followed
 from autopar.graph.embedding_bags import bags_taken_apart
 from autopar.graph.exact_numbers import numbers_kept
@@ -27,6 +28,7 @@ from autopar.graph.expert_loops import follow_loops
 from autopar.graph.exported import FROM_VALUES, TRACE_DTYPE
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
+from autopar.graph.last_rows import last_rows_found
 from autopar.graph.leaves import stopping
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
@@ -194,6 +196,8 @@ def _export(
         stopping(),
         scans_whole(copied),
         recurrent_whole(),
+        ctc_whole(),
+        last_rows_found(),
         casts_traced(),
         masks_unread(),
         bags_taken_apart(),
