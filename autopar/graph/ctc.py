@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from autopar.errors import UnsupportedError
+from autopar.graph.picks import Picks
 
 _library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -39,37 +39,20 @@ def _in_front(whole: Tensor, mask: Tensor) -> Tensor:
 
 
 _SIGNATURE = inspect.signature(F.ctc_loss)
-_PICKS = (torch.masked_select, torch.Tensor.masked_select, torch.Tensor.__getitem__)
-_CASTS = (torch.Tensor.to, torch.Tensor.long, torch.Tensor.int, torch.Tensor.contiguous)
 
 
-class _Whole(TorchFunctionMode):
-    """``picked``: by the id of what a mask picked: that itself, and the rows it was picked of with the picked first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.picked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
+class _Whole(Picks):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.ctc_loss:
-            bound = _SIGNATURE.bind(*args, **kwargs)
-            bound.apply_defaults()
-            _, *rows = self.picked.get(id(bound.arguments["targets"]), (None,))
-            return _loss(**bound.arguments | ({"targets": _in_front(*rows)} if rows else {}))
-        result = func(*args, **kwargs)
-        if func in _PICKS and len(args) == 2 and _of_rows(*args):
-            self.picked[id(result)] = (result, *args)
-        elif func in _CASTS and id(args[0]) in self.picked:
-            self.picked[id(result)] = (result, *self.picked[id(args[0])][1:])
-        return result
-
-
-def _of_rows(x: Any, mask: Any) -> bool:
-    masks = isinstance(mask, Tensor) and mask.dtype == torch.bool
-    return masks and x.ndim == 2 and mask.shape == x.shape and not x.is_floating_point()
+        if func is not F.ctc_loss:
+            return super().__torch_function__(func, types, args, kwargs)
+        bound = _SIGNATURE.bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        picked = self.of(bound.arguments["targets"])
+        if picked is not None and picked.mask.ndim == 2:
+            bound.arguments["targets"] = _in_front(picked.whole, picked.mask)
+        return _loss(**bound.arguments)
 
 
 def _loss(

@@ -30,6 +30,7 @@ from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.last_rows import last_rows_found
 from autopar.graph.leaves import stopping
+from autopar.graph.picked_losses import picked_losses
 from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
@@ -198,6 +199,7 @@ def _export(
         recurrent_whole(),
         ctc_whole(),
         last_rows_found(),
+        picked_losses(),
         casts_traced(),
         masks_unread(),
         bags_taken_apart(),

@@ -12,46 +12,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from autopar.graph.picks import Pick, Picks
 
 _VIEWS = (torch.Tensor.view, torch.Tensor.reshape)
 _EVERY = slice(None)
 
 
-class _LastRows(TorchFunctionMode):
-    """By the id of a tensor, that itself, and the whole [b, s, d] and the mask [b, s] that it was picked by:
-    ``picked`` [n, d], ``grouped`` [b, n / b, d]."""
+class _LastRows(Picks):
+    """``grouped``: by the id of a tensor [b, n / b, d] of what was picked, that itself and what it was picked of."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.picked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.grouped: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.grouped: dict[int, tuple[Tensor, Pick]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.__getitem__:
-            x, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+        if func is torch.Tensor.__getitem__ and id(args[0]) in self.grouped:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
             plain = all(isinstance(part, int | slice) for part in index)
-            if id(x) in self.grouped and plain and index in ((_EVERY, -1), (_EVERY, -1, _EVERY)):
-                return _last(*self.grouped[id(x)][1:])
-            result = func(*args)
-            if x.ndim == 3 and _picks(index, x):
-                self.picked[id(result)] = (result, x, index[0])
-            return result
-        result = func(*args, **(kwargs or {}))
-        if func in _VIEWS and id(args[0]) in self.picked and result.ndim == 3:
-            _, whole, mask = self.picked[id(args[0])]
+            if plain and index in ((_EVERY, -1), (_EVERY, -1, _EVERY)):
+                pick = self.grouped[id(args[0])][1]
+                return _last(pick.whole, pick.mask)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func in _VIEWS and result.ndim == 3 and (picked := self.of(args[0])) is not None and picked.mask.ndim == 2:
             sizes = args[1] if isinstance(args[1], tuple | list | torch.Size) else args[1:]
-            if sizes[1] == -1 and (sizes[0], sizes[2]) == (whole.shape[0], whole.shape[2]):
-                self.grouped[id(result)] = (result, whole, mask)
+            if sizes[1] == -1 and (sizes[0], sizes[2]) == (picked.whole.shape[0], picked.whole.shape[2]):
+                self.grouped[id(result)] = (result, picked)
         return result
-
-
-def _picks(index: tuple[Any, ...], x: Tensor) -> bool:
-    mask, *rest = index
-    is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape[:2]
-    return is_mask and rest in ([], [_EVERY])
 
 
 def _last(whole: Tensor, mask: Tensor) -> Tensor:
