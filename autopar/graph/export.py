@@ -25,7 +25,7 @@ from autopar.graph.data_attribute import data_followed
 from autopar.graph.embedding_bags import bags_taken_apart
 from autopar.graph.exact_numbers import numbers_kept
 from autopar.graph.expert_loops import follow_loops
-from autopar.graph.exported import FROM_VALUES, TRACE_DTYPE
+from autopar.graph.exported import TRACE_DTYPE, from_values
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.last_rows import last_rows_found
@@ -226,7 +226,7 @@ _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could 
 def _reason(model: nn.Module, error: Exception) -> str:
     place = raised_in(error)
     if any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
-        return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {FROM_VALUES}"
+        return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {from_values()}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     where = f"in {place}: " if place else ""
     return f"torch.export cannot trace {type(model).__name__}: {where}{type(error).__name__}: {lines[0]}"

@@ -21,9 +21,9 @@ from autopar.graph.aliases import Change, change_of
 from autopar.graph.complex_numbers import REAL
 from autopar.graph.draft import Draft
 from autopar.graph.exported import (
-    FROM_VALUES,
     OWN_OPERATOR,
     dtype_name,
+    from_values,
     module_path,
     positive,
     rank_of,
@@ -116,8 +116,9 @@ class Importer:
 
     def _unknown(self, node: torch.fx.Node, error: SizeOfValuesError) -> UnsupportedError:
         """What stands for a value of unknown size, since a check may be all that reads it: told where it came up."""
-        told = error if error.placed else SizeOfValuesError(f"{self._place()} {FROM_VALUES}", placed=True)
         target = node.target
+        name = target._schema.name.replace("::", ".") if isinstance(target, torch._ops.OpOverload) else ""
+        told = error if error.placed else SizeOfValuesError(f"{self._place()} {from_values(name)}", placed=True)
         if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
             raise UnsupportedError(str(told)) from None
         return told
