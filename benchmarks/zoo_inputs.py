@@ -143,7 +143,7 @@ def _with_targets(model: nn.Module, inputs: dict[str, Tensor], outputs: Any, seq
             inputs = inputs | {"attention_mask": mask}
     if _has_loss(model, inputs):
         return Example(inputs, None, seq)
-    own = _own_targets(model, inputs, outputs)
+    own = _own_targets(model, inputs, outputs, seq)
     if own is not None:
         return Example(inputs | own, None, seq)
     if "return_loss" in names:
@@ -174,7 +174,7 @@ def _leading(outputs: Any) -> Tensor:
     return _floating(outputs)[0]
 
 
-def _own_targets(model: nn.Module, inputs: dict[str, Tensor], outputs: Any) -> dict[str, Tensor] | None:
+def _own_targets(model: nn.Module, inputs: dict[str, Tensor], outputs: Any, seq: int) -> dict[str, Tensor] | None:
     """Targets with which the model returns a scalar loss of its own, or None."""
     names = _parameters(model)
     if {"start_positions", "end_positions"} <= set(names):
@@ -188,6 +188,9 @@ def _own_targets(model: nn.Module, inputs: dict[str, Tensor], outputs: Any) -> d
     if len(shape) == 2 and "input_ids" in inputs and len(inputs["input_ids"]) == shape[0]:
         within = inputs["input_ids"] if shape[1] >= model.config.get_text_config().vocab_size else None
         tried.append(within.clone() if within is not None else torch.randint(shape[1], (shape[0],)))
+    if len(shape) == 2 and "input_ids" not in inputs and shape[1] > 2:  # of a CTC loss: fewer than there are frames
+        tried.append(torch.full((seq,), -100))
+        tried[-1][:4] = torch.tensor([1, 2, 1, 2])
     if "decoder_input_ids" in names:
         decoder = inputs.get("decoder_input_ids", inputs.get("input_ids"))
         tried.append(decoder.clone() if decoder is not None else zoo_tensors.tokens(model.config, 16))

@@ -399,7 +399,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         "AutoModelForImageClassification",
     ),
     # Sound.
-    "wav2vec2": (  # norms of weights, a first layer unlike the others of its list, SpecAugment
+    "wav2vec2": (  # norms of weights, a first layer unlike the others of its list, SpecAugment, a CTC loss
         "Wav2Vec2Config",
         {
             "hidden_size": 32,
@@ -413,7 +413,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
             "num_conv_pos_embeddings": 16,
             "num_conv_pos_embedding_groups": 2,
         },
-        "AutoModelForAudioClassification",
+        "AutoModelForCTC",
     ),
     # Text with vision.
     "siglip": (

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -50,6 +52,7 @@ def run_pool(tasks: Mapping[str, Task], jobs: int, limit: float) -> Iterator[tup
     """What became of each task, as they end: ``jobs`` at a time, each ended after ``limit`` seconds."""
     waiting = list(tasks)
     running: dict[Connection, tuple[str, _Running]] = {}
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no task outlives this
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -71,6 +74,7 @@ def run_pool(tasks: Mapping[str, Task], jobs: int, limit: float) -> Iterator[tup
     finally:
         for receiver, (_, task) in running.items():
             _stop(receiver, task)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _hear(receiver: Connection, task: _Running) -> str | None:
@@ -102,6 +106,7 @@ def _stop(receiver: Connection, task: _Running) -> None:
 
 
 def _child(task: Task, sender: Connection) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # advice of the libraries
     torch.set_num_threads(1)

@@ -213,6 +213,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
     "autopar.rotary": [(_t(4, 4, 8, 6), T((1, 1, 8, 6)), T((1, 1, 8, 6))), (_t(4, 4, 8, 6), _t(8, 6), _t(8, 6))],
     "aten.rms_norm": [(_X, (16,), _t(16), 1e-5), (_X, (16,)), (_X, (8, 16), _t(8, 16))],
     "aten.layer_norm": [(_X, (16,), _t(16), _t(16), 1e-5), (_X, (16,), _t(16)), (_X, (16,))],
+    "autopar.ctc_loss": [(_t(5, 4, 6), _index(5, 4, 3), _index(6, 4), _index(4, 4), 5, True)],
     "autopar.cross_entropy": [(_t(4, 8, 12), _index(12, 4, 8)), (_t(8, 16), _index(16, 8), 3)],
     "aten.embedding": [(_t(12, 8), _index(12, 4, 16)), (_t(12, 8), _index(12, 4)), (_t(12, 8), _index(12, 16), 3)],
     "aten.index_select": [(_X, 1, _index(8, 12))],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -106,6 +108,27 @@ def test_a_model_ended_at_its_limit_keeps_what_it_found():
     assert (ended["ends"].last, ended["ends"].why) == ("its result", "")
 
 
+def test_no_task_outlives_its_pool(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(
+        "import os, sys, time\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "from zoo_pool import run_pool\n"
+        "def waits(tell):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "list(run_pool({'waits': waits}, 1, 60.0))\n"
+    )
+    pool = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert pool.stdout is not None
+    task = int(pool.stdout.readline())
+    pool.terminate()
+    assert pool.wait(timeout=30) == 128 + signal.SIGTERM
+    pool.stdout.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(task, 0)
+
+
 def test_the_row_of_a_model_ended_at_its_limit_says_what_was_kept(monkeypatch):
     def slow(entry, ranks, only, tell):
         tell(zoo.Result(plans={"dp": 1e-15, "zero3": 1e-15}, doing="in plan tp"))
@@ -201,6 +224,7 @@ def test_inputs_of_other_kinds_of_data():
         "returns_to_go": (32, 1),
         "timesteps": (32,),
     }
+    assert shapes("wav2vec2")["labels"] == (32,)  # of a CTC loss
     assert shapes("bert_answers").keys() == {"input_ids", "attention_mask", "start_positions", "end_positions"}
     video = {**ZOO["vit"][1], "num_frames": 4, "tubelet_size": [2, 4, 4]}
     made = example_of(zoo.build(("VivitConfig", video, "AutoModelForVideoClassification"))).inputs

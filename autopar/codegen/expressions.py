@@ -238,6 +238,13 @@ def _einsum(site: Site) -> Expr:
     return Call("torch.einsum", (literal(equation), *(argument(x, site.sizes) for x in operands)))
 
 
+def _ctc_loss(site: Site) -> Expr:
+    *tensors, blank, zero_infinity = site.args
+    given = [argument(value, site.sizes) for value in tensors]
+    options = (("blank", literal(blank)), ("reduction", literal("none")), ("zero_infinity", literal(zero_infinity)))
+    return Call("F.ctc_loss", (*given, *options))
+
+
 def _recurrent(site: Site) -> Expr:
     *given, index = site.args
     name = site.node.op.partition(".")[2]
@@ -334,6 +341,7 @@ RENDERERS: dict[str, Renderer] = {
     "aten.binary_cross_entropy": _loss("binary_cross_entropy", "weight"),
     "aten.binary_cross_entropy_with_logits": _loss("binary_cross_entropy_with_logits", "weight", "pos_weight"),
     **dict.fromkeys(RECURRENT, _recurrent),
+    "autopar.ctc_loss": _ctc_loss,
     "aten.pad": _pad,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     "aten.pow": _pow,

@@ -22,15 +22,18 @@ from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.graph.batch_norms import forget_averages
 from autopar.graph.cast_modules import casts_traced
 from autopar.graph.causal_hints import masks_unread
+from autopar.graph.ctc import ctc_whole
 from autopar.graph.data_attribute import data_followed
 from autopar.graph.embedding_bags import bags_taken_apart
 from autopar.graph.exact_numbers import numbers_kept
 from autopar.graph.expert_loops import follow_loops
-from autopar.graph.exported import FROM_VALUES, TRACE_DTYPE
+from autopar.graph.exported import TRACE_DTYPE, from_values
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.histograms import whole_numbers_counted
+from autopar.graph.last_rows import last_rows_found
 from autopar.graph.leaves import stopping
+from autopar.graph.picked_losses import picked_losses
 from autopar.graph.quotients import quotients_whole
 from autopar.graph.recomputed import computed_once
 from autopar.graph.recurrent import recurrent_whole
@@ -228,6 +231,9 @@ def _export(
         stopping(),
         scans_whole(copied),
         recurrent_whole(),
+        ctc_whole(),
+        last_rows_found(),
+        picked_losses(),
         casts_traced(),
         masks_unread(),
         bags_taken_apart(),
@@ -272,7 +278,7 @@ _DATA_DEPENDENT = ("DataDependent", "data-dependent", "Could not guard", "Could 
 def _reason(model: nn.Module, error: Exception, batch: BatchSpec) -> str:
     place = raised_in(error)
     if any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
-        return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {FROM_VALUES}"
+        return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {from_values()}"
     if "FlexAttention" in str(error):
         return (
             f"{place or 'the model'} calls flex_attention, which autopar cannot take apart: write what it does to "

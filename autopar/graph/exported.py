@@ -21,11 +21,20 @@ IF_EXPERTS = (
     "one that autopar knows (silu, gelu, relu, relu squared; clamped silu or swish); or where a module calls each of a "
     "list of equal modules with the tokens that chose it, and nothing but single tokens counts"
 )
-FROM_VALUES = (
-    "computes sizes, or chooses what to run, from the values of tensors, which no graph can hold: make what does "
-    f"so {OWN_OPERATOR}. {IF_EXPERTS}"
+IF_PICKED = (
+    "What a boolean mask picks is understood as the targets of a CTC loss, as outputs and targets of a loss picked by "
+    "the same mask (else write torch.where and an ignore_index), and as the last position of each sample. "
 )
-"""What is told of code that cannot be traced because it depends on data."""
+
+
+def from_values(operator: str = "") -> str:
+    """What is told of code that cannot be traced because it depends on data, seen at an operator."""
+    picks = operator in ("aten.index", "aten.masked_select", "aten.nonzero")
+    return (
+        "computes sizes, or chooses what to run, from the values of tensors"
+        f"{f' ({operator})' if operator else ''}, which no graph can hold: make what does so {OWN_OPERATOR}. "
+        f"{IF_PICKED if picks else ''}{IF_EXPERTS}"
+    )
 
 
 def module_path(node: torch.fx.Node) -> str | None:

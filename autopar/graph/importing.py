@@ -21,9 +21,9 @@ from autopar.graph.aliases import Change, change_of
 from autopar.graph.complex_numbers import REAL
 from autopar.graph.draft import Draft
 from autopar.graph.exported import (
-    FROM_VALUES,
     OWN_OPERATOR,
     dtype_name,
+    from_values,
     module_path,
     positive,
     rank_of,
@@ -85,6 +85,8 @@ class Importer:
         self._body(program.graph_module, no_grad=False)
         output = next(node for node in reversed(graph.nodes) if node.op == "output")
         (loss,) = output.args[0]
+        if isinstance(refusal := self.values[loss], UnsupportedError):
+            raise refusal
         self.draft.output = self.values[loss].name
         return self.draft
 
@@ -109,14 +111,24 @@ class Importer:
                 self.draft.module = self.draft.module if path is None else path
                 try:
                     self._call(module, node, no_grad)
-                except SizeOfValuesError:
-                    raise UnsupportedError(f"{self._place()} {FROM_VALUES}") from None
+                except SizeOfValuesError as error:
+                    self.values[node] = self._unknown(node, error)
+
+    def _unknown(self, node: torch.fx.Node, error: SizeOfValuesError) -> UnsupportedError:
+        """What stands for a value of unknown size, since a check may be all that reads it: told where it came up."""
+        target = node.target
+        name = target._schema.name.replace("::", ".") if isinstance(target, torch._ops.OpOverload) else ""
+        told = error if error.placed else SizeOfValuesError(f"{self._place()} {from_values(name)}", placed=True)
+        if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+            raise UnsupportedError(str(told)) from None
+        return told
 
     def _call(self, module: torch.fx.GraphModule, node: torch.fx.Node, no_grad: bool) -> None:
         target, value = node.target, node.meta.get("val")
         if target is operator.getitem:
             source, index = node.args
-            self.values[node] = self.values[source][index]  # type: ignore[index]
+            found = self.values[source]  # type: ignore[index]
+            self.values[node] = found if isinstance(found, UnsupportedError) else found[index]
         elif str(target) == "wrap_with_set_grad_enabled":
             enabled, body, *operands = node.args
             self._inline(module, node, body, operands, no_grad=not enabled)

@@ -9,6 +9,7 @@ Names are torch's without overloads ("aten.linear"), plus a few composites ("aut
     autopar.angle_table(rows, rates, base, form, rising, dtype=)    a table of rotary positions, computed in float32
     autopar.topk(x, k, dim, largest=True)            the indices of torch.topk, int64
     autopar.drawn(x, kind)                           random numbers in the shape of x; kind "uniform", "normal", ...
+    autopar.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)    of each sample, [b]
     autopar.experts(...)                             the experts of a mixture (`autopar.graph.experts`)
     aten.batch_norm(x, weight, bias, eps)            by the statistics of the batch itself
     autopar.cast(x, dtype)                           dtype "float32" (at least) or "compute" or torch's name
@@ -65,6 +66,18 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore: int = -100
     """Summed cross-entropy over the last dim of ``logits``; targets equal to ``ignore`` count nothing."""
     wide = logits.to(WIDE.get(logits.dtype, torch.float32))
     return F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=ignore, reduction="sum")
+
+
+def ctc_loss(
+    log_probs: torch.Tensor,
+    targets: torch.Tensor,
+    input_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
+    blank: int,
+    zero_infinity: bool,
+) -> torch.Tensor:
+    """[b]: of each sample; log_probs [t, b, c], targets [b, s], lengths [b]."""
+    return F.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, "none", zero_infinity)
 
 
 def cast(x: torch.Tensor, dtype: str, compute: torch.dtype = torch.float32) -> torch.Tensor:
@@ -133,6 +146,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "autopar.rotary": rotary,
     "autopar.cross_entropy": cross_entropy,
     "autopar.cast": cast,
+    "autopar.ctc_loss": ctc_loss,
     "autopar.topk": topk,
     "autopar.experts": experts,
     "autopar.drawn": _travelling("drawn", "operators"),

@@ -6,6 +6,7 @@ GPU kernels save (a fake CPU tensor would run the unfused ones, which keep sever
 
 * attention (FlashAttention-2, arXiv 2307.08691): q, k, v, output, and one float32 log-sum-exp per query and head;
 * RMS norm: input, weight, one float32 reciprocal root per row;
+* CTC loss: the log-probabilities, and one number for each frame and each state of a target (2 s + 1);
 * dropout: one byte per element (the mask), unless p is 0.
 """
 
@@ -144,6 +145,8 @@ class _FusedKernels(TorchFunctionMode):
             return _attention(*args[:3])
         if func is F.rms_norm or func is torch.rms_norm:
             return _rms_norm(*args, **kwargs)
+        if func is F.ctc_loss:
+            return _ctc_loss(*args[:2])
         if func is F.dropout:
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
@@ -177,6 +180,12 @@ def _rms_norm(
     rows = x.shape[: x.ndim - len(shape)]
     kept = (x,) if weight is None else (x, weight)
     return _Saving.apply(torch.empty_like(x), torch.empty(rows, dtype=torch.float32), False, *kept)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _ctc_loss(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    frames, batch, _ = log_probs.shape
+    states = log_probs.new_empty((batch, frames, 2 * targets.shape[-1] + 1))
+    return _Saving.apply(log_probs.new_empty((batch,)), states, True, log_probs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

@@ -22,7 +22,11 @@ class FixedSequenceError(UnsupportedError):
 
 
 class SizeOfValuesError(UnsupportedError):
-    """A tensor's size follows from the values of others."""
+    """A tensor's size follows from the values of others; ``placed``: its text says where."""
+
+    def __init__(self, text: str, placed: bool = False) -> None:
+        super().__init__(text)
+        self.placed = placed
 
 
 class Sizes:

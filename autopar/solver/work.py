@@ -275,6 +275,17 @@ def _cross_entropy(node: Node, inputs: Sequence[LocalTensor], output: LocalTenso
     )
 
 
+def _ctc(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
+    """Sums over paths through blank, target, blank, ...: a step a frame; and back, then the gradient of each class."""
+    probs, targets = inputs[0], inputs[1]
+    frames, batch, _ = probs.shape
+    states = frames * batch * (2 * targets.shape[-1] + 1) * probs.bytes_per_element
+    return (
+        Work(nbytes=4 * states, kernels=frames),
+        Work(nbytes=5 * states + 2 * probs.nbytes, kernels=frames + 2),
+    )
+
+
 def _rotary(node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> Counted:
     """Half negated (1 pass over x), concatenated (2), two products (4) and a sum (3); backward the same in reverse."""
     tables = sum(tensor.nbytes for tensor in inputs[1:])
@@ -331,6 +342,7 @@ _COUNTS: dict[str, Counter] = {f"aten.{name}": count for count, names in _FAMILI
     "autopar.rotary": _rotary,
     EXPERTS: experts_work,
     "autopar.cross_entropy": _cross_entropy,
+    "autopar.ctc_loss": _ctc,
 }
 
 

@@ -1,4 +1,7 @@
-"""Cross-entropy summed over targets: split by target it is a partial sum, split by vocabulary it is invariant."""
+"""Cross-entropy summed over targets: split by target it is a partial sum, split by vocabulary it is invariant.
+
+CTC losses, one for each sample: samples go apart.
+"""
 
 from __future__ import annotations
 
@@ -18,4 +21,7 @@ def _split_vocabulary(call: Call) -> dict[str, Variant]:
     return {"v": Variant("vocab", I, (inner, inner, inner))}
 
 
-ENTRIES = [Entry("autopar.cross_entropy", ("...+ v, ...+ -> ()",), variants=_split_vocabulary, uneven="v")]
+ENTRIES = [
+    Entry("autopar.cross_entropy", ("...+ v, ...+ -> ()",), variants=_split_vocabulary, uneven="v"),
+    Entry("autopar.ctc_loss", ("t^ b c^, b s^, b, b -> b",)),
+]
