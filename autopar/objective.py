@@ -16,8 +16,8 @@ they say of it.
 it computes, on average over devices (`autopar.solver.computing`), and `Device.wait_w` for the others: in bubbles, and
 while it waits for communication that nothing hides, when clusters draw little more than idle ones (Microsoft, OpenAI
 and NVIDIA of their production, arXiv 2508.14318; Perseus, arXiv 2312.06902, counts alike). Where no measured `wait_w`
-was found (B300, GB300, L4, L40S, RTX 4090, MI250X), board power is counted for the whole step: an upper figure, and
-then energy is best where throughput is. So Meta reports its training runs: GPU hours times the 700 W of an H100
+was found (H20, B300, GB300, L4, L40S, RTX 4090, MI250X), board power is counted for the whole step, an upper figure:
+energy is best where throughput is. So Meta reports its training runs: GPU hours times the 700 W of an H100
 (meta-llama/llama3, MODEL_CARD.md, "Carbon Footprint").
 
 What it leaves out: hosts, network and cooling; and that operators bound by bytes, small ones, and kernels with gaps
