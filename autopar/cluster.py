@@ -78,7 +78,9 @@ class Device:
     * ``host_bandwidth``: bytes/s of a copy between host and device, one way; ``host_memory_bandwidth``: bytes/s of the
       host's memory that fall to this device when all of a node use it. 0 where not known: nothing is offloaded then.
     * ``host_memory_bytes``: of the host's memory, this device's share; 0 where not known: taken to be enough.
-    * ``power_w``: watts the board is built to draw at most (TDP); 0 where not known: energy is not told then.
+    * ``power_w``: watts the board is built to draw at most (TDP), taken to be what it draws while it computes; 0 where
+      not known: energy is not told then. ``wait_w``: what it draws while it waits, in a bubble or for communication,
+      its memory full; 0 where not known: it is then taken to draw ``power_w`` all the time.
     * ``workspace_bytes``: what one handle of the matmul library takes from PyTorch's allocator; part of
       ``reserve_bytes``, told apart for predictions of what is allocated. 0 where not known.
     * ``sources``: where each figure is from, by name. ``origin``: "catalog" or "measured".
@@ -104,6 +106,7 @@ class Device:
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
     power_w: float = 0.0
+    wait_w: float = 0.0
     workspace_bytes: int = 0
     origin: str = "catalog"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
@@ -122,6 +125,7 @@ class Device:
             "host_bandwidth",
             "host_memory_bandwidth",
             "host_memory_bytes",
+            "wait_w",
         )
         _check_positive(owner, numbers, zero=("launch_s", "collective_s", "reserve_bytes", "power_w", *unknown))
         if not self.peak_flops:
@@ -138,6 +142,8 @@ class Device:
             raise BadInputError(
                 f"{owner}: cache_bandwidth is below memory_bandwidth; set cache_bytes to 0 to ignore it"
             )
+        if self.power_w and self.wait_w > self.power_w:
+            raise BadInputError(f"{owner}: wait_w {self.wait_w:g} is above power_w {self.power_w:g}; give both")
         if self.reserve_bytes >= self.memory_bytes:
             raise BadInputError(
                 f"{owner}: memory_bytes {self.memory_bytes:,} leaves nothing above the {self.reserve_bytes:,} bytes "
@@ -153,6 +159,11 @@ class Device:
                 f"device {self.name!r} has no {dtype} matmul rate; it has {', '.join(self.peak_flops)} ({way_out})"
             )
         return self.peak_flops[dtype]
+
+    @property
+    def waiting(self) -> float:
+        """What it draws while it waits, as a share of what it draws while it computes; 1 where that is not known."""
+        return self.wait_w / self.power_w if self.wait_w and self.power_w else 1.0
 
     def to_json(self) -> dict[str, Any]:
         """The figures by name; ``measured`` only where there is a profile."""
@@ -235,6 +246,14 @@ class Cluster:
     @property
     def devices_per_node(self) -> int:
         return self.groups[0].devices_per_node
+
+    def joules(self, seconds: float, computing_s: float) -> float | None:
+        """What all devices draw in so many seconds, in which each computes for ``computing_s`` on average; None where
+        their power is not known."""
+        device = self.device
+        waits_w = device.wait_w or device.power_w
+        drawn = computing_s * device.power_w + (seconds - computing_s) * waits_w
+        return self.devices * drawn if device.power_w else None
 
     @property
     def devices(self) -> int:

@@ -5,21 +5,25 @@
     throughput_per_device    the most tokens per second and device                tokens / (n T)
     devices                  the fewest devices whose step takes `within_s`       n
     cost                     the least money per million tokens                   n T price / 3600 / tokens * 1e6
-    energy                   the least joules per token                           n T power_w / tokens
+    energy                   the least joules per token                           n (C power_w + (T - C) wait_w)
+                                                                                  / tokens
 
 All but the first may leave devices of the cluster unused (`autopar.solver.objectives`). A plan is for one kind of
-device, so the second and the last two are best at the same plan, the one with the least device-seconds n T; they differ
-in what they say of it.
+device, so throughput and cost are best at the same plan, the one with the least device-seconds n T; they differ in what
+they say of it.
 
-**Power.** Every device in use is counted at its board power (`Device.power_w`, the vendor's maximum) for the whole
-step, waiting included. That is an upper figure for the devices: training draws less than the maximum, and least where
-ranks wait; and it leaves out hosts, network and cooling. It is how Meta reports its training runs: GPU hours times the
-700 W of an H100 (meta-llama/llama3, MODEL_CARD.md, "Carbon Footprint").
+**Power.** A device draws its board power (`Device.power_w`, the vendor's maximum) for the C seconds of a step in which
+it computes, on average over devices (`autopar.solver.computing`), and `Device.wait_w` for the others: in bubbles, and
+while it waits for communication that nothing hides, when clusters draw little more than idle ones (Microsoft, OpenAI
+and NVIDIA of their production, arXiv 2508.14318; Perseus, arXiv 2312.06902, counts alike). Where no measured `wait_w`
+was found (H20, B300, GB300, L4, L40S, RTX 4090, MI250X), board power is counted for the whole step, an upper figure:
+energy is best where throughput is. So Meta reports its training runs: GPU hours times the 700 W of an H100
+(meta-llama/llama3, MODEL_CARD.md, "Carbon Footprint").
 
-How far it is above: nodes of eight H100 that trained drew 76 % of what they are rated for, hosts included (Newkirk et
-al., arXiv 2506.14551), 8.4 of 10.2 kW at most (Latif et al., arXiv 2412.08602); an H100 that waits with its memory full
-draws about 140 W (nvidia-smi, wilicc/gpu-burn issue 114). For the other devices of the catalog no such figures were
-found, so that none counts: between devices, board powers compare like with like.
+What it leaves out: hosts, network and cooling; and that operators bound by bytes, small ones, and kernels with gaps
+between them draw less than the maximum. H100 that trained drew 500 to 690 of their 700 W (NVIDIA-NeMo/Speech issue
+9291); nodes of eight 76 % of what they are rated for, hosts included (Newkirk et al., arXiv 2506.14551), 8.4 of 10.2 kW
+at most (Latif et al., arXiv 2412.08602). So figures are somewhat above what is drawn, and compare plans.
 """
 
 from __future__ import annotations
@@ -114,8 +118,13 @@ class Objective:
                 f"objective: the power of device {device.name!r} is not known; give power_w (watts) in a cluster file"
             )
 
+    def waiting(self, cluster: Cluster) -> float:
+        """What a second in which a device waits counts against one in which it computes."""
+        return cluster.device.waiting if self.kind == "energy" else 1.0
+
     def value(self, device_seconds: float, job: Job, cluster: Cluster) -> float:
-        """Throughput, cost or energy of a step that keeps devices of this cluster busy for so many device-seconds.
+        """Throughput, cost or energy of a step that keeps devices of this cluster busy for so many device-seconds (for
+        energy, those at full power).
 
         Raises BadInputError as `check` does, and for kinds that device-seconds do not tell.
         """

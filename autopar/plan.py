@@ -91,7 +91,8 @@ class Stage:
 class Predicted:
     """``step_time`` s; ``tokens_per_second`` of the whole cluster; ``mfu`` model FLOP/s over peak; ``interval`` s;
     ``breakdown``: seconds by name, adding up to ``step_time``; ``memory``: per stage, bytes per rank by kind and their
-    "total"."""
+    "total"; ``computing_s``: seconds of the step in which a device computes, on average; ``energy_j``: what all devices
+    in use draw in a step (`autopar.objective`), None where their power is not known."""
 
     step_time: float
     tokens_per_second: float
@@ -99,6 +100,8 @@ class Predicted:
     interval: tuple[float, float]
     breakdown: dict[str, float]
     memory: tuple[dict[str, int], ...] = ()
+    computing_s: float = 0.0
+    energy_j: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

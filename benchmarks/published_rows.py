@@ -44,6 +44,7 @@ DEVICES: tuple[tuple[str, str | None], ...] = (
     (r"H100.*96 ?GB", "h100-96g"),
     (r"H100", "h100"),
     (r"H200", "h200"),
+    (r"H20\b", "h20"),
     (r"H800", "h800"),
     (r"GB200", "gb200"),
     (r"GB300", "gb300"),
@@ -56,9 +57,11 @@ DEVICES: tuple[tuple[str, str | None], ...] = (
     (r"MI250X", "mi250x"),
     (r"MI300X", "mi300x"),
 )
+VENDORS = r"(?:NVIDIA|AMD|DGX|HGX|GeForce|Instinct|Tesla)[ -]+|\d+ ?x ?"
+"""What may stand before a device's name."""
 DTYPES = (
     (r"(nv|mx)?fp4", "bf16", "fp4"),
-    (r"(mx)?(fp8|float8)", "bf16", "fp8"),
+    (r"(amp_)?(mx)?(fp8|float8)", "bf16", "fp8"),
     (r"bf(loat)?16", "bf16", None),
     (r"fp16|float16|half", "fp16", None),
     (r"fp32|float32", "fp32", None),
@@ -83,6 +86,8 @@ def config_of(record: Record) -> dict[str, Any]:
     family, told = family_of(record), record.get("ci_args") or {}
     if "distill" in (model.get("name") or ""):
         raise RefusedError("two models, one the other's teacher")
+    if re.search(r"\bq?lora\b|\bpeft\b", str(record.get("notes")), re.I):
+        raise RefusedError("trains adapters of a frozen model (LoRA)")
     layers, hidden, heads = (stated(model, name) for name in ("layers", "hidden", "heads"))
     seq_len = stated(model, "seq_len")
     if family == "gpt":
@@ -105,7 +110,7 @@ def config_of(record: Record) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": model["kv_heads"] or heads,
-        "intermediate_size": stated(model, "ffn"),
+        "intermediate_size": _inner(model),
         "vocab_size": stated(model, "vocab"),
         "max_position_embeddings": max(seq_len, POSITIONS),  # rotary: one model for every length
     }
@@ -114,17 +119,26 @@ def config_of(record: Record) -> dict[str, Any]:
         return {"model_type": "starcoder2", **sizes, "use_bias": False, "tie_word_embeddings": True, **none}
     if model.get("head_dim"):
         sizes["head_dim"] = model["head_dim"]
+    if family == "nemotron":
+        return {"model_type": "nemotron", **sizes, "hidden_act": "relu2", "tie_word_embeddings": False}
     if model.get("moe"):
-        return _experts(model, sizes)
+        return _experts(model, sizes, record.get("notes"))
     return {"model_type": "llama", **sizes, "attention_bias": family == "internlm", "tie_word_embeddings": False}
 
 
-def _experts(model: Mapping[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+def _inner(model: Mapping[str, Any]) -> int:
+    """Width of the inner layer; of a mixture that names that of its experts alone, theirs."""
+    told = (model.get("moe") or {}).get("expert_ffn")
+    return int(model.get("ffn") or told or stated(model, "ffn"))
+
+
+def _experts(model: Mapping[str, Any], sizes: dict[str, Any], notes: str | None) -> dict[str, Any]:
     """A mixture of experts: DeepSeek-V3's attention and routing where it has its latent attention (whose ranks no
-    record states: they are taken to be its own), GPT-OSS's by name, else Qwen3's. A shared expert without latent
-    attention is refused."""
+    record states: they are taken to be its own), GPT-OSS's by name, Qwen2's where experts are shared (as one of
+    their width together), else Qwen3's. Layers that Llama 4 and others leave without experts are refused, if told."""
     told = model["moe"]
     experts = {"num_experts_per_tok": stated(told, "topk"), "tie_word_embeddings": False}
+    dense = {"mlp_only_layers": list(range(told["dense_layers"]))} if told.get("dense_layers") else {}
     count, width = stated(told, "experts"), told.get("expert_ffn") or sizes["intermediate_size"]
     if model.get("attention") == "MLA":
         return {
@@ -137,11 +151,28 @@ def _experts(model: Mapping[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
             "n_shared_experts": told.get("shared") or 0,
             "first_k_dense_replace": told.get("dense_layers") or 0,
         }
+    if re.search(r"interleaved moe|every (second|other) layer", str(notes), re.I):
+        raise RefusedError("layers with experts and without by turns")
     if told.get("shared"):
-        raise RefusedError("shared experts without latent attention")
+        return {
+            "model_type": "qwen2_moe",
+            **{name: size for name, size in sizes.items() if name != "head_dim"},
+            **experts,
+            **dense,
+            "num_experts": count,
+            "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": told["shared"] * width,
+        }
     if str(model.get("name")).lower().startswith("gpt-oss"):
         return {"model_type": "gpt_oss", **sizes, **experts, "num_local_experts": count, "intermediate_size": width}
-    return {"model_type": "qwen3_moe", **sizes, **experts, "num_experts": count, "moe_intermediate_size": width}
+    return {
+        "model_type": "qwen3_moe",
+        **sizes,
+        **experts,
+        **dense,
+        "num_experts": count,
+        "moe_intermediate_size": width,
+    }
 
 
 def cluster_of(record: Record) -> Cluster:
@@ -209,11 +240,13 @@ def _recompute(record: Record) -> str:
 
 def _schedule(record: Record, pp: int, micro_batches: int) -> dict[str, Any]:
     """The schedule and the stages a rank. 1F1B with fewer micro-batches than stages runs them all forward before the
-    first returns, so it is GPipe. The CI's records tell layers per stage in place of stages a rank."""
+    first returns, so it is GPipe. DualPipe, whose ranks hold two stages as well, fed from both ends, is taken as
+    DualPipeV, which cuts it in half: bubbles are alike, parameters are not held twice (deepseek-ai/DualPipe, README).
+    The CI's records tell layers per stage in place of stages a rank."""
     told = str(record.get("schedule") or "").lower()
-    if re.search(r"v-zb|zbv|zb-v|dualpipe-?v", told):
+    if re.search(r"v-zb|zbv|zb-v|dualpipe", told):
         return {"schedule": "dualpipev" if "dual" in told else "zbv", **_even(record, 2 * pp)}
-    if re.search(r"zb|zero.?bubble|v-half|v-min|dualpipe", told):
+    if re.search(r"zb|zero.?bubble|v-half|v-min", told):
         raise RefusedError(f"schedule {record['schedule']!r} is none of autopar's")
     vpp = record.get("vpp") or 1
     if "layers per virtual stage" in (record.get("notes") or "") and record.get("vpp"):
@@ -260,9 +293,14 @@ def _mixed(fix: Mapping[str, Any], layers: int, some: str, others: str, share: f
     if "stages" not in fix:
         return f"{some},1-{max(1, round(share * layers))}:{others}"
     parts, begin = [some], 0
-    for size in map(int, str(fix["stages"]).split(",")):
+    sizes, ranks = [int(size) for size in str(fix["stages"]).split(",")], int(fix["pp"])
+    due = [0.0] * ranks  # layers of each rank, rounded over all its stages: one may have a single layer
+    for place, size in enumerate(sizes):
         first = max(begin, 1)
-        count = round(share * (min(begin + size, layers + 1) - first))
+        there = min(begin + size, layers + 1) - first
+        due[place % ranks] += share * there
+        count = max(0, min(there, round(due[place % ranks])))
+        due[place % ranks] -= count
         if count:
             parts.append(f"{first}-{first + count - 1}:{others}")
         begin += size
@@ -289,22 +327,31 @@ def _zero(record: Record, data: int) -> dict[str, Any]:
     if record.get("zero_stage") is None:
         return {}
     stage = str(record["zero_stage"]).lower()
-    group, named = re.search(r"group (\d+)", stage), re.match(r"(?:zero|stage)?[ -]?([0-3])\b", stage)
+    group, named = re.search(r"group (\d+)", stage), re.match(r"(?:zero|stage|[ _-])*([0-3])\b", stage)
     if shards_parameters(record):
         level = 1 if (record.get("pp") or 1) > 1 else 3
     elif stage.startswith("dist"):
         level = 1
+    elif stage.startswith("shard_grad"):
+        level = 2
     elif named or stage in ("none", "ddp", "no"):
         level = int(named[1]) if named else 0
     else:
         raise RefusedError(f"zero_stage {record['zero_stage']!r} is not known")
     instances = int((record.get("ci_args") or {}).get("num-distributed-optimizer-instances", 1))
-    shards = int(group[1]) if group else min(8, data) if stage == "hsdp" else data // instances
+    shards = int(group[1]) if group else min(8, data) if re.match(r"hsdp|hybrid", stage) else data // instances
     shards = min(shards, data)
     if level == 0 or shards == 1:
         return {"zero": 0}
     freed = {"reshard": "true"} if level == 3 else {}  # the default of all software of these runs
-    return {"zero": level, "fsdp": shards, **freed}
+    return {"zero": level, "fsdp": shards, **freed, **({"offload": "state"} if _offloads(record) else {})}
+
+
+def _offloads(record: Record) -> bool:
+    """Whether parameters, gradients and optimizer state wait on the host; drives are taken to be as fast."""
+    told = f"{record.get('zero_stage')}; {record.get('notes')}".lower()
+    named = re.search(r"infinity|(cpu|nvme|optimizer|parameters?|state)[ /-]*(cpu )?offload(ed|ing)?(.{0,8})", told)
+    return bool(named) and not re.search(r"false|none|\bno\b|off\b", named[4] or "")
 
 
 def family_of(record: Record) -> str:
@@ -323,6 +370,7 @@ def family_of(record: Record) -> str:
         ("internlm", "internlm"),
         (r"(meta-)?llama|qwen|mistral|olmo|yi-", "llama"),
         (r"mt-nlg|gpt", "gpt"),
+        (r"nemotron", "nemotron"),
     ):
         if re.match(start, name):
             return family
@@ -334,7 +382,7 @@ def family_of(record: Record) -> str:
 def device_of(gpu: str) -> str:
     """The catalog's name of a device. Raises RefusedError for one that it does not have."""
     for pattern, name in DEVICES:
-        if re.match(rf"(NVIDIA |AMD |DGX |HGX )*(?:{pattern})", gpu or "", re.I):
+        if re.match(rf"(?:{VENDORS})*(?:{pattern})", (gpu or "").strip(), re.I):
             if name is None:
                 break
             return name

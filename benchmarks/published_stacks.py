@@ -39,7 +39,8 @@ def stack_name(record: Record) -> str:
 
 def shards_parameters(record: Record) -> bool:
     """Whether ranks share parameters, and not what the optimizer keeps alone: FSDP, FULL_SHARD, ZeRO 3."""
-    return bool(re.match(r"fsdp|hsdp|(zero|stage)?[ -]?3", str(record.get("zero_stage")).lower()))
+    told = str(record.get("zero_stage")).lower()
+    return bool(re.match(r"fsdp|hsdp|(full|hybrid)[ _-]?shard|(zero|stage|[ _-])*(3|infinity)", told))
 
 
 def recomputes_core(record: Record) -> bool:

@@ -50,13 +50,15 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Priced:
-    """One plan of the space: seconds, bytes of its fullest rank and of its fullest host, and what it is."""
+    """One plan of the space: seconds, bytes of its fullest rank and of its fullest host, what it is, and seconds that a
+    device computes."""
 
     seconds: float
     nbytes: int
     config: Config
     told: str
     host: int = 0
+    computing: float = 0.0
 
 
 def drawn_cluster(draw: random.Random, shape: str) -> Cluster:
@@ -207,4 +209,5 @@ def enumerated(trial: Trial) -> Iterator[Priced]:
                 priced = assess(context, config, stages, boundary)
                 choices = [cost.choice + ("/gathered" if cost.gathered else "") for cost in way]
                 told = f"{config}, cut at {cuts}, {choices}"
-                yield Priced(priced.step_time, max(priced.rank_bytes()), config, told, max(priced.host))
+                nbytes, host = max(priced.rank_bytes()), max(priced.host)
+                yield Priced(priced.step_time, nbytes, config, told, host, priced.computing_s)

@@ -133,7 +133,7 @@ def test_large_matmul_reaches_the_efficiency(costs):
 
 def test_small_operators_cost_their_launch(costs):
     launch = costs.device.launch_s
-    assert linear(costs, 8, 8, 8).forward == pytest.approx(launch, rel=0.15)
+    assert linear(costs, 8, 8, 8).forward == pytest.approx(launch, rel=0.25)
     silu = costs.seconds(op("aten.silu", 1), [local(64)], local(64), [True])
     assert (silu.forward, silu.backward) == pytest.approx((launch, launch), rel=0.01)
 

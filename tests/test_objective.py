@@ -53,7 +53,7 @@ def search_once(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     known: dict[str, Plan | InfeasibleError] = {}
 
     def remembered(model, job, cluster, fix=None, limits=None, explained=True, **more):
-        key = f"{job} {cluster} {explained}"
+        key = f"{job} {cluster} {explained} {more}"
         if key not in known:
             try:
                 known[key] = search(model, job, cluster, fix, limits, explained, **more)
@@ -68,13 +68,17 @@ def search_once(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     return remembered
 
 
-def by_enumeration(search_once: Callable[..., Plan], job: Job, cluster: Cluster) -> dict[int, Plan]:
-    """The fastest plan of every part that has one, by its devices."""
+def by_enumeration(
+    search_once: Callable[..., Plan], job: Job, cluster: Cluster, waiting: float = 1.0
+) -> dict[int, Plan]:
+    """The plan of every part that has one, by its devices: the fastest, or that draws least (``waiting``)."""
     plans = {}
     for part in parts(cluster):
         if any(True for _ in configs(MODEL, job, part, Fix())):
             try:
-                plans[part.devices] = search_once(MODEL, job, part, explained=False)
+                plans[part.devices] = search_once(
+                    MODEL, job, part, None, None, explained=False, equal_blocks=True, waiting=waiting
+                )
             except InfeasibleError:
                 continue
     return plans
@@ -82,6 +86,12 @@ def by_enumeration(search_once: Callable[..., Plan], job: Job, cluster: Cluster)
 
 def seconds(plan: Plan) -> float:
     return plan.predicted.step_time
+
+
+def drawn_s(plan: Plan, waiting: float) -> float:
+    """Device-seconds at full power."""
+    found = plan.predicted
+    return plan.cluster.devices * (waiting * found.step_time + (1 - waiting) * found.computing_s)
 
 
 def random_setup(seed: int) -> tuple[Job, Cluster]:
@@ -105,13 +115,18 @@ def test_agrees_with_enumeration(seed: int, search_once: Callable[..., Plan]) ->
     job, cluster = random_setup(seed)
     plans = by_enumeration(search_once, job, cluster)
     assert plans
-    least = min(n * seconds(plan) for n, plan in plans.items())
     for objective in OF_DEVICE_SECONDS:
+        waiting = objective.waiting(cluster)
+        best_of = plans if waiting == 1.0 else by_enumeration(search_once, job, cluster, waiting)
+        least = min(drawn_s(plan, waiting) for plan in best_of.values())
         plan = search_parts(MODEL, job, cluster, objective)
         reached, best = plan.objective, objective.value(least, job, cluster)
         assert reached is not None
-        assert seconds(plan) == seconds(plans[plan.cluster.devices])
-        assert reached.value == pytest.approx(objective.value(plan.cluster.devices * seconds(plan), job, cluster))
+        assert seconds(plan) == seconds(best_of[plan.cluster.devices])
+        assert reached.value == pytest.approx(objective.value(drawn_s(plan, waiting), job, cluster))
+        if objective.kind == "energy":
+            assert plan.predicted.energy_j == pytest.approx(reached.value * job.tokens)
+            assert best <= objective.value(min(drawn_s(plan, waiting) for plan in plans.values()), job, cluster)
         assert reached.value == pytest.approx(best, rel=1.01 * GAP)
         if objective.seeks_most:
             assert reached.value <= best * (1 + 1e-9) <= reached.bound * (1 + 2e-9)

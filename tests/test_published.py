@@ -121,7 +121,8 @@ def test_deterministic_runs_have_larger_workspaces():
 def test_as_little_is_recomputed_as_fits():
     assert recomputing({}, 8, 5, 100, 90, 50) == "none,1-4:selective(matmul+attention)"
     assert recomputing({}, 8, 30, 100, 90, 50) == "selective(matmul+attention),1-4:full"
-    assert recomputing({"stages": "5,5"}, 8, 500, 100, 90, 50) == "selective(matmul+attention),1-4:full,5-8:full"
+    fix = {"pp": 2, "stages": "5,5"}
+    assert recomputing(fix, 8, 500, 100, 90, 50) == "selective(matmul+attention),1-4:full,5-8:full"
 
 
 @pytest.mark.parametrize(

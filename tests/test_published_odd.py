@@ -14,7 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import published  # noqa: E402
 from published import RUNS, figures, predicted, read, table  # noqa: E402
 from published_measured import counted_by, counts_recomputation, held_by, seconds  # noqa: E402
-from published_rows import cluster_of, config_of, device_of, fix_of, job_of  # noqa: E402
+from published_rows import cluster_of, config_of, device_of, fix_of, job_of, recomputing  # noqa: E402
 from published_stacks import stack_name  # noqa: E402
 from published_tidy import RefusedError, tidied  # noqa: E402
 
@@ -266,3 +266,90 @@ def test_odd_groups_and_sweeps_are_printed(folder):
     assert {name: group["n"] for name, group in told.items()} == {"None": 1, "7": 1, "['g']": 1}
     assert len(table(told).splitlines()) == 4
     assert json.loads(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("fields", "fix"),
+    [
+        ({"zero_stage": "FULL_SHARD"}, {"zero": 3, "fsdp": 2}),
+        ({"zero_stage": "full_shard"}, {"zero": 3, "fsdp": 2}),
+        ({"zero_stage": "ZeRO Stage-3"}, {"zero": 3, "fsdp": 2}),
+        ({"zero_stage": "HYBRID_SHARD"}, {"zero": 3, "fsdp": 2}),
+        ({"zero_stage": "SHARD_GRAD_OP"}, {"zero": 2, "fsdp": 2}),
+        ({"zero_stage": "ZeRO-Infinity"}, {"zero": 3, "fsdp": 2, "offload": "state"}),
+        ({"zero_stage": "3 (offload)", "notes": "CPU offload"}, {"zero": 3, "fsdp": 2, "offload": "state"}),
+        ({"zero_stage": 3, "notes": "bf16; cpu offload False"}, {"zero": 3, "fsdp": 2}),
+    ],
+)
+def test_words_for_what_is_shared_out(fields, fix):
+    found = fix_of(tidied(changed(**fields)))
+    assert {name: found.get(name) for name in ("zero", "fsdp", "offload")} == {"offload": None, **fix}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "device"),
+    [
+        ("AMD Instinct MI300X OAM", "mi300x"),
+        ("DGX-H100", "h100"),
+        ("8x H100 SXM", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla V100-SXM2-32GB", "v100-32g"),
+        ("NVIDIA H20", "h20"),
+        ("H200-SXM-141GB", "h200"),
+    ],
+)
+def test_other_names_of_devices(gpu, device):
+    assert device_of(gpu) == device
+
+
+def test_single_layers_are_recomputed_by_rank():
+    """Stages of one layer each: half of a rank's eight are recomputed, not none or all."""
+    fix = {"pp": 4, "stages": ",".join(["2", *["1"] * 30, "2"])}
+    told = recomputing(fix, 32, 50.0, 200.0, 100.0, 50.0)
+    layers = [int(part.split("-")[0]) for part in told.split(",")[1:]]
+    by_rank = [sum((layer - 1) % 4 == rank for layer in layers) for rank in range(4)]
+    assert by_rank == [4, 4, 4, 4]
+
+
+def test_architectures_of_other_publications(folder):
+    """Experts that all tokens share, beside those routed to; experts whose width alone is told; squared ReLU."""
+    mixture = BY_ID["bridge_26.06.01_DeepSeekV3_DGX-GB300_1"]["model"]["moe"]
+    small = {"model__moe": {**mixture, "experts": 4, "topk": 2, "expert_ffn": 256}, "model__ffn": None}
+    small |= {"model__vocab": 1024, "model__layers": 2}
+    shared = config_of(tidied(changed(**small)))
+    assert (shared["model_type"], shared["shared_expert_intermediate_size"]) == ("qwen2_moe", 256)
+    assert predicted(changed(**small), folder)["predicted_s"] > 0
+    small["model__moe"] = {"experts": 4, "topk": 2, "expert_ffn": 256}
+    plain = config_of(tidied(changed(**small)))
+    assert plain["moe_intermediate_size"] == plain["intermediate_size"] == 256
+    squared = config_of(tidied(changed(model__name="Nemotron4-340B", model__vocab=1024)))
+    assert (squared["model_type"], squared["hidden_act"]) == ("nemotron", "relu2")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"notes": "LoRA fine-tuning"}, r"trains adapters of a frozen model \(LoRA\)"),
+        (
+            {"notes": "interleaved MoE", "model__moe": {"experts": 4, "topk": 1}, "model__vocab": 64},
+            "layers with experts and without",
+        ),
+    ],
+)
+def test_what_has_no_configuration_is_refused(fields, reason):
+    with pytest.raises(RefusedError, match=reason):
+        config_of(tidied(changed(**fields)))
+
+
+def test_dualpipe_is_taken_as_its_half():
+    fix = fix_of(tidied(changed(pp=2, dp=1, schedule="DualPipe", recompute="none", global_batch=16, micro_batch=2)))
+    assert fix["schedule"] == "dualpipev"
+
+
+def test_shared_out_gradients_have_no_whole_buffers(folder):
+    """DeepSpeed's ZeRO 3 keeps its share of gradients alone."""
+    told = {"notes": "DeepSpeed", "dp": 8, "hardware__count": 8, "global_batch": 64, "micro_batch": 1}
+    whole, shares = (predicted(changed(zero_stage=level, **told), folder)["predicted_bytes"] for level in (1, 3))
+    model = PLAIN["model"]
+    elements = 12 * model["layers"] * model["hidden"] ** 2
+    assert whole - shares > 2 * elements  # of gradients in float16, most of them

@@ -14,7 +14,7 @@ from autopar.report.words import describe
 
 KEYS = [
     *("model", "cluster", "job", "mesh", "micro_batch", "schedule", "stages"),
-    *("step_time_s", "tokens_per_second", "mfu", "interval", "memory", "bound_s", "gap", "status"),
+    *("step_time_s", "tokens_per_second", "mfu", "interval", "energy", "memory", "bound_s", "gap", "status"),
     *("searched", "seconds", "objective", "equal_blocks"),
 ]
 

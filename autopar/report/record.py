@@ -14,8 +14,10 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
     ``cluster`` is the short form (``"8x8:h100"``); ``mesh`` axis sizes, outermost first; ``memory`` bytes per rank by
     kind, one object per stage; ``searched`` counts; ``seconds`` by phase; ``objective`` what was sought and reached;
-    ``equal_blocks`` whether blocks of a kind share one sharding, and what that costs. ``profile`` is there where a
-    profile had a part in the prices: its digest and title, and the part of the blocks' seconds from each source.
+    ``energy`` joules of a step and of a token, null where the device's power is not known, and the share of the step in
+    which devices compute; ``equal_blocks`` whether blocks of a kind share one sharding, and what that costs.
+    ``profile`` is there where a profile had a part in the prices: its digest and title, and the part of the blocks'
+    seconds from each source.
     """
     predicted, measured = plan.predicted, plan.cluster.device.measured
     record = {
@@ -30,6 +32,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": predicted.tokens_per_second,
         "mfu": predicted.mfu,
         "interval": list(predicted.interval),
+        "energy": _energy_record(plan),
         "memory": [stage.memory_and_total for stage in plan.stages],
         "bound_s": plan.bound,
         "gap": plan.gap,
@@ -42,6 +45,18 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     if measured:
         record["profile"] = {"digest": measured.digest, "title": measured.title, "sources": source_mix(plan)}
     return record
+
+
+def _energy_record(plan: Plan) -> dict[str, Any]:
+    found = plan.predicted
+    per_token = None if found.energy_j is None else found.energy_j / plan.job.tokens
+    return {
+        "step_j": found.energy_j,
+        "token_j": per_token,
+        "computing": found.computing_s / found.step_time,
+        "power_w": plan.cluster.device.power_w or None,
+        "wait_w": plan.cluster.device.wait_w or None,
+    }
 
 
 def _equal_blocks_record(plan: Plan) -> dict[str, Any]:

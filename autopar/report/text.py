@@ -8,7 +8,7 @@ from dataclasses import replace
 from autopar.mesh import AXES, Mesh
 from autopar.plan import MEMORY_KINDS, Candidate, Plan
 from autopar.report.columns import counted, item, pairs, percent, span, table, value_text
-from autopar.report.units import bytes_text, memory_unit, seconds_text, significant
+from autopar.report.units import bytes_text, energy_text, memory_unit, seconds_text, significant
 from autopar.stack import stack_of
 
 HEADS = {"parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "activs"}
@@ -184,6 +184,7 @@ def _prediction(plan: Plan) -> list[str]:
             "throughput",
             f"{found.tokens_per_second:,.0f} tokens/s, {per_device:,.0f} per device, MFU {percent(found.mfu)}",
         ),
+        *_energy(plan),
         *_objective(plan),
         *_priced_by(plan),
         *item("made of", ", ".join(f"{name} {seconds_text(s)}" for name, s in parts)),
@@ -196,6 +197,19 @@ def _prediction(plan: Plan) -> list[str]:
     if plan.seconds:
         lines += item("seconds", ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.seconds.items()))
     return lines
+
+
+def _energy(plan: Plan) -> list[str]:
+    """What devices draw in a step, where their power is known."""
+    found, device = plan.predicted, plan.cluster.device
+    if found.energy_j is None:
+        return []
+    told = f"{energy_text(found.energy_j)} a step, {significant(found.energy_j / plan.job.tokens)} J per token"
+    how = f"each {device.power_w:g} W all the time, what it draws while it waits is not known"
+    if device.wait_w:
+        share = percent(found.computing_s / found.step_time)
+        how = f"each {device.power_w:g} W while it computes, {share} of the time, else {device.wait_w:g} W"
+    return item("energy", f"{told} ({how})")
 
 
 def _priced_by(plan: Plan) -> list[str]:
@@ -247,7 +261,7 @@ def _objective(plan: Plan) -> list[str]:
         "throughput_per_device": f"most per device: {value} tokens/s",
         "devices": f"fewest devices within {seconds_text(sought.within_s or 0.0)}: {value}",
         "cost": f"least cost: {value} per million tokens",
-        "energy": f"least energy: {value} J per token at board power",
+        "energy": f"least energy: {value} J per token",
     }
     used = f"on {plan.cluster.devices:,} of {counted(reached.devices, 'devices')}"
     sure = f"{side} {bound}, gap {percent(reached.gap)}, {reached.status} over all cluster sizes"

@@ -14,6 +14,14 @@ def seconds_text(value: float) -> str:
     return "0 s" if value == 0 else f"{significant(value / 1e-6)} µs"
 
 
+def energy_text(joules: float) -> str:
+    """Three significant digits in J, kJ, MJ or GJ: ``31.2 MJ``."""
+    for scale, unit in ((1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ")):
+        if joules >= scale:
+            return f"{significant(joules / scale)} {unit}"
+    return f"{significant(joules)} J"
+
+
 def memory_unit(largest: float) -> tuple[str, int]:
     """The unit in which a table of bytes up to ``largest`` reads well: ("GiB", bytes of one) or ("MiB", ...)."""
     return ("GiB", GIB) if largest >= GIB else ("MiB", MIB)

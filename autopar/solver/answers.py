@@ -49,9 +49,9 @@ _earlier: Recent[dict[Any, Any]] = Recent(48)
 
 
 def _results(context: Context, *key: Any) -> dict[Any, Any]:
-    """What earlier searches of this process found of the same shardings: model, device, links, job and what is fixed of
-    a block are the same, and so is how ranks of the model axes lie on nodes (in ``key``); the batch of a step and sizes
-    of axes that split no block may differ."""
+    """What earlier searches of this process found of the same shardings: model, device, links, job, what is fixed of a
+    block and what of it is priced (the context's class) are the same, and so is how ranks of the model axes lie on
+    nodes (in ``key``); the batch of a step and sizes of axes that split no block may differ."""
     if "blocks" not in context.memo:
         fix = replace(context.fix, pp=None, dp=None, zero=None, fsdp=None, schedule=None, vpp=None, stages=(), order=())
         fix = replace(fix, ep=None, reshard=())
@@ -59,7 +59,7 @@ def _results(context: Context, *key: Any) -> dict[Any, Any]:
         links = (group.intra_node, group.inter_node)
         job = replace(context.job, global_batch=1)
         context.memo["blocks"] = context.model.fingerprint(), job, group.device, links, fix, context.equal_blocks
-    return _earlier.get((*context.memo["blocks"], *key), dict)
+    return _earlier.get((type(context), *context.memo["blocks"], *key), dict)
 
 
 def _lie(context: Context, prices: AxisPrices) -> list[Placement]:

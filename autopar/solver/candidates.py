@@ -44,7 +44,8 @@ class BlockCost:
 
     ``saved``: families of operators whose results selective recomputation keeps; ``offload``: what is kept waits on the
     host. ``again_s``: of the seconds, those of recomputation; ``copies_s``: those that wait for copies to the host and
-    back; ``communication_s``: of the others, those in collectives.
+    back; ``communication_s``: of the others, those in collectives. ``computing_s``: those in which the device computes,
+    recomputation included, whatever the host takes.
     ``elements``: parameters held on the model axes, ``frozen``: of these, those that do not train, ``expert``: those of
     experts that data ranks share; ``inflight``: bytes
     kept for backward on the device, ``hosted``: on the host; ``transient``: bytes while it runs.
@@ -70,6 +71,7 @@ class BlockCost:
     copies_s: float = 0.0
     expert: int = 0
     gathered: bool = False
+    computing_s: float = 0.0
 
     @property
     def trains(self) -> int:
@@ -81,9 +83,11 @@ class BlockCost:
         """The recompute choice by its name."""
         return Recompute(self.recompute, self.saved, self.offload).name
 
-    def recomputed(self, recompute: str, saved: tuple[str, ...], again_s: float, kept: int) -> BlockCost:
-        """The same decision with ``again_s`` more seconds of backward, in which parts of the forward run again;
-        ``kept``: bytes in flight."""
+    def recomputed(
+        self, recompute: str, saved: tuple[str, ...], again_s: float, kept: int, computing_s: float
+    ) -> BlockCost:
+        """The same decision with ``again_s`` more seconds of backward, in which parts of the forward run again, and the
+        device computes for ``computing_s``; ``kept``: bytes in flight."""
         share = again_s / max(self.forward_s + self.backward_s, 1e-30)
         return replace(
             self,
@@ -91,6 +95,7 @@ class BlockCost:
             saved=saved,
             backward_s=self.backward_s + again_s,
             again_s=again_s,
+            computing_s=self.computing_s + computing_s,
             inflight=kept,
             transient=self.transient + max(0, self.inflight - kept),
             sources={name: seconds * (1 + share) for name, seconds in self.sources.items()},
@@ -147,6 +152,7 @@ class BlockCosts:
             inflight=inflight,
             transient=max(0, found_bytes.peak_bytes(batch) - inflight),
             sources=sources,
+            computing_s=price.computing_s,
         )
         parts = {key: one for key, one, _ in pieces}
         bandwidth = prices.ops.device.host_bandwidth
@@ -157,10 +163,12 @@ class BlockCosts:
             how = replace(choice, offload=False).name
             if how not in here:
                 run = rerun(kind, decision, choice.saved, batch, self.job)
-                again_s = longer(price, [parts[key] for key in run.again]) - plain.backward_s
+                again = [parts[key] for key in run.again]
+                again_s = longer(price, again) - plain.backward_s
+                computing_s = sum(piece.computing_forward_s for piece in again)
                 kept = boundary + sum(run.kept.values())
                 sizes = [*boundary_parts(kind, decision, batch, self.job), *run.kept.values()]
-                here[how] = plain.recomputed(choice.recompute, run.families, again_s, kept), sizes
+                here[how] = plain.recomputed(choice.recompute, run.families, again_s, kept, computing_s), sizes
             cost, sizes = here[how]
             found[name] = cost.offloaded(moved_of(sizes), bandwidth) if choice.offload else cost
         return found

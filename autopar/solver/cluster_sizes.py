@@ -22,6 +22,7 @@ from math import inf, prod
 from autopar.cluster import Cluster
 from autopar.graph.ir import ModelGraph
 from autopar.job import Job
+from autopar.solver.computing import LeastComputing
 from autopar.solver.config_bounds import loose_bound, shape_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix
@@ -36,7 +37,8 @@ LAST = Step.KINDS
 
 @dataclass(slots=True)
 class Size:
-    """One part of the cluster. ``bound``: a valid lower bound on its step time, in seconds, refined to ``level``;
+    """One part of the cluster. ``bound``: a valid lower bound on its step time, in seconds (for a search that weighs
+    waiting, on its seconds at full power: `computing`), refined to ``level``;
     ``queue``: its shapes by their bounds, each with its own level."""
 
     cluster: Cluster
@@ -65,8 +67,11 @@ def parts(cluster: Cluster) -> Iterator[Cluster]:
 class SizeBounds:
     """Bounds for the parts of one cluster."""
 
-    def __init__(self, model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True) -> None:
-        self.context = Context.of(model, job, cluster, fix, equal_blocks)
+    def __init__(
+        self, model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True, waiting: float = 1.0
+    ) -> None:
+        self.context = Context.of(model, job, cluster, fix, equal_blocks, waiting)
+        self._least = LeastComputing(self.context)
         self._shardings = KnownShardings(self.context)
         sizes = [(prod(meta.at(1, 1)), meta.requires_grad) for meta in model.parameters.values()]
         kept = sum(elements * (1 + job.moments * trains) for elements, trains in sizes) * job.master_bytes
@@ -81,7 +86,7 @@ class SizeBounds:
         queue = []
         for order, shape in enumerate(shapes(context.model, context.job, cluster, context.fix)):
             if has_room(context, shape.outline):
-                queue.append((shape_bound(context.sharing(shape.outline.ep), shape), order, 0, shape))
+                queue.append((self._refined(shape, Step.ARITHMETIC), order, 0, shape))
         heapq.heapify(queue)
         return Size(cluster, queue[0][0], 0, queue) if queue else None
 
@@ -114,5 +119,7 @@ class SizeBounds:
         context, shardings = self.context.sharing(shape.outline.ep), self._shardings.of(shape.outline.sharding)
         if level == Step.STAGES:
             space = list(open_configs_of(shape, context.job, context.cluster, context.fix))
-            return loose_bound(context, space, shardings)  # infinite where not even that fits
-        return shape_bound(context, shape, shardings.work(level))
+            seconds = loose_bound(context, space, shardings)  # infinite where not even that fits
+        else:
+            seconds = shape_bound(context, shape, shardings.work(level) if level else None)
+        return self._least.bound(shape, level, seconds)

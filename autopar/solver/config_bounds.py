@@ -38,14 +38,14 @@ def shape_bound(context: Context, shape: Shape, work: float | None = None) -> fl
     without it, those of the arithmetic alone, evenly shared out."""
     outline, m = shape.outline, shape.outline.micro_batches
     share = outline.micro_batch / outline.ranks
-    forward, both = (seconds * share for seconds in _arithmetic_s(context))
+    forward, both = (seconds * share for seconds in arithmetic_s(context))
     work = both if work is None else work
     # A micro-batch passes all stages, there and back; halved backwards may leave the weights' half for later.
     through = forward if SCHEDULES[shape.schedule].splits_backward else work
     return max(through, spread_bound(work, outline.pp, m, shape.vpp))
 
 
-def _arithmetic_s(context: Context) -> tuple[float, float]:
+def arithmetic_s(context: Context) -> tuple[float, float]:
     """Seconds of a sample's arithmetic on one device: forward, and with backward."""
     if "arithmetic" not in context.memo:
         seq, job = context.job.seq_len, context.job

@@ -38,8 +38,8 @@ class Clock:
 @dataclass(slots=True)
 class Context:
     """What every part of one search shares. ``model``: with its experts divided among ``ep`` ranks; ``source``: as it
-    was given. ``equal_blocks``: see there; ``paddings``: its like for the model with padded heads, ``sharings``: for
-    each number of ranks that share experts."""
+    was given. ``equal_blocks``, ``waiting`` (`computing`): see there; ``paddings``: its like for the model with padded
+    heads, ``sharings``: for each number of ranks that share experts."""
 
     model: ModelGraph
     job: Job
@@ -58,9 +58,12 @@ class Context:
     source: ModelGraph | None = None
     ep: int = 1
     sharings: dict[int, Context] = field(default_factory=dict)
+    waiting: float = 1.0
 
     @staticmethod
-    def of(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True) -> Context:
+    def of(
+        model: ModelGraph, job: Job, cluster: Cluster, fix: Fix, equal_blocks: bool = True, waiting: float = 1.0
+    ) -> Context:
         source, model = model, dispatched(model, fix.ep or 1)
         counts = Counter(block.kind for block in model.blocks)
         ops = OpCosts(cluster.device, job)
@@ -79,6 +82,7 @@ class Context:
             equal_blocks,
             source=source,
             ep=fix.ep or 1,
+            waiting=waiting,
         )
 
     def sharing(self, ep: int) -> Context:

@@ -31,7 +31,8 @@ from autopar.solver.space import Config, orders_in
 @dataclass(frozen=True, slots=True)
 class Assessment:
     """Stages of block costs with their seconds, bytes and the step time of the whole. ``host``: bytes of every rank
-    that wait on the host; ``boundary``: the most local bytes that a stage hands on."""
+    that wait on the host; ``boundary``: the most local bytes that a stage hands on. ``computing_s``: seconds of the
+    step that a device computes, on average; ``sought_s``: what a search seeks the least of (`computing`)."""
 
     config: Config
     stages: tuple[tuple[BlockCost, ...], ...]
@@ -41,6 +42,8 @@ class Assessment:
     step_time: float
     breakdown: dict[str, float]
     boundary: int
+    computing_s: float
+    sought_s: float
 
     def rank_of(self, stage: int) -> int:
         """The pipeline rank of a stage."""
@@ -255,7 +258,8 @@ def assess(
     times, blocks = [times for times, _ in found], [held for _, held in found]
     memory, host = place.memory.ranks(blocks), place.memory.hosts(blocks)
     rows = tuple(map(tuple, stages))
-    unknown = Assessment(config, rows, tuple(times), memory, host, float("inf"), {}, boundary)
+    never = float("inf")
+    unknown = Assessment(config, rows, tuple(times), memory, host, never, {}, boundary, never, never)
     if fitting and not within_memory(context, unknown):
         context.clock.add("simulation", begin)
         return unknown
@@ -265,7 +269,17 @@ def assess(
     step_time, breakdown = step(times, stages, config, place.transfers, tied_s, overhead_s)
     context.clock.add("simulation", begin)
     context.clock.counts["simulations"] += 1
-    return replace(unknown, step_time=step_time, breakdown=breakdown)
+    computing_s = config.micro_batches * sum(cost.computing_s for stage in stages for cost in stage)
+    if config.offload != "state":  # else the optimizer runs on the host
+        computing_s += sum(stage.optimizer_s for stage in times)
+    computing_s /= config.pp
+    sought_s = step_time if context.waiting == 1.0 else _sought_s(context.waiting, step_time, computing_s)
+    return replace(unknown, step_time=step_time, breakdown=breakdown, computing_s=computing_s, sought_s=sought_s)
+
+
+def _sought_s(waiting: float, step_time: float, computing_s: float) -> float:
+    """Seconds at full power that draw as much as the step does."""
+    return waiting * step_time + (1 - waiting) * computing_s
 
 
 def step(

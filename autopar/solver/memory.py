@@ -164,8 +164,9 @@ class MemoryModel:
 
     @property
     def keeps_buffers(self) -> bool:
-        """Whether gradients have buffers of their own (`Stack.buffers`)."""
-        return stack_of(self.job.stack).buffers
+        """Whether gradients have buffers of their own, whole (`Stack.buffers`): each rank keeps but its share of them
+        where they are shared out (ZeRO 2 and 3; deepspeed/runtime/zero/stage3.py partitions them as they come)."""
+        return stack_of(self.job.stack).buffers and self.zero < 2
 
     @property
     def splits(self) -> bool:

@@ -2,10 +2,12 @@
 
 Each part (`cluster_sizes.parts`) has a proved lower bound on its step time, and so on its device-seconds; a part whose
 bound cannot beat the best plan found is never searched. The others are, the most promising first, each by the whole
-search for the shortest step (`autopar.solver.search`): on a given number of devices that is best for every objective.
+search (`autopar.solver.search`): for the shortest step, which on a given number of devices is best for every objective
+but energy, whose search counts seconds in which devices wait for less (`computing`).
 
-* Throughput, cost and energy are those of the least device-seconds n T. Of parts whose bounds are within the gap of
-  each other the larger is searched first; of equal plans the one with the shorter step is kept.
+* Throughput and cost are those of the least device-seconds n T, energy is that of the least at full power. Of parts
+  whose bounds are within the gap of each other the larger is searched first; of equal plans the one with the shorter
+  step is kept.
 * The fewest devices: parts whose bound is above the limit are out. How far plans lay above their bounds so far tells
   which is likely the first to reach the limit; what is smaller than a part that does is then refuted or
   found, the most promising first.
@@ -67,7 +69,7 @@ def search_parts(
     fixed = parse_fix(fix)
     if objective.kind == "step_time":
         return search(model, job, cluster, fixed, limits, equal_blocks=equal_blocks)
-    bounds = SizeBounds(model, job, cluster, fixed, equal_blocks)
+    bounds = SizeBounds(model, job, cluster, fixed, equal_blocks, objective.waiting(cluster))
     there = next((part for part in parts(cluster) if _has_mesh(model, job, part, fixed)), None)
     if there is None:
         return search(model, job, cluster, fixed, limits, equal_blocks=equal_blocks)  # raises, saying why
@@ -83,7 +85,7 @@ def search_parts(
         if found is None:
             return search(model, job, cluster, fixed, limits, equal_blocks=equal_blocks)  # raises, saying why
         plan, least = found
-        value, bound = (objective.value(s, job, cluster) for s in (plan.cluster.devices * _seconds(plan), least))
+        value, bound = (objective.value(s, job, cluster) for s in (plan.cluster.devices * parted.sought(plan), least))
     low, high = sorted((value, bound))
     gap = (high - low) / low
     reached = ObjectiveValue(objective, value, bound, gap, "optimal" if gap <= OPTIMAL else "feasible", cluster.devices)
@@ -98,7 +100,12 @@ class PartSearch:
     def __init__(self, bounds: SizeBounds, sizes: list[Size], limits: Limits | None, searches: int) -> None:
         self.sizes, self.plans = sizes, dict[int, Plan | None]()
         self._bounds, self._limits, self._searches = bounds, limits, searches
+        self._waiting = bounds.context.waiting
         self.interrupted = False
+
+    def sought(self, plan: Plan) -> float:
+        """Seconds of a step that count: all, or those at full power (`computing`)."""
+        return _seconds(plan) - (1 - self._waiting) * (_seconds(plan) - plan.predicted.computing_s)
 
     def within(self, size: Size, limit: float) -> bool:
         """Whether the part's bound leaves a step of ``limit`` seconds possible."""
@@ -127,6 +134,7 @@ class PartSearch:
                     self._limits,
                     explained=False,
                     equal_blocks=context.equal_blocks,
+                    waiting=self._waiting,
                 )
                 size.bound = max(size.bound, found.bound)
                 self.interrupted = INTERRUPTED in found.searched
@@ -136,7 +144,7 @@ class PartSearch:
         return self.plans[size.devices]
 
     def least(self, weight: Callable[[Size], float]) -> tuple[Plan, float] | None:
-        """The plan with the least weight times seconds, and a bound on that over all parts; None if nothing fits."""
+        """The plan with the least weight times `sought`, and a bound on that over all parts; None if nothing fits."""
         best: Plan | None = None
         least = inf
         queue = [(_rank(weight(size) * size.bound), -size.devices, at) for at, size in enumerate(self.sizes)]
@@ -158,7 +166,7 @@ class PartSearch:
             found = None if waits and self.spent(size) else self.plan(size)
             if found is None:
                 continue
-            worth = weight(size) * _seconds(found)
+            worth = weight(size) * self.sought(found)
             same = best is not None and abs(worth - least) <= SAME * least and _seconds(found) < _seconds(best)
             if worth < least * (1 - SAME) or same:
                 best, least = found, worth

@@ -43,8 +43,9 @@ from the cache. Plausible range of a speed: the square root of (its area over th
 SPLITS = (1, 2, 4, 8, 16)
 """Ways to cut the inner dim so that few tiles still fill the machine (split-K)."""
 
-FILL_K = 128
-"""Inner length that a tile takes to fill and drain its pipeline; plausible 32 to 512."""
+FILL_K = 256
+"""Inner length that a tile takes to fill and drain its pipeline: three stages of 64 before the first product (CUTLASS's
+kernels of 128 x 256 x 64 on Ampere), and results that go out through shared memory at the end; plausible 32 to 512."""
 
 SUM_K = 512
 """Inner length that summing the parts of a split tile takes as long as: 256 KiB of float32 written and read through the

@@ -50,6 +50,8 @@ def plan_of(
         interval=(step_time, step_time),
         breakdown=best.breakdown,
         memory=tuple(stage.memory_and_total for stage in stages),
+        computing_s=best.computing_s,
+        energy_j=cluster.joules(step_time, best.computing_s),
     )
     distance = max(0.0, (step_time - bound) / bound)
     plan = Plan(

@@ -27,12 +27,12 @@ def price(context: Context, config: Config, shardings: Shardings, found: Found) 
     seconds = assessed.step_time
     for other in others:
         likely = assess(context, other, assessed.stages, assessed.boundary)
-        if found.near(min(likely.step_time, assessed.step_time)):
+        if found.near(min(likely.sought_s, assessed.sought_s)):
             own = best_stages(context, other, [shardings.fastest()], at_once=True)
-            likely = min(likely, own or likely, key=lambda look: look.step_time)
+            likely = min(likely, own or likely, key=lambda look: look.sought_s)
         found.keep(likely)
         seconds = min(seconds, likely.step_time)
-        if likely.step_time < assessed.step_time * (1 - 1e-9) and found.near(likely.step_time):
+        if likely.sought_s < assessed.sought_s * (1 - 1e-9) and found.near(likely.sought_s):
             _price(context, other, shardings, found, bound)
     return seconds
 
@@ -53,18 +53,18 @@ def _price(
     for place, answers in enumerate(together(context, [shardings.fastest(), *shardings.lean()])):
         if not place and len(answers) == 1 and not more:
             continue
-        if found.best is not None and _least_step(context, config, answers) >= found.best.step_time:
+        if found.best is not None and context.waiting * _least_step(context, config, answers) >= found.best.sought_s:
             fits = True  # or would not be better
             continue
         # Of several answers the first is sought with the ILP as well: which it is seldom decides what fits.
         leaner = best_stages(context, config, answers, extended=True, thorough=not place, beat=_beat(found))
         found.keep(leaner)
-        best = min((one for one in (best, leaner) if one), key=lambda one: one.step_time, default=None)
+        best = min((one for one in (best, leaner) if one), key=lambda one: one.sought_s, default=None)
     return fits or best is not None, best
 
 
 def _beat(found: Found) -> float:
-    return found.best.step_time if found.best else INFINITE
+    return found.best.sought_s if found.best else INFINITE
 
 
 def _short(context: Context, best: Assessment) -> bool:

@@ -60,18 +60,29 @@ def element_bytes(dtype: str, job: Job) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Seconds forward and backward on the device; of these, ``communication_s`` in collectives (both directions).
-    ``host_forward_s``, ``host_backward_s``: seconds that the host takes to start what runs."""
+    """Seconds forward and backward on the device; of these, ``communication_s`` in collectives (both directions;
+    ``sent_forward_s``: forward alone). ``host_forward_s``, ``host_backward_s``: seconds that the host takes to start
+    what runs."""
 
     forward_s: float
     backward_s: float
     communication_s: float = 0.0
     host_forward_s: float = 0.0
     host_backward_s: float = 0.0
+    sent_forward_s: float = 0.0
 
     @property
     def seconds(self) -> float:
         return self.forward_s + self.backward_s
+
+    @property
+    def computing_s(self) -> float:
+        """Those that are not in collectives."""
+        return self.seconds - self.communication_s
+
+    @property
+    def computing_forward_s(self) -> float:
+        return self.forward_s - self.sent_forward_s
 
     def __add__(self, other: Price) -> Price:
         return Price(
@@ -80,6 +91,7 @@ class Price:
             self.communication_s + other.communication_s,
             self.host_forward_s + other.host_forward_s,
             self.host_backward_s + other.host_backward_s,
+            self.sent_forward_s + other.sent_forward_s,
         )
 
 
@@ -202,10 +214,11 @@ class AxisPrices:
             tensor_ranks = prod(size for axis, size in self.axes.items() if axis != CONTEXT)
             sent = exchange_seconds(node, inputs, self.collectives, tensor_ranks)
             forward, backward = (exposed(sent, beside, self.ops.stack) for beside in (time.forward, time.backward))
-            price += Price(forward, backward, forward + backward)
+            price += Price(forward, backward, forward + backward, sent_forward_s=forward)
         for each, moved in inside:
             seconds = self.collective(each.collective, moved.nbytes, each.axis)
-            price += Price(0.0, seconds, seconds) if each.backward else Price(seconds, 0.0, seconds)
+            ahead, back = (0.0, seconds) if each.backward else (seconds, 0.0)
+            price += Price(ahead, back, seconds, sent_forward_s=ahead)
         return price, time.source
 
     def _ring(
@@ -223,7 +236,8 @@ class AxisPrices:
         time = ring_time(self.ops, node, inputs, output, grads, ranks, sent)
         forward, backward = time.forward + time.waits_forward, time.backward + time.waits_backward
         waits = time.waits_forward + time.waits_backward
-        return Price(forward, backward, waits, time.host_forward, time.host_backward), time.source
+        price = Price(forward, backward, waits, time.host_forward, time.host_backward, time.waits_forward)
+        return price, time.source
 
     def collective(self, kind: str, nbytes: float, axis: str) -> float:
         """Seconds of a collective on one axis; ``nbytes``: of the tensor that is whole there."""
@@ -242,7 +256,7 @@ class AxisPrices:
         forward, sent = self._action(step.forward, tensor, axis, step.source, step.target)
         source, target = step.target.gradient, step.source.gradient
         backward, returned = self._action(step.backward, tensor, axis, source, target)
-        return Price(forward, backward, sent + returned)
+        return Price(forward, backward, sent + returned, sent_forward_s=sent)
 
     def _action(
         self, action: str, tensor: LocalTensor, axis: str, source: SpmdType, target: SpmdType

@@ -42,9 +42,11 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Repriced:
-    """What the plan takes: the step, its stages, bytes per stage by kind, and bytes of each rank on the host."""
+    """What the plan takes: the step, seconds of it that a device computes (the mean), its stages, bytes per stage by
+    kind, and bytes of each rank on the host."""
 
     step_time: float
+    computing_s: float
     times: tuple[DataTimes, ...]
     memory: tuple[dict[str, int], ...]
     host: tuple[int, ...]
@@ -63,6 +65,8 @@ def reprice(plan: Plan, model: ModelGraph) -> Predicted:
         plan.predicted.interval,
         plan.predicted.breakdown,
         tuple({**memory, "total": sum(memory.values())} for memory in priced.memory),
+        priced.computing_s,
+        plan.cluster.joules(step_time, priced.computing_s),
     )
 
 
@@ -70,6 +74,9 @@ def check_price(plan: Plan, model: ModelGraph) -> None:
     """Raise AutoparError unless the plan's figures are what it costs."""
     priced = price_plan(plan, model)
     pairs = [("step time", plan.predicted.step_time, priced.step_time)]
+    energy = plan.cluster.joules(priced.step_time, priced.computing_s)
+    if plan.predicted.energy_j is not None and energy is not None:
+        pairs.append(("energy of a step", plan.predicted.energy_j, energy))
     pairs.append(("sum of the breakdown", plan.predicted.step_time, sum(plan.predicted.breakdown.values())))
     for index, (stage, times, memory) in enumerate(zip(plan.stages, priced.times, priced.memory, strict=True)):
         pairs.append((f"forward of stage {index}", stage.forward_s, times.forward_s))
@@ -125,6 +132,7 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     times, blocks = [], []
     copies: dict[str, list[tuple[int, int]]] = {}
     trained: set[str] = set()
+    computing = 0.0
     for index in range(len(plan.stages)):
         block_times, block_bytes = [], []
         here: dict[str, int] = {}
@@ -138,7 +146,8 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
                 if trains:
                     trained.add(name)
             frozen = _frozen(model, candidate)
-            forward, backward = seconds[candidate.name]
+            forward, backward, busy = seconds[candidate.name]
+            computing += m * busy / mesh.pp
             held, saved = candidate.parameters, candidate.inflight_bytes
             weights, waiting = 0.0, 0
             if halving:
@@ -186,7 +195,9 @@ def price_plan(plan: Plan, model: ModelGraph, cluster: Cluster | None = None) ->
     timeline = simulate(events, m, sent, plan.schedule, plan.vpp)
     optimizer = max(sum(times[stage].optimizer_s for stage in own) for own in owned)
     step_time = timeline.total + tied_s + optimizer + ops.stack.step_s
-    return Repriced(step_time, tuple(times), bytes_of.ranks(blocks), bytes_of.hosts(blocks))
+    if plan.offload != "state":  # else the optimizer runs on the host
+        computing += sum(stage.optimizer_s for stage in times) / mesh.pp
+    return Repriced(step_time, computing, tuple(times), bytes_of.ranks(blocks), bytes_of.hosts(blocks))
 
 
 def _blocks(plan: Plan, stage: int) -> Iterator[tuple[int, Candidate]]:
@@ -228,8 +239,8 @@ def _boundary_bytes(plan: Plan, model: ModelGraph, candidate: Candidate, whole: 
 
 def _block_seconds(
     plan: Plan, model: ModelGraph, candidate: Candidate, ops: OpCosts, collectives: CollectiveCosts
-) -> tuple[float, float]:
-    """(forward, backward) of a candidate, recomputation included."""
+) -> tuple[float, float, float]:
+    """(forward, backward) of a candidate, recomputation included, and seconds of these that the device computes."""
     decision, job, batch = candidate.decision, plan.job, plan.micro_batch
     kind = model.kinds[decision.kind]
     graph, axes = kind.graph, decision.axes
@@ -238,7 +249,8 @@ def _block_seconds(
     prices = AxisPrices(ops, collectives, axes, batch, stride_of)
     pieces: dict[str, float] = {}  # forward seconds of operators and conversion steps
     starts: dict[str, float] = {}  # of these, those in which the host starts them
-    backward = waits = 0.0
+    sends: dict[str, float] = {}  # and those in collectives
+    backward = waits = sends_back = 0.0
 
     def whole(shape: tuple[int | Size, ...]) -> tuple[int, ...]:
         return tuple(size.at(batch, job.seq_len) if isinstance(size, Size) else size for size in shape)
@@ -261,21 +273,26 @@ def _block_seconds(
             starts[operator_key(node)] = turns.host_forward
             pieces[operator_key(node)] = turns.forward + turns.waits_forward
             backward += turns.backward + turns.waits_backward
+            sends[operator_key(node)], sends_back = turns.waits_forward, sends_back + turns.waits_backward
             waits += turns.host_backward
             continue
         time = ops.seconds(node, inputs, output, grads)
         sent = exchange_seconds(node, inputs, collectives, plan.mesh.tp) if node.op == EXPERTS else 0.0
         starts[operator_key(node)] = time.host_forward
-        pieces[operator_key(node)] = time.forward + exposed(sent, time.forward, ops.stack)
-        backward += time.backward + exposed(sent, time.backward, ops.stack)
+        ahead, back = (exposed(sent, beside, ops.stack) for beside in (time.forward, time.backward))
+        pieces[operator_key(node)] = time.forward + ahead
+        backward += time.backward + back
+        sends[operator_key(node)], sends_back = ahead, sends_back + back
         waits += time.host_backward
         for axis, strategy in choice.items():
             for inner in strategy.inner:
                 shape = local_shape(whole(inner.shape), _without(layouts[inner.like], axis, len(inner.shape)), axes)
                 nbytes = prod(shape) * element_bytes(inner.dtype, job)
                 seconds = collectives.seconds(inner.collective, nbytes, axes[axis], stride_of[axis])
-                pieces[operator_key(node)] += 0.0 if inner.backward else seconds
-                backward += seconds if inner.backward else 0.0
+                ahead, back = (0.0, seconds) if inner.backward else (seconds, 0.0)
+                pieces[operator_key(node)] += ahead
+                backward += back
+                sends[operator_key(node)], sends_back = sends[operator_key(node)] + ahead, sends_back + back
     for conversion in decision.conversions:
         meta = graph.nodes[conversion.tensor].meta
         layout = conversion.source
@@ -283,16 +300,21 @@ def _block_seconds(
             shape = local_shape(whole(meta.shape), _without(layout, axis, len(meta.shape)), axes)
             price = prices.moved(LocalTensor(shape, element_bytes(meta.dtype, job)), axis, step)
             layout = layout.with_type(axis, step.target)
-            pieces[step_key(conversion.tensor, conversion.source, conversion.target, place)] = price.forward_s
+            key = step_key(conversion.tensor, conversion.source, conversion.target, place)
+            pieces[key], sends[key] = price.forward_s, price.sent_forward_s
             backward += price.backward_s
+            sends_back += price.communication_s - price.sent_forward_s
     again = again_pieces(kind, candidate, batch, job)
     forward = max(sum(pieces.values()), sum(starts.values()))
     backward += sum(pieces[key] for key in again)
+    sends_back += sum(sends[key] for key in again)
+    computing = sum(pieces.values()) - sum(sends.values()) + backward - sends_back
     backward = max(backward, waits + sum(starts.get(key, 0.0) for key in again))
     if not candidate.offload:
-        return forward, backward
+        return forward, backward, computing
     moved, bandwidth = moved_bytes(kind, candidate, batch, job), ops.device.host_bandwidth
-    return forward + exposed_copy(moved, bandwidth, forward), backward + exposed_copy(moved, bandwidth, backward)
+    out, back = exposed_copy(moved, bandwidth, forward), exposed_copy(moved, bandwidth, backward)
+    return forward + out, backward + back, computing
 
 
 def _without(layout: Layout, axis: str, dims: int) -> Layout:

@@ -4,9 +4,10 @@ What is to be decided hangs together as a tree: a shape (`space.Shape`: sizes of
 families (ZeRO level, offload), and these have configurations (shard groups). A bound is refined in steps, each valid
 and dearer than the one before (`steps`), until it is priced in full.
 
-First what is likely to be fastest is refined and priced, by an estimate that adds what bounds cannot (`estimates`),
-until better plans stop coming; then what has the least bound, until the plan is within the gap asked for, or the least
-bound is one that only a priced configuration could raise. What does not promise more than the gap is left alone.
+First what is likely to be fastest (whatever is sought) is refined and priced, by an estimate that adds what bounds
+cannot (`estimates`), until better plans stop coming; then what has the least bound, until the plan is within the gap
+asked for, or the least bound is one that only a priced configuration could raise. What does not promise more than the
+gap is left alone.
 
 Pricing in full means: the fastest sharding of every kind (and leaner ones where memory makes them pay), stages that
 fit, seconds by the simulator. The stages of the best plan are then polished by the simulator alone.
@@ -31,6 +32,7 @@ from autopar.job import Job
 from autopar.plan import Plan
 from autopar.sharding.data_parallel import check_data_parallel
 from autopar.solver.check_space import check_space
+from autopar.solver.computing import LeastComputing
 from autopar.solver.config_bounds import (
     loose_bound,
     quick_bound,
@@ -84,9 +86,11 @@ def search(
     limits: Limits | None = None,
     explained: bool = True,
     equal_blocks: bool = True,
+    waiting: float = 1.0,
 ) -> Plan:
     """The fastest plan that fits. ``explained``: whether an InfeasibleError is to say why, which takes a while.
-    ``equal_blocks``: whether blocks of one kind share one sharding (`equal_blocks`).
+    ``equal_blocks``: whether blocks of one kind share one sharding (`equal_blocks`). ``waiting``: below 1, the plan
+    that draws the least is sought instead, and its bound is of seconds at full power (`computing`).
 
     Deterministic, unless ``limits`` give it a time. Ctrl-C ends it with the best plan so far, if there is one. Raises
     BadInputError (a fix or job that contradicts the cluster or model), UnsupportedError (what cannot be executed),
@@ -97,7 +101,7 @@ def search(
     fixed.check(cluster.devices, [block.kind for block in model.blocks])
     check_space(model, job, cluster, fixed)
     check_data_parallel(model, fixed.micro_batch is not None)
-    context = Context.of(model, job, cluster, fixed, equal_blocks)
+    context = Context.of(model, job, cluster, fixed, equal_blocks, waiting)
     watch = Watch(limits or Limits())
     space = list(shapes(model, job, cluster, fixed))
     with uncollected():
@@ -119,7 +123,7 @@ def search(
         **context.clock.counts,
     }
     # The bound is of free blocks.
-    bound = min(found.bound, best.step_time if free is None else free)
+    bound = min(found.bound, best.sought_s, best.step_time if free is None else free)
     plan = plan_of(context, best, bound, OPTIMAL, counts, free)
     later = time.perf_counter()
     check_price(plan, model)
@@ -131,9 +135,10 @@ def search(
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Something to refine, after ``step`` steps: a valid ``bound``, a likely ``estimate`` with those of the steps
-    before, its place in ``order``."""
+    """Something to refine, after ``step`` steps: no plan of it takes less than ``seconds``, nor less of what is sought
+    than ``bound``; likely seconds (``estimate``) with those of the steps before, its place in ``order``."""
 
+    seconds: float
     bound: float
     estimate: float
     order: int
@@ -172,6 +177,7 @@ class _Walk:
     def __init__(self, context: Context, watch: Watch, wanted: Callable[[Config], bool]) -> None:
         self.context, self.watch, self.wanted = context, watch, wanted
         self.known = KnownShardings(context)
+        self.least = LeastComputing(context)
         self.found = Found(watch.limits.gap, self.known)
         self.entries: dict[int, _Entry] = {}
         self.left: dict[tuple[int, ...], int] = {}
@@ -183,15 +189,16 @@ class _Walk:
         self.spaces: dict[Shape, list[Config]] = {}
         self.made = self.meshes = 0
 
-    def add(self, bound: float, step: Step, item: Item, guesses: Guesses = ()) -> list[_Entry]:
-        """A new entry, if it may be of use."""
+    def add(self, seconds: float, step: Step, item: Item, guesses: Guesses = (), least: float = 0.0) -> list[_Entry]:
+        """A new entry, if it may be of use. ``least``: a bound that is known of what is sought."""
+        bound = max(least, self.least.bound(_shape(item), step, seconds))
         if bound == INFINITE:
             return []
         if not self.found.promising(bound):
             self.found.rest = min(self.found.rest, bound)
             return []
-        likely = estimate(self.of(item), item, self.shardings(item), step, bound)
-        entry = _Entry(bound, likely, self.made, step, item, (*guesses, (step, likely)))
+        likely = estimate(self.of(item), item, self.shardings(item), step, seconds)
+        entry = _Entry(seconds, bound, likely, self.made, step, item, (*guesses, (step, likely)))
         self.made += 1
         self.entries[entry.order] = entry
         self.left[_mesh(item)] = self.left.get(_mesh(item), 0) + 1
@@ -239,19 +246,20 @@ class _Walk:
                 break
             if self.watch.over(found.best is not None):
                 return
-            before = found.best.step_time if found.best else INFINITE
+            before = found.best.sought_s if found.best else INFINITE
             self.refine(entry)
             if found.best is None or entry.step == Step.ARITHMETIC:
                 continue
             refined += 1
-            if found.best.step_time < before * (1 - BETTER):
+            if found.best.sought_s < before * (1 - BETTER):
                 waited = refined = 0
             elif isinstance(entry.item, Config) and self.seconds.get(entry.item, INFINITE) < INFINITE:
                 waited += 1
 
     def prove(self) -> None:
-        """Refine what has the least bound, until no bound stands in the way of the gap, or one that can't be raised."""
-        found = self.found
+        """Refine what has the least bound, until no bound stands in the way of the gap, or one that can't be raised:
+        where waiting counts for less, and what is fast came first, `PATIENCE` of these that are no better."""
+        found, stuck = self.found, 0
         queue = [(entry.bound, entry.order) for entry in self.entries.values()]
         heapq.heapify(queue)
         while queue and found.best is not None and found.promising(queue[0][0]) and not self._proved_enough():
@@ -261,12 +269,16 @@ class _Walk:
                 entry = self.entries[entry.order] = replace(entry, bound=bound, proved=True)
                 heapq.heappush(queue, (bound, entry.order))
                 continue
-            if entry.step == Step.SPREAD and entry.estimate > found.best.step_time * (1 + HOPE):
+            likely = self.least.bound(_shape(entry.item), entry.step, entry.estimate)
+            if entry.step == Step.SPREAD and likely > found.best.sought_s * (1 + HOPE):
                 break
+            before = found.best.sought_s
             for child in self.refine(entry):
                 heapq.heappush(queue, (child.bound, child.order))
             if entry.step == Step.SPREAD and found.promising(entry.bound):
-                break
+                stuck = 0 if found.best.sought_s < before * (1 - BETTER) else stuck + 1
+                if self.context.waiting == 1.0 or stuck == PATIENCE:
+                    break
         self._sharpen()
 
     def _proved_enough(self) -> bool:
@@ -294,9 +306,11 @@ class _Walk:
         context, shardings = self.of(item), self.shardings(item)
         self.sharpened += 1
         if isinstance(item, Config):
-            sharp = step == Step.SPREAD
-            return max(bound, stage_bound(context, item, shardings, sharp=sharp, enough=self.found.enough))
-        return max(bound, loose_bound(context, self.space(item), shardings))
+            sharp, enough = step == Step.SPREAD, self.least.seconds(item.shape, step, self.found.enough)
+            seconds = stage_bound(context, item, shardings, sharp=sharp, enough=enough)
+        else:
+            seconds = loose_bound(context, self.space(item), shardings)
+        return max(bound, self.least.bound(_shape(item), step, seconds))
 
     def space(self, item: Shape | Family) -> list[Config]:
         """The configurations of an item, their order open."""
@@ -313,8 +327,8 @@ class _Walk:
     def refine(self, entry: _Entry) -> list[_Entry]:
         """One step: what the entry becomes takes its place, which it keeps until then: a Ctrl-C loses no bound."""
         children: list[_Entry] = []
-        for bound, step, item in self._refined(entry):
-            children += self.add(max(bound, entry.bound), step, item, entry.guesses)
+        for seconds, step, item in self._refined(entry):
+            children += self.add(max(seconds, entry.seconds), step, item, entry.guesses, entry.bound)
         del self.entries[entry.order]
         self.left[_mesh(entry.item)] -= 1
         report = self.watch.limits.progress

@@ -255,7 +255,7 @@ def best_stages(
 ) -> Assessment | None:
     """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
     fit there. ``extended``: see `Context.freedom`; ``thorough``: see `quick_stages`; ``at_once``: the first that are
-    found, and no others. ``beat``: seconds of a step that others are not looked for if they are not likely to beat.
+    found, and no others. ``beat``: seconds sought that others are not looked for if they are not likely to beat.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit. Which blocks stay
@@ -301,15 +301,15 @@ def best_stages(
                 not_fits = share
                 continue
             fits = share
-            if best is None or found.step_time < best.step_time:
+            if best is None or found.sought_s < best.sought_s:
                 best = found
     if not others:
         return best
     found = None
-    for one in sorted((one for one in (best, *others) if one is not None), key=lambda one: one.step_time):
-        likely = one.step_time * (1 - spared) < min(beat, found.step_time if found else beat)
+    for one in sorted((one for one in (best, *others) if one is not None), key=lambda one: one.sought_s):
+        likely = one.sought_s * (1 - spared) < min(beat, found.sought_s if found else beat)
         one = more_gathered(context, one) if likely else one
-        found = one if found is None or one.step_time < found.step_time else found
+        found = one if found is None or one.sought_s < found.sought_s else found
     return found
 
 

@@ -38,7 +38,7 @@ OFFLOAD = False  # everything stays on the device
 COMPUTE_DTYPE = torch.bfloat16
 MASTER_DTYPE = torch.float32  # parameters, gradient reduction, optimizer state
 VOCABULARY = 50257
-PREDICTED_STEP_S = 0.06559
+PREDICTED_STEP_S = 0.06681
 
 
 def parse_args() -> argparse.Namespace:

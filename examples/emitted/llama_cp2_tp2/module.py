@@ -35,7 +35,7 @@ class LlamaDecoderLayer(nn.Module):
 
     hidden: arrives as cp:S(1) tp:S(1)
     returns cp:S(1) tp:S(1)
-    predicted: 25.8 ms forward, 77 ms backward
+    predicted: 26 ms forward, 77.4 ms backward
     """
 
     def __init__(self, new: New) -> None:

@@ -25,7 +25,7 @@ class LlamaDecoderLayer(nn.Module):
 
     hidden: arrives as tp:S(1)
     returns tp:S(1)
-    predicted: 1.86 ms forward, 3.25 ms backward
+    predicted: 1.9 ms forward, 3.28 ms backward
     """
 
     def __init__(self, new: New) -> None:
