@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,9 +37,19 @@ UNKNOWN = {
     ),
     "aten.index_add": "it takes it for no linear operator, which it is in what is added and in what that is added to",
     "aten.scatter_add": "the same",
+    **dict.fromkeys((f"aten.fft_{kind}" for kind in ("fft", "ifft", "rfft", "irfft")), "it takes it for no linear one"),
 }
 """Operators that the checker cannot be asked about, and why; their rules are executed on shards like all
 (`test_rules`)."""
+
+LOSSES = {
+    "aten.smooth_l1_loss": (2, "beta"),
+    "aten.huber_loss": (2, "delta"),
+    "aten.kl_div": (2, "log_target"),
+    "aten.binary_cross_entropy": (3, ""),
+    "aten.binary_cross_entropy_with_logits": (4, ""),
+}
+"""Of losses by elements, where the operator has its reduction, and what comes behind."""
 
 AXES = {"tp": 2}
 
@@ -64,7 +75,18 @@ def python_call(op: str) -> Callable[..., torch.Tensor]:
         return lambda x, at: x[tuple(slice(None) if entry is None else entry for entry in at)]
     if op == "aten.linalg_vector_norm":
         return torch.linalg.vector_norm
+    if name.startswith("fft_"):
+        return getattr(torch.fft, name.removeprefix("fft_"))
+    if op in LOSSES:
+        return partial(_loss, name, *LOSSES[op])
     return next(getattr(space, name) for space in (torch, F, torch.Tensor) if hasattr(space, name))
+
+
+def _loss(name: str, place: int, last: str, *args: Any) -> torch.Tensor:
+    """Users name the reduction, which is a number in the operator."""
+    rest = {last: args[place + 1]} if len(args) > place + 1 else {}
+    found: torch.Tensor = getattr(F, name)(*args[:place], reduction="none", **rest)
+    return found
 
 
 def infer(example: Example, types: tuple[SpmdType, ...], output: SpmdType, group: Any, skip: int = 99) -> Any:
@@ -125,7 +147,7 @@ def test_checker_rejects_partial_sums_where_we_do(group: Any) -> None:
     """Partial operands in every combination that no strategy has: rejected, but for the sets where we are stricter."""
     accepted = set()
     for op in RULES:
-        if op in UNKNOWN:
+        if op in UNKNOWN or op == "aten.binary_cross_entropy":  # parts of probabilities are none
             continue
         for example in examples_of(RULES[op])[:2]:
             node, graph, whole = example.build()
@@ -174,6 +196,7 @@ GLOBAL_GAPS = {
     ),
     "aten.masked_scatter": "no strategy",
     **dict.fromkeys(("autopar.gru", "autopar.rnn_tanh", "autopar.rnn_relu"), "no strategy for a split batch"),
+    "autopar.ctc_loss": "no strategy",
     "autopar.cross_entropy": "flattening (b s) split by s is a strided shard: emitted code wraps it in local_map",
 }
 """Operators of which the checker's global mode refuses some strategy, and why; it agrees on all others."""
@@ -208,7 +231,7 @@ def agrees_globally(example: Example, strategy: Strategy, group: Any) -> bool:
 def test_checker_in_global_mode_infers_our_split_dims(group: Any) -> None:
     gaps, agreed = set(), 0
     for op in RULES:
-        if op in UNKNOWN:
+        if op in UNKNOWN or op == "aten.binary_cross_entropy":  # parts of probabilities are none
             continue
         for example in examples_of(RULES[op]):
             node, graph, whole = example.build()
