@@ -63,8 +63,8 @@ class Samples:
 
 
 class RandomSamples:
-    """Random numbers of the same kinds, to try the speed without data; used like `Samples`. Those that are not whole are
-    between 0 and 1, as targets of any loss may be."""
+    """Random numbers of the same kinds, to try the speed without data; used like `Samples`. Those that are not whole
+    are between 0 and 1, as targets of any loss may be."""
 
     def __init__(self, tensors: Mapping[str, Kind], seed: int) -> None:
         self.kinds, self.seed = dict(tensors), seed
