@@ -326,9 +326,15 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one in the same folder, so that nothing half-written stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a text file by way of a temporary one in the same folder, so that nothing half-written stays.
+
+    Raises BadInputError where none can be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise BadInputError(f"cannot write {path}: {error.strerror}; name another place") from error
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)

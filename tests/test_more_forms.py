@@ -245,3 +245,20 @@ class Recomputed(Layer):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_what_a_model_recomputes_keeps_its_gradients(reentrant: bool) -> None:
     proved(Recomputed(reentrant), {"x": SAMPLE["x"]}, square, tp=2)
+
+
+class Ends(Layer):
+    """Where the tokens of each class end, in 32 bits, as grouped products take it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        counts = torch.histc(x.argmax(-1), bins=WIDTH, min=0, max=WIDTH)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        assert ends.dtype == torch.int32
+        return x * ends / (ends[-1] + 1)
+
+
+def test_sums_in_a_narrow_dtype_stay_in_it() -> None:
+    graph = proved(Ends(), SAMPLE, square, dp=2, micro_batch=2)
+    (total,) = (node for kind in graph.kinds.values() for node in kind.graph.of("op") if node.op == "aten.cumsum")
+    assert total.meta.dtype == "int64"

@@ -87,3 +87,5 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     for place in ("/proc/out", "/proc/deep/out"):
         with pytest.raises(autopar.BadInputError, match=f"cannot write the folder {place}"):
             autopar.emit(plan, Plain(), place, INPUTS)
+    with pytest.raises(autopar.BadInputError, match=r"cannot write /proc/plan\.json: No such file"):
+        plan.save("/proc/plan.json")

@@ -14,6 +14,10 @@ def reduction(node: Node, new: Draft) -> Ref | None:
     dtype = options.pop("dtype", None)
     if not isinstance(dtype, str) or not node.args:
         return None
+    if dtype in ("int32", "int16", "int8", "uint8", "bool"):  # torch adds such up as int64
+        whole = new.cast(node.args[0], "int64")
+        total = new.emit(node.op, whole, *node.args[1:], shape=node.meta.shape, options=options)
+        return new.cast(Ref(total), dtype)
     return Ref(new.emit(node.op, new.cast(node.args[0], dtype), *node.args[1:], shape=node.meta.shape, options=options))
 
 

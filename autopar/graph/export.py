@@ -131,7 +131,10 @@ def scalar_of(outputs: Any) -> torch.Tensor:
     if len(scalars) == 1:
         return scalars[0]
     kind = "a tensor" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-    raise BadInputError(f"the model returns {kind} without a loss; pass loss=fn(outputs, batch) returning a scalar")
+    raise BadInputError(
+        f"the model returns {kind} without a loss; pass loss=fn(outputs, batch) returning a scalar (a "
+        "module.py:function returns it with the model: model, inputs, loss)"
+    )
 
 
 def fake_copy(

@@ -234,7 +234,8 @@ def _default_inputs(model: nn.Module, parameters: list[str], loss: Loss | None) 
         return {"input_ids" if "input_ids" in parameters else parameters[0]: tokens, "labels": tokens}
     raise BadInputError(
         f"{type(model).__name__}.forward takes {', '.join(parameters) or 'nothing'}, not input_ids and labels: pass "
-        "inputs={name: example tensor of one sample} and, if the model returns no loss, loss=fn(outputs, batch)"
+        "inputs={name: example tensor of one sample} and, if the model returns no loss, loss=fn(outputs, batch) (a "
+        "module.py:function returns them with the model: model, inputs, loss)"
     )
 
 

@@ -122,7 +122,7 @@ class Fix:
         stages = (self.pp or 1) * (self.vpp or 1)
         if stages > len(kinds):
             blocks = "1 block" if len(kinds) == 1 else f"{len(kinds)} blocks"
-            raise BadInputError(f"fix: {stages} stages, but the model has {blocks} to spread")
+            raise BadInputError(f"fix: {stages} stages, but the model has only {blocks} to spread")
         if self.pp is not None and self.schedule is not None and (self.schedule == "none") != (self.pp == 1):
             wanted = "none" if self.pp == 1 else "1f1b"
             raise BadInputError(f'fix: schedule={self.schedule} contradicts pp={self.pp}; that runs under "{wanted}"')

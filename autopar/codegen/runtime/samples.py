@@ -63,7 +63,8 @@ class Samples:
 
 
 class RandomSamples:
-    """Random numbers of the same kinds, to try the speed without data; used like `Samples`."""
+    """Random numbers of the same kinds, to try the speed without data; used like `Samples`. Those that are not whole
+    are between 0 and 1, as targets of any loss may be."""
 
     def __init__(self, tensors: Mapping[str, Kind], seed: int) -> None:
         self.kinds, self.seed = dict(tensors), seed
@@ -75,7 +76,7 @@ class RandomSamples:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
             for name, (shape, dtype, limit) in self.kinds.items():
                 if dtype.is_floating_point:
-                    rows[name].append(torch.randn(shape, generator=generator, dtype=dtype))
+                    rows[name].append(torch.rand(shape, generator=generator, dtype=dtype))
                 else:
                     drawn = torch.randint(limit or 2, shape, generator=generator)
                     rows[name].append(drawn.to(dtype))
