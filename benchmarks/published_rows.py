@@ -245,6 +245,8 @@ def _schedule(record: Record, pp: int, micro_batches: int) -> dict[str, Any]:
     The CI's records tell layers per stage in place of stages a rank."""
     told = str(record.get("schedule") or "").lower()
     if re.search(r"v-zb|zbv|zb-v|dualpipe", told):
+        if record["model"].get("moe") and (record.get("ep") or 1) > 1:
+            raise RefusedError(f"schedule {record['schedule']!r} with experts that ranks share is none of autopar's")
         return {"schedule": "dualpipev" if "dual" in told else "zbv", **_even(record, 2 * pp)}
     if re.search(r"zb|zero.?bubble|v-half|v-min", told):
         raise RefusedError(f"schedule {record['schedule']!r} is none of autopar's")

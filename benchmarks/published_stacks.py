@@ -56,7 +56,7 @@ def _variant(record: Record, stack: str) -> str:
     if stack == "megatron-deepspeed" and re.match(r"bf|bfloat", str(record.get("dtype")).lower()):
         return "-bf16"
     if stack == "compiled":
-        dated = re.search(r"20\d\d-?[01]\d", str(record.get("source")))
+        dated = re.search(r"\b20[12]\d\b|20[12]\d-?[01]\d", str(record.get("source")))
         return "-loss" if dated and dated[0] >= COMPILED_LOSS else ""
     if stack != "megatron":
         return ""

@@ -209,6 +209,7 @@ def test_whose_bytes():
         ({"group": "simumax", "source": "Megatron", "recompute": "selective"}, "megatron-selective"),
         ({"group": "x", "zero_stage": "fsdp2", "recompute": "selective"}, "compiled"),
         ({"group": "x", "zero_stage": 3}, "compiled"),
+        ({"group": "x", "source": "pytorch/torchtitan benchmarks 2025"}, "compiled-loss"),
         ({"group": "x", "zero_stage": 1}, "megatron"),
         ({"group": "x", "source": "NVIDIA-NeMo/Automodel"}, "automodel"),
     ],
@@ -344,6 +345,9 @@ def test_what_has_no_configuration_is_refused(fields, reason):
 def test_dualpipe_is_taken_as_its_half():
     fix = fix_of(tidied(changed(pp=2, dp=1, schedule="DualPipe", recompute="none", global_batch=16, micro_batch=2)))
     assert fix["schedule"] == "dualpipev"
+    shared = {"schedule": "DualPipe", "ep": 2, "model__moe": {"experts": 4, "topk": 2}}
+    with pytest.raises(RefusedError, match="schedule 'DualPipe' with experts that ranks share"):
+        fix_of(tidied(changed(pp=2, dp=1, global_batch=16, micro_batch=2, **shared)))
 
 
 def test_shared_out_gradients_have_no_whole_buffers(folder):
