@@ -46,6 +46,9 @@ from autopar.sharding.local import coordinates
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest error of the loss and of each gradient that counts as equal."""
 
+_NARROW = frozenset({"aten._grouped_mm"})
+"""Operators of which torch has no kernel for float64."""
+
 JOB_DTYPES = {torch.float64: "fp64", torch.float32: "fp32"}
 
 
@@ -122,7 +125,7 @@ def verify(
 
     ``inputs`` and ``loss`` as in `autopar.search`; ``graph``: the model's, if it has been traced already. A batch of
     the plan's micro-batches is drawn from ``seed``. A model on meta gets random weights. Plans too large for one
-    process are verified on a twin (see `small_twin`).
+    process are verified on a twin (see `small_twin`), those of models with operators that have no float64 in float32.
     Raises VerificationError naming the worst parameter, BadInputError for another model than the plan's.
     """
     begin = time.perf_counter()
@@ -131,6 +134,8 @@ def verify(
         model, inputs, loss = loaded.model, inputs or loaded.inputs, loss or loaded.loss
     graph = graph or model_graph(model, inputs, loss)
     plan.check_model(graph.fingerprint(), type(model).__name__)
+    if any(node.op in _NARROW for kind in graph.kinds.values() for node in kind.graph.of("op")):
+        dtype = torch.float32
     # Placeholders have their places in a sequence of the given length.
     placed = not looked_for(graph).keys().isdisjoint(inputs or ())
     twin = small_twin(plan, model, graph, lambda small: model_graph(small, inputs, loss), whole=placed)
@@ -292,11 +297,11 @@ def _single_device(
     model: nn.Module, graph: ModelGraph, loss: Any, shares: list[tuple[float, dict[str, Tensor]]]
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the user's model in eager."""
-    wide = next(model.parameters()).dtype == torch.float64
+    dtype = next(model.parameters()).dtype
     runner = LossOf(model, loss)
     total = 0.0
     for share, part in shares:
-        with keep_wide() if wide else nullcontext(), every_layer(), whole_numbers_counted(), _eager():
+        with keep_wide(dtype), every_layer(), whole_numbers_counted(), _eager():
             value = runner(dict(part)) * share
         value.backward()
         total += float(value.detach())

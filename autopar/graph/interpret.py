@@ -141,48 +141,63 @@ def grouped_products(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Te
 
 
 class keep_wide(TorchFunctionMode):  # noqa: N801  (used as a function: `with keep_wide():`)
-    """Makes requests for float32 give float64, so that a model with `.float()` inside runs wholly in float64.
+    """Makes requests for narrower floating-point dtypes give ``dtype``, float64 or float32, so that a model with
+    `.float()` or `.bfloat16()` inside runs wholly in that.
 
-    What is made without a dtype is float64 too. Tensors that are float32 all the same (a function may keep its results
+    What is made without a dtype is of it too. Tensors that are narrower all the same (a function may keep its results
     of earlier calls) are widened where they are read.
     """
 
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self._dtype, self._narrower = dtype, _NARROWER[dtype]
+
     def __enter__(self) -> keep_wide:
         self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(self._dtype)
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
         torch.set_default_dtype(self._default)
 
-    _CASTS = (torch.Tensor.to, torch.Tensor.type)
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float or (func in self._CASTS and torch.float32 in (*args[1:], kwargs.get("dtype"))):
+        asked = (*args[1:], kwargs.get("dtype")) if func in _CASTS else ()
+        if _OWN_CASTS.get(func) in self._narrower or any(
+            isinstance(one, torch.dtype) and one in self._narrower for one in asked
+        ):
             places = [item for item in (*args[1:], kwargs.get("device")) if isinstance(item, torch.device | str)]
             # A copy, as of a narrower tensor: it may be changed in place.
-            return args[0].to(*places[:1], dtype=torch.float64, copy=True)
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
+            return args[0].to(*places[:1], dtype=self._dtype, copy=True)
+        if kwargs.get("dtype") in self._narrower:
+            kwargs["dtype"] = self._dtype
         filled = args[:1] if func is torch.tensor else args[1:2] or (kwargs.get("fill_value"),)
         if func in (torch.tensor, torch.full) and isinstance(filled[0], float):
-            kwargs.setdefault("dtype", torch.float64)  # the least number of a dtype may be no number of another
+            kwargs.setdefault("dtype", self._dtype)  # the least number of a dtype may be no number of another
         if func is torch._grouped_mm and args[0].dtype == torch.float64:  # it has no kernel for float64
             return grouped_products(*args, offs=kwargs["offs"])
         if not func.__name__.endswith("_"):  # neither attributes nor what changes a tensor in place
-            args, kwargs = _widened(args), _widened(kwargs)
+            args, kwargs = self._widened(args), self._widened(kwargs)
         return func(*args, **kwargs)
 
+    def _widened(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(self._dtype) if value.dtype in self._narrower else value
+        if type(value) in (tuple, list):
+            return type(value)(self._widened(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._widened(item) for key, item in value.items()}
+        return value
 
-def _widened(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.dtype == torch.float32 else value
-    if type(value) in (tuple, list):
-        return type(value)(_widened(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _widened(item) for key, item in value.items()}
-    return value
+
+_CASTS = (torch.Tensor.to, torch.Tensor.type)
+_OWN_CASTS: dict[Any, torch.dtype] = {
+    torch.Tensor.float: torch.float32,
+    torch.Tensor.bfloat16: torch.bfloat16,
+    torch.Tensor.half: torch.float16,
+}
+_HALVES = frozenset({torch.bfloat16, torch.float16})
+_NARROWER = {torch.float64: _HALVES | {torch.float32}, torch.float32: _HALVES}
