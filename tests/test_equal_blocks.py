@@ -19,6 +19,7 @@ from autopar.plan import Plan
 from autopar.report.explain_block import explain_block
 from autopar.report.explain_text import block_text
 from autopar.report.record import plan_record
+from autopar.solver import op_costs
 from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes
 from autopar.solver.evaluate import assess
@@ -30,6 +31,12 @@ from autopar.solver.space import configs
 
 ROUNDING = 1 + 1e-9
 LAYER = "LlamaDecoderLayer"
+
+
+@pytest.fixture(autouse=True)
+def tiles_that_fill_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that at these small widths two shardings are worth mixing where memory is short."""
+    monkeypatch.setattr(op_costs, "FILL_K", 128)
 
 
 @cache

@@ -122,8 +122,8 @@ def test_ranks_share_the_machine(measured, profile, monkeypatch):
 
 def test_every_figure_has_a_source(measured):
     device, link = cpu.cpu_node(4)
-    named = ("name", "title", "backend", "origin", "sources", "peak_flops", "power_w", "workspace_bytes")
-    assert device.power_w == device.workspace_bytes == 0  # not measured, and told as not known
+    named = ("name", "title", "backend", "origin", "sources", "peak_flops", "power_w", "wait_w", "workspace_bytes")
+    assert device.power_w == device.wait_w == device.workspace_bytes == 0  # not measured, and told as not known
     plain = [name for name in device.to_json() if name not in named]
     assert set(device.sources) == {*plain, *(f"peak_flops.{dtype}" for dtype in device.peak_flops)}
     assert set(link.sources) == set(LINK_FIGURES)

@@ -168,7 +168,7 @@ def cpu_profile(refresh: bool = False) -> CpuProfile:
     profile = measure_cpu(machine, cores, torch_version)
     from autopar.plan import write_whole
 
-    with contextlib.suppress(OSError):  # without a cache, the next run measures again
+    with contextlib.suppress(OSError, BadInputError):  # without a cache, the next run measures again
         write_whole(path, json.dumps(profile.to_json(), indent=1) + "\n")
     return profile
 
