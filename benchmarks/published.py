@@ -303,7 +303,7 @@ def write_residuals(path: Path, rows: list[Mapping[str, Any]]) -> None:
     }
     head = (
         "# 10th and 90th percentile of measured over predicted seconds, each group of published runs with the same\n"
-        "# weight; written by `python benchmarks/published.py --residuals`.\n"
+        "# weight, or less if it has fewer than ten; written by `python benchmarks/published.py --residuals`.\n"
     )
     temporary = path.with_suffix(".tmp")
     temporary.write_text(head + yaml.safe_dump(content, sort_keys=False))

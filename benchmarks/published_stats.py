@@ -74,6 +74,10 @@ LOW, HIGH = 0.1, 0.9
 """Percentiles that an 80 % interval lies between."""
 
 
+ENOUGH = 10
+"""Runs from which on a group counts fully in an interval."""
+
+
 def quantile(weighted: Sequence[tuple[float, float]], share: float) -> float:
     """The value below which so much of the weight lies, of (value, weight)."""
     ordered = sorted(weighted)
@@ -86,8 +90,9 @@ def quantile(weighted: Sequence[tuple[float, float]], share: float) -> float:
 
 
 def spread(groups: Iterable[Sequence[float]]) -> dict[str, float]:
-    """Low and high ends of an interval from ratios of measured over predicted, each group with the same weight."""
-    weighted = [(ratio, 1 / len(ratios)) for ratios in groups for ratio in ratios]
+    """Low and high ends of an interval from ratios of measured over predicted, each group with the same weight, or as
+    much less as it has fewer runs than `ENOUGH`: a handful says little of how such runs spread."""
+    weighted = [(ratio, min(1.0, len(ratios) / ENOUGH) / len(ratios)) for ratios in groups for ratio in ratios]
     return {"low": round(quantile(weighted, LOW), 3), "high": round(quantile(weighted, HIGH), 3)}
 
 

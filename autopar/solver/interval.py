@@ -2,8 +2,8 @@
 
 `benchmarks/published.py` predicts published training runs and notes, by group of runs, the 10th and 90th percentile of
 measured over predicted seconds (``catalog/residuals.yaml``). A prediction for a stack with such runs takes those of its
-groups; any other, of what autopar emits too, takes all groups', each with the same weight: of how a new stack does,
-groups that were fitted say less than how they differ.
+groups; any other, of what autopar emits too, takes all groups', each with the same weight, or less if it has fewer than
+ten runs: of how a new stack does, groups that were fitted say less than how they differ.
 
 A device that was measured, or is priced by a profile, has no published runs. There the constants of `RATES` are moved
 by `SPREAD`, an assumption: how much a rate measured alone may differ under load. The plan is priced with one at a time
