@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.errors import UnsupportedError
-from autopar.graph.ctc import ctc_whole
+from autopar.graph.ctc import whole_ctc
 from autopar.graph.ops import ctc_loss
+from autopar.graph.picks import Picks
 
 FRAMES, CLASSES, TARGETS = 20, 6, 8
 
@@ -66,7 +67,7 @@ def test_targets_that_a_mask_picks_are_moved_to_the_front_of_their_rows() -> Non
         rows.append(targets)
         return ctc_loss(log_probs, targets, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, ctc_whole():
+    with pytest.MonkeyPatch.context() as patch, Picks(whole_ctc):
         patch.setattr(torch.ops.autopar, "ctc_loss", noting)
         found = F.ctc_loss(logs, labels[mask], frames, mask.sum(1), reduction="none")
         picked = labels.masked_select(mask) + 1
@@ -79,5 +80,5 @@ def test_targets_that_a_mask_picks_are_moved_to_the_front_of_their_rows() -> Non
 
 def test_targets_one_after_another_that_no_mask_picks_are_refused() -> None:
     logs = torch.randn(FRAMES, 2, CLASSES).log_softmax(-1)
-    with ctc_whole(), pytest.raises(UnsupportedError, match="targets \\[batch, length\\] or what a mask"):
+    with Picks(whole_ctc), pytest.raises(UnsupportedError, match="targets \\[batch, length\\] or what a mask"):
         F.ctc_loss(logs, torch.tensor([1, 2, 3]), torch.tensor([9, 9]), torch.tensor([1, 2]))

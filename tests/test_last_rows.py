@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.errors import UnsupportedError
-from autopar.graph.last_rows import last_rows_found
+from autopar.graph.last_rows import last_row
+from autopar.graph.picks import Picks
 
 END, SEQ = 2, 12
 
@@ -52,7 +53,7 @@ def test_the_last_end_of_each_sample(form):
 def test_it_is_what_is_picked():
     x, ids = torch.randn(2, SEQ, 4), torch.stack([IDS, IDS.roll(3)])
     plain = x[ids == END].view(2, -1, 4)
-    with last_rows_found():
+    with Picks(last_row):
         grouped = x[ids == END].view(2, -1, 4)
         last, first, rows = grouped[:, -1], grouped[:, 0], grouped[torch.tensor([1, 0])]
     assert torch.equal(last, plain[:, -1])

@@ -9,21 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_odd_models import CLUSTER, ops, proved
+from test_other_forms import SAMPLE, SEQ, WIDTH, square
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar.codegen.prove import run_ranks
-
-WIDTH, SEQ = 8, 6
-SAMPLE = {
-    "x": torch.randn(SEQ, WIDTH, generator=torch.Generator().manual_seed(1)),
-    "ids": torch.zeros(SEQ, dtype=torch.int64),
-}
-
-
-def square(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    return (outputs.float() - 0.5).square().mean()
 
 
 class Layer(nn.Module):

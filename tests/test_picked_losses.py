@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopar
-from autopar.graph.picked_losses import picked_losses
+from autopar.graph.picked_losses import picked_loss
+from autopar.graph.picks import Picks
 
 SEQ, CLASSES = 12, 6
 
@@ -63,7 +64,7 @@ def test_it_is_the_loss_of_what_is_picked():
     tags[tags < 0] = -100
     for loss in (classes, flat_classes, squares, summed):
         plain = loss(outputs, {"tags": tags})
-        with picked_losses():
+        with Picks(picked_loss):
             found = loss(outputs, {"tags": tags})
             another = F.l1_loss(outputs[tags > 0].mean(), outputs[tags > 1].mean())
         assert torch.allclose(found, plain)

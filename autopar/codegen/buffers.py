@@ -24,17 +24,16 @@ def buffer_expr(name: str, meta: TensorMeta, values: tuple[float, ...] | None, d
             f"buffer {name}: its values are not known, so emitted code cannot recreate it; hand over a model that "
             f"holds them (is not on meta), at most {LARGEST_FILED:,} in a buffer"
         )
-    floating = meta.dtype in ("compute", "float32", "float64", "bfloat16", "float16")
-    theta = _rotary_base(values) if floating and len(shape) == 1 else None
-    if theta is not None:
+    floating = _is_floating(meta)
+    if (theta := _theta(meta, values)) is not None:
         size = 2 * len(values)
         steps: Expr = Call("torch.arange", (literal(0), literal(size), literal(2), ("device", Value("device"))))
         exponent = Binary("/", Method(steps, "float"), literal(size))
         # In float32 also for a float64 job: the numbers are the model's own.
         return Binary("/", literal(1.0), Binary("**", literal(theta), exponent))
     if in_file(meta, values):
-        place, dtype = _where(meta, double)[::-1]
-        return Call("held", (literal(name), place[1], dtype[1]))
+        options = dict(_where(meta, double))
+        return Call("held", (literal(name), options["device"], options["dtype"]))
     if len(set(values)) == 1 and len(values) > 1:
         filled = literal(values[0] if floating else int(values[0]))
         return Call("torch.full", (literal(shape), filled, *_where(meta, double)))
@@ -51,9 +50,16 @@ def buffer_expr(name: str, meta: TensorMeta, values: tuple[float, ...] | None, d
 
 def in_file(meta: TensorMeta, values: tuple[float, ...]) -> bool:
     """Whether the values are too many to write down."""
-    floating = meta.dtype in ("compute", "float32", "float64", "bfloat16", "float16")
-    by_formula = floating and len(meta.shape) == 1 and _rotary_base(values) is not None
-    return len(values) > _MOST_LITERAL and not by_formula
+    return len(values) > _MOST_LITERAL and _theta(meta, values) is None
+
+
+def _is_floating(meta: TensorMeta) -> bool:
+    return meta.dtype in ("compute", "float32", "float64", "bfloat16", "float16")
+
+
+def _theta(meta: TensorMeta, values: tuple[float, ...]) -> float | None:
+    """The base of rotary frequencies, if these are such."""
+    return _rotary_base(values) if _is_floating(meta) and len(meta.shape) == 1 else None
 
 
 def filed(model: ModelGraph) -> dict[str, torch.Tensor]:

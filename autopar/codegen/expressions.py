@@ -292,6 +292,9 @@ def _neg(site: Site) -> Expr:
     return Binary("neg", x, x)
 
 
+FACTORIES = ("arange", "eye", "full", "linspace", "ones", "scalar_tensor", "tril_indices", "triu_indices", "zeros")
+"""Operators that make a tensor of numbers alone."""
+
 RENDERERS: dict[str, Renderer] = {
     "aten.linear": _linear,
     "aten.addmm": _addmm,
@@ -361,12 +364,5 @@ RENDERERS: dict[str, Renderer] = {
     "aten.clone": _method("clone"),
     "aten.detach": _method("detach"),
     "aten.flatten": _method("flatten"),
-    "aten.arange": _factory("torch.arange"),
-    "aten.full": _factory("torch.full"),
-    "aten.zeros": _factory("torch.zeros"),
-    **{
-        f"aten.{name}": _factory(f"torch.{name}")
-        for name in ("eye", "linspace", "scalar_tensor", "tril_indices", "triu_indices")
-    },
-    "aten.ones": _factory("torch.ones"),
+    **{f"aten.{name}": _factory(f"torch.{name}") for name in FACTORIES},
 } | SHAPES

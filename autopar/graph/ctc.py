@@ -6,9 +6,7 @@ How many a mask picks no graph can hold, so these are rows too: each row's targe
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,18 +39,16 @@ def _in_front(whole: Tensor, mask: Tensor) -> Tensor:
 _SIGNATURE = inspect.signature(F.ctc_loss)
 
 
-class _Whole(Picks):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not F.ctc_loss:
-            return super().__torch_function__(func, types, args, kwargs)
-        bound = _SIGNATURE.bind(*args, **(kwargs or {}))
-        bound.apply_defaults()
-        picked = self.of(bound.arguments["targets"])
-        if picked is not None and picked.mask.ndim == 2:
-            bound.arguments["targets"] = _in_front(picked.whole, picked.mask)
-        return _loss(**bound.arguments)
+def whole_ctc(picks: Picks, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """`F.ctc_loss` as one operator that gives the loss of each sample."""
+    if func is not F.ctc_loss:
+        return None
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    picked = picks.of(bound.arguments["targets"])
+    if picked is not None and picked.mask.ndim == 2:
+        bound.arguments["targets"] = _in_front(picked.whole, picked.mask)
+    return _loss(**bound.arguments)
 
 
 def _loss(
@@ -81,10 +77,3 @@ def _loss(
     if reduction == "mean":  # of each target, then of the samples
         return (losses / target_lengths.clamp(min=1).to(losses.dtype)).mean()  # type: ignore[no-any-return]
     return losses.sum() if reduction == "sum" else losses  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def ctc_whole() -> Iterator[None]:
-    """While open, `F.ctc_loss` calls one operator that gives the loss of each sample."""
-    with _Whole():
-        yield

@@ -22,7 +22,7 @@ from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.graph.batch_norms import forget_averages
 from autopar.graph.cast_modules import casts_traced
 from autopar.graph.causal_hints import masks_unread
-from autopar.graph.ctc import ctc_whole
+from autopar.graph.ctc import whole_ctc
 from autopar.graph.data_attribute import data_followed
 from autopar.graph.embedding_bags import bags_taken_apart
 from autopar.graph.exact_numbers import numbers_kept
@@ -31,9 +31,10 @@ from autopar.graph.exported import TRACE_DTYPE, from_values
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.histograms import whole_numbers_counted
-from autopar.graph.last_rows import last_rows_found
+from autopar.graph.last_rows import last_row
 from autopar.graph.leaves import stopping
-from autopar.graph.picked_losses import picked_losses
+from autopar.graph.picked_losses import picked_loss
+from autopar.graph.picks import Picks
 from autopar.graph.quotients import quotients_whole
 from autopar.graph.recomputed import computed_once
 from autopar.graph.recurrent import recurrent_whole
@@ -234,9 +235,7 @@ def _export(
         stopping(),
         scans_whole(copied),
         recurrent_whole(),
-        ctc_whole(),
-        last_rows_found(),
-        picked_losses(),
+        Picks(whole_ctc, last_row, picked_loss),
         casts_traced(),
         masks_unread(),
         bags_taken_apart(),

@@ -6,10 +6,8 @@ counted.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,30 +16,29 @@ from torch import Tensor
 
 from autopar.graph.picks import Pick, Picks
 
-_WRITTEN_OUT: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
-    F.binary_cross_entropy_with_logits: lambda x, y: F.softplus(x) - x * y,
-    F.mse_loss: lambda x, y: (x - y).square(),
-    F.l1_loss: lambda x, y: (x - y).abs(),
-}
-_ELEMENTWISE = (*_WRITTEN_OUT, F.binary_cross_entropy, F.smooth_l1_loss, F.huber_loss)
+_ELEMENTWISE = (
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.huber_loss,
+    F.l1_loss,
+    F.mse_loss,
+    F.smooth_l1_loss,
+)
 _SIGNATURES = {func: inspect.signature(func) for func in (F.cross_entropy, *_ELEMENTWISE)}
 
 
-class _Losses(Picks):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _SIGNATURES:
-            bound = _SIGNATURES[func].bind(*args, **(kwargs or {}))
-            bound.apply_defaults()
-            given = bound.arguments
-            x, target = self.of(given["input"]), self.of(given["target"])
-            others = (value for name, value in given.items() if name not in ("input", "target"))
-            if x and target and x.mask is target.mask and not any(isinstance(value, Tensor) for value in others):
-                found = _entropy(x, target, given) if func is F.cross_entropy else _elements(func, x, target, given)
-                if found is not None:
-                    return found
-        return super().__torch_function__(func, types, args, kwargs)
+def picked_loss(picks: Picks, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The loss of what one mask picks of outputs and of targets, from all of them."""
+    if func not in _SIGNATURES:
+        return None
+    bound = _SIGNATURES[func].bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    x, target = picks.of(given["input"]), picks.of(given["target"])
+    others = (value for name, value in given.items() if name not in ("input", "target"))
+    if not (x and target and x.mask is target.mask) or any(isinstance(value, Tensor) for value in others):
+        return None
+    return _entropy(x, target, given) if func is F.cross_entropy else _elements(func, x, target, given)
 
 
 def _entropy(x: Pick, target: Pick, given: dict[str, Any]) -> Tensor | None:
@@ -63,10 +60,7 @@ def _elements(func: Any, x: Pick, target: Pick, given: dict[str, Any]) -> Tensor
         return None
     if given.get("size_average") is not None or given.get("reduce") is not None:
         return None
-    if func in _WRITTEN_OUT:
-        losses = _WRITTEN_OUT[func](x.whole, target.whole)
-    else:
-        losses = func(**given | {"input": x.whole, "target": target.whole, "reduction": "none"})
+    losses = func(**given | {"input": x.whole, "target": target.whole, "reduction": "none"})
     mask = x.mask.reshape(*x.mask.shape, *(1,) * (losses.ndim - x.mask.ndim))
     total = torch.where(mask, losses, 0).sum()
     if given["reduction"] == "sum":
@@ -74,10 +68,3 @@ def _elements(func: Any, x: Pick, target: Pick, given: dict[str, Any]) -> Tensor
     mean = total / x.mask.sum()
     each = math.prod(losses.shape[x.mask.ndim :])
     return mean / each if losses.ndim > x.mask.ndim else mean
-
-
-@contextlib.contextmanager
-def picked_losses() -> Iterator[None]:
-    """While open, losses of what one mask picks of outputs and of targets are those of all."""
-    with _Losses():
-        yield

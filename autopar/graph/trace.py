@@ -132,10 +132,8 @@ def _folded(
     static_seq: bool,
 ) -> _Traced:
     """Trace with equal layers stood in for; if the proof fails, trace them all."""
-    with (
-        torch.device("cpu"),
-        uncollected(),
-    ):  # whatever the caller's default device: the traced copy is a fake on the CPU
+    # Whatever the caller's default device: the traced copy is a fake on the CPU.
+    with torch.device("cpu"), uncollected():
         if fold:
             with contextlib.suppress(CannotFoldError):
                 return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)

@@ -20,6 +20,7 @@ from typing import Any
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.config_bounds import arithmetic_s
 from autopar.solver.context import Context
+from autopar.solver.evaluate import full_power_s
 from autopar.solver.halves import HalvedBackward
 from autopar.solver.recompute import Recompute
 from autopar.solver.shardings import KnownShardings, Shardings
@@ -63,7 +64,7 @@ class LeastComputing:
         was refined that they are from."""
         if self._waiting == 1.0 or seconds == float("inf"):
             return seconds
-        return self._waiting * seconds + (1 - self._waiting) * self._least_s(shape, step)
+        return full_power_s(self._waiting, seconds, self._least_s(shape, step))
 
     def seconds(self, shape: Shape, step: Step | int, bound: float) -> float:
         """The inverse: seconds of a step from which on a plan surely draws ``bound`` or more."""

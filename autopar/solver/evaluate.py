@@ -273,13 +273,13 @@ def assess(
     if config.offload != "state":  # else the optimizer runs on the host
         computing_s += sum(stage.optimizer_s for stage in times)
     computing_s /= config.pp
-    sought_s = step_time if context.waiting == 1.0 else _sought_s(context.waiting, step_time, computing_s)
+    sought_s = full_power_s(context.waiting, step_time, computing_s)
     return replace(unknown, step_time=step_time, breakdown=breakdown, computing_s=computing_s, sought_s=sought_s)
 
 
-def _sought_s(waiting: float, step_time: float, computing_s: float) -> float:
-    """Seconds at full power that draw as much as the step does."""
-    return waiting * step_time + (1 - waiting) * computing_s
+def full_power_s(waiting: float, step_time: float, computing_s: float) -> float:
+    """Seconds at full power that draw as much as a step does (`computing`): all of it where ``waiting`` is 1."""
+    return step_time if waiting == 1.0 else waiting * step_time + (1 - waiting) * computing_s
 
 
 def step(

@@ -35,6 +35,7 @@ from autopar.plan import Plan
 from autopar.sharding.data_parallel import check_data_parallel
 from autopar.solver.check_space import check_space
 from autopar.solver.cluster_sizes import LAST, Size, SizeBounds, parts
+from autopar.solver.evaluate import full_power_s
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.limits import GAP, INTERRUPTED, OPTIMAL, Limits
 from autopar.solver.search import search
@@ -105,7 +106,7 @@ class PartSearch:
 
     def sought(self, plan: Plan) -> float:
         """Seconds of a step that count: all, or those at full power (`computing`)."""
-        return _seconds(plan) - (1 - self._waiting) * (_seconds(plan) - plan.predicted.computing_s)
+        return full_power_s(self._waiting, _seconds(plan), plan.predicted.computing_s)
 
     def within(self, size: Size, limit: float) -> bool:
         """Whether the part's bound leaves a step of ``limit`` seconds possible."""

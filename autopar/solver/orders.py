@@ -25,7 +25,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from autopar.schedule import SCHEDULES, stages_of
+from autopar.schedule import stages_of
 
 _Numbers = TypeVar("_Numbers", bound=tuple[tuple[int, ...], ...])
 
@@ -212,28 +212,37 @@ def peaks(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tupl
     leaves all of the backward to "W", so that nothing waits there."""
     if vpp == 1:
         return tuple((one,) for one in warm_up(schedule, ranks, vpp, micro_batches))
-    programs = orders(schedule, ranks, vpp, micro_batches)
-    owned = stages_of(schedule, ranks, vpp)
     return tuple(
-        tuple(_largest({held for held, _ in _begun(order, own)})) for order, own in zip(programs, owned, strict=True)
+        tuple(_largest({held for kind, _, held, _ in backwards if kind != "I"}))
+        for backwards in _backwards(schedule, ranks, vpp, micro_batches)
     )
 
 
-def _begun(order: Iterable[Action], own: Sequence[int]) -> Iterator[tuple[Held, bool]]:
-    """What the stages of a rank hold whenever a backward, or half of one, begins, and whether each has done one."""
-    held, place, left = [(0, 0)] * len(own), {stage: index for index, stage in enumerate(own)}, set(own)
+Backward = tuple[str, int, Held, tuple[int, ...]]
+"""A backward, or half of one, begins: its kind, the place of its stage on the rank, what the rank's stages hold then,
+and how many backwards each of them has done."""
+
+
+def _backwards(schedule: str, ranks: int, vpp: int, micro_batches: int) -> Iterator[Iterator[Backward]]:
+    """Of each rank."""
+    programs = orders(schedule, ranks, vpp, micro_batches)
+    return (_backwards_of(*one) for one in zip(programs, stages_of(schedule, ranks, vpp), strict=True))
+
+
+def _backwards_of(order: Iterable[Action], own: Sequence[int]) -> Iterator[Backward]:
+    held, done, place = [(0, 0)] * len(own), [0] * len(own), {stage: index for index, stage in enumerate(own)}
     for kind, stage, *_ in order:
         at = place[stage]
         alive, waiting = held[at]
         if kind == "F":
             held[at] = (alive + 1, waiting)
             continue
+        yield kind, at, tuple(held), tuple(done)
         if kind == "I":
             held[at] = (alive, waiting + (stage > 0))
-            continue
-        yield tuple(held), not left
-        held[at] = (alive - 1, waiting - (kind == "W" and stage > 0))
-        left.discard(stage)
+        else:
+            held[at] = (alive - 1, waiting - (kind == "W" and stage > 0))
+            done[at] += 1
 
 
 class Moment(NamedTuple):
@@ -253,26 +262,14 @@ def moments(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[tu
     """For each rank, the backwards of a step, without those that begin as another does with more in flight."""
     if vpp == 1:
         return tuple(_moments(one[0][0], micro_batches) for one in warm_up(schedule, ranks, vpp, micro_batches))
-    place_of = SCHEDULES[schedule].rank_of
     found = []
-    for rank, order in enumerate(orders(schedule, ranks, vpp, micro_batches)):
-        stages = [stage for stage in range(ranks * vpp) if place_of(stage, ranks) == rank]
-        held, done = dict.fromkeys(stages, (0, 0)), dict.fromkeys(stages, 0)
+    for backwards in _backwards(schedule, ranks, vpp, micro_batches):
         seen: dict[Moment, set[tuple[tuple[int, int, int], ...]]] = {}
-        for kind, stage, *_ in order:
-            alive, waiting = held[stage]
-            if kind != "F":
-                counts = tuple(_share(count, micro_batches) for count in done.values())
-                last = done[stage] == micro_batches - 1
-                now = tuple((*held[one], done[one]) for one in stages)
-                seen.setdefault(Moment(kind, stages.index(stage), (), counts, last), set()).add(now)
-            if kind == "F":
-                held[stage] = (alive + 1, waiting)
-            elif kind == "I":
-                held[stage] = (alive, waiting + (stage > 0))
-            else:
-                held[stage] = (alive - 1, waiting - (kind == "W" and stage > 0))
-                done[stage] += 1
+        for kind, place, held, done in backwards:
+            counts = tuple(_share(count, micro_batches) for count in done)
+            moment = Moment(kind, place, (), counts, done[place] == micro_batches - 1)
+            now = tuple((*one, count) for one, count in zip(held, done, strict=True))
+            seen.setdefault(moment, set()).add(now)
         found.append(
             tuple(moment._replace(held=one) for moment, all_held in seen.items() for one in _largest(all_held))
         )
@@ -297,15 +294,15 @@ def is_steady(schedule: str, ranks: int, vpp: int, micro_batches: int) -> bool:
         return False
     if vpp == 1:
         return all(most[0][0] < micro_batches for most in warm_up(schedule, ranks, vpp, micro_batches))
-    programs, owned = orders(schedule, ranks, vpp, micro_batches), stages_of(schedule, ranks, vpp)
-    return all(_steady(order, own) for order, own in zip(programs, owned, strict=True))
+    return all(map(_steady, _backwards(schedule, ranks, vpp, micro_batches)))
 
 
-def _steady(order: Iterable[Action], own: Sequence[int]) -> bool:
+def _steady(backwards: Iterable[Backward]) -> bool:
     every: set[Held] = set()
     later: set[Held] = set()
-    for held, done in _begun(order, own):
-        (later if done else every).add(held)
+    for kind, _, held, done in backwards:
+        if kind != "I":
+            (later if all(done) else every).add(held)
     sooner = sorted(every - later)
     if not sooner:
         return True
