@@ -45,9 +45,9 @@ PEAK_BYTES = 1.5e9
 PHASES = (
     "trace",
     "strategies",
-    "relaxations",
+    "kind bounds",
     "saved bytes",
-    "intra-block ILP",
+    "answers",
     "bounds",
     "stages",
     "simulation",

@@ -1,13 +1,16 @@
-"""The intra-block ILP against enumeration, and the traps a wrong formulation falls into."""
+"""The cheapest sharding of a block, by elimination and by the ILP, against enumeration, and the traps that a wrong
+formulation falls into."""
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
 from autopar.errors import AutoparError
-from autopar.solver import intra_block
-from autopar.solver.intra_block import relaxed_bound, solve
+from autopar.solver import block_tables, intra_ilp
+from autopar.solver.intra_block import least, least_with, solve
+from autopar.solver.intra_ilp import relaxed_bound
 from autopar.solver.problem import Choice, Op, Output, Problem, Source, path, price, shortest
 
 LAYOUTS = ("R", "P", "S0", "S1")
@@ -112,8 +115,15 @@ def random_problem(seed, tied=False):
     return Problem(tuple(sources), tuple(ops), {name: conversions() for name in names}, outputs)
 
 
+@pytest.fixture(params=["elimination", "ILP"])
+def either(request, monkeypatch):
+    """Every problem is wide to the ILP's runs."""
+    if request.param == "ILP":
+        monkeypatch.setattr(block_tables, "WIDE", -1)
+
+
 @pytest.mark.parametrize("seed", range(30))
-def test_agrees_with_enumeration(seed):
+def test_agrees_with_enumeration(seed, either):
     problem = random_problem(seed, tied=seed % 3 == 0)
     byte_price = (0.0, 0.0, 0.7)[seed % 3]
     best = enumerate_best(problem, byte_price)
@@ -137,14 +147,14 @@ def test_variables_left_out_by_reduced_costs_cost_nothing(near, monkeypatch):
     for seed in range(60):
         problem = random_problem(seed, tied=seed % 3 == 0)
         byte_price = (0.0, 0.0, 0.7)[seed % 3]
-        monkeypatch.setattr(intra_block, "FEW", 500)
+        monkeypatch.setattr(intra_ilp, "FEW", 500)
         try:
-            whole = solve(problem, byte_price)
+            whole = intra_ilp.solve(problem, byte_price)
         except AutoparError:
             continue
-        monkeypatch.setattr(intra_block, "FEW", 0)
-        monkeypatch.setattr(intra_block, "NEAR", near)
-        some = solve(problem, byte_price)
+        monkeypatch.setattr(intra_ilp, "FEW", 0)
+        monkeypatch.setattr(intra_ilp, "NEAR", near)
+        some = intra_ilp.solve(problem, byte_price)
         assert (some.seconds, some.bytes) == pytest.approx((whole.seconds, whole.bytes), rel=1e-9)
         assert some.bound == pytest.approx(whole.bound, rel=1e-6)
         assert some.bound <= whole.seconds + byte_price * whole.bytes
@@ -165,7 +175,62 @@ def test_the_relaxation_is_a_bound_and_often_the_optimum():
     assert sum(ratio > 0.999 for ratio in ratios) > len(ratios) / 4
 
 
-def test_two_conversions_cannot_justify_each_other():
+def test_many_readers_share_what_is_converted(either):
+    """Up to five operators read one tensor, each some of its layouts: all that any tree of conversions can do is tried,
+    however many read what it makes."""
+    for seed in range(12):
+        problem = shared_problem(seed)
+        best = enumerate_best(problem)
+        if best is None:
+            with pytest.raises(AutoparError):
+                solve(problem)
+            continue
+        answer = solve(problem)
+        assert price(problem, answer) == (answer.seconds, answer.bytes)
+        assert answer.seconds == pytest.approx(best, rel=1e-7)
+        assert answer.bound == pytest.approx(best, rel=1e-6)
+
+
+def shared_problem(seed):
+    """One source that three to five operators read; the last adds up what the others make."""
+    draw = random.Random(seed)
+    pairs = [pair for pair in itertools.permutations(LAYOUTS, 2) if draw.random() < 0.7]
+    direct = {pair: draw.choice((0.0, 1.0, 2.0, 3.5, 8.0)) for pair in pairs}
+    source = Source("x", {"R": (draw.uniform(0, 4), 0.0), "S0": (draw.uniform(0, 4), 0.0), "P": (0.0, 0.0)})
+    readers = []
+    for index in range(draw.choice((3, 4, 5))):
+        ways = [Choice(str(k), (draw.choice(LAYOUTS),), draw.choice(("R", "S0")), draw.uniform(0, 3)) for k in range(2)]
+        readers.append(Op(f"o{index}", ("x",), tuple(ways)))
+    names = tuple(op.name for op in readers)
+    last = Op("last", names, tuple(Choice(way, (way,) * len(names), way, 0.0) for way in ("R", "S0")))
+    tables = {"x": direct, **{name: {("R", "S0"): 0.5, ("S0", "R"): 0.25} for name in names}}
+    return Problem((source,), (*readers, last), tables, ())
+
+
+def test_the_least_with_each_strategy_of_an_operator(either):
+    """Held to one strategy the problem's least is what elimination says of it, or more than its relaxation does."""
+    compared = 0
+    for seed in range(20):
+        problem = random_problem(seed)
+        if enumerate_best(problem) is None:
+            continue
+        found = least_with(problem, ["o1", "o3"])
+        assert found.shape == (3, 3)
+        for one, other in itertools.product(range(3), repeat=2):
+            kept = {"o1": one, "o3": other}
+            ops = tuple(
+                replace(op, choices=(op.choices[kept[op.name]],)) if op.name in kept else op for op in problem.ops
+            )
+            best = enumerate_best(replace(problem, ops=ops))
+            assert found[one, other] <= (float("inf") if best is None else best * (1 + 1e-9))
+            exact = best is not None and block_tables.WIDE > 0
+            assert not exact or found[one, other] == pytest.approx(best, rel=1e-9)
+            compared += exact
+        assert least(problem)[0] == pytest.approx(enumerate_best(problem), rel=1e-6)
+    assert compared > 50 or block_tables.WIDE < 0
+
+
+def test_two_conversions_cannot_justify_each_other(either):
     """x arrives as P; both readers want what nothing makes cheaply: S0 and S1 convert into each other for nothing."""
     problem = Problem(
         sources=(Source("x", {"P": (0.0, 0.0)}),),
@@ -184,7 +249,7 @@ def test_two_conversions_cannot_justify_each_other():
         solve(unreachable)
 
 
-def test_a_conversion_is_paid_once_however_many_read_it():
+def test_a_conversion_is_paid_once_however_many_read_it(either):
     readers = tuple(Op(name, ("x",), (Choice("n", ("R",), "S1", 1.0),)) for name in "qkv")
     problem = Problem((Source("x", {"S0": (0.0, 0.0)}),), readers, {"x": {("S0", "R"): 5.0}}, ())
     answer = solve(problem)
@@ -192,7 +257,7 @@ def test_a_conversion_is_paid_once_however_many_read_it():
     assert answer.conversions == (("x", "S0", "R"),)
 
 
-def test_three_copies_in_a_chain():
+def test_three_copies_in_a_chain(either):
     """P -> S0 -> R -> S1 is cheapest when all three are read, though no copy is cheap from P."""
     readers = tuple(Op(name, ("x",), (Choice("", (name,), "R", 0.0),)) for name in ("S0", "R", "S1"))
     direct = {("P", "S0"): 4.0, ("S0", "R"): 4.0, ("R", "S1"): 0.1, ("P", "R"): 8.0, ("P", "S1"): 4.0}
@@ -200,7 +265,7 @@ def test_three_copies_in_a_chain():
     assert answer.seconds == pytest.approx(8.1)
 
 
-def test_a_path_of_conversions_is_spelt_out():
+def test_a_path_of_conversions_is_spelt_out(either):
     direct = {("S0", "R"): 1.0, ("R", "S1"): 1.0, ("S0", "S1"): 5.0}
     best = shortest(direct)
     assert best["S0", "S1"][0] == 2.0
@@ -210,6 +275,6 @@ def test_a_path_of_conversions_is_spelt_out():
     assert answer.conversions == (("x", "S0", "R"), ("x", "R", "S1"))
 
 
-def test_same_problem_same_answer():
+def test_same_problem_same_answer(either):
     problem = random_problem(7)
     assert solve(problem).strategies == solve(problem).strategies

@@ -89,7 +89,7 @@ def test_plan_is_whole(small):
     assert low < small.predicted.step_time < high
     assert small.stages[-1].runs[-1].stop == 6
     assert 0 < small.predicted.mfu < 1
-    assert {"search", "intra-block ILP", "reprice"} <= set(small.seconds)
+    assert {"search", "answers", "reprice"} <= set(small.seconds)
     assert small.searched["shapes"] >= small.searched["meshes"] > 0
     assert small.searched["priced"] > 0
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autopar.solver.chain import chain_of
-from autopar.solver.laps import even_borders, forced_seconds, laps_bound
+from autopar.solver.laps import even_borders, forced_seconds, laps_bound, laps_fit
 from autopar.solver.mixes import mixed
 from autopar.solver.orders import is_steady, moments, orders, peaks, warm_up
 from autopar.solver.path_bound import path_bound, program_bound
@@ -145,6 +145,18 @@ def test_no_spread_over_several_stages_a_rank_takes_less_than_its_bound(schedule
             fitted += 1
             assert laps_bound(problem) <= min(stage_seconds(problem, counts) for counts in fitting) * ROUNDING
     assert fitted > 10
+
+
+def test_whether_any_spread_fits_is_whether_its_bound_is_finite():
+    draw, found = random.Random(5), {True: 0, False: 0}
+    for _ in range(300):
+        problem = drawn_problem(draw, draw.randint(3, 6), 2)
+        share = draw.uniform(0.2, 1.2)
+        problem = replace(problem, schedule="interleaved", vpp=2, micro_batches=4, capacity=share * problem.capacity)
+        fits = laps_fit(problem)
+        assert fits == (laps_bound(problem) < float("inf"))
+        found[fits] += 1
+    assert min(found.values()) > 20
 
 
 def test_the_bytes_of_every_rank_count_apart():

@@ -11,8 +11,10 @@ from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.solver import intra_ilp
 from autopar.solver.block_problem import Demands, ModelProblem, model_problem, ties_of
 from autopar.solver.collective_costs import CollectiveCosts
+from autopar.solver.intra_block import solve
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
 
@@ -45,6 +47,23 @@ def test_a_shared_structure_is_the_one_found_alone(model: str, demands: Demands)
         alone = problem(graph, axes, batch, demands, {})
         assert shared == alone, (axes, batch)
         assert ordered(shared) == ordered(alone), "the order of conversions breaks ties"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_elimination_finds_what_the_ilp_finds(model: str) -> None:
+    """For the problems of real blocks, with a price of memory and without: the same strategies, of equal ones too."""
+    graph = trace(MODELS[model]())
+    memo: dict[object, object] = {}
+    for axes in ({"tp": 2}, {"cp": 2, "tp": 2}, {"tp0": 2, "tp1": 2}):
+        of = problem(graph, axes, 2, Demands(), memo).problem
+        for byte_price in (0.0, 1e-12):
+            ours, theirs = solve(of, byte_price), intra_ilp.solve(of, byte_price)
+            assert theirs.status == "optimal"
+            assert ours.seconds + byte_price * ours.bytes == pytest.approx(
+                theirs.seconds + byte_price * theirs.bytes, rel=1e-9
+            )
+            assert (ours.strategies, ours.sources, ours.outputs) == (theirs.strategies, theirs.sources, theirs.outputs)
+            assert sorted(map(str, ours.conversions)) == sorted(map(str, theirs.conversions))
 
 
 def ordered(built: ModelProblem) -> list[list[object]]:

@@ -1,1 +1,1 @@
-"""Costs, the intra-block and stage ILPs, and the search over meshes."""
+"""Costs, the choice inside blocks, the stage ILP, and the search over meshes."""

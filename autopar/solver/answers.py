@@ -186,8 +186,8 @@ class Answers:
         built = self.built(again)
         begin = time.perf_counter()
         answer = self._once(("answer", byte_price, again), lambda: solve(built.problem, byte_price))
-        self.context.clock.add("intra-block ILP", begin)
-        self.context.clock.counts["intra-block ILPs"] += 1
+        self.context.clock.add("answers", begin)
+        self.context.clock.counts["answers"] += 1
         return decisions_of(self.context.model, built, answer), answer.bound
 
     def _answered(self, name: str, decisions: dict[str, BlockDecision]) -> Answered:

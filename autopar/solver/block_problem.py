@@ -40,13 +40,15 @@ __all__ = ["Demands", "ModelProblem", "Ties", "feature_splits", "model_problem",
 @dataclass(frozen=True, slots=True)
 class ModelProblem:
     """The abstract problem of all block kinds on these axes, and the strategies its choices stand for. ``shared``: of
-    experts that may be shared, all that they may do; ``least``: of other operators, the least seconds forward and the
-    least backward of any choice."""
+    experts that may be shared, all that they may do; ``held``: of their parameters, the seconds that holding them takes
+    at least if none are; ``least``: of other operators, the least seconds forward and the least backward of any
+    choice."""
 
     problem: Problem
     choices: dict[str, tuple[AxesChoice, ...]]
     axes: dict[str, int]
     shared: dict[str, list[Shared]]
+    held: dict[str, float]
     least: dict[str, tuple[float, float]]
 
 
@@ -75,18 +77,19 @@ def model_problem(
     hubs: dict[str, frozenset[Layout]] = {}
     choices: dict[str, tuple[AxesChoice, ...]] = {}
     shared: dict[str, list[Shared]] = {}
+    held: dict[str, float] = {}
     least: dict[str, tuple[float, float]] = {}
     weights = {kind: float(sum(block.kind == kind for block in model.blocks)) for kind in model.kinds}
     for kind in model.kinds.values():
         structure = _structure(kind, prices, ties, demands, kind.name in again, memo)
         priced = _Priced(structure, prices, sharing)
-        sources += priced.sources(resident_price)
+        sources += priced.sources(resident_price, held)
         outputs += structure.outputs
         conversions |= priced.conversions()
         ops += priced.ops(choices, shared, least)
         hubs |= structure.hubs
     problem = Problem(tuple(sources), tuple(ops), conversions, tuple(outputs), weights, hubs)  # type: ignore[arg-type]
-    return ModelProblem(problem, choices, dict(prices.axes), shared, least)
+    return ModelProblem(problem, choices, dict(prices.axes), shared, held, least)
 
 
 def _structure(
@@ -107,12 +110,16 @@ class _Priced:
         self.structure, self.prices, self.sharing = structure, prices, sharing
         self.parts = {place: prices.held(part) for place, part in structure.parts}
 
-    def sources(self, resident: float) -> list[Source]:
-        """``resident``: seconds that an element of a parameter that trains costs."""
+    def sources(self, resident: float, held: dict[str, float]) -> list[Source]:
+        """``resident``: seconds that an element of a parameter that trains costs; notes in ``held`` what that class
+        says of them."""
         found = []
         free = self.sharing.held if self.sharing else frozenset()
         for source in self.structure.sources:
-            share = 0.0 if source.name in free else source.share
+            share = source.share
+            if source.name in free:
+                elements = min(self.parts[part].elements for part in source.layouts.values())
+                held[source.name], share = resident * elements * share, 0.0
             options = {
                 layout: (resident * self.parts[part].elements * share if share else 0.0, 0.0)
                 for layout, part in source.layouts.items()
@@ -163,7 +170,8 @@ class _Priced:
                         for way in op.ways
                     ]
                 )
-                kept = _undominated(priced) if op.alike else range(len(priced))
+                # Of experts that may be shared another way may be the best for each number of ranks.
+                kept = _undominated(priced) if op.alike and op.name not in shared else range(len(priced))
                 priced = tuple([priced[index] for index in kept])
                 choices[op.name] = tuple([op.choices[index] for index in kept])
                 if op.name not in shared:

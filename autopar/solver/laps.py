@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from autopar.solver.bounds import crossings_of
 from autopar.solver.chain import Chain, Floats, bytes_of, chain_of, fastest, least_borders, work_of
 from autopar.solver.stages import BlockRun, StageProblem
-from autopar.solver.whole_blocks import least_of_whole
+from autopar.solver.whole_blocks import least_of_whole, whole_blocks_fit
 
 Ints = NDArray[np.int64]
 
@@ -55,6 +55,12 @@ def laps_bound(problem: StageProblem) -> float:
         bound = max(bound, work + 2 * crossings * c + first + optimizer)
     bound = max(bound, least_of_whole(problem, _main(problem), idle) + optimizer)
     return bound * (1 - 1e-12)
+
+
+def laps_fit(problem: StageProblem) -> bool:
+    """Whether that is finite."""
+    possible = forced_seconds(problem, chain_of(problem)) < float("inf")
+    return possible and whole_blocks_fit(problem, _main(problem))
 
 
 def forced_seconds(problem: StageProblem, chain: Chain) -> float:

@@ -101,7 +101,8 @@ class Recompute:
 @dataclass(frozen=True, slots=True)
 class Piece:
     """An operator, or a step of a conversion. ``key``: as in `operator_key` and `step_key`; ``family``: of `SAVEABLE`,
-    or ""; ``nbytes``: of its result on this rank; ``reads``: places of the pieces whose results it reads."""
+    or ""; ``nbytes``: of its result on this rank, if it has a family; ``reads``: places of the pieces whose results it
+    reads."""
 
     key: str
     family: str
@@ -207,7 +208,7 @@ class _Pieces:
         choice = chosen(node, self.graph, self.decision)
         _, layout = produced_layouts(node, choice)
         family = _FAMILIES.get(node.op, "")
-        nbytes = self._bytes(node, layout)
+        nbytes = self._bytes(node, layout) if family else 0
         if family == "attention":
             width = node.meta.at(self.batch, self.job.seq_len)[-1] * element_bytes(node.meta.dtype, self.job)
             nbytes += 4 * (nbytes // width)
@@ -241,7 +242,7 @@ class _Pieces:
                 Piece(
                     step_key(name, conversion.source, conversion.target, index),
                     family,
-                    self._bytes(node, here),
+                    self._bytes(node, here) if family else 0,
                     () if source is None else (source,),
                     step.forward != "keep",
                     False,

@@ -1,24 +1,26 @@
 """The shardings of a model on model axes, for a micro-batch size: answers, and proved lower bounds of all there are.
 
-`Shardings.bound` needs the fastest answer's ILP, `kind_bounds` one small linear program or ILP per kind.
+`Shardings.bound` needs the fastest answer, `kind_bounds` the least of each kind alone (`intra_block`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from autopar.solver.answers import Answers
+import numpy as np
+
+from autopar.solver.answers import Answers, Found
 from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, boundary_parts, decision_price
 from autopar.solver.decisions import whole_decisions
-from autopar.solver.intra_block import relaxed_bound, solve
+from autopar.solver.intra_block import least, least_with
 from autopar.solver.problem import Problem
 from autopar.solver.recompute import Recompute, Rerun, moved_of, rerun, runs_again
-from autopar.solver.shared_bounds import part_shift, seconds_shift
+from autopar.solver.shared_bounds import more_of, part_shift
 from autopar.solver.space import Sharding
 from autopar.solver.steps import Step
 
@@ -78,7 +80,7 @@ class Shardings(Answers):
         self._least_halves: tuple[float, float] | None = None
         self._unconverted_work: float | None = None
         self._kind_bounds: dict[bool, dict[str, KindBound]] = {}
-        self._least_of: dict[tuple[str, frozenset[str], bool, bool], float] = {}
+        self._least_of: dict[tuple[str, frozenset[str]], tuple[float, bool]] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
         self._least_seconds: dict[tuple[str, str, bool], float] = {}
         self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
@@ -86,19 +88,6 @@ class Shardings(Answers):
         self._fastest_parts: dict[tuple[str, str, frozenset[str] | None], float] = {}
         self._least_moved: dict[tuple[str, str, tuple[str, ...]], float] = {}
         self.memo: dict[Any, Any] = {}
-
-    def _shift(self, name: str, again: frozenset[str]) -> float:
-        """How much more a kind takes at least than by the least of any sharing of experts."""
-        assert self.alone is not None
-        kind, ep = self.context.model.kinds[name], self.context.ep
-        twice = runs_again(kind).runs if name in again else frozenset()
-        shared = self.alone.built(again, shared=True).shared
-        found = [
-            seconds_shift(ways, ep, node in twice)
-            for node in kind.graph.nodes
-            if (ways := shared.get(f"{name}/{node}"))
-        ]
-        return sum(found) * (1 - 1e-12)
 
     def kind_bytes(self) -> dict[str, KindBytes]:
         """Per kind, bytes that no decision can undercut: what the whole block keeps, or holds at once, evenly split."""
@@ -122,8 +111,8 @@ class Shardings(Answers):
     def kind_bounds(self, sharp: bool = False) -> dict[str, KindBound]:
         """Per kind, seconds that no decision can undercut, whatever the layout between blocks.
 
-        ``sharp``: by ILPs, not their relaxations, and recomputation by one of its own, not by each operator's fastest
-        forward.
+        ``sharp``: of wide kinds by ILPs, not their relaxations; recomputation by its own least, not by each operator's
+        fastest forward.
         """
         found = self._kind_bounds.get(sharp)
         if found is None:
@@ -298,28 +287,47 @@ class Shardings(Answers):
         least, half = self.built(frozenset()).least, part == "backward_s"
         return sum(least[f"{name}/{node.name}"][half] for node in nodes)
 
-    def least(self, name: str, again: frozenset[str], sharp: bool, shared: bool = False) -> float:
+    def least(self, name: str, again: frozenset[str], sharp: bool) -> float:
         """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs), or
-        unless ``sharp`` what its relaxation says. ``shared``: see `built`."""
+        of a wide kind and unless ``sharp`` what its relaxation says."""
         if self.alone is not None:
-            # What stands for every sharing of experts is loose anyway: its relaxation will do.
-            shared = self.alone.context.any_sharing().has(name)
-            return self.alone.least(name, again, sharp and not shared, shared) + self._shift(name, again)
-        key = (name, again, sharp, shared)
-        if key in self._least_of:
-            return self._least_of[key]
-        begin = time.perf_counter()
-        prefix = f"{name}/"
-        whole = self.built(again, shared).problem
-        part = Problem(
+            if self.alone.context.any_sharing().has(name):
+                return self.alone.least_shared(name, again, self.context.ep)
+            return self.alone.least(name, again, sharp)
+        known = self._least_of.get((name, again))
+        if known is None or (sharp and not known[1]):
+            part = self._part(name, again)
+            known = self._kind_bound_of(("least", name, again, sharp), lambda: least(part, sharp))
+            self._least_of[name, again] = known
+        return known[0]
+
+    def least_shared(self, name: str, again: frozenset[str], ep: int) -> float:
+        """The same of a kind whose experts so many ranks share (`shared_bounds`)."""
+        built, prefix = self.built(again, shared=True), f"{name}/"
+        ways = {op: each for op, each in built.shared.items() if op.startswith(prefix)}
+        part = self._part(name, again, shared=True)
+        found = self._kind_bound_of(("least", name, again, ()), lambda: least_with(part, list(ways)))
+        twice = runs_again(self.context.model.kinds[name]).runs if name in again else frozenset()
+        for place, (op, each) in enumerate(ways.items()):
+            more = more_of(each, ep, op.removeprefix(prefix) in twice)
+            found = found + np.expand_dims(more, tuple(other for other in range(len(ways)) if other != place))
+        held = sum(seconds for source, seconds in built.held.items() if source.startswith(prefix))
+        return float(found.min() + held / ep) * (1 - 1e-12)
+
+    def _part(self, name: str, again: frozenset[str], shared: bool = False) -> Problem:
+        """The problem of one kind alone."""
+        prefix, whole = f"{name}/", self.built(again, shared).problem
+        return Problem(
             tuple(source for source in whole.sources if source.name.startswith(prefix)),
             tuple(op for op in whole.ops if op.name.startswith(prefix)),
             {tensor: table for tensor, table in whole.conversions.items() if tensor.startswith(prefix)},
             tuple(output for output in whole.outputs if output.tensor.startswith(prefix)),
             hubs=whole.hubs,
         )
-        find = (lambda: solve(part).bound) if sharp else (lambda: relaxed_bound(part))
-        bound = self._least_of[key] = self._once(("least", name, again, sharp, shared), find)
-        self.context.clock.add("intra-block ILP" if sharp else "relaxations", begin)
-        self.context.clock.counts["intra-block ILPs" if sharp else "relaxations"] += 1
-        return bound
+
+    def _kind_bound_of(self, what: Any, find: Callable[[], Found]) -> Found:
+        begin = time.perf_counter()
+        found = self._once(what, find)
+        self.context.clock.add("kind bounds", begin)
+        self.context.clock.counts["kind bounds"] += 1
+        return found

@@ -1,12 +1,13 @@
 """What bounds of blocks whose experts data ranks share follow from: one problem for every number of them (``ep``).
 
-Of a decision x for a block only its experts' seconds s(x) depend on ep, and what each rank holds of their parameters,
-whose price is not below zero. With z(x) the seconds of all else, and the least of any ep for those of the experts,
+Of a decision x for a block only its experts' seconds s(k, ep) depend on ep, by their strategy k, and what each rank
+holds of their parameters, one in ep of it. With z(x) the seconds of all else and h the least price of holding them,
 
-    seconds(x) = z(x) + s(x) + price(x) >= min (z + least s) + min over strategies of the experts (s - least s)
+    seconds(x) = z(x) + s(k(x), ep) + price(x) >= min over k of  (min over x with k(x) = k of z(x)) + s(k, ep) + h / ep
 
-so that one linear program or ILP, in which experts take the least of any ep and are held for nothing, bounds each. What
-may be decided under an ep may be decided without.
+so that one elimination, in which experts are held for nothing, bounds all. (It has them take the least of any ep, m(k),
+which is taken off again: then a linear program can stand for it.) What may be decided under an ep may be decided
+without.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from autopar.graph.dispatch import PARAMETERS, expert_parameters, experts_of
 from autopar.graph.ir import BlockKind, ModelGraph, Node
 from autopar.solver.axis_choices import AxesChoice
+from autopar.solver.linear import Floats
 from autopar.solver.op_costs import LocalTensor
 from autopar.solver.prices import AxisPrices, Price
 
@@ -65,9 +69,9 @@ def least_of(shared: Shared, again: bool) -> float:
     return min(_seconds(price, again) for price in shared.values())
 
 
-def seconds_shift(ways: Sequence[Shared], ep: int, again: bool) -> float:
-    """How much more experts take at least than the least of any ep, whatever their strategy."""
-    return min(_seconds(shared[ep], again) - least_of(shared, again) for shared in ways)
+def more_of(ways: Sequence[Shared], ep: int, again: bool) -> Floats:
+    """How much more experts take than the least of any ep: [strategy]."""
+    return np.array([_seconds(shared[ep], again) - least_of(shared, again) for shared in ways])
 
 
 def _seconds(price: Price, again: bool) -> float:

@@ -16,7 +16,7 @@ from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, 
 from autopar.solver.gathering import more_gathered, worth_gathering
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
-from autopar.solver.laps import even_borders, laps_bound
+from autopar.solver.laps import even_borders, laps_fit
 from autopar.solver.memory import BlockBytes
 from autopar.solver.mixes import mixed
 from autopar.solver.reach import reach
@@ -330,7 +330,7 @@ def quick_stages(problem: StageProblem, thorough: bool = True) -> Counts | None:
     if problem.stages == 1:  # small, and solved exactly, once
         answer = solve_stages(problem, work_limit=WORK if thorough else WORK / 10, gap=0.0 if thorough else STAGE_GAP)
         return answer.counts if answer else None
-    if problem.vpp > 1 and laps_bound(problem) == float("inf"):
+    if problem.vpp > 1 and not laps_fit(problem):
         return None
     for share in CAPACITIES if problem.vpp == 1 else CAPACITIES[:1]:
         borders = likely_borders(replace(problem, capacity=share * problem.capacity))

@@ -13,7 +13,7 @@ class Step(IntEnum):
     OPERATORS = 1
     """Every operator at the fastest of its strategies, no layout ever converted."""
     KINDS = 2
-    """Every kind of block at the optimum of its own ILP's linear relaxation."""
+    """Every kind of block at its own optimum (a wide one at that of its linear relaxation)."""
     STAGES = 3
     """Stages over the least seconds and the least bytes of every kind, whatever the data ranks do."""
     FAMILY = 4

@@ -32,12 +32,36 @@ def least_of_whole(problem: StageProblem, index: int, idle: Floats) -> float:
     return float(np.partition(times.ravel(), count - 1)[count - 1])
 
 
+def whole_blocks_fit(problem: StageProblem, index: int) -> bool:
+    """Whether that is finite: ranks have room for all of them, each rank for those that it has."""
+    run, fit = problem.runs[index], 0
+    leanest: dict[int, float] = {}
+    for sure, least, room in _ranks(problem, index):
+        for alive in (*sure, least):
+            if alive not in leanest:
+                leanest[alive] = min(bytes_of(option, alive) for option in run.options)
+        left = room + 1.0 - sum(leanest[alive] for alive in sure)
+        if left >= 0.0:
+            more = left / leanest[least] if leanest[least] > 0.0 else run.count
+            fit += len(sure) + int(min(more, run.count))
+    return fit >= run.count
+
+
+def _ranks(problem: StageProblem, index: int) -> list[tuple[list[int], int, float]]:
+    """Of each rank, when most is in flight: how many micro-batches on each stage that surely has a block of the run, on
+    the stage with the fewest, and bytes of room."""
+    sure, found = _sure(problem, index), []
+    for rank in range(problem.pp):
+        moment = max(problem.held(rank), key=lambda moment: sum(alive for alive, _ in moment))
+        counted = [alive for stage, (alive, _) in zip(problem.own(rank), moment, strict=True) if sure[stage]]
+        found.append((counted, min(alive for alive, _ in moment), max(problem.spare(rank), 0.0)))
+    return found
+
+
 def _seconds(problem: StageProblem, index: int) -> Floats:
     """u of the docstring: by rank, and by number of blocks from 1 to all."""
-    run = problem.runs[index]
-    held = [max(problem.held(rank), key=lambda moment: sum(alive for alive, _ in moment)) for rank in range(problem.pp)]
-    sure = _sure(problem, index)
-    flying = sorted({alive for moment in held for alive, _ in moment})
+    run, ranks = problem.runs[index], _ranks(problem, index)
+    flying = sorted({alive for sure, least, _ in ranks for alive in (*sure, least)})
     place = {alive: column for column, alive in enumerate(flying)}
     prices = _prices(problem, index, flying)
     works = np.array([work_of(option) for option in run.options])
@@ -47,10 +71,8 @@ def _seconds(problem: StageProblem, index: int) -> Floats:
     found = np.zeros((problem.pp, run.count))
     numbers = np.arange(1, run.count + 1)
     leanest = sizes.min(axis=0)
-    for rank, moment in enumerate(held):
-        counted = [place[alive] for stage, (alive, _) in zip(problem.own(rank), moment, strict=True) if sure[stage]]
-        least = place[min(alive for alive, _ in moment)]
-        room = max(problem.spare(rank), 0.0)
+    for rank, (sure, fewest, room) in enumerate(ranks):
+        counted, least = [place[alive] for alive in sure], place[fewest]
         beside = numbers - len(counted)
         seconds = each[:, counted].sum(axis=1)[:, None] + beside[None] * each[:, least, None] - prices[:, None] * room
         needed = leanest[counted].sum() + beside * leanest[least]
