@@ -10,11 +10,14 @@ from contextlib import contextmanager
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No collection meanwhile: each would go through all of torch and sympy again, a fifth of a trace's time, and find
-    little."""
+    little. What is made counts as old afterwards, so that the next one does not begin with all of it."""
     before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if before:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()  # to the oldest generation, without a walk
             gc.enable()

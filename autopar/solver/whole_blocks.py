@@ -66,19 +66,20 @@ def _seconds(problem: StageProblem, index: int) -> Floats:
     prices = _prices(problem, index, flying)
     works = np.array([work_of(option) for option in run.options])
     sizes = np.array([[bytes_of(option, alive) for alive in flying] for option in run.options])
-    # By price and micro-batches in flight: g of the docstring.
-    each = (works[None, :, None] + prices[:, None, None] * sizes[None]).min(axis=1)
-    found = np.zeros((problem.pp, run.count))
-    numbers = np.arange(1, run.count + 1)
-    leanest = sizes.min(axis=0)
-    for rank, (sure, fewest, room) in enumerate(ranks):
-        counted, least = [place[alive] for alive in sure], place[fewest]
-        beside = numbers - len(counted)
-        seconds = each[:, counted].sum(axis=1)[:, None] + beside[None] * each[:, least, None] - prices[:, None] * room
-        needed = leanest[counted].sum() + beside * leanest[least]
-        found[rank] = np.where(needed > room + 1.0, np.inf, seconds.max(axis=0).clip(0.0))
+    # By micro-batches in flight and price: g of the docstring.
+    each = (works[:, None, None] + sizes[:, :, None] * prices).min(axis=0)
+    leanest, numbers = sizes.min(axis=0), np.arange(1, run.count + 1)
+    counted = np.array([[sure.count(alive) for alive in flying] for sure, _, _ in ranks])
+    fewest = [place[least] for _, least, _ in ranks]
+    room = np.array([room for _, _, room in ranks])
+    beside = numbers - counted.sum(axis=1)[:, None]
+    # By rank, price and number of blocks.
+    seconds = (counted @ each - room[:, None] * prices)[:, :, None] + each[fewest][:, :, None] * beside[:, None]
+    needed = (counted @ leanest)[:, None] + leanest[fewest][:, None] * beside
+    found = np.where(needed > room[:, None] + 1.0, np.inf, seconds.max(axis=1).clip(0.0))
+    for row, (sure, _, _) in zip(found, ranks, strict=True):
         # The rank has no fewer blocks than stages that surely have one.
-        found[rank, : len(counted)] = found[rank, min(len(counted), run.count) - 1]
+        row[: len(sure)] = row[min(len(sure), run.count) - 1]
     return found
 
 
