@@ -214,11 +214,29 @@ def block_time(context: Context, cost: BlockCost, shared: Shared, root: bool, we
 
 
 def assess(
-    context: Context, config: Config, stages: Sequence[Sequence[BlockCost]], boundary: int, fitting: bool = False
+    context: Context,
+    config: Config,
+    stages: Sequence[Sequence[BlockCost]],
+    boundary: int,
+    fitting: bool = False,
+    beat: float = float("inf"),
 ) -> Assessment:
-    """Price and simulate a plan's stages. ``fitting``: those that do not fit are not simulated, and take infinitely
-    long."""
+    """Price and simulate a plan's stages. Those that do not fit, if they have to (``fitting``), or take ``beat``
+    seconds or more, are looked into no further, and take infinitely long."""
     begin = time.perf_counter()
+    found = _assess(context, config, stages, boundary, fitting, beat)
+    context.clock.add("simulation", begin)
+    return found
+
+
+def _assess(
+    context: Context,
+    config: Config,
+    stages: Sequence[Sequence[BlockCost]],
+    boundary: int,
+    fitting: bool,
+    beat: float,
+) -> Assessment:
     place = placed(context, config, boundary)
     shared, crossing = tied_elements(context, stages)
     ends = list(accumulate(len(costs) for costs in stages))
@@ -256,25 +274,45 @@ def assess(
             known[key] = place.data.stage(timed), held
         found.append(known[key])
     times, blocks = [times for times, _ in found], [held for _, held in found]
-    memory, host = place.memory.ranks(blocks), place.memory.hosts(blocks)
-    rows = tuple(map(tuple, stages))
-    never = float("inf")
-    unknown = Assessment(config, rows, tuple(times), memory, host, never, {}, boundary, never, never)
-    if fitting and not within_memory(context, unknown):
-        context.clock.add("simulation", begin)
-        return unknown
+    never, rows = float("inf"), tuple(map(tuple, stages))
+    bare = one = Assessment(config, rows, tuple(times), (), (), never, {}, boundary, never, never)
+    # What there is to beat is mostly missed by seconds, else bytes are sooner counted.
+    if beat < never:
+        one = _with_seconds(context, place, crossing, bare)
+        if one.step_time >= beat:
+            return bare
+    fits = _with_bytes(context, place, blocks, one, fitting)
+    if fits is None:
+        return bare
+    return fits if beat < never else _with_seconds(context, place, crossing, fits)
+
+
+def _with_bytes(
+    context: Context, place: Placed, blocks: list[list[BlockBytes]], one: Assessment, fitting: bool
+) -> Assessment | None:
+    """None if it is ``fitting`` that is sought, and it does not fit."""
+    peaks, room = [], context.cluster.device.memory_bytes
+    for peak in place.memory.peaks(blocks):
+        if fitting and peak.total + place.memory.reserve > room + 1.0:
+            return None
+        peaks.append(peak)
+    found = replace(one, memory=place.memory.ranks(blocks, peaks), host=place.memory.hosts(blocks))
+    return found if not fitting or within_memory(context, found) else None
+
+
+def _with_seconds(context: Context, place: Placed, crossing: int, one: Assessment) -> Assessment:
+    config = one.config
     exchanged = crossing * context.job.master_bytes / place.memory.shards
     tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.mesh.strides()["pp"])
     overhead_s = context.ops.stack.step_s
-    step_time, breakdown = step(times, stages, config, place.transfers, tied_s, overhead_s)
-    context.clock.add("simulation", begin)
+    step_time, breakdown = step(one.times, one.stages, config, place.transfers, tied_s, overhead_s)
     context.clock.counts["simulations"] += 1
-    computing_s = config.micro_batches * sum(cost.computing_s for stage in stages for cost in stage)
+    computing_s = config.micro_batches * sum(cost.computing_s for stage in one.stages for cost in stage)
     if config.offload != "state":  # else the optimizer runs on the host
-        computing_s += sum(stage.optimizer_s for stage in times)
+        computing_s += sum(stage.optimizer_s for stage in one.times)
     computing_s /= config.pp
     sought_s = full_power_s(context.waiting, step_time, computing_s)
-    return replace(unknown, step_time=step_time, breakdown=breakdown, computing_s=computing_s, sought_s=sought_s)
+    return replace(one, step_time=step_time, breakdown=breakdown, computing_s=computing_s, sought_s=sought_s)
 
 
 def full_power_s(waiting: float, step_time: float, computing_s: float) -> float:

@@ -1,4 +1,4 @@
-"""What the other strategies of an operator would cost: the intra-block problem of a plan solved again, one operator held.
+"""What the other strategies of an operator would cost: the problem of a plan's blocks solved again, one operator held.
 
 A plan's sharding is the best answer to one question: what a saved byte is worth, and which kinds are recomputed
 (`Shardings.ways`). `question_of` finds the question whose answer the plan is, so that held and free answers are

@@ -45,7 +45,7 @@ count what surely stands when most is in flight (`least_resident`, `least_buffer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -58,7 +58,7 @@ from autopar.plan import MEMORY_KINDS
 from autopar.schedule import SCHEDULES, Schedule, stages_of
 from autopar.solver.moment_table import SHARES, Ints, moment_tables
 from autopar.solver.orders import Held, is_steady, peaks
-from autopar.solver.stage_peaks import StageBackward
+from autopar.solver.stage_peaks import Peak, StageBackward
 from autopar.stack import stack_of
 
 
@@ -308,16 +308,22 @@ class MemoryModel:
         gradients = (done if several else np.minimum(done, 1)) * back
         return np.asarray((outputs + gradients) * self.boundary)
 
-    def ranks(self, stages: Sequence[Sequence[BlockBytes]]) -> tuple[dict[str, int], ...]:
-        """Bytes by kind (`plan.MEMORY_KINDS`) of every stage of the model."""
-        found: list[dict[str, int]] = [{} for _ in stages]
+    def peaks(self, stages: Sequence[Sequence[BlockBytes]]) -> Iterator[Peak]:
+        """When each rank holds most, one after the other: the first mostly have most in flight."""
         known: dict[Any, Any] = {}
         for rank, own in enumerate(stages_of(self._rule.name, self.pp, self.vpp)):
-            most, flying, standing = self._peak(rank, own, stages, known)
-            for stage, gradients in zip(own, standing, strict=True):
+            yield self._peak(rank, own, stages, known)
+
+    def ranks(
+        self, stages: Sequence[Sequence[BlockBytes]], peaks: Sequence[Peak] | None = None
+    ) -> tuple[dict[str, int], ...]:
+        """Bytes by kind (`plan.MEMORY_KINDS`) of every stage of the model. ``peaks``: if they are known."""
+        found: list[dict[str, int]] = [{} for _ in stages]
+        for own, peak in zip(stages_of(self._rule.name, self.pp, self.vpp), peaks or self.peaks(stages), strict=True):
+            for stage, gradients in zip(own, peak.gradients, strict=True):
                 found[stage] = {**self._resident(stages[stage]), "gradients": round(gradients)}
-            spare = max(0, round(most) - sum(sum(found[stage].values()) for stage in own))
-            for stage, kept in zip(own, flying, strict=True):
+            spare = max(0, round(peak.total) - sum(sum(found[stage].values()) for stage in own))
+            for stage, kept in zip(own, peak.flying, strict=True):
                 found[stage]["activations"] = min(spare, round(kept))
                 spare -= found[stage]["activations"]
             for stage in own:
@@ -356,9 +362,8 @@ class MemoryModel:
 
     def _peak(
         self, rank: int, own: Sequence[int], stages: Sequence[Sequence[BlockBytes]], known: dict[Any, Any]
-    ) -> tuple[float, list[float], list[float]]:
-        """The most bytes of a rank; then, by its stages, those saved for backward at that time, and the most of
-        gradients at any time. ``known``: what was found of equal stages."""
+    ) -> Peak:
+        """``known``: what was found of equal stages."""
         table = moment_tables(self._rule.name, self.pp, self.vpp, self.micro_batches)[rank]
         still = sum(sum(self._resident(stages[stage]).values()) + self._received(stage) for stage in own)
         saved = np.array([sum(block.inflight for block in stages[stage]) for stage in own], dtype=float)
@@ -397,10 +402,10 @@ class MemoryModel:
         most = int(np.argmax(total))
         time = times[table.which[most]]
         if time is None:
-            return 0.0, [0.0] * len(own), standing
+            return Peak(0.0, [0.0] * len(own), standing)
         flying = kept[most] + sent[most] + [self._received(stage) for stage in own]
         flying[table.place[most]] += time.activations
-        return float(total[most]), flying.tolist(), standing
+        return Peak(float(total[most]), flying.tolist(), standing)
 
     def _resident(self, blocks: Iterable[BlockBytes]) -> dict[str, int]:
         """Bytes of parameters and optimizer of a stage."""

@@ -29,10 +29,13 @@ def polished(context: Context, best: Assessment) -> Assessment:
         return best
     tried = 0
     while tried < MOST:
-        near = [assess(context, best.config, stages, best.boundary, fitting=True) for stages in _neighbours(best)]
-        tried += len(near)
-        fastest = min(near, key=lambda one: one.step_time, default=best)
-        if fastest.step_time >= best.step_time * (1 - 1e-9):
+        fastest, beat = best, best.step_time * (1 - 1e-9)
+        for stages in _neighbours(best):
+            tried += 1
+            one = assess(context, best.config, stages, best.boundary, fitting=True, beat=beat)
+            if one.step_time < beat:
+                fastest, beat = one, one.step_time
+        if fastest is best:
             break
         best = fastest
     return best

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from autopar.solver.memory import BlockBytes, MemoryModel
@@ -47,6 +47,15 @@ class Beside:
     @property
     def total(self) -> float:
         return self.activations + self.gradients + self.transient
+
+
+class Peak(NamedTuple):
+    """The most bytes of a rank; then, by its stages, those saved for backward at that time, and the most of gradients
+    at any time."""
+
+    total: float
+    flying: list[float]
+    gradients: list[float]
 
 
 class StageBackward:
