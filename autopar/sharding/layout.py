@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 
 from autopar.graph.size import Size
 
@@ -68,23 +69,31 @@ I = SpmdType("I")
 P = SpmdType("P")
 
 
+@cache
 def S(dim: int, blocks: int | Size = 1) -> SpmdType:
     """Sharded on ``dim`` (seen as ``blocks`` blocks, each split)."""
     return SpmdType("S", dim, blocks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False, eq=False)
 class Layout:
     """One type per mesh axis, in the order that axes split a dim (outermost first).
 
-    Printed as ``dp:S(0) tp:S(1)``; an axis that is not listed holds the tensor invariant.
+    Printed as ``dp:S(0) tp:S(1)``; an axis that is not listed holds the tensor invariant. Equal layouts are one object:
+    a search looks them up millions of times.
     """
 
-    types: tuple[tuple[str, SpmdType], ...] = ()
-    _hash: int = field(init=False, repr=False, compare=False)
+    types: tuple[tuple[str, SpmdType], ...]
+    _hash: int = field(repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash(self.types))
+    def __new__(cls, types: tuple[tuple[str, SpmdType], ...] = ()) -> Layout:
+        found = _LAYOUTS.get(types)
+        if found is None:
+            found = object.__new__(cls)
+            object.__setattr__(found, "types", types)
+            object.__setattr__(found, "_hash", hash(types))
+            found = _LAYOUTS.setdefault(types, found)
+        return found
 
     def __hash__(self) -> int:
         return self._hash
@@ -125,3 +134,7 @@ class Layout:
 
     def __str__(self) -> str:
         return " ".join(f"{axis}:{kind}" for axis, kind in self.types)
+
+
+_LAYOUTS: dict[tuple[tuple[str, SpmdType], ...], Layout] = {}
+"""All there are, of a process: some hundreds."""
