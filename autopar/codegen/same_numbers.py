@@ -6,6 +6,8 @@ is compared as it trains, with every number drawn replaced by one and the same, 
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -49,11 +51,24 @@ def _size(size: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(size[0]) if size and not isinstance(size[0], int) else size
 
 
+@functools.cache
+def _body(func: Any) -> Callable[..., Any] | None:
+    """A function of `F` that is written in Python and asks for a mode first (`gumbel_softmax`), without that question:
+    torch turns a mode off while it handles a function, and what this one draws inside would not be seen."""
+    if not isinstance(func, types.FunctionType) or func.__globals__ is not vars(F):
+        return None
+    asked = [name for name in func.__globals__ if name.startswith("has_torch_function")]
+    known = func.__globals__ | dict.fromkeys(asked, lambda *_: False)
+    body = types.FunctionType(func.__code__, known, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
 class SameNumbers(TorchFunctionMode):
     """Inside it, `NUMBERS` are what is drawn."""
 
     def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Any, _: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
         if func in _FUNCTIONS and "generator" not in options:
@@ -63,4 +78,8 @@ class SameNumbers(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             options |= {"dropout_p": 0.0} if "dropout_p" in options else {}
+        body = _body(func)
+        if body is not None:
+            with self:
+                return body(*args, **options)
         return func(*args, **options)

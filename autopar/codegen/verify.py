@@ -30,7 +30,7 @@ from autopar.codegen.tokens import looked_for, lookups, loss_targets, target_cla
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
 from autopar.graph.batch_norms import by_batch
-from autopar.graph.export import LossOf
+from autopar.graph.export import LossOf, default_dtype
 from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
@@ -177,7 +177,8 @@ def _compare(
     shares = _micro_batches(source, plan, graph, batch)
     with SameNumbers() if _draws(graph) else nullcontext():
         expected_loss, expected = _single_device(reference, graph, loss, shares)
-        found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
+        with default_dtype(dtype):  # as `keep_wide` sees to it for the model: tables of whole numbers' quotients, powers
+            found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
     difference, errors = _differences(found_loss, found, expected_loss, expected)
     if dropout and not reference.training and max(difference, *errors.values()) > TOLERANCE[dtype]:
         # Some scale by what dropout would have kept when they are evaluated: train them, with nothing dropped.

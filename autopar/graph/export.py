@@ -245,7 +245,7 @@ def _export(
         quotients_whole(copied),
         computed_once(),
         torch.compiler.set_stance("force_eager"),
-        _default_dtype(made),
+        default_dtype(made),
     )
     with (
         contextlib.ExitStack() as stack,
@@ -264,7 +264,8 @@ def _export(
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """What is made without saying of which dtype is of this one; None: as it is outside."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +105,7 @@ def trace(
         batch=traced.batch,
         parameters={full: used["parameter"][full] for full in parameters if full in used["parameter"]},
         buffers=used["buffer"],
-        tied=_tied(aliases),
+        tied=_tied(aliases, traced.blocks),
         buffer_values={full: tuple(values[full].flatten().tolist()) for full in used["buffer"] if full in values},
         max_seq=min(limits, default=None),
         nominal_seq=_nominal_seq(model),
@@ -279,11 +280,13 @@ def _canonical_names(model: nn.Module, tensors: Any) -> tuple[dict[str, torch.Te
     return distinct, names
 
 
-def _tied(aliases: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+def _tied(aliases: Mapping[str, str], blocks: Blocks) -> tuple[tuple[str, ...], ...]:
+    """The names of each parameter that has several, or one but is read in several blocks: stages hold copies of it."""
     groups: dict[str, list[str]] = {}
     for alias, full in aliases.items():
         groups.setdefault(full, []).append(alias)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+    readers = Counter(full for block in blocks.blocks for full in set(block.parameters.values()))
+    return tuple(tuple(group) for full, group in groups.items() if len(group) > 1 or readers[full] > 1)
 
 
 def _nominal_seq(model: nn.Module) -> int | None:
