@@ -166,12 +166,9 @@ def _compare(
 ) -> VerifyReport:
     plan, graph = twin.plan, twin.graph
     samples = plan.mesh.dp * plan.micro_batch * plan.micro_batches
-    reference = wide_copy(twin.model, graph, dtype, seed)
     dropout = _drops(graph)
     # Random masks cannot be compared: dropout is off on both sides. A model that draws for more trains on both.
-    reference.train(not dropout or _draws(graph))
-    by_batch(reference)
-    every_stretch(reference)
+    reference = _reference(twin.model, graph, dtype, seed, training=not dropout or _draws(graph))
     batch = random_batch(graph, inputs, samples, plan.job.seq_len, dtype, seed)
     weights = {name: weight.detach() for name, weight in reference.named_parameters()}
     shares = _micro_batches(source, plan, graph, batch)
@@ -181,9 +178,9 @@ def _compare(
             found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
     difference, errors = _differences(found_loss, found, expected_loss, expected)
     if dropout and not reference.training and max(difference, *errors.values()) > TOLERANCE[dtype]:
-        # Some scale by what dropout would have kept when they are evaluated: train them, with nothing dropped.
-        reference.train()
-        reference.zero_grad()
+        # Some compute something else when they are evaluated (scale by what dropout would have kept, choose more
+        # experts): train them, with nothing dropped.
+        reference = _reference(twin.model, graph, dtype, seed, training=True)
         with SameNumbers():
             expected_loss, expected = _single_device(reference, graph, loss, shares)
         difference, errors = _differences(found_loss, found, expected_loss, expected)
@@ -207,6 +204,14 @@ def _compare(
             f"gradient of {name} by {error:.1e} (the most of {len(errors)}); allowed {report.tolerance:.0e}"
         )
     return report
+
+
+def _reference(model: nn.Module, graph: ModelGraph, dtype: torch.dtype, seed: int, training: bool) -> nn.Module:
+    """The user's model on one device: a copy that nothing was run on."""
+    reference = wide_copy(model, graph, dtype, seed).train(training)
+    by_batch(reference)
+    every_stretch(reference)
+    return reference
 
 
 def _differences(
