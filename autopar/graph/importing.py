@@ -32,7 +32,7 @@ from autopar.graph.exported import (
 from autopar.graph.formulas import FORMULAS
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
-from autopar.graph.other_names import CASTS, LIKE, LISTS, NEW, OF_TWO, RENAMED, SAME, SHAPED_AS
+from autopar.graph.other_names import CASTS, LIKE, LISTS, NEW, OF_TWO, PROMOTING, RENAMED, SAME, SHAPED_AS
 from autopar.graph.own_state import state_of, write_state
 from autopar.graph.size import Size
 from autopar.graph.sizes import SizeOfValuesError, Sizes
@@ -222,7 +222,11 @@ class Importer:
             name = OF_TWO.get(f"{name}.{target._overloadname}", RENAMED.get(name, name))
             shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
             op = f"aten.{name}" if op.startswith("aten.") else op
-            self.values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
+            # Changed in place, a tensor keeps its dtype; the operator by itself may give a wider one.
+            wide = [self.draft.meta(arg).dtype for arg in args if isinstance(arg, Ref)] if change else []
+            made = "float32" if name in PROMOTING and dtype == COMPUTE and "float32" in wide else dtype
+            result = Ref(self.draft.emit(op, *args, shape=shape, dtype=made, options=kwargs))
+            self.values[node] = self.draft.cast(result, dtype)
         if change is not None:
             self._write(node, change)
         elif target._schema.is_mutable and state is not None:

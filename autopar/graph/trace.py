@@ -81,6 +81,7 @@ def trace(
             raise UnsupportedError(f"{error}; pass `inputs` of the sequence length to train with, to fix it") from None
         try:
             traced = _folded(model, _shorter(spec), loss, names, layers, fold, static_seq=False)
+            _check_length(spec, traced)
         except AutoparError:
             traced = _folded(model, spec, loss, names, layers, fold, static_seq=True)
             notes = (f"the sequence length is fixed to that of the example inputs: {error}",)
@@ -108,6 +109,7 @@ def trace(
         tied=_tied(aliases, traced.blocks),
         buffer_values={full: tuple(values[full].flatten().tolist()) for full in used["buffer"] if full in values},
         max_seq=min(limits, default=None),
+        min_seq=traced.shortest,
         nominal_seq=_nominal_seq(model),
         notes=notes,
     )
@@ -121,6 +123,13 @@ def _shorter(spec: BatchSpec) -> BatchSpec:
         for key, shape in spec.shapes.items()
     }
     return replace(spec, shapes=shapes)
+
+
+def _check_length(spec: BatchSpec, traced: _Traced) -> None:
+    """Raise FixedSequenceError if for sequences of ``spec`` the model runs other code than was traced."""
+    lengths = {spec.shapes[key][dim] for key, dims in spec.seq_dims.items() for dim in dims}
+    if any(length < traced.shortest or length > min(traced.limits, default=length) for length in lengths):
+        raise FixedSequenceError("the model runs other code for shorter sequences")
 
 
 def _folded(
@@ -148,6 +157,7 @@ class _Traced:
     batch: dict[str, TensorMeta]
     values: dict[str, torch.Tensor]
     limits: frozenset[int]
+    shortest: int
     notes: tuple[str, ...]
 
 
@@ -164,6 +174,7 @@ def _traced(
     while True:
         exported = export(model, spec, loss, fold, static_seq, narrow)
         sizes, metas = _sizes(exported, spec, static_seq)
+        shortest, longest = sizes.lengths(exported.program.range_constraints)
         importer = Importer(sizes, names.canonical, names.trainable)
         draft = importer.program(exported.program, list(spec.shapes))
         # `model.to(bf16)` narrows buffers too. Those that the model widens by itself stay wide; the others may not
@@ -175,7 +186,7 @@ def _traced(
     draft = unfold_buffers(draft, model, importer.constants)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
-    limits: set[int] = set()
+    limits: set[int] = {longest} if longest else set()
     recognised = masks.rules(values, _nominal_seq(model), limits)
     several = joint_indices.rules(values)
     passes = (arguments, broadcasting, joining, flattening, raising, sinks, complex_numbers, random_numbers)
@@ -188,7 +199,7 @@ def _traced(
     random_numbers.refuse_others(draft)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
     blocks, notes = cut(draft, layers, class_names, fold), (*exported.notes, *changed)
-    return _Traced(blocks, count, metas, values, frozenset(limits), notes)
+    return _Traced(blocks, count, metas, values, frozenset(limits), shortest, notes)
 
 
 @dataclass(frozen=True, slots=True)
