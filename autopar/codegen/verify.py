@@ -174,7 +174,7 @@ def _compare(
     shares = _micro_batches(source, plan, graph, batch)
     with SameNumbers() if _draws(graph) else nullcontext():
         expected_loss, expected = _single_device(reference, graph, loss, shares)
-        with default_dtype(dtype):  # as `keep_wide` sees to it for the model: tables of whole numbers' quotients, powers
+        with default_dtype(dtype):  # as for the model: of powers and quotients of whole numbers
             found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
     difference, errors = _differences(found_loss, found, expected_loss, expected)
     if dropout and not reference.training and max(difference, *errors.values()) > TOLERANCE[dtype]:

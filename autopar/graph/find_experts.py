@@ -172,12 +172,12 @@ def _readings(module: nn.Module) -> Iterator[_Reading]:
     """What fits the shapes of the module's parameters."""
     own = dict(module.named_parameters())
     dims = [tensor.ndim for tensor in own.values()]
-    stacked = not set(dims) - {2, 3} and not any("." in name for name in own)
-    one_count = len({tensor.shape[0] for tensor in own.values()}) == 1
-    if dims.count(3) == 2 and stacked and (one_count or len(own) == 2):
-        yield from _stacked(own)
-    elif dims.count(3) == 3 and stacked and one_count:
-        yield from _apart(own)
+    if dims.count(3) in (2, 3) and not set(dims) - {2, 3} and not any("." in name for name in own):
+        one_count = len({tensor.shape[0] for tensor in own.values()}) == 1
+        if dims.count(3) == 2 and (one_count or len(own) == 2):
+            yield from _stacked(own)
+        elif one_count:
+            yield from _apart(own)
     elif dims in ([2, 2], [2, 2, 2]) and len({tensor.shape for tensor in own.values()}) == 1:
         yield from _below(module, own)
 

@@ -30,8 +30,8 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
         )
     if job.seq_len < model.min_seq:
         raise BadInputError(
-            f"job: for sequences shorter than {model.min_seq} {model.name} runs other code than was traced; raise seq_len, "
-            f"or trace it with inputs of {job.seq_len} positions"
+            f"job: for sequences shorter than {model.min_seq} {model.name} runs other code than was traced; raise "
+            f"seq_len, or trace it with inputs of {job.seq_len} positions"
         )
     if any(True for _ in configs(model, job, cluster, fix)):
         return
