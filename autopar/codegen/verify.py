@@ -264,13 +264,19 @@ def random_batch(
 
 def _drawn_from(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """[samples, ...] of what ``example`` of one sample holds: a mask as it is, since how many it marks may matter; of
-    integers whole rows (the corners of a box belong together); else single values."""
+    integers whole rows (the corners of a box belong together); else single values. Of a mask that marks some positions
+    the first stays as it is, since a causal sequence needs something to attend to, and some stay marked, since models
+    may run other code where none are."""
     if example.dtype == torch.bool and example.shape == shape[1:]:
         return example.expand(shape).clone()
     if not example.is_floating_point() and example.ndim > 1 and example.shape[1:] == shape[2:]:
         return example[torch.randint(0, len(example), shape[:2], generator=generator)]
     values = example.flatten()
-    return values[torch.randint(0, values.numel(), shape, generator=generator)]
+    picked = values[torch.randint(0, values.numel(), shape, generator=generator)]
+    if example.ndim == 1 and len(kinds := values.unique()) == 2:
+        picked[:, 0] = values[0]
+        picked[0, -1] = kinds[kinds != values[0]]
+    return picked
 
 
 def _place(special: set[int], ids: Tensor, example: Tensor) -> None:
