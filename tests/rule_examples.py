@@ -392,6 +392,12 @@ _CALLS |= {
     "aten.upsample_linear1d": [(_WAVE, (24,), False)],
     "aten.upsample_bilinear2d": [(_IMAGE, (12, 12), True)],
     "aten.upsample_bicubic2d": [(_IMAGE, (12, 12), True)],
+    "aten.upsample_nearest3d": [(_t(4, 8, 4, 4, 4), (8, 8, 8))],
+    "aten.upsample_trilinear3d": [(_t(4, 8, 4, 4, 4), (8, 8, 8), False)],
+    "aten._upsample_nearest_exact1d": [(_WAVE, (24,))],
+    "aten._upsample_nearest_exact2d": [(_IMAGE, (12, 12))],
+    "aten._upsample_bilinear2d_aa": [(_IMAGE, (4, 4), False)],
+    "aten._upsample_bicubic2d_aa": [(_IMAGE, (4, 4), False)],
     "aten.batch_norm": [(_IMAGE, _t(8), _t(8), 1e-5), (_WAVE, None, None, 1e-5), (_t(6, 8), _t(8), _t(8), 1e-5)],
     "aten.group_norm": [(_IMAGE, 4, _t(8), _t(8)), (_WAVE, 2)],
 }

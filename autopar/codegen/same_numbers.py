@@ -42,9 +42,25 @@ _FUNCTIONS: dict[Any, Callable[..., torch.Tensor]] = {
     torch.randn_like: lambda x, **options: torch.full_like(x, NUMBERS["normal"], **options),
     torch.rand: lambda *size, **options: torch.full(_size(size), NUMBERS["uniform"], **options),
     torch.randn: lambda *size, **options: torch.full(_size(size), NUMBERS["normal"], **options),
+    torch.randint: lambda *bounds, **options: _whole(*_bounds(bounds, options), **options),
+    torch.randint_like: lambda x, *bounds, **options: _whole(*_bounds((*bounds, x.shape), options), **options),
     torch.bernoulli: lambda chance, **_: (chance > NUMBERS["uniform"]).to(chance.dtype),
     **{dropout: lambda x, *_, **__: x for dropout in _DROPOUTS},
 }
+
+
+def _bounds(given: tuple[Any, ...], options: dict[str, Any]) -> tuple[int, int, tuple[int, ...]]:
+    """The least number, the one after the largest, and the size: by place, or taken out of ``options``."""
+    size = tuple(given[-1]) if given and not isinstance(given[-1], int) else tuple(options.pop("size"))
+    numbers = [each for each in given if isinstance(each, int)]
+    high = options.pop("high", None)
+    high = numbers.pop() if high is None else high
+    return options.pop("low", numbers[0] if numbers else 0), high, size
+
+
+def _whole(low: int, high: int, size: tuple[int, ...], **options: Any) -> torch.Tensor:
+    options.setdefault("dtype", torch.int64)
+    return torch.full(size, low + int(NUMBERS["uniform"] * (high - low)), **options)
 
 
 def _size(size: tuple[Any, ...]) -> tuple[int, ...]:

@@ -35,6 +35,21 @@ def pairwise_distance(draft: Draft, x: Ref, y: Ref, p: float = 2.0, eps: float =
     return _reduce(draft, "linalg_vector_norm", _of(draft, "add", _of(draft, "sub", x, y), eps), p, keep=keep)
 
 
+def cosine_similarity(draft: Draft, x: Ref, y: Ref, dim: int = 1, eps: float = 1e-8) -> Ref:
+    """The cosine of the angle between vectors along ``dim``."""
+    product = _of(draft, "mul", x, y)
+    shape = draft.shape(product)
+    dim %= len(shape)
+    left = (*shape[:dim], *shape[dim + 1 :])
+    lengths = []
+    for one in (x, y):
+        whole = one if draft.shape(one) == shape else draft.expand(one, shape)
+        length = Ref(draft.emit("aten.linalg_vector_norm", whole, 2, (dim,), shape=left))
+        lengths.append(_of(draft, "clamp_min", length, eps))
+    dot = Ref(draft.emit("aten.sum", product, (dim,), shape=left))
+    return _of(draft, "div", dot, _of(draft, "mul", *lengths))
+
+
 def triplet_margin_loss(
     draft: Draft,
     anchor: Ref,
@@ -81,6 +96,7 @@ def cosine_embedding_loss(
 
 
 DISTANCES: dict[str, Callable[..., Ref]] = {
+    "cosine_similarity": cosine_similarity,
     "pairwise_distance": pairwise_distance,
     "triplet_margin_loss": triplet_margin_loss,
     "margin_ranking_loss": margin_ranking_loss,
