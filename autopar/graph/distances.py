@@ -68,9 +68,7 @@ def triplet_margin_loss(
     return reduced(draft, _of(draft, "relu", _of(draft, "add", _of(draft, "sub", near, far), margin)), reduction)
 
 
-def margin_ranking_loss(
-    draft: Draft, x: Ref, y: Ref, target: Ref, margin: float = 0.0, reduction: int = MEAN
-) -> Ref:
+def margin_ranking_loss(draft: Draft, x: Ref, y: Ref, target: Ref, margin: float = 0.0, reduction: int = MEAN) -> Ref:
     """target 1: x is to be the larger, -1: y."""
     wrong = _of(draft, "neg", _of(draft, "mul", _of(draft, "sub", x, y), target))
     return reduced(draft, _of(draft, "relu", _of(draft, "add", wrong, margin)), reduction)
@@ -81,9 +79,7 @@ def soft_margin_loss(draft: Draft, x: Ref, target: Ref, reduction: int = MEAN) -
     return reduced(draft, _of(draft, "softplus", _of(draft, "neg", _of(draft, "mul", x, target))), reduction)
 
 
-def cosine_embedding_loss(
-    draft: Draft, x: Ref, y: Ref, target: Ref, margin: float = 0.0, reduction: int = MEAN
-) -> Ref:
+def cosine_embedding_loss(draft: Draft, x: Ref, y: Ref, target: Ref, margin: float = 0.0, reduction: int = MEAN) -> Ref:
     """Vectors [..., d]; target 1: 1 - cosine, -1: cosine less the margin, or zero."""
     dot = _reduce(draft, "sum", _of(draft, "mul", x, y))
     squares = [_of(draft, "add", _reduce(draft, "sum", _of(draft, "mul", one, one)), LEAST) for one in (x, y)]

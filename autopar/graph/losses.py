@@ -66,7 +66,11 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
     for name, error in others.items():
         if not (draft.meta(name).requires_grad or _is_number(draft.nodes[name])) or not count.nodes:
             raise error
-        totals[name] = _by_targets(draft, Ref(name), count)
+        alike = [total for total, own in sums.values() if own == count and draft.nodes[total.name].op == "aten.sum"]
+        if _is_number(draft.nodes[name]) and alike and _elements(count) is not None:
+            totals[name] = _for_each(draft, draft.nodes[name], alike[0])
+        else:
+            totals[name] = _by_targets(draft, Ref(name), count)
     draft.output = _sum_of(draft, node, totals).name
     return live(draft), count
 
@@ -139,6 +143,15 @@ def _numbers_apart(draft: Draft, node: Node) -> Node:
 
 def _is_number(node: Node) -> bool:
     return node.op == "aten.full" and node.args[0] == ()
+
+
+def _for_each(draft: Draft, number: Node, total: Ref) -> Ref:
+    """A number for each element that ``total`` adds up: wherever the elements are split, so is this."""
+    elements = draft.nodes[total.name].args[0]
+    shape = draft.shape(elements)
+    like = Ref(draft.emit("aten.detach", elements, shape=shape))
+    filled = Ref(draft.emit("aten.full_like", like, number.args[1], shape=shape))
+    return draft.cast(Ref(draft.emit("aten.sum", filled, shape=())), number.meta.dtype)
 
 
 def _divided_terms(draft: Draft, node: Node, size: Size | None) -> Node:

@@ -131,9 +131,7 @@ def _biased(rows: Tensor, bias: Tensor | None, expert: Tensor | int) -> Tensor:
     return rows if bias is None else rows + bias[expert]
 
 
-def activated(
-    rows: Tensor, gate: str, activation: str, alpha: float, limit: float, values: Tensor | None
-) -> Tensor:
+def activated(rows: Tensor, gate: str, activation: str, alpha: float, limit: float, values: Tensor | None) -> Tensor:
     """The activation, times the values where there is a gate."""
     if gate == "none":
         return _act(rows, activation)
