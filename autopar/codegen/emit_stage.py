@@ -239,7 +239,8 @@ class StageWriter:
         names = self._names(block)
         body = block_body(block, self.model, self.setting, arguments, self._axes, names)
         # A tied weight is stored as the first block of the stage that has it wants it.
-        ours, stored = self._parameters(block), {}
+        ours = self._parameters(block)
+        stored: dict[str, Layout] = {}
         for other in self.placed:
             if other.stage == block.stage and other.index < block.index and not other.path:
                 stored = {full: layout for full, (layout, _) in self._parameters(other).items()} | stored

@@ -273,7 +273,7 @@ def _drawn_from(example: Tensor, shape: tuple[int, ...], generator: torch.Genera
         return example[torch.randint(0, len(example), shape[:2], generator=generator)]
     values = example.flatten()
     picked = values[torch.randint(0, values.numel(), shape, generator=generator)]
-    if example.ndim == 1 and len(kinds := values.unique()) == 2:
+    if example.ndim == 1 and len(kinds := torch.unique(values)) == 2:
         picked[:, 0] = values[0]
         picked[0, -1] = kinds[kinds != values[0]]
     return picked

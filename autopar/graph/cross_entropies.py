@@ -18,7 +18,7 @@ def cross_entropy_loss(
     draft: Draft, logits: Ref, target: Ref, weight: Ref | None = None, reduction: int = MEAN, *rest: Any
 ) -> Ref:
     """logits [n, c, ...] or [c], target [n, ...]: class indices, or [n, c, ...]: probabilities."""
-    ignore, smoothing = (*rest, *(-100, 0.0)[len(rest) :])
+    ignore, smoothing = (rest[0] if rest else -100), (rest[1] if len(rest) > 1 else 0.0)
     indices = draft.meta(target).dtype not in FLOATING
     if indices and weight is None and reduction != NONE:
         given = (logits, target, None, reduction, *rest) if rest else (logits, target, None, reduction)

@@ -224,8 +224,8 @@ class Importer:
             op = f"aten.{name}" if op.startswith("aten.") else op
             # Changed in place, a tensor keeps its dtype; the operator by itself may give a wider one.
             wide = [self.draft.meta(arg).dtype for arg in args if isinstance(arg, Ref)] if change else []
-            made = "float32" if name in PROMOTING and dtype == COMPUTE and "float32" in wide else dtype
-            result = Ref(self.draft.emit(op, *args, shape=shape, dtype=made, options=kwargs))
+            own = "float32" if name in PROMOTING and dtype == COMPUTE and "float32" in wide else dtype
+            result = Ref(self.draft.emit(op, *args, shape=shape, dtype=own, options=kwargs))
             self.values[node] = self.draft.cast(result, dtype)
         if change is not None:
             self._write(node, change)

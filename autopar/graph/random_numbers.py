@@ -3,7 +3,8 @@
 Stochastic depth ("drop path", arXiv 1603.09382) multiplies what a layer adds by a number for each sample: one with the
 chance to keep, else zero. That is the dropout of a tensor of ones, whose masks emitted code knows how to draw on every
 rank. Other numbers of a plain distribution (the noise of a router) are drawn in the shape of a tensor, alike by ranks
-that hold the same part of it and apart by others, and whole numbers from them. What is neither (permutations) is refused.
+that hold the same part of it and apart by others, and whole numbers from them. What is neither (permutations) is
+refused.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def refuse_others(draft: Draft) -> None:
             place = f"module {node.module!r}" if node.module else "the model"
             raise UnsupportedError(
                 f"{place} draws random numbers ({node.op}); autopar knows dropout, of elements or of whole samples "
-                "(x * floor(keep + rand) / keep), and uniform, normal, exponential and whole numbers; make what draws them a "
-                "leaf (autopar.leaf), or hand them in as inputs"
+                "(x * floor(keep + rand) / keep), and uniform, normal, exponential and whole numbers; make what draws "
+                "them a leaf (autopar.leaf), or hand them in as inputs"
             )
 
 

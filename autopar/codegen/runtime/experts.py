@@ -80,7 +80,7 @@ def experts(
     rows = _biased(grouped(rows, up, sizes), up_bias, expert)
     # The weight is applied before the last product, not after: what is kept for backward is f wide, not d.
     weight = weight.to(rows.dtype)
-    rows = grouped(activated(rows, *act, value_rows) * weight, down, sizes)
+    rows = grouped(activated(rows, *act, values=value_rows) * weight, down, sizes)
     if down_bias is not None:
         rows = rows + down_bias[expert] * weight
     if ep is not None:
@@ -200,7 +200,7 @@ def _by_masks(
     for expert in range(up.size(0)):
         rows = _biased(tokens @ up[expert], up_bias, expert)
         value_rows = None if values is None else _biased(tokens @ values[expert], values_bias, expert)
-        rows = _biased(activated(rows, *act, value_rows) @ down[expert], down_bias, expert)
+        rows = _biased(activated(rows, *act, values=value_rows) @ down[expert], down_bias, expert)
         share = weights.masked_fill(slots != expert, 0).sum(-1, keepdim=True)
         result = result + rows * share.to(rows.dtype)
     return result if ep is None else reduce_scatter(result, ep, 0)
