@@ -199,6 +199,44 @@ def test_what_is_changed_in_place_keeps_its_dtype() -> None:
     assert not mixed(graph, "aten.linear")
 
 
+class Clamping(nn.Module):
+    """Brings the labels that it is given into range where they are, as it reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scores = self.layer(x)
+        labels.view(-1).clamp_(1, 3)
+        return F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2}])
+def test_what_is_given_may_be_changed_in_place(fix: dict[str, int]) -> None:
+    graph = proved(Clamping(), {"x": SAMPLE["x"], "labels": torch.tensor([0, 1, 2, 3, 0, 3])}, None, **fix)
+    assert "aten.clamp" in ops(graph)
+
+
+def test_scores_of_one_length_fix_that_of_the_targets() -> None:
+    class Fixed(nn.Module):
+        """As many scores as it has queries, whatever it reads."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.queries = nn.Embedding(16, WIDTH), nn.Parameter(torch.randn(12, WIDTH))
+            self.head = nn.Linear(WIDTH, 16)
+
+        def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+            x = self.embed(ids)
+            read = F.scaled_dot_product_attention(self.queries.expand(len(x), -1, -1), x, x)
+            return F.cross_entropy(self.head(read).view(-1, 16), labels.view(-1))
+
+    given = {"ids": torch.randint(16, (12,)), "labels": torch.randint(16, (12,))}
+    plan = autopar.search(Fixed(), autopar.Job(4, 12), CLUSTER, inputs=given, fix={"dp": 2})
+    assert autopar.verify(plan, Fixed(), given).worst[1] < 1e-12
+
+
 class Shuffled(nn.Module):
     """Pixels for channels and back, groups of channels in turn, slopes of channels and one of all."""
 

@@ -314,7 +314,7 @@ def _single_device(
     total = 0.0
     for share, part in shares:
         with keep_wide(dtype), every_layer(), whole_numbers_counted(), _eager():
-            value = runner(dict(part)) * share
+            value = runner({key: given.clone() for key, given in part.items()}) * share  # it may change them in place
         value.backward()
         total += float(value.detach())
     return total, {

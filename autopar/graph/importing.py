@@ -167,12 +167,12 @@ class Importer:
         name = op.removeprefix("aten.")
         change = None
         if target._schema.is_mutable:
-            change = change_of(node)
+            change = change_of(node, self._given)
             state = state_of(node, self) if change is None else None
             if change is None and state is None:
                 raise UnsupportedError(
-                    f"{self._place()} changes in place ({op}) a parameter, a buffer, an input, or one of several "
-                    "tensors split from another; write it out of place, or do it outside of forward"
+                    f"{self._place()} changes in place ({op}) a parameter, a buffer, or one of several tensors "
+                    "split from another; write it out of place, or do it outside of forward"
                 )
             name = name.removesuffix("_")
         args, kwargs = self._arguments(node, target)
@@ -231,6 +231,11 @@ class Importer:
             self._write(node, change)
         elif target._schema.is_mutable and state is not None:
             write_state(node, state, self)
+
+    def _given(self, node: torch.fx.Node) -> bool:
+        """Whether ``node`` is a tensor of the batch: what is changed of it is seen by what reads it later."""
+        value = self.values.get(node)
+        return node.op == "placeholder" and isinstance(value, Ref) and self.draft.nodes[value.name].kind == "input"
 
     def _largest(self, args: tuple[Any, ...], value: Sequence[torch.Tensor]) -> list[Ref]:
         """The values and the indices of `topk`: an operator for the indices, and the values they pick."""

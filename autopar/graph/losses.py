@@ -25,6 +25,7 @@ from autopar.graph.exported import is_number
 from autopar.graph.ir import Node, OpGraph, Ref, map_refs
 from autopar.graph.naming import leaf_name, named
 from autopar.graph.size import BATCH, Size, divide
+from autopar.graph.sizes import FixedSequenceError
 
 ACCEPTED = (
     "autopar takes a cross-entropy over class indices (reduction mean or sum, ignore_index), or the mean or sum of a "
@@ -360,6 +361,10 @@ def _cross_entropy(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
         whole = flat_logits.args[0]
         if draft.shape(whole)[:-1] == draft.shape(flat_labels.args[0]):
             logits, labels = _uncast(draft, whole), flat_labels.args[0]
+    if draft.shape(logits)[:-1] != draft.shape(labels):
+        raise FixedSequenceError(
+            f"the loss compares scores of shape {draft.shape(logits)[:-1]} with targets of shape {draft.shape(labels)}"
+        )
     total = Ref(draft.emit("autopar.cross_entropy", logits, labels, ignore, shape=(), dtype="float32"))
     if smoothing := given.get("smoothing", 0.0):
         total = _smoothed(draft, total, logits, labels, ignore, smoothing)

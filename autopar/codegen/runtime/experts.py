@@ -185,7 +185,7 @@ def _by_masks(
     slots: Tensor,
     weights: Tensor,
     matrices: tuple[Tensor | None, ...],
-    act: tuple[Any, ...],
+    act: tuple[str, str, float, float],
     ep: DeviceMesh | None,
 ) -> Tensor:
     """The same, every expert on every token: for ranks simulated at once, which hold different numbers of rows."""
