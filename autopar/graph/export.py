@@ -61,11 +61,13 @@ class BatchSpec:
 @dataclass(frozen=True, slots=True)
 class Exported:
     """``fixed_in``: for each number that a symbolic size turned out to be, the place in the model that fixed it.
-    ``notes``: what the user should be told of how the model was traced."""
+    ``notes``: what the user should be told of how the model was traced. ``mixed``: whether torch would refuse, when it
+    runs, some product of tensors in float32 and in the dtype of the weights."""
 
     program: ExportedProgram
     fixed_in: dict[int, str]
     notes: tuple[str, ...] = ()
+    mixed: bool = False
 
 
 class LossOf(nn.Module):
@@ -269,8 +271,8 @@ def _export(
             stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
-    notes += (MIXED,) if dtypes.met else ()
-    return Exported(program, fixed_in, told + notes + checks_told(checks))
+    notes += (MIXED,) if dtypes.met and mixed else ()
+    return Exported(program, fixed_in, told + notes + checks_told(checks), dtypes.met and not mixed)
 
 
 @contextlib.contextmanager

@@ -31,8 +31,7 @@ _NORMS = {F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm}
 
 
 class MixedDtypes(TorchFunctionMode):
-    """Inside it, such a call is refused as torch does when it runs, or computed as under autocast, and ``met`` is
-    true."""
+    """``met``: whether there was such a call inside it; with ``cast`` it is computed as under autocast."""
 
     def __init__(self, cast: bool) -> None:
         super().__init__()
@@ -46,9 +45,8 @@ class MixedDtypes(TorchFunctionMode):
             leaves = pytree.tree_leaves(given)
             found = {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()}
             if found == {torch.float32, TRACE_DTYPE}:
-                if not self._cast:
-                    raise RuntimeError(f"{func.__name__} of tensors of dtype {' and '.join(sorted(map(str, found)))}")
                 self.met = True
                 wanted = TRACE_DTYPE if func in _PRODUCTS else torch.float32
-                given = pytree.tree_map_only(torch.Tensor, lambda x: x.to(wanted) if x.dtype in found else x, given)
+                if self._cast:
+                    given = pytree.tree_map_only(torch.Tensor, lambda x: x.to(wanted) if x.dtype in found else x, given)
         return func(*given[0], **given[1])

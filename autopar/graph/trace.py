@@ -171,17 +171,19 @@ def _traced(
     static_seq: bool,
 ) -> _Traced:
     narrow: frozenset[str] = frozenset()
+    mixed = False
     while True:
-        exported = export(model, spec, loss, fold, static_seq, narrow)
+        exported = export(model, spec, loss, fold, static_seq, narrow, mixed=mixed)
         sizes, metas = _sizes(exported, spec, static_seq)
         shortest, longest = sizes.lengths(exported.program.range_constraints)
         importer = Importer(sizes, names.canonical, names.trainable)
         draft = importer.program(exported.program, list(spec.shapes))
         # `model.to(bf16)` narrows buffers too. Those that the model widens by itself stay wide; the others may not
         # silently turn its activations into float32.
-        if not (promoting := promoting_buffers(draft) - narrow):
+        promoting = promoting_buffers(draft) - narrow
+        if not (promoting or exported.mixed):
             break
-        narrow |= promoting
+        narrow, mixed = narrow | promoting, mixed or not promoting
     changed = notes_of_state(importer.changed, draft)
     draft = unfold_buffers(draft, model, importer.constants)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
