@@ -58,13 +58,13 @@ def examples_of(model: nn.Module) -> Iterator[Example]:
             if any(set(inputs) >= names for names in given):
                 continue
             try:
-                outputs = _run(model, inputs)
+                example = _with_targets(model, inputs, _run(model, inputs), seq)
             except Exception as error:  # what a model says about a wrong shape is its own affair
                 if len(inputs) > most:
                     told, most = f"{type(error).__name__}: {(str(error).strip() or ' ').splitlines()[0]}", len(inputs)
                 continue
             given.append(set(inputs))
-            yield _with_targets(model, inputs, outputs, seq)
+            yield example
     if not given:
         takes = ", ".join(_parameters(model))
         raise NoInputsError(
@@ -186,7 +186,7 @@ def _own_targets(model: nn.Module, inputs: dict[str, Tensor], outputs: Any, seq:
     shape = logits.shape[1:] if isinstance(logits, Tensor) else ()
     tried: list[Tensor] = []
     if len(shape) == 2 and "input_ids" in inputs and len(inputs["input_ids"]) == shape[0]:
-        within = inputs["input_ids"] if shape[1] >= model.config.get_text_config().vocab_size else None
+        within = inputs["input_ids"] if shape[1] >= zoo_tensors.text_config(model.config).vocab_size else None
         tried.append(within.clone() if within is not None else torch.randint(shape[1], (shape[0],)))
     if len(shape) == 2 and "input_ids" not in inputs and shape[1] > 2:  # of a CTC loss: fewer than there are frames
         tried.append(torch.full((seq,), -100))

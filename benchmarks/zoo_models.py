@@ -467,6 +467,45 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "AutoModelForSeq2SeqLM",
     ),
+    "nllb_moe": (  # a capacity for each expert, kept from the first call, other when it is evaluated
+        "NllbMoeConfig",
+        {**_SEQ2SEQ, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 16},
+        "AutoModelForSeq2SeqLM",
+    ),
+    "big_bird": (  # other code for short sequences than for long ones, blocks chosen at random
+        "BigBirdConfig",
+        {**_TEXT, "num_hidden_layers": 2, "block_size": 4, "num_random_blocks": 1},
+        "AutoModelForMaskedLM",
+    ),
+    "perceiver": (  # as many scores as queries, whatever it reads
+        "PerceiverConfig",
+        {
+            "num_latents": 16,
+            "d_latents": 32,
+            "d_model": 16,
+            "num_blocks": 1,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 4,
+            "qk_channels": 32,
+            "v_channels": 32,
+            "vocab_size": 64,
+            "max_position_embeddings": 32,
+        },
+        "AutoModelForMaskedLM",
+    ),
+    "swin2sr": (  # pixels for channels
+        "Swin2SRConfig",
+        {
+            "image_size": 16,
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 4,
+            "upscale": 2,
+        },
+        "Swin2SRForImageSuperResolution",
+    ),
     "dinov3_vit": ("DINOv3ViTConfig", {**_VISION, "num_hidden_layers": 2}, None),  # positions scaled at random
     "vit_mae": (  # patches masked at random
         "ViTMAEConfig",

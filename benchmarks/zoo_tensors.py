@@ -22,7 +22,7 @@ PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_
 
 def tokens(config: Any, seq: int) -> Tensor:
     """Ids that are none of the config's special tokens; the last is the end of the sequence, where there is one."""
-    text = config.get_text_config()
+    text = text_config(config)
     special = {value for key, value in _every(config, text) if "token" in key and isinstance(value, int)}
     vocabulary = first(text, "vocab_size") or 2
     ids = [token for token in range(vocabulary) if token not in special] or [0]
@@ -31,6 +31,14 @@ def tokens(config: Any, seq: int) -> Tensor:
     if isinstance(end, int) and 0 <= end < vocabulary:
         chosen[-1] = end
     return chosen
+
+
+def text_config(config: Any) -> Any:
+    """The part of the config that speaks of text; where several do, of what is read."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(encoder=True)
 
 
 def _every(*configs: Any) -> Iterator[tuple[str, Any]]:

@@ -116,6 +116,28 @@ class Below(nn.Module):
         return result.view(x.shape[0], -1, self.width)
 
 
+class Apart(nn.Module):
+    """Gate, values and the way back each in a tensor of its own; the weights come before the choice."""
+
+    def __init__(self, experts: int = 4, width: int = 16, inner: int = 24) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(experts, inner, width))
+        self.w2 = nn.Parameter(torch.randn(experts, width, inner))
+        self.w3 = nn.Parameter(torch.randn(experts, inner, width))
+        self.bias = nn.Parameter(torch.randn(experts, inner))
+        self.last, self.other = nn.Parameter(torch.randn(experts, width)), nn.Parameter(torch.randn(experts, inner))
+
+    def forward(self, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(len(self.w1)):
+            rows, slot = torch.where(chosen == expert)
+            gate = F.silu(F.linear(x[rows], self.w1[expert], self.bias[expert]))
+            values = F.linear(x[rows], self.w3[expert], self.other[expert])
+            y = F.linear(gate * values, self.w2[expert], self.last[expert])
+            result.index_add_(0, rows, y * share[rows, slot, None])
+        return result
+
+
 class Beyond(Stacked):
     """Two experts more can be chosen than have matrices, and give back what they are given; one of the two weights is
     there for all the same."""
@@ -162,4 +184,5 @@ class StackedLayer(nn.Module):
         tokens = self.norm(x).reshape(-1, x.shape[-1])
         share, chosen = self.router(tokens).softmax(-1).topk(2)
         given = self.norm(x) if isinstance(self.experts, Below) else tokens
-        return x + self.experts(given, chosen, share).view_as(x)
+        choice = (share, chosen) if isinstance(self.experts, Apart) else (chosen, share)
+        return x + self.experts(given, *choice).view_as(x)

@@ -392,6 +392,12 @@ _CALLS |= {
     "aten.upsample_linear1d": [(_WAVE, (24,), False)],
     "aten.upsample_bilinear2d": [(_IMAGE, (12, 12), True)],
     "aten.upsample_bicubic2d": [(_IMAGE, (12, 12), True)],
+    "aten.upsample_nearest3d": [(_t(4, 8, 4, 4, 4), (8, 8, 8))],
+    "aten.upsample_trilinear3d": [(_t(4, 8, 4, 4, 4), (8, 8, 8), False)],
+    "aten._upsample_nearest_exact1d": [(_WAVE, (24,))],
+    "aten._upsample_nearest_exact2d": [(_IMAGE, (12, 12))],
+    "aten._upsample_bilinear2d_aa": [(_IMAGE, (4, 4), False)],
+    "aten._upsample_bicubic2d_aa": [(_IMAGE, (4, 4), False)],
     "aten.batch_norm": [(_IMAGE, _t(8), _t(8), 1e-5), (_WAVE, None, None, 1e-5), (_t(6, 8), _t(8), _t(8), 1e-5)],
     "aten.group_norm": [(_IMAGE, 4, _t(8), _t(8)), (_WAVE, 2)],
 }
@@ -417,9 +423,12 @@ _GQA = [
 
 def _mixture(gate: str, transposed: bool, biases: bool, **options: Any) -> Example:
     """4 experts of width 12, hidden states of 8."""
-    rows = 12 if gate == "none" else 24
+    rows = 12 if gate in ("none", "apart") else 24
     weights = (_t(4, 8, rows), _t(4, 12, 8)) if transposed else (_t(4, rows, 8), _t(4, 8, 12))
-    args = (_t(4, 8, 8), _index(4, 4, 8, 2), _t(4, 8, 2), *weights, *((_t(4, rows), _t(4, 8)) if biases else ()))
+    added = (_t(4, rows), _t(4, 8)) if biases else ()
+    if gate == "apart":
+        added = (*(added or (None, None)), weights[0], *added[:1])
+    args = (_t(4, 8, 8), _index(4, 4, 8, 2), _t(4, 8, 2), *weights, *added)
     return Example("autopar.experts", args, {"experts": 4, "gate": gate, "transposed": transposed, **options})
 
 
@@ -428,6 +437,8 @@ _MIXTURES = [
     _mixture("pairs", True, True, activation="clamped_swish", alpha=1.702, limit=0.5),
     _mixture("halves", False, False, activation="clamped_silu", limit=0.5),
     _mixture("none", False, True, activation="relu2"),
+    _mixture("apart", False, True, activation="gelu"),
+    _mixture("apart", True, False, activation="silu"),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import CONFIGS, Below, Beyond, Stacked, StackedModel, mixture
+from mixtures import CONFIGS, Apart, Below, Beyond, Stacked, StackedModel, mixture
 from torch import nn
 
 import autopar
@@ -39,25 +39,30 @@ FORMS: dict[str, dict[str, Any]] = {
     "none": {"gate": "none", "activation": "relu2"},
     "gelu": {"gate": "halves", "transposed": True, "activation": "gelu_tanh"},
     "clamped": {"gate": "halves", "activation": "clamped_silu", "limit": 0.5},
+    "apart": {"gate": "apart", "activation": "silu"},
+    "apart turned": {"gate": "apart", "transposed": True, "activation": "clamped_swish", "alpha": 1.7, "limit": 0.5},
 }
 
 
 def tensors(form: str, biases: bool, experts: int = 4, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """Hidden states [3, 5, 8], choice, weights, and the parameters of experts of width 6."""
     drawn = torch.Generator().manual_seed(0)
-    rows = 6 if FORMS[form]["gate"] == "none" else 12
+    apart = FORMS[form]["gate"] == "apart"
+    rows = 6 if apart or FORMS[form]["gate"] == "none" else 12
     shapes = (
         [(experts, 8, rows), (experts, 6, 8)]
         if FORMS[form].get("transposed")
         else [(experts, rows, 8), (experts, 8, 6)]
     )
     shapes += [(experts, rows), (experts, 8)] if biases else []
+    shapes += [shapes[0], *([(experts, rows)] if biases else [])] if apart else []
     index = torch.rand(3, 5, experts, generator=drawn).argsort(-1)[..., :2]
     index[index == 3] = 1  # nobody chooses the last expert, and some tokens one twice
     made = [
         torch.randn(shape, generator=drawn, dtype=dtype).requires_grad_() for shape in [(3, 5, 8), (3, 5, 2), *shapes]
     ]
-    return [made[0], index, *made[1:]]
+    given: list[Any] = [made[0], index, *made[1:]]
+    return given if biases or not apart else [*given[:5], None, None, *given[5:]]
 
 
 def by_hand(
@@ -66,13 +71,17 @@ def by_hand(
     """The definition, token by token."""
     options = dict(FORMS[form])
     transposed = options.pop("transposed", False)
-    up, down, *biases = parameters
+    up, down, *rest = parameters
+    biases, values = (rest[:2] if rest and rest[0] is not None else []), rest[2:]
     rows = []
     for x, chosen, share in zip(hidden.flatten(0, 1), index.flatten(0, 1), weights.flatten(0, 1), strict=True):
         total = torch.zeros_like(x)
         for expert, weight in zip(chosen, share, strict=True):
             first, second = (up[expert].T, down[expert].T) if transposed else (up[expert], down[expert])
             y = first @ x + (biases[0][expert] if biases else 0)
+            if values:
+                other = (values[0][expert].T if transposed else values[0][expert]) @ x
+                options["values"] = other + (values[1][expert] if biases else 0)
             y = second @ reference.activated(y, **options) + (biases[1][expert] if biases else 0)
             total = total + weight * y
         rows.append(total)
@@ -81,7 +90,7 @@ def by_hand(
 
 def outcome(result: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     probe = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=result.dtype)
-    return [result, *torch.autograd.grad(result, [x for x in inputs if x.requires_grad], probe)]
+    return [result, *torch.autograd.grad(result, [x for x in inputs if x is not None and x.requires_grad], probe)]
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -150,6 +159,29 @@ def test_experts_below_one_another_in_matrices_are_recognised_and_split() -> Non
     for fix in ({"tp": 2, "dp": 2}, {"cp": 4}):
         plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=fix, gap=0.5)
         assert autopar.verify(plan, model).worst[1] < 1e-12
+
+
+def test_gate_and_values_apart_are_recognised_split_inside_and_shared() -> None:
+    form = experts_form(Apart(), {})
+    assert form is not None
+    assert [held and held.names for held in form.parameters] == [
+        ("w1",), ("w2",), ("bias",), ("last",), ("w3",), ("other",)
+    ]  # fmt: skip
+    assert dict(form.options) == {"experts": 4, "gate": "apart", "transposed": False, "activation": "silu"}
+    torch.manual_seed(0)
+    model = StackedModel(made=Apart)
+    graph = trace(model)
+    plans: list[dict[str, Any]] = [{"tp": 4, "sp": True}, {"tp": 8}, {"ep": 4, "dp": 4}, {"ep": 2, "dp": 2, "tp": 2}]
+    for fix in plans:
+        ranks = fix.get("dp", 1) * fix.get("tp", 1)
+        plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse(f"1x{ranks}:h100"), fix=fix, gap=0.5)
+        assert autopar.verify(plan, model).worst[1] < 1e-12
+        typecheck(plan, graph, ranks)
+        if fix.get("tp") == 8:  # more than there are experts: what is split is the width inside them
+            text = module_source(plan, graph)
+            assert "w1=new.split(4, 24, 16, tp=1)" in text
+            assert "w2=new.split(4, 16, 24, tp=2)" in text
+            assert "w3=new.split(4, 24, 16, tp=1)" in text
 
 
 def test_experts_beyond_those_with_matrices_give_back_what_they_are_given() -> None:

@@ -78,7 +78,7 @@ def test_ranks_draw_numbers_of_their_own_where_they_hold_parts() -> None:
 class Shuffled(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         x = super().forward(ids)
-        return x * torch.randint_like(x, 5)
+        return x[torch.randperm(x.shape[0], device=x.device)]
 
 
 class Outer(nn.Module):
@@ -92,7 +92,7 @@ class Outer(nn.Module):
 
 
 def test_other_random_numbers_are_refused_with_their_place() -> None:
-    with pytest.raises(UnsupportedError, match=r"module 'inner' draws random numbers \(aten\.randint_like\)"):
+    with pytest.raises(UnsupportedError, match=r"module 'inner' draws random numbers \(aten\.randperm\)"):
         trace(Outer(), SAMPLE, square)
 
 
@@ -138,3 +138,29 @@ def test_what_is_compared_with_dropout_off_is_the_training_step() -> None:
     cluster = autopar.Cluster.parse("1x2:h100")
     plan = autopar.search(model, autopar.Job(4, SEQ), cluster, inputs=SAMPLE, loss=square, fix={"dp": 2})
     assert verify(plan, model, SAMPLE, loss=square).worst[1] < 1e-10
+
+
+class Stepped(nn.Module):
+    """A step for each sample, by whole numbers in each spelling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.steps = nn.Embedding(32, WIDTH), nn.Embedding(9, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        step = torch.randint(9, (len(ids), 1), device=ids.device)
+        other = torch.randint(2, 9, size=(len(ids), 1), device=ids.device)
+        like = torch.randint_like(ids, 1, 4)
+        return self.embed(ids) + self.steps(step) + self.steps(other) * like.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("fix", [{"dp": 4}, {"cp": 2, "dp": 2}])
+def test_whole_numbers_are_parts_of_uniform_ones(fix: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = Stepped()
+    graph = trace(model, SAMPLE, square)
+    ops = {node.op for kind in graph.kinds.values() for node in kind.graph.of("op")}
+    assert {"autopar.drawn", "aten.floor"} <= ops
+    assert not {"aten.randint", "aten.randint_like"} & ops
+    plan = autopar.search(model, autopar.Job(8, SEQ), CLUSTER, inputs=SAMPLE, loss=square, fix=fix)
+    assert verify(plan, model, SAMPLE, loss=square, graph=graph).worst[1] < 1e-10

@@ -32,7 +32,7 @@ UNKNOWN = {
     "autopar.state_space_scan": "the same",
     "autopar.gated_delta_rule": "it takes a batched product for linear in both of its operands, whatever they hold",
     **dict.fromkeys(
-        (f"aten.upsample_{kind}" for kind in ("bicubic2d", "bilinear2d", "linear1d", "nearest1d", "nearest2d")),
+        (op for op in RULES if op.removeprefix("aten.").removeprefix("_").startswith("upsample_")),
         "users call F.interpolate, which is not called with these arguments",
     ),
     "aten.index_add": "it takes it for no linear operator, which it is in what is added and in what that is added to",

@@ -137,7 +137,7 @@ def _tied(groups: tuple[tuple[str, ...], ...]) -> list[str]:
     if not groups:
         return ["TIED = ()"]
     names = [[f'"{name}"' for name in group] for group in groups]
-    texts = [f"({', '.join(group)})" for group in names]
+    texts = [f"({', '.join(group)}{',' if len(group) == 1 else ''})" for group in names]
     line = f"TIED = ({', '.join(texts)}{',' if len(texts) == 1 else ''})"
     lines = [line]
     if len(line) > 88:

@@ -239,12 +239,14 @@ class StageWriter:
         names = self._names(block)
         body = block_body(block, self.model, self.setting, arguments, self._axes, names)
         # A tied weight is stored as the first block of the stage that has it wants it.
+        ours = self._parameters(block)
+        stored: dict[str, Layout] = {}
         for other in self.placed:
             if other.stage == block.stage and other.index < block.index and not other.path:
-                theirs, ours = self._parameters(other), self._parameters(block)
-                for full in theirs.keys() & ours.keys():
-                    if theirs[full][0] != ours[full][0]:
-                        body.stored[_node_of(kind.graph, names, full)] = theirs[full][0]
+                stored = {full: layout for full, (layout, _) in self._parameters(other).items()} | stored
+        for full in stored.keys() & ours.keys():
+            if stored[full] != ours[full][0]:
+                body.stored[_node_of(kind.graph, names, full)] = stored[full]
         lines = signature(block.callee, list(arguments.values()), [], len(kind.graph.outputs), 1)
         return [*lines, *body.program().lines(2)]
 

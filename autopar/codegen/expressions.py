@@ -155,11 +155,12 @@ def _experts(site: Site) -> Expr:
     usual = {"gate": "halves", "transposed": False, "activation": "silu"}
     usual |= {key: site.kwargs[key] for key in ("experts", "ep") if key in site.kwargs}
     pairs = [(key, literal(value)) for key, value in site.kwargs.items() if usual.get(key) != value]
-    tensors: list[Argument] = []
-    for place, value in enumerate(site.args):
+    tensors: list[Argument] = [argument(value, site.sizes) for value in site.args[:5]]
+    names = ("up_bias", "down_bias", "values", "values_bias")
+    for place, (name, value) in enumerate(zip(names, site.args[5:], strict=False)):
         if value is not None:
             written = argument(value, site.sizes)
-            tensors.append(("down_bias", written) if place == 6 and site.args[5] is None else written)
+            tensors.append((name, written) if None in site.args[5 : 5 + place] else written)
     return Call("experts", (*tensors, *pairs))
 
 

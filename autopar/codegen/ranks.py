@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -40,11 +41,13 @@ def _fake_group(ranks: int) -> Iterator[None]:
             "proofs in one process set up their own process group, but this process already has one: "
             "run them without torchrun, before torch.distributed is initialised"
         )
+    hook = sys.excepthook  # torch puts its own before it, which it never takes away
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def _mesh(axes: Mapping[str, int]) -> DeviceMesh:

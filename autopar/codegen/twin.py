@@ -72,7 +72,7 @@ def _short_batch(plan: Plan, graph: ModelGraph, whole: bool) -> Plan:
     step = 8 * plan.mesh.cp * plan.mesh.tp
     few = min(plan.micro_batch, 2)
     lengths = [job.seq_len] if whole else range(step, 4 * step + 1, step)
-    sizes = [(few, seq) for seq in lengths if seq <= job.seq_len]
+    sizes = [(few, seq) for seq in lengths if graph.min_seq <= seq <= job.seq_len]
     for batch, seq in (*sizes, (plan.micro_batch, job.seq_len)):
         micro_batches = min(plan.micro_batches, 2)
         short = replace(

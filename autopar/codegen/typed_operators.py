@@ -171,18 +171,20 @@ def _experts_types(tensors: tuple[Tensor | None, ...], transposed: bool, own: tu
     """``own``: the axes over which the experts are split."""
     from spmd_types import I, P, R, S
 
-    hidden, index, weights, up, down, up_bias, down_bias = (types_of(x) if x is not None else {} for x in tensors)
+    hidden, index, weights, up, down, *rest = (types_of(x) if x is not None else {} for x in tensors)
+    up_bias, down_bias, values, values_bias = rest
     rows, inner, result = (S(2), S(1), {}) if transposed else (S(1), S(2), {})
     for axis, kind in hidden.items():
         matrices = up.get(axis, R), down.get(axis, R)
         chosen = index.get(axis, R), weights.get(axis, R)
+        apart = values.get(axis, matrices[0]) == matrices[0]
         if axis in own:
             allowed = kind is R and chosen[1] is R and matrices == (S(0), S(0))
-            allowed &= up_bias.get(axis, S(0)) == S(0) == down_bias.get(axis, S(0))
+            allowed &= all(bias.get(axis, S(0)) == S(0) for bias in (up_bias, down_bias, values_bias))
             result[axis] = P
         elif is_split(matrices[0]):
             allowed = kind is R and chosen[1] is R and matrices == (rows, inner)
-            allowed &= up_bias.get(axis, S(1)) == S(1) and down_bias.get(axis, P) is P
+            allowed &= up_bias.get(axis, S(1)) == S(1) == values_bias.get(axis, S(1)) and down_bias.get(axis, P) is P
             result[axis] = P
         elif is_split(kind):
             allowed = kind.dim < tensors[0].ndim - 1 and chosen == (kind, kind) and matrices == (R, R)  # type: ignore[union-attr]
@@ -190,7 +192,7 @@ def _experts_types(tensors: tuple[Tensor | None, ...], transposed: bool, own: tu
         else:
             allowed = kind in (R, I) and chosen[1] is kind and matrices == (kind, kind)
             result[axis] = kind
-        if not allowed:
+        if not (allowed and apart):
             _fail(f"experts of {kind}, chosen {chosen[0]} with weights {chosen[1]}, by {matrices[0]} and {matrices[1]}")
     return result
 
@@ -203,12 +205,14 @@ def _experts(
     down: Tensor,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    values: Tensor | None = None,
+    values_bias: Tensor | None = None,
     *,
     transposed: bool = False,
     axis: Axes | None = None,
     **options: Any,
 ) -> Tensor:
-    tensors = (hidden, index, weights, up, down, up_bias, down_bias)
+    tensors = (hidden, index, weights, up, down, up_bias, down_bias, values, values_bias)
     types = _experts_types(tensors, transposed, () if axis is None else _axes(axis))
     return stated(_Mixed.apply, types, *tensors)
 

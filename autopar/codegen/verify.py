@@ -30,7 +30,7 @@ from autopar.codegen.tokens import looked_for, lookups, loss_targets, target_cla
 from autopar.codegen.twin import Twin, small_twin, wide_copy
 from autopar.errors import VerificationError
 from autopar.graph.batch_norms import by_batch
-from autopar.graph.export import LossOf
+from autopar.graph.export import LossOf, default_dtype
 from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
@@ -166,23 +166,21 @@ def _compare(
 ) -> VerifyReport:
     plan, graph = twin.plan, twin.graph
     samples = plan.mesh.dp * plan.micro_batch * plan.micro_batches
-    reference = wide_copy(twin.model, graph, dtype, seed)
     dropout = _drops(graph)
     # Random masks cannot be compared: dropout is off on both sides. A model that draws for more trains on both.
-    reference.train(not dropout or _draws(graph))
-    by_batch(reference)
-    every_stretch(reference)
+    reference = _reference(twin.model, graph, dtype, seed, training=not dropout or _draws(graph))
     batch = random_batch(graph, inputs, samples, plan.job.seq_len, dtype, seed)
     weights = {name: weight.detach() for name, weight in reference.named_parameters()}
     shares = _micro_batches(source, plan, graph, batch)
     with SameNumbers() if _draws(graph) else nullcontext():
         expected_loss, expected = _single_device(reference, graph, loss, shares)
-        found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
+        with default_dtype(dtype):  # as for the model: of powers and quotients of whole numbers
+            found_loss, found = run_emitted(source, plan, graph, weights, batch, dtype)
     difference, errors = _differences(found_loss, found, expected_loss, expected)
     if dropout and not reference.training and max(difference, *errors.values()) > TOLERANCE[dtype]:
-        # Some scale by what dropout would have kept when they are evaluated: train them, with nothing dropped.
-        reference.train()
-        reference.zero_grad()
+        # Some compute something else when they are evaluated (scale by what dropout would have kept, choose more
+        # experts): train them, with nothing dropped.
+        reference = _reference(twin.model, graph, dtype, seed, training=True)
         with SameNumbers():
             expected_loss, expected = _single_device(reference, graph, loss, shares)
         difference, errors = _differences(found_loss, found, expected_loss, expected)
@@ -206,6 +204,14 @@ def _compare(
             f"gradient of {name} by {error:.1e} (the most of {len(errors)}); allowed {report.tolerance:.0e}"
         )
     return report
+
+
+def _reference(model: nn.Module, graph: ModelGraph, dtype: torch.dtype, seed: int, training: bool) -> nn.Module:
+    """The user's model on one device: a copy that nothing was run on."""
+    reference = wide_copy(model, graph, dtype, seed).train(training)
+    by_batch(reference)
+    every_stretch(reference)
+    return reference
 
 
 def _differences(
@@ -258,13 +264,19 @@ def random_batch(
 
 def _drawn_from(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """[samples, ...] of what ``example`` of one sample holds: a mask as it is, since how many it marks may matter; of
-    integers whole rows (the corners of a box belong together); else single values."""
+    integers whole rows (the corners of a box belong together); else single values. Of a mask that marks some positions
+    the first stays as it is, since a causal sequence needs something to attend to, and some stay marked, since models
+    may run other code where none are."""
     if example.dtype == torch.bool and example.shape == shape[1:]:
         return example.expand(shape).clone()
     if not example.is_floating_point() and example.ndim > 1 and example.shape[1:] == shape[2:]:
         return example[torch.randint(0, len(example), shape[:2], generator=generator)]
     values = example.flatten()
-    return values[torch.randint(0, values.numel(), shape, generator=generator)]
+    picked = values[torch.randint(0, values.numel(), shape, generator=generator)]
+    if example.ndim == 1 and len(kinds := torch.unique(values)) == 2:
+        picked[:, 0] = values[0]
+        picked[0, -1] = kinds[kinds != values[0]]
+    return picked
 
 
 def _place(special: set[int], ids: Tensor, example: Tensor) -> None:
@@ -302,7 +314,7 @@ def _single_device(
     total = 0.0
     for share, part in shares:
         with keep_wide(dtype), every_layer(), whole_numbers_counted(), _eager():
-            value = runner(dict(part)) * share
+            value = runner({key: given.clone() for key, given in part.items()}) * share  # it may change them in place
         value.backward()
         total += float(value.detach())
     return total, {

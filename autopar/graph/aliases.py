@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,9 @@ class Change:
     views: tuple[torch.fx.Node, ...]
 
 
-def change_of(node: torch.fx.Node) -> Change | None:
-    """What in-place operator ``node`` changes; None if that is not only a tensor that the graph itself made, or views
-    of it that may be copies."""
+def change_of(node: torch.fx.Node, given: Callable[[torch.fx.Node], bool]) -> Change | None:
+    """What in-place operator ``node`` changes; None if that is not only a tensor that the graph itself made or was
+    ``given`` with a batch, or views of it that may be copies."""
     target, changed = node.target, node.args[0]
     assert isinstance(target, torch._ops.OpOverload)
     first, *others = target._schema.arguments
@@ -40,7 +40,8 @@ def change_of(node: torch.fx.Node) -> Change | None:
     way = [changed]
     while (source := _viewed(way[0])) is not None:
         way.insert(0, source)
-    if way[0].op != "call_function" or not (isinstance(way[0].target, torch._ops.OpOverload) or _new_item(way[0])):
+    made = isinstance(way[0].target, torch._ops.OpOverload) or _new_item(way[0])
+    if not (made if way[0].op == "call_function" else given(way[0])):
         return None
     places = {other: place for place, other in enumerate(node.graph.nodes)}
     family = dict.fromkeys(way[:1])

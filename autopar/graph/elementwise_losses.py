@@ -14,7 +14,8 @@ from autopar.graph.ir import Ref
 NONE, MEAN, SUM = range(3)  # at::Reduction
 
 
-def _reduced(draft: Draft, terms: Ref, reduction: int) -> Ref:
+def reduced(draft: Draft, terms: Ref, reduction: int) -> Ref:
+    """The terms, or their mean or sum."""
     if reduction == NONE:
         return terms
     return Ref(draft.emit("aten.mean" if reduction == MEAN else "aten.sum", terms, shape=()))
@@ -23,12 +24,12 @@ def _reduced(draft: Draft, terms: Ref, reduction: int) -> Ref:
 def mse_loss(draft: Draft, x: Ref, y: Ref, reduction: int = MEAN) -> Ref:
     difference = Ref(draft.emit("aten.sub", x, y, shape=draft.broadcast(x, y)))
     shape = draft.shape(difference)
-    return _reduced(draft, Ref(draft.emit("aten.mul", difference, difference, shape=shape)), reduction)
+    return reduced(draft, Ref(draft.emit("aten.mul", difference, difference, shape=shape)), reduction)
 
 
 def l1_loss(draft: Draft, x: Ref, y: Ref, reduction: int = MEAN) -> Ref:
     difference = Ref(draft.emit("aten.sub", x, y, shape=draft.broadcast(x, y)))
-    return _reduced(draft, Ref(draft.emit("aten.abs", difference, shape=draft.shape(difference))), reduction)
+    return reduced(draft, Ref(draft.emit("aten.abs", difference, shape=draft.shape(difference))), reduction)
 
 
 def _own_elements(name: str, tensors: int = 0) -> Callable[..., Ref]:
@@ -39,7 +40,7 @@ def _own_elements(name: str, tensors: int = 0) -> Callable[..., Ref]:
         reduction = rest[tensors] if len(rest) > tensors else MEAN
         given = (*rest[:tensors], *(None,) * (tensors - len(rest)), NONE, *rest[tensors + 1 :])
         shape = draft.broadcast(x, y)
-        return _reduced(draft, Ref(draft.emit(f"aten.{name}", x, y, *given, shape=shape, options=options)), reduction)
+        return reduced(draft, Ref(draft.emit(f"aten.{name}", x, y, *given, shape=shape, options=options)), reduction)
 
     return loss
 

@@ -1,12 +1,13 @@
 """The experts of a mixture, as one operator: what `autopar.experts` computes.
 
-    autopar.experts(hidden [..., d], index [..., k], weights [..., k], up, down, up_bias?, down_bias?)  -> [..., d]
+    autopar.experts(hidden [..., d], index [..., k], weights [..., k], up, down, up_bias?, down_bias?, values?,
+                    values_bias?)  -> [..., d]
 
 For each token, the sum over its k chosen experts e (``index``) of ``weight * (down_e @ act(up_e @ x + b) + c)``.
 Weights of all experts are stacked: ``up`` [e, n, d] and ``down`` [e, d, f], or with ``transposed`` [e, d, n] and
 [e, f, d]; biases [e, n] and [e, d]. ``gate`` says how the n rows of ``up`` hold the gate and the values: "none"
-(n = f), "halves" (n = 2 f, the gate first) or "pairs" (n = 2 f, gate and value in turn). ``activation`` is one of
-`ACTIVATIONS`;
+(n = f), "halves" (n = 2 f, the gate first), "pairs" (n = 2 f, gate and value in turn) or "apart" (n = f, the gate; the
+values are ``values`` of the same shape). ``activation`` is one of `ACTIVATIONS`;
 "clamped_swish" (the experts of gpt-oss, arXiv 2508.10925) has ``alpha`` and ``limit``, "clamped_silu" (the same
 without ``alpha``, and without one added to the values) ``limit``. Indices outside of the experts
 count nothing.
@@ -28,12 +29,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from autopar.graph.dispatch import fullest_rows, sent_rows
 
 GATES = ("halves", "pairs", "none")
+"""What one tensor of three dims holds; "apart" takes two."""
 
 _library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "experts(Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, "
-    "Tensor? down_bias=None, *, int experts, str gate, bool transposed, str activation, float alpha=1.0, "
-    "float limit=0.0) -> Tensor"
+    "Tensor? down_bias=None, Tensor? values=None, Tensor? values_bias=None, *, int experts, str gate, "
+    "bool transposed, str activation, float alpha=1.0, float limit=0.0) -> Tensor"
 )
 _library.impl(  # type: ignore[no-untyped-call]
     "experts", lambda hidden, *rest, **options: torch.empty_like(hidden), "CompositeExplicitAutograd"
@@ -55,11 +57,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """What acts on the gate (or, without one, on the values)."""
 
 
-def activated(rows: Tensor, gate: str, activation: str, alpha: float = 1.0, limit: float = 0.0) -> Tensor:
-    """What goes into ``down``, from what comes out of ``up``."""
+def activated(
+    rows: Tensor,
+    gate: str,
+    activation: str,
+    alpha: float = 1.0,
+    limit: float = 0.0,
+    values: Tensor | None = None,
+) -> Tensor:
+    """What goes into ``down``, from what comes out of ``up`` (and of ``values``, where these are apart)."""
     if gate == "none":
         return ACTIVATIONS[activation](rows)
-    first, second = rows.chunk(2, -1) if gate == "halves" else (rows[..., ::2], rows[..., 1::2])
+    if values is not None:
+        first, second = rows, values
+    else:
+        first, second = rows.chunk(2, -1) if gate == "halves" else (rows[..., ::2], rows[..., 1::2])
     if activation == "clamped_silu":
         return F.silu(first.clamp(max=limit)) * second.clamp(min=-limit, max=limit)
     if activation == "clamped_swish":
@@ -75,6 +87,8 @@ def experts(
     down: Tensor,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    values: Tensor | None = None,
+    values_bias: Tensor | None = None,
     *,
     experts: int,
     gate: str,
@@ -107,15 +121,18 @@ def experts(
     if ep > 1:
         given, weight = _Sent.apply(given, rows), _Sent.apply(weight, rows)  # type: ignore[no-untyped-call]
         expert = slots.new_empty(rows)
-    rows_up = _grouped(given, up, *groups)
-    if up_bias is not None:
-        rows_up = rows_up + up_bias[expert]
-    rows_down = _grouped(activated(rows_up, gate, activation, alpha, limit) * weight, down, *groups)
+    rows_up = _biased(_grouped(given, up, *groups), up_bias, expert)
+    rows_values = None if values is None else _biased(_grouped(given, values, *groups), values_bias, expert)
+    rows_down = _grouped(activated(rows_up, gate, activation, alpha, limit, rows_values) * weight, down, *groups)
     if down_bias is not None:
         rows_down = rows_down + down_bias[expert] * weight
     if ep > 1:
         rows_down = _Sent.apply(rows_down, order.numel())  # type: ignore[no-untyped-call]
     return torch.zeros_like(tokens).index_add(0, token, rows_down.to(tokens.dtype)).view_as(hidden)
+
+
+def _biased(rows: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
+    return rows if bias is None else rows + bias[expert]
 
 
 def _unknown(x: Tensor) -> bool:

@@ -33,6 +33,8 @@ from autopar.graph.fold import CannotFoldError, Fold
 from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.last_rows import last_row
 from autopar.graph.leaves import stopping
+from autopar.graph.mixed_dtypes import NOTE as MIXED
+from autopar.graph.mixed_dtypes import MixedDtypes
 from autopar.graph.picked_losses import picked_loss
 from autopar.graph.picks import Picks
 from autopar.graph.quotients import quotients_whole
@@ -59,11 +61,13 @@ class BatchSpec:
 @dataclass(frozen=True, slots=True)
 class Exported:
     """``fixed_in``: for each number that a symbolic size turned out to be, the place in the model that fixed it.
-    ``notes``: what the user should be told of how the model was traced."""
+    ``notes``: what the user should be told of how the model was traced. ``mixed``: whether torch would refuse, when it
+    runs, some product of tensors in float32 and in the dtype of the weights."""
 
     program: ExportedProgram
     fixed_in: dict[int, str]
     notes: tuple[str, ...] = ()
+    mixed: bool = False
 
 
 class LossOf(nn.Module):
@@ -185,27 +189,32 @@ def export(
     static_seq: bool,
     narrow: frozenset[str] = frozenset(),
     made: torch.dtype | None = None,
+    mixed: bool = False,
 ) -> Exported:
     """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``. ``made``: the
-    dtype of what forward makes without saying which (by default as the caller has it).
+    dtype of what forward makes without saying which (by default as the caller has it); ``mixed``: whether what is
+    float32 by itself may meet weights of another dtype (`autopar.graph.mixed_dtypes`).
 
     Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
     with torch's reason when the model cannot be traced.
     """
     try:
-        return _export(model, batch, loss, fold, static_seq, narrow, made)
+        return _export(model, batch, loss, fold, static_seq, narrow, made, mixed)
     except (AutoparError, CannotFoldError):
         raise
     except Exception as error:
-        if fold is not None:
-            raise CannotFoldError(str(error)) from error
         every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-        # A float32 buffer (or constant) may have met half-precision activations where torch does not promote.
+        # A float32 buffer, or constant, or what is cast to float32 may have met half-precision activations where torch
+        # does not promote.
         if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")):
             if every - narrow:
                 return export(model, batch, loss, fold, static_seq, every, made)
             if made is None:
                 return export(model, batch, loss, fold, static_seq, narrow, TRACE_DTYPE)
+            if not mixed:
+                return export(model, batch, loss, fold, static_seq, narrow, made, True)
+        if fold is not None:
+            raise CannotFoldError(str(error)) from error
         raise UnsupportedError(_reason(model, error, batch)) from error
 
 
@@ -217,6 +226,7 @@ def _export(
     static_seq: bool,
     narrow: frozenset[str],
     made: torch.dtype | None,
+    mixed: bool,
 ) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
@@ -245,13 +255,14 @@ def _export(
         quotients_whole(copied),
         computed_once(),
         torch.compiler.set_stance("force_eager"),
-        _default_dtype(made),
+        default_dtype(made),
     )
     with (
         contextlib.ExitStack() as stack,
         watched(copied) as fixed_in,
         every_layer() as skipping,
         checks_passed() as checks,
+        MixedDtypes(cast=mixed) as dtypes,
     ):
         for context in taken:
             stack.enter_context(context)
@@ -260,11 +271,13 @@ def _export(
             stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
         program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
-    return Exported(program, fixed_in, told + notes + checks_told(checks))
+    notes += (MIXED,) if dtypes.met and mixed else ()
+    return Exported(program, fixed_in, told + notes + checks_told(checks), dtypes.met and not mixed)
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """What is made without saying of which dtype is of this one; None: as it is outside."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:

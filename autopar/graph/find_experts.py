@@ -1,9 +1,9 @@
 """Modules that are the experts of a mixture, recognised by what they compute and replaced by one operator.
 
 Such a module cannot be traced as it is written: which tokens an expert sees depends on the data. `experts_form` looks
-at a module that holds its experts' weights stacked (two tensors of three dims, with or without biases; or two or three
-matrices in which the experts lie below one another) and takes hidden
-states, the chosen experts' indices and their weights. A small copy of it (other sizes, the same code) is run on random
+at a module that holds its experts' weights stacked (two or three tensors of three dims, with or without biases; or two
+or three matrices in which the experts lie below one another) and takes hidden states, the chosen experts' indices and
+their weights, the last two in either order. A small copy of it (other sizes, the same code) is run on random
 numbers; if, in one reading of its weights, `autopar.experts` computes the same output and gradients, it is that
 operator.
 """
@@ -146,25 +146,25 @@ def _find(module: nn.Module, readings: Sequence[_Reading]) -> Form | None:
         index = torch.rand(TOKENS, total, generator=drawn).argsort(-1)[:, :CHOSEN]
         weights = torch.rand(TOKENS, CHOSEN, generator=drawn).requires_grad_()
         inputs = [hidden, weights, *small.parameters()]
-        wanted = _outcome(inputs, partial(_called, small, hidden, index, weights))
-        if wanted is None:
-            continue
-        for activation in _activations(module, reading.gate):
+        orders = (index, weights), (weights, index)
+        outcomes = [_outcome(inputs, partial(_called, small, hidden, *order)) for order in orders]
+        given = [outcome for outcome in outcomes if outcome is not None]
+        for activation in _activations(module, reading.gate) if given else ():
             options = {"experts": count, "gate": reading.gate, "transposed": reading.transposed, **activation}
             form = Form(places, options, total > count)
             found = _outcome(inputs, partial(form.run, small, hidden, index, weights, experts))
-            if found is not None and all(_close(a, b) for a, b in zip(found, wanted, strict=True)):
+            if found is not None and any(all(map(_close, found, wanted)) for wanted in given):
                 return replace(form, parameters=reading.parameters, options={**options, "experts": reading.experts})
     return None
 
 
-def _called(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What ``module`` makes of tokens [t, d], which some take as [b, s, d]."""
+def _called(module: nn.Module, hidden: torch.Tensor, *chosen: torch.Tensor) -> torch.Tensor:
+    """What ``module`` makes of tokens [t, d], which some take as [b, s, d]; ``chosen``: indices and weights."""
     with suppress(Exception):  # the code of a module that is something else may fail in any way
-        result: torch.Tensor = module(hidden, index, weights)
+        result: torch.Tensor = module(hidden, *chosen)
         if result.shape == hidden.shape:
             return result
-    result = module(hidden.view(2, -1, hidden.shape[-1]), index, weights)
+    result = module(hidden.view(2, -1, hidden.shape[-1]), *chosen)
     return result.flatten(0, 1)
 
 
@@ -172,9 +172,12 @@ def _readings(module: nn.Module) -> Iterator[_Reading]:
     """What fits the shapes of the module's parameters."""
     own = dict(module.named_parameters())
     dims = [tensor.ndim for tensor in own.values()]
-    if dims.count(3) == 2 and not set(dims) - {2, 3} and not any("." in name for name in own):
-        if len({tensor.shape[0] for tensor in own.values()}) == 1 or len(own) == 2:
+    if dims.count(3) in (2, 3) and not set(dims) - {2, 3} and not any("." in name for name in own):
+        one_count = len({tensor.shape[0] for tensor in own.values()}) == 1
+        if dims.count(3) == 2 and (one_count or len(own) == 2):
             yield from _stacked(own)
+        elif one_count:
+            yield from _apart(own)
     elif dims in ([2, 2], [2, 2, 2]) and len({tensor.shape for tensor in own.values()}) == 1:
         yield from _below(module, own)
 
@@ -202,6 +205,26 @@ def _stacked(own: Mapping[str, nn.Parameter]) -> Iterator[_Reading]:
             sizes = _small_sizes(count, rows, inner, width)
             sizes.setdefault(total, sizes[count] + 2)
             yield _Reading(places, count, sizes, transposed, gate, total)
+
+
+def _apart(own: Mapping[str, nn.Parameter]) -> Iterator[_Reading]:
+    """Three weights of three dims, gate and values apart, and their biases."""
+    stacked = [name for name, tensor in own.items() if tensor.ndim == 3]
+    flat = [name for name, tensor in own.items() if tensor.ndim == 2]
+    for (gate, values, down), transposed in itertools.product(itertools.permutations(stacked), (False, True)):
+        count, *rest = own[gate].shape
+        rows, width = reversed(rest) if transposed else rest
+        shape = torch.Size((count, rows, width) if transposed else (count, width, rows))
+        if own[values].shape != own[gate].shape or own[down].shape != shape:
+            continue
+        widths = torch.Size((count, rows)), torch.Size((count, width)), torch.Size((count, rows))
+        for biases in itertools.permutations(flat) if flat else [()]:
+            if flat and tuple(own[name].shape for name in biases) != widths:
+                continue
+            held = [Held((name,)) for name in biases]
+            up_bias, down_bias, values_bias = held if flat else (None, None, None)
+            places = (Held((gate,)), Held((down,)), up_bias, down_bias, Held((values,)), values_bias)
+            yield _Reading(places, count, _small_sizes(count, rows, rows, width), transposed, "apart", count)
 
 
 def _below(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Iterator[_Reading]:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from autopar.errors import UnsupportedError
+from autopar.graph.cross_entropies import CROSS_ENTROPIES
+from autopar.graph.distances import DISTANCES
 from autopar.graph.draft import Draft
 from autopar.graph.elementwise_losses import ELEMENTWISE_LOSSES
 from autopar.graph.ir import Ref
+from autopar.graph.pixels import PIXELS
 from autopar.graph.recurrent_cells import CELLS
 from autopar.graph.size import divide
 from autopar.graph.windows import im2col, unfold
@@ -59,6 +62,17 @@ def norm(draft: Draft, x: Ref, order: float | None = None, dims: Any = None, kee
     return Ref(draft.emit("aten.linalg_vector_norm", x, *given, shape=left, dtype=draft.meta(x).dtype))
 
 
+def prelu(draft: Draft, x: Ref, weight: Ref) -> Ref:
+    """x [b, c, ...], weight [c] or [1]: x where it is positive, else weight x."""
+    shape = draft.shape(x)
+    if draft.shape(weight) != (1,):
+        for _ in shape[2:]:
+            weight = draft.unsqueeze(weight, len(draft.shape(weight)))
+    positive = Ref(draft.emit("aten.gt", x, 0, shape=shape, dtype="bool"))
+    scaled = Ref(draft.emit("aten.mul", x, weight, shape=shape))
+    return Ref(draft.emit("aten.where", positive, x, scaled, shape=shape, dtype=draft.meta(x).dtype))
+
+
 def put(draft: Draft, x: Ref, index: Sequence[Ref | None], values: Ref, accumulate: bool = False) -> Ref:
     """``x[mask] = values``: one number, or rows in order. Other indices are left as they are."""
     shape, dtype = draft.shape(x), draft.meta(x).dtype
@@ -80,8 +94,12 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "im2col": im2col,
     "index_put": put,
     "linalg_norm": norm,
+    "prelu": prelu,
     "tile": tile,
     "unfold": unfold,
+    **CROSS_ENTROPIES,
+    **DISTANCES,
     **ELEMENTWISE_LOSSES,
+    **PIXELS,
     **CELLS,
 }

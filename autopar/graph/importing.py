@@ -32,7 +32,7 @@ from autopar.graph.exported import (
 from autopar.graph.formulas import FORMULAS
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
 from autopar.graph.leaves import arguments_of
-from autopar.graph.other_names import CASTS, LIKE, LISTS, NEW, OF_TWO, RENAMED, SAME, SHAPED_AS
+from autopar.graph.other_names import CASTS, LIKE, LISTS, NEW, OF_TWO, PROMOTING, RENAMED, SAME, SHAPED_AS
 from autopar.graph.own_state import state_of, write_state
 from autopar.graph.size import Size
 from autopar.graph.sizes import SizeOfValuesError, Sizes
@@ -167,12 +167,12 @@ class Importer:
         name = op.removeprefix("aten.")
         change = None
         if target._schema.is_mutable:
-            change = change_of(node)
+            change = change_of(node, self._given)
             state = state_of(node, self) if change is None else None
             if change is None and state is None:
                 raise UnsupportedError(
-                    f"{self._place()} changes in place ({op}) a parameter, a buffer, an input, or one of several "
-                    "tensors split from another; write it out of place, or do it outside of forward"
+                    f"{self._place()} changes in place ({op}) a parameter, a buffer, or one of several tensors "
+                    "split from another; write it out of place, or do it outside of forward"
                 )
             name = name.removesuffix("_")
         args, kwargs = self._arguments(node, target)
@@ -222,11 +222,20 @@ class Importer:
             name = OF_TWO.get(f"{name}.{target._overloadname}", RENAMED.get(name, name))
             shape, dtype = self.sizes.shape(value), dtype_name(value.dtype)
             op = f"aten.{name}" if op.startswith("aten.") else op
-            self.values[node] = Ref(self.draft.emit(op, *args, shape=shape, dtype=dtype, options=kwargs))
+            # Changed in place, a tensor keeps its dtype; the operator by itself may give a wider one.
+            wide = [self.draft.meta(arg).dtype for arg in args if isinstance(arg, Ref)] if change else []
+            own = "float32" if name in PROMOTING and dtype == COMPUTE and "float32" in wide else dtype
+            result = Ref(self.draft.emit(op, *args, shape=shape, dtype=own, options=kwargs))
+            self.values[node] = self.draft.cast(result, dtype)
         if change is not None:
             self._write(node, change)
         elif target._schema.is_mutable and state is not None:
             write_state(node, state, self)
+
+    def _given(self, node: torch.fx.Node) -> bool:
+        """Whether ``node`` is a tensor of the batch: what is changed of it is seen by what reads it later."""
+        value = self.values.get(node)
+        return node.op == "placeholder" and isinstance(value, Ref) and self.draft.nodes[value.name].kind == "input"
 
     def _largest(self, args: tuple[Any, ...], value: Sequence[torch.Tensor]) -> list[Ref]:
         """The values and the indices of `topk`: an operator for the indices, and the values they pick."""

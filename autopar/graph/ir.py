@@ -185,8 +185,9 @@ class ModelGraph:
     * ``parameters``/``buffers``: full name to meta. ``tied``: groups of full names that are one tensor; the first name
       of a group is the one listed in ``parameters``.
     * ``buffer_values``: the flattened values of buffers that are known and small, so that emitted code can hold them.
-    * ``max_seq``: longest sequence that its tables of positions and masks allow. ``nominal_seq``: the one its config
-      speaks of, if it does. ``notes``: what the user should be told once.
+    * ``max_seq``: longest sequence that its tables of positions and masks allow, or for which it runs the code that was
+      traced; ``min_seq``: the shortest. ``nominal_seq``: the one its config speaks of, if it does. ``notes``: what the
+      user should be told once.
     """
 
     name: str
@@ -200,6 +201,7 @@ class ModelGraph:
     tied: tuple[tuple[str, ...], ...] = ()
     buffer_values: dict[str, tuple[float, ...]] = field(default_factory=dict)
     max_seq: int | None = None
+    min_seq: int = 1
     nominal_seq: int | None = None
     notes: tuple[str, ...] = ()
     _fingerprint: str = field(default="", init=False, repr=False, compare=False)

@@ -9,6 +9,8 @@ A loss may add other terms to such a one: a router's balance, its z-loss. They a
 micro-batch of each data rank, and count by the number of targets in it (a mean with weights that are no whole numbers,
 by its samples): together this is the mean, over targets, of what the model returns for each micro-batch.
 `autopar.sharding.data_parallel` sees that they mix samples, so that the size of a micro-batch is part of the model.
+A term may be multiplied by what parameters alone make (the learned weights of several tasks), and numbers and terms of
+parameters alone count by the targets too.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from autopar.graph.exported import is_number
 from autopar.graph.ir import Node, OpGraph, Ref, map_refs
 from autopar.graph.naming import leaf_name, named
 from autopar.graph.size import BATCH, Size, divide
+from autopar.graph.sizes import FixedSequenceError
 
 ACCEPTED = (
     "autopar takes a cross-entropy over class indices (reduction mean or sum, ignore_index), or the mean or sum of a "
@@ -39,7 +42,7 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
     """
     node = draft.nodes[draft.output]
     draft.module = node.module
-    node = _divided_terms(draft, node, None)
+    node = _numbers_apart(draft, _divided_terms(draft, node, None))
     sums: dict[str, tuple[Ref, OpGraph]] = {}
     others: dict[str, NoMeanError] = {}
     for term in list(_terms(draft, node)):
@@ -62,9 +65,13 @@ def lower(draft: Draft) -> tuple[Draft, OpGraph]:
         else:
             totals[name] = total if ratio == 1 else Ref(draft.emit("aten.mul", total, ratio, shape=()))
     for name, error in others.items():
-        if not draft.meta(name).requires_grad:
+        if not (draft.meta(name).requires_grad or _is_number(draft.nodes[name])) or not count.nodes:
             raise error
-        totals[name] = _by_targets(draft, Ref(name), count)
+        alike = [total for total, own in sums.values() if own == count and draft.nodes[total.name].op == "aten.sum"]
+        if _is_number(draft.nodes[name]) and alike and _elements(count) is not None:
+            totals[name] = _for_each(draft, draft.nodes[name], alike[0])
+        else:
+            totals[name] = _by_targets(draft, Ref(name), count)
     draft.output = _sum_of(draft, node, totals).name
     return live(draft), count
 
@@ -106,10 +113,46 @@ def _terms(draft: Draft, node: Node) -> Iterator[Node]:
     if terms := _added(draft, node):
         for term in terms:
             yield from _terms(draft, term)
-    elif (inner := _scaled(node)) is not None:
+    elif (inner := _scaled(node, draft)) is not None:
         yield from _terms(draft, draft.nodes[inner.name])
     else:
         yield node
+
+
+def _numbers_apart(draft: Draft, node: Node) -> Node:
+    """``node`` with the numbers that it adds (``2 - loss``) as terms of their own."""
+    if node.kind != "op":
+        return node
+    args, op = list(node.args), node.op
+    if op == "aten.rsub" and len(args) == 2 and not node.kwargs and is_number(args[1]):
+        args, op = args[::-1], "aten.sub"
+    if op in ("aten.add", "aten.sub") and len(args) == 2 and not node.kwargs and any(map(is_number, args)):
+        dtype = node.meta.dtype
+        args = [
+            Ref(draft.emit("aten.full", (), float(arg), shape=(), dtype=dtype, options={"dtype": dtype}))
+            if is_number(arg)
+            else arg
+            for arg in args
+        ]
+    elif not _added(draft, node) and _scaled(node, draft) is None:
+        return node
+    args = [Ref(_numbers_apart(draft, draft.nodes[arg.name]).name) if isinstance(arg, Ref) else arg for arg in args]
+    if tuple(args) == node.args and op == node.op:
+        return node
+    return draft.nodes[draft.emit(op, *args, shape=(), dtype=node.meta.dtype, options=node.kwargs)]
+
+
+def _is_number(node: Node) -> bool:
+    return node.op == "aten.full" and node.args[0] == ()
+
+
+def _for_each(draft: Draft, number: Node, total: Ref) -> Ref:
+    """A number for each element that ``total`` adds up: wherever the elements are split, so is this."""
+    elements = draft.nodes[total.name].args[0]
+    shape = draft.shape(elements)
+    like = Ref(draft.emit("aten.detach", elements, shape=shape))
+    filled = Ref(draft.emit("aten.full_like", like, number.args[1], shape=shape))
+    return draft.cast(Ref(draft.emit("aten.sum", filled, shape=())), number.meta.dtype)
 
 
 def _divided_terms(draft: Draft, node: Node, size: Size | None) -> Node:
@@ -120,9 +163,9 @@ def _divided_terms(draft: Draft, node: Node, size: Size | None) -> Node:
         return node
     if terms := _added(draft, node):
         parts: tuple[Any, ...] = tuple(Ref(_divided_terms(draft, term, size).name) for term in terms)
-    elif (inner := _scaled(node)) is not None:
+    elif (inner := _scaled(node, draft)) is not None:
         moved = Ref(_divided_terms(draft, draft.nodes[inner.name], size).name)
-        parts = tuple(moved if isinstance(arg, Ref) else arg for arg in node.args)
+        parts = tuple(moved if arg == inner else arg for arg in node.args)
     elif size is None:
         return node
     else:
@@ -138,10 +181,10 @@ def _sum_of(draft: Draft, node: Node, totals: Mapping[str, Ref]) -> Ref:
         return totals[node.name]
     if terms := _added(draft, node):
         return Ref(draft.emit(node.op, *(_sum_of(draft, x, totals) for x in terms), shape=(), dtype=node.meta.dtype))
-    inner = _scaled(node)
+    inner = _scaled(node, draft)
     assert inner is not None
     total = _sum_of(draft, draft.nodes[inner.name], totals)
-    args = tuple(total if isinstance(arg, Ref) else arg for arg in node.args)
+    args = tuple(total if arg == inner else arg for arg in node.args)
     return Ref(draft.emit(node.op, *args, shape=(), dtype=node.meta.dtype))
 
 
@@ -173,13 +216,29 @@ def _counted(draft: Draft, count: OpGraph, like: Ref) -> Ref | int:
     return draft.cast(Ref(names[count.outputs[0]]), draft.meta(like).dtype)
 
 
-def _scaled(node: Node) -> Ref | None:
-    """The loss that ``node`` multiplies or divides by a number, or casts."""
+def _scaled(node: Node, draft: Draft) -> Ref | None:
+    """The loss that ``node`` casts, multiplies or divides by a number, or by one that parameters alone make."""
     if node.kind == "op" and node.op in ("aten.mul", "aten.div", "autopar.cast", "aten.neg") and not node.kwargs:
         tensors = [arg for arg in node.args if isinstance(arg, Ref)]
         if len(tensors) == 1 and all(isinstance(arg, Ref | str) or is_number(arg) for arg in node.args):
             return tensors[0]
+        if len(tensors) == 2 == len(node.args) and node.meta.shape == ():
+            free = [not _reads_batch(draft, arg) for arg in tensors]
+            if free == [False, True] or (free == [True, False] and node.op == "aten.mul"):
+                return tensors[free.index(False)]
     return None
+
+
+def _reads_batch(draft: Draft, value: Ref) -> bool:
+    """Whether a value follows from the batch, or from its size."""
+    seen, pending = set(), [value.name]
+    while pending:
+        node = draft.nodes[name := pending.pop()]
+        if node.kind == "input" or any(isinstance(arg, Size) for arg in node.args):
+            return True
+        seen.add(name)
+        pending += [operand for operand in node.operands() if operand not in seen]
+    return False
 
 
 def _base(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
@@ -281,18 +340,11 @@ def _constant_count(numel: int | Size) -> OpGraph:
 
 
 def _cross_entropy(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
-    """Logits [..., v] unflattened and uncast; labels [...]."""
+    """Logits [..., v] unflattened and uncast; labels [...]; what is not plain was taken apart when it was imported."""
     names = ("logits", "labels", "weight", "reduction", "ignore", "smoothing")
     given = dict(zip(names, node.args, strict=False))
     reduction, ignore = given.get("reduction", MEAN), given.get("ignore", -100)
-    if given.get("weight") is not None or reduction not in (MEAN, SUM):
-        raise BadInputError(
-            "the cross-entropy uses class weights or no reduction, which autopar does not divide over ranks yet; "
-            f"{ACCEPTED}"
-        )
     logits, labels = _uncast(draft, node.args[0]), _uncast(draft, node.args[1])
-    if draft.meta(labels).dtype not in ("int64", "int32"):
-        raise BadInputError(f"the cross-entropy has class probabilities as targets; {ACCEPTED}")
     if len(draft.shape(logits)) > 2:  # torch puts the classes at dim 1
         order = (0, *range(2, len(draft.shape(logits))), 1)
         shape = tuple(draft.shape(logits)[dim] for dim in order)
@@ -302,6 +354,10 @@ def _cross_entropy(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
         whole = flat_logits.args[0]
         if draft.shape(whole)[:-1] == draft.shape(flat_labels.args[0]):
             logits, labels = _uncast(draft, whole), flat_labels.args[0]
+    if draft.shape(logits)[:-1] != draft.shape(labels):
+        raise FixedSequenceError(
+            f"the loss compares scores of shape {draft.shape(logits)[:-1]} with targets of shape {draft.shape(labels)}"
+        )
     total = Ref(draft.emit("autopar.cross_entropy", logits, labels, ignore, shape=(), dtype="float32"))
     if smoothing := given.get("smoothing", 0.0):
         total = _smoothed(draft, total, logits, labels, ignore, smoothing)

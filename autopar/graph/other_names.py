@@ -34,5 +34,7 @@ RENAMED = {
     "special_expit": "sigmoid",
 }
 """Other names of one operator."""
+PROMOTING = frozenset({"add", "sub", "mul", "div", "addcmul", "addcdiv", "pow"})
+"""Operators that give the widest dtype of their operands."""
 OF_TWO = {"max.other": "maximum", "min.other": "minimum"}
 """Overloads that compute something else than their namesakes."""

@@ -3,7 +3,8 @@
 Stochastic depth ("drop path", arXiv 1603.09382) multiplies what a layer adds by a number for each sample: one with the
 chance to keep, else zero. That is the dropout of a tensor of ones, whose masks emitted code knows how to draw on every
 rank. Other numbers of a plain distribution (the noise of a router) are drawn in the shape of a tensor, alike by ranks
-that hold the same part of it and apart by others. What is neither (permutations, integers) is refused.
+that hold the same part of it and apart by others, and whole numbers from them. What is neither (permutations) is
+refused.
 """
 
 from __future__ import annotations
@@ -87,6 +88,24 @@ def numbers(node: Node, new: Draft) -> Ref | None:
     return Ref(new.emit("aten.add", drawn, shift, shape=shape)) if shift else drawn
 
 
+WHOLE = ("aten.randint", "aten.randint_like")
+MOST = 1 << 24
+"""Whole numbers that uniform ones in float32 tell apart."""
+
+
+def whole_numbers(node: Node, new: Draft) -> Ref | None:
+    """randint(low, high, shape), randint_like(x, low, high) → the whole parts of uniform numbers from low to high."""
+    bounds = [arg for arg in node.args if type(arg) is int]
+    if not bounds or (high := bounds[-1]) - (low := bounds[0] if len(bounds) > 1 else 0) > MOST:
+        return None
+    shape, options = node.meta.shape, {"dtype": "float32"}
+    like = Ref(new.emit("aten.full", shape, 0.0, shape=shape, dtype="float32", options=options))
+    drawn = Ref(new.emit("autopar.drawn", like, "uniform", shape=shape))
+    whole = Ref(new.emit("aten.floor", Ref(new.emit("aten.mul", drawn, high - low, shape=shape)), shape=shape))
+    whole = new.cast(whole, node.meta.dtype)
+    return Ref(new.emit("aten.add", whole, low, shape=shape)) if low else whole
+
+
 def refuse_others(draft: Draft) -> None:
     """Raise UnsupportedError for random numbers that are no dropout."""
     for node in draft.nodes.values():
@@ -94,8 +113,8 @@ def refuse_others(draft: Draft) -> None:
             place = f"module {node.module!r}" if node.module else "the model"
             raise UnsupportedError(
                 f"{place} draws random numbers ({node.op}); autopar knows dropout, of elements or of whole samples "
-                "(x * floor(keep + rand) / keep), and uniform, normal and exponential numbers; make what draws them a "
-                "leaf (autopar.leaf), or hand them in as inputs"
+                "(x * floor(keep + rand) / keep), and uniform, normal, exponential and whole numbers; make what draws "
+                "them a leaf (autopar.leaf), or hand them in as inputs"
             )
 
 
@@ -103,4 +122,5 @@ RULES: dict[str, list[Rule]] = {
     "aten.floor": [kept],
     "aten.bernoulli": [marked],
     **{op: [numbers] for op in _KINDS},
+    **{op: [whole_numbers] for op in WHOLE},
 }

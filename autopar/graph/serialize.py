@@ -33,6 +33,7 @@ def model_to_json(model: ModelGraph) -> dict[str, Any]:
         "tied": [list(group) for group in model.tied],
         "buffer_values": {name: list(values) for name, values in model.buffer_values.items()},
         "max_seq": model.max_seq,
+        **({"min_seq": model.min_seq} if model.min_seq > 1 else {}),
         "nominal_seq": model.nominal_seq,
         "notes": list(model.notes),
     }
@@ -57,6 +58,7 @@ def model_from_json(data: dict[str, Any]) -> ModelGraph:
         tied=tuple(tuple(group) for group in data["tied"]),
         buffer_values={name: tuple(values) for name, values in data["buffer_values"].items()},
         max_seq=data["max_seq"],
+        min_seq=data.get("min_seq", 1),
         nominal_seq=data["nominal_seq"],
         notes=tuple(data["notes"]),
     )

@@ -17,6 +17,10 @@ from autopar.graph.size import Size
 SYMBOLS = {name: sympy.Symbol(name, integer=True, positive=True) for name in ("b", "s")}
 
 
+DOUBTS = 4
+"""Bounds up to this come from torch, which takes sizes of none and one for special."""
+
+
 class FixedSequenceError(UnsupportedError):
     """The model can be traced for one sequence length only; tracing falls back to that of the example inputs."""
 
@@ -45,6 +49,17 @@ class Sizes:
         if expression not in self._cache:
             self._cache[expression] = self._polynomial(expression)
         return self._cache[expression]
+
+    def lengths(self, ranges: Mapping[sympy.Symbol, Any]) -> tuple[int, int | None]:
+        """The shortest and the longest sequence (None: any) for which the code that was traced is run."""
+        shortest, longest = 1, None
+        for symbol, within in ranges.items():
+            if self._roles.get(symbol) == SYMBOLS["s"]:
+                if within.lower > DOUBTS:
+                    shortest = max(shortest, int(within.lower))
+                if within.upper.is_Integer:
+                    longest = min(longest or int(within.upper), int(within.upper))
+        return shortest, longest
 
     def _polynomial(self, expression: sympy.Expr) -> int | Size:
         if expression.is_Integer:

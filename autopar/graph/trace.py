@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +81,7 @@ def trace(
             raise UnsupportedError(f"{error}; pass `inputs` of the sequence length to train with, to fix it") from None
         try:
             traced = _folded(model, _shorter(spec), loss, names, layers, fold, static_seq=False)
+            _check_length(spec, traced)
         except AutoparError:
             traced = _folded(model, spec, loss, names, layers, fold, static_seq=True)
             notes = (f"the sequence length is fixed to that of the example inputs: {error}",)
@@ -104,9 +106,10 @@ def trace(
         batch=traced.batch,
         parameters={full: used["parameter"][full] for full in parameters if full in used["parameter"]},
         buffers=used["buffer"],
-        tied=_tied(aliases),
+        tied=_tied(aliases, traced.blocks),
         buffer_values={full: tuple(values[full].flatten().tolist()) for full in used["buffer"] if full in values},
         max_seq=min(limits, default=None),
+        min_seq=traced.shortest,
         nominal_seq=_nominal_seq(model),
         notes=notes,
     )
@@ -120,6 +123,13 @@ def _shorter(spec: BatchSpec) -> BatchSpec:
         for key, shape in spec.shapes.items()
     }
     return replace(spec, shapes=shapes)
+
+
+def _check_length(spec: BatchSpec, traced: _Traced) -> None:
+    """Raise FixedSequenceError if for sequences of ``spec`` the model runs other code than was traced."""
+    lengths = {spec.shapes[key][dim] for key, dims in spec.seq_dims.items() for dim in dims}
+    if any(length < traced.shortest or length > min(traced.limits, default=length) for length in lengths):
+        raise FixedSequenceError("the model runs other code for shorter sequences")
 
 
 def _folded(
@@ -147,6 +157,7 @@ class _Traced:
     batch: dict[str, TensorMeta]
     values: dict[str, torch.Tensor]
     limits: frozenset[int]
+    shortest: int
     notes: tuple[str, ...]
 
 
@@ -160,21 +171,24 @@ def _traced(
     static_seq: bool,
 ) -> _Traced:
     narrow: frozenset[str] = frozenset()
+    mixed = False
     while True:
-        exported = export(model, spec, loss, fold, static_seq, narrow)
+        exported = export(model, spec, loss, fold, static_seq, narrow, mixed=mixed)
         sizes, metas = _sizes(exported, spec, static_seq)
+        shortest, longest = sizes.lengths(exported.program.range_constraints)
         importer = Importer(sizes, names.canonical, names.trainable)
         draft = importer.program(exported.program, list(spec.shapes))
         # `model.to(bf16)` narrows buffers too. Those that the model widens by itself stay wide; the others may not
         # silently turn its activations into float32.
-        if not (promoting := promoting_buffers(draft) - narrow):
+        promoting = promoting_buffers(draft) - narrow
+        if not (promoting or exported.mixed):
             break
-        narrow |= promoting
+        narrow, mixed = narrow | promoting, mixed or not promoting
     changed = notes_of_state(importer.changed, draft)
     draft = unfold_buffers(draft, model, importer.constants)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
     values = {**known_values(model, (full for full in buffers if full not in importer.constants)), **importer.constants}
-    limits: set[int] = set()
+    limits: set[int] = {longest} if longest else set()
     recognised = masks.rules(values, _nominal_seq(model), limits)
     several = joint_indices.rules(values)
     passes = (arguments, broadcasting, joining, flattening, raising, sinks, complex_numbers, random_numbers)
@@ -187,7 +201,7 @@ def _traced(
     random_numbers.refuse_others(draft)
     class_names = {path: type(model.get_submodule(path)).__name__ for path in layers}
     blocks, notes = cut(draft, layers, class_names, fold), (*exported.notes, *changed)
-    return _Traced(blocks, count, metas, values, frozenset(limits), notes)
+    return _Traced(blocks, count, metas, values, frozenset(limits), shortest, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,11 +293,13 @@ def _canonical_names(model: nn.Module, tensors: Any) -> tuple[dict[str, torch.Te
     return distinct, names
 
 
-def _tied(aliases: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+def _tied(aliases: Mapping[str, str], blocks: Blocks) -> tuple[tuple[str, ...], ...]:
+    """The names of each parameter that has several, or one but is read in several blocks: stages hold copies of it."""
     groups: dict[str, list[str]] = {}
     for alias, full in aliases.items():
         groups.setdefault(full, []).append(alias)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+    readers = Counter(full for block in blocks.blocks for full in set(block.parameters.values()))
+    return tuple(tuple(group) for full, group in groups.items() if len(group) > 1 or readers[full] > 1)
 
 
 def _nominal_seq(model: nn.Module) -> int | None:

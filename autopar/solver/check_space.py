@@ -28,6 +28,11 @@ def check_space(model: ModelGraph, job: Job, cluster: Cluster, fix: Fix) -> None
         raise BadInputError(
             f"job: seq_len {job.seq_len} is longer than {model.name} takes ({model.max_seq}); lower seq_len"
         )
+    if job.seq_len < model.min_seq:
+        raise BadInputError(
+            f"job: for sequences shorter than {model.min_seq} {model.name} runs other code than was traced; raise "
+            f"seq_len, or trace it with inputs of {job.seq_len} positions"
+        )
     if any(True for _ in configs(model, job, cluster, fix)):
         return
     pp, tp = fix.pp or 1, fix.tp or 1

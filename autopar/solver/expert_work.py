@@ -1,6 +1,7 @@
 """The work of a mixture's experts, as `codegen/runtime/experts.py` computes them, and as other stacks do.
 
-They are two grouped matmuls, each of (an expert's rows, k) and (k, n) for every expert that a rank holds. A token has k
+They are two grouped matmuls (three where gate and values are apart), each of (an expert's rows, k) and (k, n) for every
+expert that a rank holds. A token has k
 rows, one for each expert it chose; where a rank holds a part of the experts, the one that is waited for has `IMBALANCE`
 times its share of them.
 
@@ -43,26 +44,29 @@ def experts_work(
     grads: Sequence[bool],
     imbalance: float = EVEN,
 ) -> Counted:
-    """Rows gathered by expert, two grouped matmuls with the activation between them, and added up by token.
+    """Rows gathered by expert, grouped matmuls with the activation before the last, and added up by token.
 
     Streams, in widths of a row: d twice to gather, three times to add; f seven times for activation, gate and routing
     weight, eighteen times backwards. Sorting the choices: a dozen small kernels."""
     hidden, index, _, up, down = inputs[:5]
     rows, held = expert_rows(node, index, up, imbalance), up.shape[0]
+    first = [place for place, one in enumerate(inputs) if place != 4 and len(one.shape) == 3 and place > 2]
     used = max(1, min(held, rows))
     each, width, inner = ceil(rows / used), hidden.shape[-1], down.elements // (held * hidden.shape[-1])
-    wide = up.elements // (held * width)
+    wide = sum(inputs[place].elements for place in first) // (held * width)
     size = hidden.bytes_per_element
     d, f = rows * width * size, rows * inner * size
-    read = (up.nbytes + down.nbytes) * used / held
-    moved = read + d + rows * wide * size + f + d
+    read = (sum(inputs[place].nbytes for place in first) + down.nbytes) * used / held
+    moved = read + len(first) * d + rows * wide * size + f + d
     sort = 12 * index.nbytes
-    forward = (Matmul(used, each, wide, width), Matmul(used, each, width, inner))
+    forward = (*(Matmul(used, each, wide // len(first), width) for _ in first), Matmul(used, each, width, inner))
     back = [m for m in forward if grads[0]]
-    back += [Matmul(m.batch, m.n, m.k, m.m) for m, grad in zip(forward, grads[3:5], strict=True) if grad]
+    trains = [grads[place] for place in (*first, 4)]
+    back += [Matmul(m.batch, m.n, m.k, m.m) for m, grad in zip(forward, trains, strict=True) if grad]
     # Sent rows are gathered by rank, received ones by expert, and both put back.
     sent = 4 * exchanged_rows(node, index, up) * width * size
-    biases = sum(bias.nbytes for bias in inputs[5:]) + (rows * (wide + width) * 3 * size if inputs[5:] else 0)
+    added = [one for one in inputs[5:] if len(one.shape) == 2]
+    biases = sum(bias.nbytes for bias in added) + (rows * (wide + width) * 3 * size if added else 0)
     return (
         Work(forward, matmul_bytes=moved, nbytes=5 * d + output.nbytes + 7 * f + sort + sent + biases, kernels=24),
         Work(

@@ -20,6 +20,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+from autopar.graph.dispatch import PARAMETERS
 from autopar.graph.ir import CONVOLUTIONS, EXPERTS, RECURRENT, Node
 from autopar.solver.expert_work import experts_work
 from autopar.solver.ring_work import RANKS, ring_work
@@ -58,8 +59,8 @@ def flops(node: Node, input_shapes: Sequence[tuple[int, ...]], output_shape: tup
         head_dims = query[-1] + input_shapes[2][-1]
         return 2.0 * prod(query[:-1]) * key[-2] * head_dims
     if node.op == EXPERTS:
-        (index, up), down = (input_shapes[1], input_shapes[3]), input_shapes[4]
-        return 2.0 * prod(index) * (prod(up[1:]) + prod(down[1:]))
+        matrices = (shape for shape in input_shapes[PARAMETERS:] if len(shape) == 3)
+        return 2.0 * prod(input_shapes[1]) * sum(prod(shape[1:]) for shape in matrices)
     if node.op in SCANS:
         return float(sum(matmul.flops for matmul in scan_products(node, input_shapes)))
     matmul = matmul_of(node, input_shapes, output_shape)

@@ -27,6 +27,8 @@ def experts(
     down: Tensor,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    values: Tensor | None = None,
+    values_bias: Tensor | None = None,
     *,
     gate: str = "halves",
     transposed: bool = False,
@@ -40,12 +42,13 @@ def experts(
 
     ``index``, ``weights`` [..., k]: the chosen experts and their weights. ``up`` [e, n, d], ``down`` [e, d, f] (with
     ``transposed`` [e, d, n] and [e, f, d]); biases [e, n], [e, d]. ``gate``: the n rows of ``up`` are the gate, then
-    the values ("halves"), both in turn ("pairs"), or values alone ("none"). ``axis``: the experts are split over it,
-    and this rank adds up what its own contribute; the result is partial then, as it is where f is split. ``ep``: each
+    the values ("halves"), both in turn ("pairs"), values alone ("none"), or the gate alone ("apart"), and those of
+    ``values`` and ``values_bias``, of the same shapes, the values. ``axis``: the experts are split over it, and this
+    rank adds up what its own contribute; the result is partial then, as it is where f is split. ``ep``: each
     of its ranks has tokens of its own and the next part of the experts, which ``axis`` may split again.
     """
     if has_torch_function((hidden,)):  # recomputation and type checks see it as one function
-        tensors = (hidden, index, weights, up, down, up_bias, down_bias)
+        tensors = (hidden, index, weights, up, down, up_bias, down_bias, values, values_bias)
         form = {"gate": gate, "transposed": transposed, "activation": activation, "alpha": alpha, "limit": limit}
         result: Tensor = handle_torch_function(experts, (hidden,), *tensors, **form, axis=axis, ep=ep)
         return result
@@ -59,8 +62,10 @@ def experts(
     act = (gate, activation, alpha, limit)
     if not transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
+        values = None if values is None else values.transpose(1, 2)
     if isinstance(hidden, LocalTensor):
-        return _by_masks(tokens, slots, weights, (up, down, up_bias, down_bias), act, ep).view_as(hidden)
+        matrices = (up, down, up_bias, down_bias, values, values_bias)
+        return _by_masks(tokens, slots, weights, matrices, act, ep).view_as(hidden)
     sizes = torch.zeros(count * ranks + 1, dtype=torch.int32, device=slots.device)
     sizes = sizes.scatter_add_(0, slots, torch.ones_like(slots, dtype=torch.int32))[: count * ranks]
     order = slots.argsort(stable=True)
@@ -71,12 +76,11 @@ def experts(
     if ep is not None:
         routes = _Routes(sizes, count, ep)
         rows, weight, expert, sizes = routes.there(rows), routes.there(weight), routes.expert, routes.sizes
-    rows = grouped(rows, up, sizes)
-    if up_bias is not None:
-        rows = rows + up_bias[expert]
+    value_rows = None if values is None else _biased(grouped(rows, values, sizes), values_bias, expert)
+    rows = _biased(grouped(rows, up, sizes), up_bias, expert)
     # The weight is applied before the last product, not after: what is kept for backward is f wide, not d.
     weight = weight.to(rows.dtype)
-    rows = grouped(activated(rows, *act) * weight, down, sizes)
+    rows = grouped(activated(rows, *act, values=value_rows) * weight, down, sizes)
     if down_bias is not None:
         rows = rows + down_bias[expert] * weight
     if ep is not None:
@@ -123,11 +127,17 @@ def _exchange(x: Tensor, sent: list[int] | None, came: list[int] | None, ep: Dev
     return result
 
 
-def activated(rows: Tensor, gate: str, activation: str, alpha: float, limit: float) -> Tensor:
+def _biased(rows: Tensor, bias: Tensor | None, expert: Tensor | int) -> Tensor:
+    return rows if bias is None else rows + bias[expert]
+
+
+def activated(rows: Tensor, gate: str, activation: str, alpha: float, limit: float, values: Tensor | None) -> Tensor:
     """The activation, times the values where there is a gate."""
     if gate == "none":
         return _act(rows, activation)
-    first, values = rows.chunk(2, -1) if gate == "halves" else (rows[..., ::2], rows[..., 1::2])
+    first = rows
+    if values is None:
+        first, values = rows.chunk(2, -1) if gate == "halves" else (rows[..., ::2], rows[..., 1::2])
     if activation == "clamped_silu":
         return F.silu(first.clamp(max=limit)) * values.clamp(-limit, limit)
     if activation == "clamped_swish":
@@ -175,11 +185,11 @@ def _by_masks(
     slots: Tensor,
     weights: Tensor,
     matrices: tuple[Tensor | None, ...],
-    act: tuple[Any, ...],
+    act: tuple[str, str, float, float],
     ep: DeviceMesh | None,
 ) -> Tensor:
     """The same, every expert on every token: for ranks simulated at once, which hold different numbers of rows."""
-    up, down, up_bias, down_bias = matrices
+    up, down, up_bias, down_bias, values, values_bias = matrices
     assert up is not None
     assert down is not None
     slots, weights = slots.view(tokens.size(0), -1), weights.flatten(0, -2)
@@ -188,9 +198,9 @@ def _by_masks(
         slots = slots - _rank(ep, slots.device) * up.size(0)
     result = torch.zeros_like(tokens)
     for expert in range(up.size(0)):
-        rows = tokens @ up[expert]
-        rows = activated(rows if up_bias is None else rows + up_bias[expert], *act) @ down[expert]
-        rows = rows if down_bias is None else rows + down_bias[expert]
+        rows = _biased(tokens @ up[expert], up_bias, expert)
+        value_rows = None if values is None else _biased(tokens @ values[expert], values_bias, expert)
+        rows = _biased(activated(rows, *act, values=value_rows) @ down[expert], down_bias, expert)
         share = weights.masked_fill(slots != expert, 0).sum(-1, keepdim=True)
         result = result + rows * share.to(rows.dtype)
     return result if ep is None else reduce_scatter(result, ep, 0)

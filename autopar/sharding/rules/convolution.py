@@ -58,6 +58,8 @@ def _batch_norm(call: Call) -> str:
 
 _POOLS = [f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)]
 _RESIZES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "linear1d", "bilinear2d", "bicubic2d")]
+_RESIZES += ["upsample_nearest3d", "upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d"]
+_RESIZES += ["_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
 
 ENTRIES = [
     *(Entry(op, compute=_convolution, once="2") for op in CONVOLUTIONS),

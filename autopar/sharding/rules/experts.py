@@ -6,18 +6,18 @@ from autopar.graph.ir import EXPERTS
 from autopar.sharding.factors import Mismatch, Variant
 from autopar.sharding.rules.entry import Call, Entry
 
-_ROWS = {"none": "f+", "halves": "(c^ f+)", "pairs": "(f+ c^)"}
+_ROWS = {"none": "f+", "halves": "(c^ f+)", "pairs": "(f+ c^)", "apart": "f+"}
 
 
 def _experts(call: Call) -> str:
     """``e``: the experts, ``f``: the width inside them, ``c``: gate and values. Every expert reads whole tokens."""
     given = call.node.args[5:]
     rows = _ROWS[call.node.kwargs["gate"]]
-    weights = [f"e+ m^ {rows}", "e+ f+ n^"] if call.node.kwargs["transposed"] else [f"e+ {rows} m^", "e+ n^ f+"]
-    biases = [text for text, bias in zip((f"e+ {rows}", "e+ n^"), given, strict=False) if bias is not None]
-    if len(call.operands) != 5 + len(biases):
+    up, down = (f"e+ m^ {rows}", "e+ f+ n^") if call.node.kwargs["transposed"] else (f"e+ {rows} m^", "e+ n^ f+")
+    rest = [t for t, one in zip((f"e+ {rows}", "e+ n^", up, f"e+ {rows}"), given, strict=False) if one is not None]
+    if len(call.operands) != 5 + len(rest):
         raise Mismatch("experts called with other tensors than hidden states, choice, weights and parameters")
-    return f"{', '.join(['... m^', '... k^', '... k^', *weights, *biases])} -> ... n^"
+    return f"{', '.join(['... m^', '... k^', '... k^', up, down, *rest])} -> ... n^"
 
 
 def _own_experts(call: Call) -> dict[str, Variant]:
