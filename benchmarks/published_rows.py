@@ -23,7 +23,7 @@ from math import gcd
 from typing import Any
 
 from published_measured import devices_of, stated
-from published_stacks import shards_parameters, stack_name
+from published_stacks import node_of, shards_parameters, stack_name
 from published_tidy import MICRO_BATCHES, Record, RefusedError
 
 from autopar import Cluster, Job
@@ -70,8 +70,6 @@ RECOMPUTES = {"true": "full", "1": "full", "block": "full", "uniform": "full", "
 """Other words for what is recomputed: of switches, and Megatron's methods of recomputing whole layers."""
 CHEAP = "selective(matmul+attention)"
 """What is recomputed first where a source does not say."""
-RACK = 64
-"""Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
 
 
 def config_of(record: Record) -> dict[str, Any]:
@@ -179,8 +177,7 @@ def cluster_of(record: Record) -> Cluster:
     """The record's devices in nodes, with the catalog's figures except the ports between nodes, if it states them."""
     hardware = record["hardware"]
     count = devices_of(record)
-    inside = RACK if "NVL72" in (hardware.get("intra_node_link") or "") else hardware.get("gpus_per_node") or 8
-    per_node = min(inside, count)
+    per_node = min(node_of(record), count)
     if count % per_node:
         raise RefusedError(f"{count} devices are no whole nodes of {per_node}")
     cluster = Cluster.parse(f"{count // per_node}x{per_node}:{device_of(hardware['gpu'])}")
