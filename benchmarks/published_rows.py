@@ -3,8 +3,8 @@
 A record's facts are copied as they stand. What a source does not state (null) is taken so:
 
 * recompute: none, or what is cheap (all but matmuls and attention) in as many layers of each stage as it takes to fit,
-  or beside that whole layers (NVIDIA's recipes, the only rows without it, recompute norms, activations and small
-  projections first: scripts/performance/configs of Megatron-Bridge); vocabulary of a GPT: GPT-2's 50,257 tokens as
+  or beside that whole layers; of mixtures none: NVIDIA's recipes recompute norms, activations and the small projections
+  of latent attention, and no experts (recompute_modules in scripts/performance/configs of Megatron-Bridge); vocabulary of a GPT: GPT-2's 50,257 tokens as
   Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest
   whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is
   DeepSeek-V3's (`_experts`).
@@ -217,6 +217,8 @@ def fix_of(record: Record) -> dict[str, Any]:
         fix["sp"] = record["sp"]
     if record.get("recompute"):
         fix["recompute"] = _recompute(record)
+    elif record["model"].get("moe"):
+        fix["recompute"] = "none"
     if pp > 1:
         fix |= _schedule(record, pp, micro_batches)
     return fix | (_zero(record, data) if data > 1 else {})

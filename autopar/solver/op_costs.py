@@ -51,7 +51,7 @@ SUM_K = 512
 """Inner length that summing the parts of a split tile takes as long as: 256 KiB of float32 written and read through the
 cache against 64 KiFLOP a step; plausible 128 to 1024."""
 
-WIDE_SHARE = 0.15
+WIDE_SHARE = 0.0
 """Of linear layers in FP4, the share that keeps the job's dtype, as training in it needs (NVIDIA, "Pretraining Large
 Language Models with NVFP4", arXiv 2509.25149: 15 % of the network); plausible 0 to 0.2."""
 
