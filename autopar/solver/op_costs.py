@@ -9,6 +9,9 @@ cut into tiles, tiles run in waves of one per processor, and a last wave that is
 lost (NVIDIA, "Matrix Multiplication Background User's Guide", sections on tile and wave quantization). The best of the
 tile sizes in `TILES` counts, as a library would choose.
 
+Where linear layers cast their operands, the one that makes the logits does not: Megatron-Core's output layer is no layer
+of Transformer Engine, torchtitan's filter_fqns names "output".
+
 Where the device has a profile, operators that it knows are priced by that instead (`autopar.solver.measured_ops`).
 """
 
@@ -19,10 +22,10 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 from autopar.cluster import Device
-from autopar.graph.ir import EXPERTS, Node
+from autopar.graph.ir import EXPERTS, LINEAR, Node
 from autopar.job import NARROW_BYTES, Job
 from autopar.solver.measured_ops import MeasuredOps
-from autopar.solver.stack_work import LINEAR, as_run, work_of
+from autopar.solver.stack_work import as_run, work_of
 from autopar.solver.work import variant
 from autopar.solver.work_parts import Attention, LocalTensor, Matmul, Work
 from autopar.stack import stack_of
@@ -50,10 +53,6 @@ kernels of 128 x 256 x 64 on Ampere), and results that go out through shared mem
 SUM_K = 512
 """Inner length that summing the parts of a split tile takes as long as: 256 KiB of float32 written and read through the
 cache against 64 KiFLOP a step; plausible 128 to 1024."""
-
-WIDE_SHARE = 0.0
-"""Of linear layers in FP4, the share that keeps the job's dtype, as training in it needs (NVIDIA, "Pretraining Large
-Language Models with NVFP4", arXiv 2509.25149: 15 % of the network); plausible 0 to 0.2."""
 
 ATTENTION_TILE = 128
 """Queries that one processor of the fused attention kernel works on (FlashAttention-2: 128 for head dims up to 128)."""
@@ -93,21 +92,15 @@ class OpCosts:
         }
         self._bandwidth = device.memory_bandwidth * device.memory_efficiency
         self.stack = stack_of(job.stack)
-        self._linear = self._linear_rate() if job.linear_dtype else 0.0
+        self._linear = device.sustained(job.linear_dtype) if job.linear_dtype else 0.0
         self._narrow = NARROW_BYTES[job.linear_dtype] if job.linear_dtype else 0.0
         self._measured = MeasuredOps(device.measured, job) if device.measured else None
         self._ops: dict[object, OpTime] = {}
         self._matmuls: dict[tuple[Matmul, int, float], float] = {}
 
-    def _linear_rate(self) -> float:
-        """FLOP/s of large linear layers that cast their operands; of FP4's, some keep the job's dtype."""
-        narrow, wide = (self.device.sustained(dtype) for dtype in (str(self.job.linear_dtype), self.job.dtype))
-        share = WIDE_SHARE if self.job.linear_dtype == "fp4" else 0.0
-        return 1 / ((1 - share) / narrow + share / wide)
-
     def seconds(self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> OpTime:
         """Time of ``node`` on local tensors; ``inputs`` and ``grads`` (wants a gradient) follow ``node.operands()``."""
-        key = (node.op, node.module == "lm_head", variant(node), tuple(inputs), output, tuple(grads))
+        key = (node.op, node.logits, variant(node), tuple(inputs), output, tuple(grads))
         found = self._ops.get(key)
         if found is None:
             found = self._ops[key] = self._priced(node, inputs, output, grads)
@@ -123,8 +116,9 @@ class OpCosts:
                 return OpTime(*known)
             source = "roofline" if source == "measured" else source
         width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
-        forward, backward = as_run(node, forward, backward, width, self.stack, 0.0 if node.module == "lm_head" else self._narrow)
-        linear = self._linear if node.op in (LINEAR, EXPERTS) and node.module != "lm_head" else 0.0
+        narrow = self._narrow if node.op in (LINEAR, EXPERTS) and not node.logits else 0.0
+        forward, backward = as_run(node, forward, backward, width, self.stack, narrow)
+        linear = self._linear if narrow else 0.0
         host, speed = self.stack.host_s, self.stack.experts if node.op == EXPERTS else 1.0
         return OpTime(
             self._time(forward, width, linear, speed),

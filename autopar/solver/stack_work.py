@@ -25,13 +25,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autopar.graph.ir import EXPERTS, Node
+from autopar.graph.ir import EXPERTS, LINEAR, Node
 from autopar.solver.expert_work import experts_work
 from autopar.solver.work import ATTENTION, MATMULS, is_pointwise, work
 from autopar.solver.work_parts import Attention, Counted, LocalTensor, Matmul, Work
 from autopar.stack import Stack
 
-LINEAR = "aten.linear"
+TENSOR_SCALES = 1.0
+"""Bytes per element below which a dtype needs the largest of the whole tensor first (NVFP4 scales blocks and tensors, arXiv
+2509.25149), which reads it once more."""
 
 
 def work_of(
@@ -61,8 +63,13 @@ def as_run(
         return _fused(forward, stack), _fused(backward, stack)
     if node.op.removeprefix("aten.") in MATMULS:
         forward, backward = _fused(forward, stack), _fused(backward, stack)  # what sums the gradient of a bias
-        return _cast(forward, backward, width + 2 * narrow) if narrow and node.op == LINEAR else (forward, backward)
+        return _cast(forward, backward, _moved(width, narrow)) if narrow and node.op == LINEAR else (forward, backward)
     return forward, backward
+
+
+def _moved(width: int, narrow: float) -> float:
+    """Bytes that casting one element moves."""
+    return width * (1 + (narrow < TENSOR_SCALES)) + 2 * narrow
 
 
 def _cast(forward: Work, backward: Work, moved: float) -> tuple[Work, Work]:
@@ -82,7 +89,7 @@ def _experts(part: Work, width: int, stack: Stack, narrow: float, back: bool) ->
     fused = _fused(part, stack)
     if casts:
         cast = sum(each.batch * each.m * (each.n if back else each.k) for each in part.matmuls[:2])
-        fused = replace(fused, nbytes=fused.nbytes + (width + 2 * narrow) * cast, kernels=fused.kernels + casts)
+        fused = replace(fused, nbytes=fused.nbytes + _moved(width, narrow) * cast, kernels=fused.kernels + casts)
     if stack.grouped or not part.matmuls:
         return fused
     return replace(fused, kernels=fused.kernels + (part.matmuls[0].batch - 1) * (len(part.matmuls) + casts))
