@@ -3,11 +3,11 @@
 A record's facts are copied as they stand. What a source does not state (null) is taken so:
 
 * recompute: none, or what is cheap (all but matmuls and attention) in as many layers of each stage as it takes to fit,
-  or beside that whole layers; of mixtures none: NVIDIA's recipes recompute norms, activations and the small projections
-  of latent attention, and no experts (recompute_modules in scripts/performance/configs of Megatron-Bridge); vocabulary of a GPT: GPT-2's 50,257 tokens as
-  Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest
-  whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is
-  DeepSeek-V3's (`_experts`).
+  or beside that whole layers; of mixtures none (NVIDIA's recipes recompute norms, activations and the small projections
+  of latent attention, but no experts: recompute_modules in scripts/performance/configs of Megatron-Bridge);
+* vocabulary of a GPT: GPT-2's 50,257 tokens as Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four
+  times hidden; number of devices: the fewest whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a
+  mixture of experts does not state is DeepSeek-V3's (`_experts`).
 * dtype: bfloat16, or float16 where devices have no bfloat16 (V100).
 * zero_stage: left to the prediction, like any part of a plan that is not fixed.
 

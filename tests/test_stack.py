@@ -52,7 +52,7 @@ def test_a_stack_without_source_is_refused():
 
 
 def test_unknown_names_are_told():
-    with pytest.raises(BadInputError, match="unknown stack 'horovod'; one of automodel, compiled, compiled-loss"):
+    with pytest.raises(BadInputError, match="unknown stack 'horovod'; one of automodel, compiled, compiled-async"):
         Job(8, 128, stack="horovod")
     with pytest.raises(BadInputError, match="unknown linear_dtype 'int8'; one of fp8, fp4"):
         Job(8, 128, linear_dtype="int8")
@@ -134,6 +134,14 @@ def test_narrow_linear_layers():
     assert 0.5 < narrow.predicted.step_time / plain.predicted.step_time < 0.95
     with pytest.raises(BadInputError, match="'a100-80g' has no fp8 matmul rate"):
         predicted(linear_dtype="fp8")
+
+
+def test_tensor_ranks_wait_for_one_part_of_what_goes_in_parts():
+    fix = {**FIX, "dp": 2, "tp": 4, "recompute": "none", "sp": True}
+    whole, parts = (predicted(name, fix=fix).predicted.breakdown for name in ("compiled-loss", "compiled-async"))
+    sent = "model axis communication"
+    assert parts[sent] < 0.4 * whole[sent]
+    assert parts["computation"] == pytest.approx(whole["computation"], rel=0.05)
 
 
 @pytest.mark.parametrize("more", [{"stack": "megatron"}, {"linear_dtype": "fp8"}])

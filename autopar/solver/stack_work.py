@@ -32,8 +32,8 @@ from autopar.solver.work_parts import Attention, Counted, LocalTensor, Matmul, W
 from autopar.stack import Stack
 
 TENSOR_SCALES = 1.0
-"""Bytes per element below which a dtype needs the largest of the whole tensor first (NVFP4 scales blocks and tensors, arXiv
-2509.25149), which reads it once more."""
+"""Bytes per element below which a cast needs the largest of the whole tensor first, which reads it once more (NVFP4
+scales blocks and tensors: arXiv 2509.25149)."""
 
 
 def work_of(
