@@ -314,6 +314,8 @@ def _experts_over(record: Record, data: int) -> int:
     if not record["model"].get("moe"):
         return 1
     if record.get("ep"):
+        if int(record["ep"]) > data:
+            raise RefusedError("experts that tensor ranks share as well")
         return int(record["ep"])
     if "deepep" not in str(record.get("notes")).lower():
         return 1

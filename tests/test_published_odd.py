@@ -135,6 +135,11 @@ def test_stages_under_fsdp_keep_parameters():
     assert fix_of(tidied(changed(zero_stage="FSDP")))["zero"] == 3
 
 
+def test_experts_on_tensor_ranks_are_refused(folder):
+    record = next(r for r in RECORDS if (r["ep"] or 1) > (r["dp"] or 1) and r["tp"] == 2)
+    assert predicted(record, folder)["skipped"] == "experts that tensor ranks share as well"
+
+
 def test_experts_are_shared_where_deepep_moves_tokens():
     record = next(r for r in RECORDS if r["id"] == "automodel_GPTOSS120B")
     assert record["ep"] is None
