@@ -171,13 +171,6 @@ def test_the_layer_of_logits_is_not_cast():
     assert told.device.sustained("fp8") > 2 * told.device.sustained("bf16")
 
 
-def test_heads_whose_rows_are_not_aligned_are_slow(costs):
-    """Of 150 elements; and not single matmuls, for which libraries have kernels."""
-    aligned, odd = (costs.matmul_seconds(Matmul(64, 2048, 2048, k), 2) for k in (144, 150))
-    assert odd > 4 * aligned
-    assert costs.matmul_seconds(Matmul(1, 2048, 2048, 150), 2) < 2 * aligned
-
-
 def test_small_operators_cost_their_launch(costs):
     launch = costs.device.launch_s
     assert linear(costs, 8, 8, 8).forward == pytest.approx(launch, rel=0.25)

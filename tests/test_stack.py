@@ -88,6 +88,18 @@ def test_unfused_attention_drops_out_in_a_kernel_of_its_own():
         assert with_dropout.kernels == without.kernels + 1
 
 
+def test_heads_whose_rows_are_not_aligned_are_slow():
+    """Products of unfused attention with heads of 150 elements against 144."""
+    device = Cluster.parse("1x8:a100-80g").device
+
+    def seconds(head_dim, name):
+        x, node = LocalTensor((1, 12, 2048, head_dim), 2), Node("a", "op", TensorMeta(()), ATTENTION, tuple("qkv"))
+        return OpCosts(device, Job(8, 2048, "fp16", stack=name)).seconds(node, [x] * 3, x, [True] * 3).forward
+
+    assert seconds(150, "megatron-deepspeed") > 2 * seconds(144, "megatron-deepspeed")
+    assert seconds(150, "megatron") < 1.2 * seconds(144, "megatron")
+
+
 def test_a_fixed_recomputation_is_no_sign_of_short_memory(monkeypatch):
     """Leaner shardings are not asked for where blocks may do nothing but run again, and memory is enough."""
     monkeypatch.setattr(Answers, "lean", lambda self: pytest.fail("memory is not short"))

@@ -54,12 +54,6 @@ SUM_K = 512
 """Inner length that summing the parts of a split tile takes as long as: 256 KiB of float32 written and read through the
 cache against 64 KiFLOP a step; plausible 128 to 1024."""
 
-ALIGNED_BYTES, UNALIGNED = 16, 0.2
-"""What rows of many small matrices (heads) are a multiple of where their products are at their best, and the speed of
-others: with heads of 144 elements for 150, bigscience's models of about 190 billion parameters went from 94 to 120
-TFLOP/s on A100 (bigscience-workshop/bigscience, train/tr11-176B-ml/chronicles-prequel.md; NVIDIA, "Matrix
-Multiplication Background User's Guide", section on tensor core requirements); plausible 0.1 to 0.5."""
-
 ATTENTION_TILE = 128
 """Queries that one processor of the fused attention kernel works on (FlashAttention-2: 128 for head dims up to 128)."""
 
@@ -187,9 +181,6 @@ class OpCosts:
         if found is None:
             rate = linear or self._rates.get(bytes_per_element, self._rates[self.job.compute_bytes])
             rate *= self.stack.matmul * _fill(matmul, self.device.processors)
-            rows = (matmul.n * bytes_per_element, matmul.k * bytes_per_element)
-            if matmul.batch > 1 and self.device.processors > 1 and any(size % ALIGNED_BYTES for size in rows):
-                rate *= UNALIGNED
             found = self._matmuls[key] = matmul.flops / rate if matmul.flops else 0.0
         return found
 

@@ -31,6 +31,11 @@ from autopar.solver.work import ATTENTION, MATMULS, is_pointwise, work
 from autopar.solver.work_parts import Attention, Counted, LocalTensor, Matmul, Work
 from autopar.stack import Stack
 
+ALIGNED_BYTES, UNALIGNED = 16, 5
+"""What a head's rows are a multiple of where unfused attention's products are at their best, and how many times as long
+those of others take: with heads of 144 elements for 150, bigscience's models of about 190 billion parameters went from
+94 to 120 TFLOP/s on A100 (bigscience-workshop/bigscience, train/tr11-176B-ml/chronicles-prequel.md; NVIDIA, "Matrix
+Multiplication Background User's Guide", section on tensor core requirements); plausible 2 to 10."""
 TENSOR_SCALES = 1.0
 """Bytes per element below which a cast needs the largest of the whole tensor first, which reads it once more (NVFP4
 scales blocks and tensors: arXiv 2509.25149)."""
@@ -127,15 +132,17 @@ def _unfused(part: Work, width: int, drops: bool) -> Work:
     scores, dropped = width * elements, (2 * width + 1) * elements if drops else 0
     back = attention.matmuls > 2
     return Work(
-        matmuls=_products(attention, back),
+        matmuls=_products(attention, back, width),
         matmul_bytes=part.matmul_bytes + (4 if back else 2) * scores,
         nbytes=(3 if back else 2) * scores + dropped,
         kernels=(5 if back else 3) + drops,
     )
 
 
-def _products(attention: Attention, back: bool) -> tuple[Matmul, ...]:
+def _products(attention: Attention, back: bool, width: int) -> tuple[Matmul, ...]:
     batch, queries, keys, dim = attention.batch, attention.queries, attention.keys, attention.head_dim
+    if dim * width % ALIGNED_BYTES:
+        batch *= UNALIGNED
     first = Matmul(batch, queries, keys, dim)
     second = Matmul(batch, queries, dim, keys)
     third = Matmul(batch, keys, dim, queries)
