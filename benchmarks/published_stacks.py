@@ -8,7 +8,7 @@ from published_tidy import Record
 
 STEP_GRAPHS = "26.06"
 """The container from which on NVIDIA's recipes for mixtures in MXFP8 make whole steps a CUDA graph."""
-RECIPES = r"megatron-bridge|nvidia/nemo\b|nemo container|megatron-lm.*(examples|readme)"
+RECIPES = r"megatron-bridge|\bnemo\b|megatron-lm.*(examples|readme)"
 """Sources that are NVIDIA's own recipes for Megatron-Core."""
 RACK = 64
 """Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
