@@ -174,8 +174,9 @@ class Device:
         return self.wait_w / self.power_w if self.wait_w and self.power_w else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """The figures by name; ``measured`` only where there is a profile."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "measured"}
+        """The figures by name; ``measured`` only where there is a profile, rates by dtype only where they are known."""
+        left = {"measured"} if self.matmul_efficiencies else {"measured", "matmul_efficiencies"}
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left}
         return data | ({"measured": self.measured.to_json()} if self.measured else {})
 
     @staticmethod
