@@ -73,6 +73,8 @@ class Device:
     * ``processors``: units that work on one tile each at a time (SMs); 1 where work is not cut in tiles.
     * ``matmul_efficiency``, ``attention_efficiency``: fraction of the peak reached by large matmuls and by fused
       attention; ``memory_efficiency``: fraction of the bandwidth reached by large streaming operators.
+      ``matmul_efficiencies``: by dtype, where it is known to be another (a device at its power limit slows down by what
+      a FLOP of that dtype draws).
     * ``launch_s``: seconds each operator costs however small it is.
     * ``collective_s``: seconds each collective costs before its first byte moves.
     * ``host_bandwidth``: bytes/s of a copy between host and device, one way; ``host_memory_bandwidth``: bytes/s of the
@@ -102,6 +104,7 @@ class Device:
     memory_efficiency: float
     launch_s: float
     collective_s: float
+    matmul_efficiencies: dict[str, float] = field(default_factory=dict, hash=False)
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
@@ -116,7 +119,7 @@ class Device:
         owner = f"device {self.name!r}"
         if self.backend not in BACKENDS:
             raise BadInputError(f"{owner}: unknown backend {self.backend!r}; one of {', '.join(BACKENDS)}")
-        texts = ("name", "title", "backend", "peak_flops", "origin", "sources", "measured")
+        texts = ("name", "title", "backend", "peak_flops", "matmul_efficiencies", "origin", "sources", "measured")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in texts}
         unknown = (
             "workspace_bytes",
@@ -135,6 +138,7 @@ class Device:
                 f"{owner}: peak_flops has the unknown dtype {min(unknown_dtypes)!r}; known: {', '.join(DTYPES)}"
             )
         _check_positive(owner, {f"peak_flops.{dtype}": value for dtype, value in self.peak_flops.items()})
+        _check_positive(owner, {f"matmul_efficiencies.{one}": value for one, value in self.matmul_efficiencies.items()})
         for name in ("matmul_efficiency", "attention_efficiency", "memory_efficiency"):
             if getattr(self, name) > 1:
                 raise BadInputError(f"{owner}: {name} must be at most 1, not {getattr(self, name)!r}")
@@ -160,14 +164,19 @@ class Device:
             )
         return self.peak_flops[dtype]
 
+    def sustained(self, dtype: str) -> float:
+        """FLOP/s of large matmuls of a dtype. Raises BadInputError like `peak`."""
+        return self.peak(dtype) * self.matmul_efficiencies.get(dtype, self.matmul_efficiency)
+
     @property
     def waiting(self) -> float:
         """What it draws while it waits, as a share of what it draws while it computes; 1 where that is not known."""
         return self.wait_w / self.power_w if self.wait_w and self.power_w else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """The figures by name; ``measured`` only where there is a profile."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "measured"}
+        """The figures by name; ``measured`` only where there is a profile, rates by dtype only where they are known."""
+        left = {"measured"} if self.matmul_efficiencies else {"measured", "matmul_efficiencies"}
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left}
         return data | ({"measured": self.measured.to_json()} if self.measured else {})
 
     @staticmethod

@@ -36,6 +36,7 @@ class Stack:
     grouped: bool
     once: bool
     hidden: bool
+    chunked: bool
     adds: bool
     again: bool
     copies: float

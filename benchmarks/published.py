@@ -117,8 +117,8 @@ def _row(record: Record, folder: str, keep: bool) -> dict[str, Any]:
     path = str(Path(folder) / str(os.getpid()) / f"{hashlib.sha256(written.encode()).hexdigest()[:12]}.json")
     plan = _planned(path, written, job, real, tuple(fix.items()), layers)
     told = plan.predicted
+    flops = told.mfu * told.step_time * real.device.peak(job.dtype) * real.devices
     peak = real.device.peak(job.linear_dtype or job.dtype)
-    flops = told.mfu * told.step_time * peak * real.devices
     ranks = _held(plan)
     stack = stack_of(job.stack)
     beside = workspace_bytes(record, real.device, stack) - real.device.reserve_bytes

@@ -132,19 +132,12 @@ RELATIVES = {
 }
 """The stack whose constants stand in where no other runs of a stack fit them. Figures of "torch" that are no figures (a
 host that takes no time) stay the stack's own, which are assumptions then."""
-DEVICES = {"b200": "h100", "b300": "h100", "gb200": "h100", "gb300": "h100"}
-"""Of devices whose efficiencies come from one group of runs, the one whose efficiencies stand in without it."""
-FITTED = ("matmul_efficiency", "attention_efficiency")
 
 
 def elsewhere(stack: str) -> dict[str, float]:
-    """A stack's fitted constants as its relative has them, and those of devices that its runs alone calibrate."""
+    """A stack's fitted constants as its relative has them."""
     every = {name: entry["values"] for name, entry in stacks.catalog()["stacks"].items()}
-    found = {f"{stack}.{name}": every[RELATIVES[stack]][name] or every[stack][name] for name in OWN[stack][1]}
-    if stack == "megatron":
-        for device, relative in DEVICES.items():
-            found |= {f"{device}.{part}": constant(f"{relative}.{part}")["value"] for part in FITTED}
-    return found
+    return {f"{stack}.{name}": every[RELATIVES[stack]][name] or every[stack][name] for name in OWN[stack][1]}
 
 
 def family(entry: Entry) -> str:

@@ -3,11 +3,11 @@
 A record's facts are copied as they stand. What a source does not state (null) is taken so:
 
 * recompute: none, or what is cheap (all but matmuls and attention) in as many layers of each stage as it takes to fit,
-  or beside that whole layers (NVIDIA's recipes, the only rows without it, recompute norms, activations and small
-  projections first: scripts/performance/configs of Megatron-Bridge); vocabulary of a GPT: GPT-2's 50,257 tokens as
-  Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four times hidden; number of devices: the fewest
-  whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a mixture of experts does not state is
-  DeepSeek-V3's (`_experts`).
+  or beside that whole layers; of mixtures none (NVIDIA's recipes recompute norms, activations and the small projections
+  of latent attention, but no experts: recompute_modules in scripts/performance/configs of Megatron-Bridge);
+* vocabulary of a GPT: GPT-2's 50,257 tokens as Megatron-LM pads them; kv_heads: as many as heads; ffn of a GPT: four
+  times hidden; number of devices: the fewest whole nodes; vpp: one stage a rank; cp, ep: 1; sp: what is cheaper. What a
+  mixture of experts does not state is DeepSeek-V3's (`_experts`).
 * dtype: bfloat16, or float16 where devices have no bfloat16 (V100).
 * zero_stage: left to the prediction, like any part of a plan that is not fixed.
 
@@ -23,7 +23,7 @@ from math import gcd
 from typing import Any
 
 from published_measured import devices_of, stated
-from published_stacks import shards_parameters, stack_name
+from published_stacks import node_of, shards_parameters, stack_name
 from published_tidy import MICRO_BATCHES, Record, RefusedError
 
 from autopar import Cluster, Job
@@ -70,8 +70,6 @@ RECOMPUTES = {"true": "full", "1": "full", "block": "full", "uniform": "full", "
 """Other words for what is recomputed: of switches, and Megatron's methods of recomputing whole layers."""
 CHEAP = "selective(matmul+attention)"
 """What is recomputed first where a source does not say."""
-RACK = 64
-"""Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
 
 
 def config_of(record: Record) -> dict[str, Any]:
@@ -179,8 +177,7 @@ def cluster_of(record: Record) -> Cluster:
     """The record's devices in nodes, with the catalog's figures except the ports between nodes, if it states them."""
     hardware = record["hardware"]
     count = devices_of(record)
-    inside = RACK if "NVL72" in (hardware.get("intra_node_link") or "") else hardware.get("gpus_per_node") or 8
-    per_node = min(inside, count)
+    per_node = min(node_of(record), count)
     if count % per_node:
         raise RefusedError(f"{count} devices are no whole nodes of {per_node}")
     cluster = Cluster.parse(f"{count // per_node}x{per_node}:{device_of(hardware['gpu'])}")
@@ -220,6 +217,8 @@ def fix_of(record: Record) -> dict[str, Any]:
         fix["sp"] = record["sp"]
     if record.get("recompute"):
         fix["recompute"] = _recompute(record)
+    elif record["model"].get("moe"):
+        fix["recompute"] = "none"
     if pp > 1:
         fix |= _schedule(record, pp, micro_batches)
     return fix | (_zero(record, data) if data > 1 else {})
@@ -315,6 +314,8 @@ def _experts_over(record: Record, data: int) -> int:
     if not record["model"].get("moe"):
         return 1
     if record.get("ep"):
+        if int(record["ep"]) > data:
+            raise RefusedError("experts that tensor ranks share as well")
         return int(record["ep"])
     if "deepep" not in str(record.get("notes")).lower():
         return 1

@@ -8,6 +8,10 @@ from published_tidy import Record
 
 STEP_GRAPHS = "26.06"
 """The container from which on NVIDIA's recipes for mixtures in MXFP8 make whole steps a CUDA graph."""
+RECIPES = r"megatron-bridge|\bnemo\b|megatron-lm.*(examples|readme)"
+"""Sources that are NVIDIA's own recipes for Megatron-Core."""
+RACK = 64
+"""Devices of an NVL72 rack that a job uses: its 72, less those that do not divide."""
 COMPILED_LOSS = "2025"
 """The year from which on torchtitan compiles the loss (torchtitan/components/loss.py)."""
 EARLY = r"korthikanti|narayanan|shoeybi|sc'?21|2205\.05198|2104\.04473|1909\.08053"
@@ -37,6 +41,12 @@ def stack_name(record: Record) -> str:
     return "compiled" if shards_parameters(record) else "megatron"
 
 
+def node_of(record: Record) -> int:
+    """Devices that share the fast links of one node."""
+    hardware = record["hardware"]
+    return RACK if "NVL72" in (hardware.get("intra_node_link") or "") else hardware.get("gpus_per_node") or 8
+
+
 def shards_parameters(record: Record) -> bool:
     """Whether ranks share parameters, and not what the optimizer keeps alone: FSDP, FULL_SHARD, ZeRO 3."""
     told = str(record.get("zero_stage")).lower()
@@ -55,6 +65,8 @@ def _variant(record: Record, stack: str) -> str:
         return "-selective"
     if stack == "megatron-deepspeed" and re.match(r"bf|bfloat", str(record.get("dtype")).lower()):
         return "-bf16"
+    if stack == "compiled" and re.search(r"\basync(hronous)? (tp|tensor)", str(record.get("notes")), re.I):
+        return "-async"
     if stack == "compiled":
         dated = re.search(r"\b20[12]\d\b|20[12]\d-?[01]\d", str(record.get("source")))
         return "-loss" if dated and dated[0] >= COMPILED_LOSS else ""
@@ -66,6 +78,19 @@ def _variant(record: Record, stack: str) -> str:
         return "-compiled-loss"
     if recomputes_core(record):
         return "-selective"
-    container = re.search(r"\((\d\d\.\d\d)[.\d]* NeMo Container\)", str(record.get("source")))
-    mixture = record["model"].get("moe") and "mxfp8" in str(record["dtype"])
-    return "-graphs" if container and container[1] >= STEP_GRAPHS and mixture else ""
+    return _recipe(record)
+
+
+def _recipe(record: Record) -> str:
+    """How NVIDIA's own recipes run Megatron; "" for other sources."""
+    source = str(record.get("source"))
+    if not re.search(RECIPES, source, re.I):
+        return ""
+    mixture, dtype = bool(record["model"].get("moe")), str(record["dtype"]).lower()
+    container = re.search(r"\((\d\d\.\d\d)[.\d]* NeMo Container\)", source)
+    if mixture and "mxfp8" in dtype and container and container[1] >= STEP_GRAPHS:
+        return "-graphs"
+    if "fp4" in dtype:
+        return "-recipes-fp4"
+    far = (record.get("ep") or 1) * (record.get("tp") or 1) > node_of(record)
+    return "-recipes" + ("-hidden" if mixture and far and (record.get("vpp") or 1) > 1 else "")

@@ -205,7 +205,7 @@ def test_every_figure_has_a_source(name):
     assert set(figures) == {*nodes.device.sources, *links}
     assert all(f"{tier}.{key}" in links for tier in ("intra_node", "inter_node") for key in LINK_FIGURES)
     for field in Device.__dataclass_fields__:
-        if field in ("name", "title", "backend", "origin", "sources", "measured"):
+        if field in ("name", "title", "backend", "origin", "sources", "measured", "matmul_efficiencies"):
             continue
         keys = [key for key in figures if key == field or key.startswith(field + ".")]
         assert keys, f"{field} of {name} has no figure"
@@ -213,6 +213,23 @@ def test_every_figure_has_a_source(name):
         assert len(figure["source"]) > 20, key
         if figure["source"].startswith("model constant"):
             assert figure["low"] <= figure["value"] <= figure["high"], key
+
+
+def test_matmuls_of_a_dtype_have_an_efficiency_of_their_own():
+    device = load_group("gb200", 1, 8).device
+    assert device.sustained("fp8") == device.peak("fp8") * device.matmul_efficiencies["fp8"]
+    assert device.sustained("bf16") == device.peak("bf16") * device.matmul_efficiency
+    assert Device.from_json(device.to_json()) == device
+    with pytest.raises(BadInputError, match=r"matmul_efficiencies\.fp8"):
+        replace(device, matmul_efficiencies={"fp8": 0.0})
+
+
+def test_sustained_rates_of_a_chip_grow_with_its_power():
+    """The catalog's Blackwells are one chip: what one held is taken by watt for the others."""
+    devices = [load_group(name, 1, 8).device for name in ("b200", "b300", "gb200", "gb300")]
+    for dtype in ("bf16", "fp8", "fp4"):
+        each = [device.sustained(dtype) / device.power_w for device in devices]
+        assert max(each) == pytest.approx(min(each), rel=0.005)
 
 
 def test_catalog_refuses_unsourced_and_implausible():

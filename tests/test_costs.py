@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopar.catalog.devices_file import load_group
 from autopar.errors import BadInputError
-from autopar.graph.ir import Node, Ref, TensorMeta
+from autopar.graph.ir import Node, OpGraph, Ref, TensorMeta
 from autopar.graph.ops import callable_of
 from autopar.job import Job
 from autopar.solver import op_costs
@@ -129,6 +129,46 @@ def test_large_matmul_reaches_the_efficiency(costs):
     rate = 2 * m * n * k / linear(costs, m, n, k).forward
     assert 0.9 < rate / (device.peak("bf16") * device.matmul_efficiency) <= 1.0
     assert linear(costs, m, n, k).backward == pytest.approx(2 * linear(costs, m, n, k).forward, rel=0.02)
+
+
+def narrow_linear(dtype, node=None, size=8192):
+    """A square linear layer on GB200 whose operands are cast, by the stack that autopar emits."""
+    told = OpCosts(load_group("gb200", 1, 8).device, Job(global_batch=8, seq_len=4096, linear_dtype=dtype))
+    x = local(size, size)
+    return told, told.seconds(node or op("aten.linear", 2), [x, x], x, [True, True])
+
+
+@pytest.mark.parametrize(("dtype", "moved"), [("fp8", 2 + 2 * 1), ("fp4", 2 * 2 + 2 * 0.5)])
+def test_what_is_cast_is_written_for_both_products(dtype, moved):
+    """Input forward and gradient backward, by rows and by columns; FP4 reads the largest of the tensor first. Weights
+    are cast once a step."""
+    told, time = narrow_linear(dtype)
+    size, rate = 8192, told.device.sustained(dtype) * told.stack.matmul
+    cast = told.stream_seconds(moved * size * size)
+    fill = (size + op_costs.FILL_K) / size
+    waves = -(-(size // 128) * (size // 256) // 152) * 152 / ((size // 128) * (size // 256))
+    matmul = 2 * size**3 / rate * fill * waves
+    assert time.forward == pytest.approx(matmul + cast + told.device.launch_s, rel=0.01)
+    assert time.backward == pytest.approx(2 * matmul + cast + 2 * told.device.launch_s, rel=0.01)
+
+
+def test_the_layer_of_logits_is_not_cast():
+    nodes = {
+        "x": Node("x", "input", TensorMeta((4, 8), requires_grad=True)),
+        "labels": Node("labels", "input", TensorMeta((4,), "int64")),
+        "w": Node("w", "parameter", TensorMeta((16, 8), requires_grad=True)),
+        "h": Node("h", "op", TensorMeta((4, 8)), "aten.linear", (Ref("x"), Ref("w"))),
+        "y": Node("y", "op", TensorMeta((4, 16)), "aten.linear", (Ref("h"), Ref("w"))),
+        "capped": Node("capped", "op", TensorMeta((4, 16)), "aten.tanh", (Ref("y"),)),
+        "loss": Node("loss", "op", TensorMeta(()), "autopar.cross_entropy", (Ref("capped"), Ref("labels"), -100)),
+    }
+    graph = OpGraph(nodes, ("loss",))
+    assert [name for name, node in graph.nodes.items() if node.logits] == ["y"]
+    head, other = (narrow_linear("fp8", graph.nodes[name])[1] for name in ("y", "h"))
+    told, plain = narrow_linear(None)
+    assert head == plain
+    assert other.forward < 0.7 * plain.forward
+    assert told.device.sustained("fp8") > 2 * told.device.sustained("bf16")
 
 
 def test_small_operators_cost_their_launch(costs):

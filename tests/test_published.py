@@ -22,7 +22,7 @@ from published_measured import (  # noqa: E402
 from published_rows import cluster_of, config_of, fix_of, job_of, recomputing  # noqa: E402
 from published_stacks import stack_name  # noqa: E402
 from published_stats import kendall_tau, regret, summary, sweep_figures, trivial_seconds  # noqa: E402
-from published_tidy import RefusedError  # noqa: E402
+from published_tidy import RefusedError, tidied  # noqa: E402
 
 RECORDS = read(RUNS)
 BY_ID = {record["id"]: record for record in RECORDS}
@@ -58,7 +58,7 @@ def test_the_trivial_formula():
         ("internevo", "internevo"),
         ("llm_foundry_mpt", "composer"),
         ("torchtitan", "compiled"),
-        ("megatron_bridge", "megatron"),
+        ("megatron_bridge", "megatron-recipes"),
     ],
 )
 def test_stacks(group, stack):
@@ -94,7 +94,29 @@ def test_containers_name_variants():
     )
     dense = {**new, "model": {**new["model"], "moe": None}}
     assert stack_name(new) == "megatron-graphs"
-    assert {stack_name(record) for record in (old, dense, {**new, "dtype": "bf16"})} == {"megatron"}
+    assert {stack_name(record) for record in (old, dense, {**new, "dtype": "bf16"})} == {"megatron-recipes"}
+    assert stack_name({**old, "dtype": "nvfp4"}) == "megatron-recipes-fp4"
+    assert stack_name({**old, "source": "somebody's Megatron-LM"}) == "megatron"
+
+
+def test_recipes_hide_what_experts_send_to_other_nodes():
+    """Where stages are interleaved: eight devices a node, or the rack of an NVL72."""
+    far = BY_ID["bridge_26.04.01_DeepSeekV3_DGX-B200_63"]
+    assert (far["ep"], far["vpp"], stack_name(far)) == (32, 2, "megatron-recipes-hidden")
+    near = BY_ID["bridge_26.04.01_DeepSeekV3_DGX-GB200_61"]
+    assert {stack_name(record) for record in (near, {**far, "ep": 8}, {**far, "vpp": None})} == {"megatron-recipes"}
+
+
+def test_asynchronous_tensor_parallelism_is_told_by_notes():
+    vanilla, hidden = (BY_ID[f"titan_async_8B_bf16_{how}"] for how in ("vanilla", "async"))
+    assert (stack_name(vanilla), stack_name(hidden)) == ("compiled-loss", "compiled-async")
+
+
+def test_mixtures_run_no_experts_again_unless_told():
+    record = tidied(BY_ID["bridge_26.04.01_DeepSeekV3_DGX-B200_63"])
+    assert fix_of(record)["recompute"] == "none"
+    assert fix_of({**record, "recompute": "full"})["recompute"] == "full"
+    assert "recompute" not in fix_of(tidied(of_group("megatron_llama_readme")))
 
 
 def test_recipes_change_the_record():
@@ -153,7 +175,7 @@ def test_what_is_not_stated():
 def test_narrow_dtypes():
     record = of_group("megatron_llama_readme")
     job = job_of(record)
-    assert (job.dtype, job.linear_dtype, job.stack) == ("bf16", "fp8", "megatron")
+    assert (job.dtype, job.linear_dtype, job.stack) == ("bf16", "fp8", "megatron-recipes")
     assert job_of({**record, "dtype": "nvfp4"}).linear_dtype == "fp4"
 
 

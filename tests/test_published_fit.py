@@ -71,11 +71,6 @@ def test_without_a_group_others_of_its_stack_tell_what_they_can(matmuls):
     assert found["mtnlg"][1] == found["mtnlg"][2]
 
 
-def test_devices_of_one_group_take_a_relatives_figures():
-    found = elsewhere("megatron")
-    assert found["gb200.matmul_efficiency"] == constant("h100.matmul_efficiency")["value"]
-
-
 def test_large_groups_are_thinned():
     records = [{"group": "large", "id": place} for place in range(MANY + 1)] + [{"group": "small", "id": 0}] * 3
     found = thinned(records, 10)

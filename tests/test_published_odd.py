@@ -135,6 +135,11 @@ def test_stages_under_fsdp_keep_parameters():
     assert fix_of(tidied(changed(zero_stage="FSDP")))["zero"] == 3
 
 
+def test_experts_on_tensor_ranks_are_refused(folder):
+    record = next(r for r in RECORDS if (r["ep"], r["dp"], r["model"]["name"]) == (64, 32, "Qwen3-235B-A22B"))
+    assert predicted(record, folder)["skipped"] == "experts that tensor ranks share as well"
+
+
 def test_experts_are_shared_where_deepep_moves_tokens():
     record = next(r for r in RECORDS if r["id"] == "automodel_GPTOSS120B")
     assert record["ep"] is None
@@ -169,6 +174,15 @@ def test_seconds_from_flops(folder):
     )
     assert model == pytest.approx(share)
     assert hardware == pytest.approx(share * 4 / 3)
+
+
+def test_seconds_from_flops_of_narrow_layers(folder):
+    """FLOP are as many in FP8; the Megatron-LM README states TFLOP/s and, by tokens/s, seconds."""
+    record = BY_ID["mcore_llama3_fp8_8B"]
+    stated = record["measured"]["step_time_s"]
+    row = predicted({**record, "measured": {"tflops_per_gpu": record["measured"]["tflops_per_gpu"]}}, folder)
+    assert row["measured_s"] == pytest.approx(stated, rel=0.2)
+    assert row["trivial_s"] == pytest.approx(6 * 8.03e9 * 128 * 8192 / (0.45 * 1979e12 * 8), rel=0.3)
 
 
 def test_whose_flops_count_recomputation():
@@ -347,7 +361,7 @@ def test_dualpipe_is_taken_as_its_half():
     assert fix["schedule"] == "dualpipev"
     shared = {"schedule": "DualPipe", "ep": 2, "model__moe": {"experts": 4, "topk": 2}}
     with pytest.raises(RefusedError, match="schedule 'DualPipe' with experts that ranks share"):
-        fix_of(tidied(changed(pp=2, dp=1, global_batch=16, micro_batch=2, **shared)))
+        fix_of(tidied(changed(pp=2, dp=2, hardware__count=4, global_batch=16, micro_batch=2, **shared)))
 
 
 def test_shared_out_gradients_have_no_whole_buffers(folder):

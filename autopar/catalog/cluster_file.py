@@ -92,6 +92,7 @@ class DeviceFile(_Model):
     memory_efficiency: float
     launch_s: float
     collective_s: float
+    matmul_efficiencies: dict[str, float] = {}
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0

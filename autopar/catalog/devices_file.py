@@ -79,7 +79,8 @@ def read_device(name: str, data: dict[str, Any]) -> tuple[Device, Link, Link]:
         values[key] = float(value)
     sources = {key: figure["source"] for key, figure in figures.items()}
     fields: dict[str, Any] = {text: data[text] for text in TEXTS}
-    fields["peak_flops"] = _part(values, "peak_flops")
+    for part in ("peak_flops", "matmul_efficiencies"):
+        fields[part] = _part(values, part)
     for key, value in values.items():
         if "." not in key:
             fields[key] = int(value) if key in INTEGERS else value

@@ -22,6 +22,7 @@ CONVOLUTIONS = tuple(f"aten.{kind}{rank}d" for kind in ("conv", "conv_transpose"
 """Convolutions, plain and transposed, over one to three dims of positions."""
 RECURRENT = tuple(f"autopar.{kind}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 """Recurrent layers as they are in torch."""
+LINEAR, LOSS = "aten.linear", "autopar.cross_entropy"
 EXPERTS = "autopar.experts"
 """The operator that the experts of a mixture are (`autopar.graph.experts`)."""
 
@@ -60,7 +61,8 @@ class Node:
     ``kind`` is "input" (``target``: the batch key or the name of the value handed in), "parameter" or "buffer"
     (``target``: the name relative to the block), or "op" (``op``: the operator, e.g. "aten.linear" or
     "autopar.rotary"; ``args``/``kwargs`` hold `Ref`, `Size`, numbers, strings, None and tuples of these).
-    ``module`` is the path of the module that computed it, relative to the block.
+    ``module`` is the path of the module that computed it, relative to the block. ``logits``: whether it is the linear
+    layer that a graph's loss reads the result of; graphs tell their nodes.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
     target: str = ""
     module: str = ""
+    logits: bool = field(default=False, init=False, repr=False, compare=False)
     _operands: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def operands(self) -> tuple[str, ...]:
@@ -104,6 +107,15 @@ class OpGraph:
 
     nodes: dict[str, Node]
     outputs: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for node in self.nodes.values():
+            if node.op != LOSS:
+                continue
+            while node.op and node.op != LINEAR and node.operands():  # through views, casts and what caps logits
+                node = self.nodes[node.operands()[0]]
+            if node.op == LINEAR:
+                object.__setattr__(node, "logits", True)
 
     def of(self, kind: str) -> Iterator[Node]:
         """The nodes of one kind ("input", "parameter", "buffer", "op"), in order."""

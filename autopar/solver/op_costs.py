@@ -9,6 +9,9 @@ cut into tiles, tiles run in waves of one per processor, and a last wave that is
 lost (NVIDIA, "Matrix Multiplication Background User's Guide", sections on tile and wave quantization). The best of the
 tile sizes in `TILES` counts, as a library would choose.
 
+Where linear layers cast their operands, the one that makes the logits does not: Megatron-Core's output layer is none of
+Transformer Engine's, torchtitan's filter_fqns names "output".
+
 Where the device has a profile, operators that it knows are priced by that instead (`autopar.solver.measured_ops`).
 """
 
@@ -19,10 +22,10 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 from autopar.cluster import Device
-from autopar.graph.ir import EXPERTS, Node
+from autopar.graph.ir import EXPERTS, LINEAR, Node
 from autopar.job import NARROW_BYTES, Job
 from autopar.solver.measured_ops import MeasuredOps
-from autopar.solver.stack_work import LINEAR, as_run, work_of
+from autopar.solver.stack_work import as_run, work_of
 from autopar.solver.work import variant
 from autopar.solver.work_parts import Attention, LocalTensor, Matmul, Work
 from autopar.stack import stack_of
@@ -50,10 +53,6 @@ kernels of 128 x 256 x 64 on Ampere), and results that go out through shared mem
 SUM_K = 512
 """Inner length that summing the parts of a split tile takes as long as: 256 KiB of float32 written and read through the
 cache against 64 KiFLOP a step; plausible 128 to 1024."""
-
-WIDE_SHARE = 0.15
-"""Of linear layers in FP4, the share that keeps the job's dtype, as training in it needs (NVIDIA, "Pretraining Large
-Language Models with NVFP4", arXiv 2509.25149: 15 % of the network); plausible 0 to 0.2."""
 
 ATTENTION_TILE = 128
 """Queries that one processor of the fused attention kernel works on (FlashAttention-2: 128 for head dims up to 128)."""
@@ -87,23 +86,21 @@ class OpCosts:
         for dtype, nbytes in (("fp32", 4), ("fp64", 8)):
             if dtype in device.peak_flops:
                 self._peak.setdefault(nbytes, device.peak_flops[dtype])
+        self._rates = {
+            nbytes: device.sustained(job.dtype if nbytes == job.compute_bytes else f"fp{8 * nbytes}")
+            for nbytes in self._peak
+        }
         self._bandwidth = device.memory_bandwidth * device.memory_efficiency
         self.stack = stack_of(job.stack)
-        self._linear = self._linear_peak() if job.linear_dtype else 0.0
+        self._linear = device.sustained(job.linear_dtype) if job.linear_dtype else 0.0
         self._narrow = NARROW_BYTES[job.linear_dtype] if job.linear_dtype else 0.0
         self._measured = MeasuredOps(device.measured, job) if device.measured else None
         self._ops: dict[object, OpTime] = {}
         self._matmuls: dict[tuple[Matmul, int, float], float] = {}
 
-    def _linear_peak(self) -> float:
-        """Peak FLOP/s of linear layers that cast their operands; of FP4's, some keep the job's dtype."""
-        narrow = self.device.peak(str(self.job.linear_dtype))
-        wide = WIDE_SHARE if self.job.linear_dtype == "fp4" else 0.0
-        return 1 / ((1 - wide) / narrow + wide / self.device.peak(self.job.dtype))
-
     def seconds(self, node: Node, inputs: Sequence[LocalTensor], output: LocalTensor, grads: Sequence[bool]) -> OpTime:
         """Time of ``node`` on local tensors; ``inputs`` and ``grads`` (wants a gradient) follow ``node.operands()``."""
-        key = (node.op, variant(node), tuple(inputs), output, tuple(grads))
+        key = (node.op, node.logits, variant(node), tuple(inputs), output, tuple(grads))
         found = self._ops.get(key)
         if found is None:
             found = self._ops[key] = self._priced(node, inputs, output, grads)
@@ -119,8 +116,9 @@ class OpCosts:
                 return OpTime(*known)
             source = "roofline" if source == "measured" else source
         width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
-        forward, backward = as_run(node, forward, backward, width, self.stack, self._narrow)
-        linear = self._linear if node.op in (LINEAR, EXPERTS) else 0.0
+        narrow = self._narrow if node.op in (LINEAR, EXPERTS) and not node.logits else 0.0
+        forward, backward = as_run(node, forward, backward, width, self.stack, narrow)
+        linear = self._linear if narrow else 0.0
         host, speed = self.stack.host_s, self.stack.experts if node.op == EXPERTS else 1.0
         return OpTime(
             self._time(forward, width, linear, speed),
@@ -137,7 +135,7 @@ class OpCosts:
         FLOP, so that n ranks that share it take an n-th each, or more."""
         width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
         peak = self._peak.get(width, self._peak[self.job.compute_bytes])
-        matmul_rate = max(peak, self._linear) * self.device.matmul_efficiency * self.stack.matmul
+        matmul_rate = max(self._rates.get(width, self._rates[self.job.compute_bytes]), self._linear) * self.stack.matmul
         attention_rate = peak * self.device.attention_efficiency * self.stack.attention_speed
         if self.stack.attention == "unfused":
             attention_rate = max(attention_rate, peak)
@@ -176,13 +174,13 @@ class OpCosts:
         return self.stream_seconds(3 * elements * self.job.master_bytes, kernels=2)
 
     def matmul_seconds(self, matmul: Matmul, bytes_per_element: int, linear: float = 0.0) -> float:
-        """Time at the rate of the arithmetic alone, without bytes and launch. ``linear``: the peak FLOP/s of narrower
-        operands, if it casts them."""
+        """Time at the rate of the arithmetic alone, without bytes and launch. ``linear``: the FLOP/s of large matmuls
+        of narrower operands, if it casts them."""
         key = (matmul, bytes_per_element, linear)
         found = self._matmuls.get(key)
         if found is None:
-            peak = linear or self._peak.get(bytes_per_element, self._peak[self.job.compute_bytes])
-            rate = peak * self.device.matmul_efficiency * self.stack.matmul * _fill(matmul, self.device.processors)
+            rate = linear or self._rates.get(bytes_per_element, self._rates[self.job.compute_bytes])
+            rate *= self.stack.matmul * _fill(matmul, self.device.processors)
             found = self._matmuls[key] = matmul.flops / rate if matmul.flops else 0.0
         return found
 

@@ -10,6 +10,9 @@ A conversion costs its collectives, and the copies that `codegen/runtime/collect
                                    (neither where the dims before d have size one: the shards lie in order already)
     all_to_all                     one copy of the shard before, one after
     slice                          a copy of the slice;  pad, keep: writes the whole, reads what is kept
+
+Stacks that cut gathers and scatters of tensor parallelism into as many parts as there are ranks, and the matmuls beside
+them as well (`Stack.chunked`), wait for one part of them: the first of what is needed, the last of what is made.
 """
 
 from __future__ import annotations
@@ -287,6 +290,8 @@ class AxisPrices:
         if action not in COMMUNICATES:
             return local, 0.0
         sent = self.collective(action, whole, axis)
+        if self.ops.stack.chunked and axis != CONTEXT and action in ("all_gather", "reduce_scatter"):
+            sent /= self.axes[axis]
         return local + sent, sent
 
 

@@ -13,9 +13,11 @@ softmax, a batched matmul), on scores S of batch x queries x keys elements, whol
 and where probabilities are dropped out, one kernel more each way, which reads and writes S and a mask of bytes. Where
 the core is computed again (`Stack.again`: Megatron's selective recomputation), the backward begins with a forward.
 
-Linear layers in a narrower dtype cast their operands first: input and weight forward, the output's gradient backward
-(Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433); stacks that fuse pointwise operators fuse
-these casts with what made the operands.
+Linear layers in a narrower dtype cast their operands first: the input forward, the output's gradient backward
+(Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433), each in a kernel of its own that reads it and
+writes it twice, by rows for one product and by columns for the other (Transformer Engine's quantizers; blocks of MXFP8
+and NVFP4 run along what is summed over). Weights are cast once a step, as they are updated or gathered (Megatron-Core's
+fp8_param_gather, torchao's enable_fsdp_float8_all_gather): next to nothing of it.
 """
 
 from __future__ import annotations
@@ -23,13 +25,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autopar.graph.ir import EXPERTS, Node
+from autopar.graph.ir import EXPERTS, LINEAR, Node
 from autopar.solver.expert_work import experts_work
 from autopar.solver.work import ATTENTION, MATMULS, is_pointwise, work
 from autopar.solver.work_parts import Attention, Counted, LocalTensor, Matmul, Work
 from autopar.stack import Stack
 
-LINEAR = "aten.linear"
+ALIGNED_BYTES, UNALIGNED = 16, 5
+"""What a head's rows are a multiple of where unfused attention's products are at their best, and how many times as long
+those of others take: with heads of 144 elements for 150, bigscience's models of about 190 billion parameters went from
+94 to 120 TFLOP/s on A100 (bigscience-workshop/bigscience, train/tr11-176B-ml/chronicles-prequel.md; NVIDIA, "Matrix
+Multiplication Background User's Guide", section on tensor core requirements); plausible 2 to 10."""
+TENSOR_SCALES = 1.0
+"""Bytes per element below which a cast needs the largest of the whole tensor first, which reads it once more (NVFP4
+scales blocks and tensors: arXiv 2509.25149)."""
 
 
 def work_of(
@@ -58,19 +67,22 @@ def as_run(
     if is_pointwise(node):
         return _fused(forward, stack), _fused(backward, stack)
     if node.op.removeprefix("aten.") in MATMULS:
-        if narrow and node.op == LINEAR:
-            forward, backward = _cast(forward, backward, width + narrow)
-        return _fused(forward, stack), _fused(backward, stack)  # casts, and what sums the gradient of a bias
+        forward, backward = _fused(forward, stack), _fused(backward, stack)  # what sums the gradient of a bias
+        return _cast(forward, backward, _moved(width, narrow)) if narrow and node.op == LINEAR else (forward, backward)
     return forward, backward
 
 
+def _moved(width: int, narrow: float) -> float:
+    """Bytes that casting one element moves."""
+    return width * (1 + (narrow < TENSOR_SCALES)) + 2 * narrow
+
+
 def _cast(forward: Work, backward: Work, moved: float) -> tuple[Work, Work]:
-    """With the casts of operands, each of which moves so many bytes per element."""
+    """With the casts of input and gradient, each of which moves so many bytes per element."""
     batch, m, n, k = forward.matmuls[0]
-    read = batch * (m * k + k * n)
     made = batch * m * n if backward.matmuls else 0
     return (
-        replace(forward, nbytes=forward.nbytes + moved * read, kernels=forward.kernels + 2),
+        replace(forward, nbytes=forward.nbytes + moved * batch * m * k, kernels=forward.kernels + 1),
         replace(backward, nbytes=backward.nbytes + moved * made, kernels=backward.kernels + bool(made)),
     )
 
@@ -79,10 +91,10 @@ def _experts(part: Work, width: int, stack: Stack, narrow: float, back: bool) ->
     """Two casts of rows where operands are narrow: forward of what goes into the matmuls, backward of the gradients of
     what comes out. Where matmuls are a kernel for each expert, casts are too."""
     casts = 2 if narrow and part.matmuls else 0
+    fused = _fused(part, stack)
     if casts:
         cast = sum(each.batch * each.m * (each.n if back else each.k) for each in part.matmuls[:2])
-        part = replace(part, nbytes=part.nbytes + (width + narrow) * cast, kernels=part.kernels + casts)
-    fused = _fused(part, stack)
+        fused = replace(fused, nbytes=fused.nbytes + _moved(width, narrow) * cast, kernels=fused.kernels + casts)
     if stack.grouped or not part.matmuls:
         return fused
     return replace(fused, kernels=fused.kernels + (part.matmuls[0].batch - 1) * (len(part.matmuls) + casts))
@@ -120,15 +132,17 @@ def _unfused(part: Work, width: int, drops: bool) -> Work:
     scores, dropped = width * elements, (2 * width + 1) * elements if drops else 0
     back = attention.matmuls > 2
     return Work(
-        matmuls=_products(attention, back),
+        matmuls=_products(attention, back, width),
         matmul_bytes=part.matmul_bytes + (4 if back else 2) * scores,
         nbytes=(3 if back else 2) * scores + dropped,
         kernels=(5 if back else 3) + drops,
     )
 
 
-def _products(attention: Attention, back: bool) -> tuple[Matmul, ...]:
+def _products(attention: Attention, back: bool, width: int) -> tuple[Matmul, ...]:
     batch, queries, keys, dim = attention.batch, attention.queries, attention.keys, attention.head_dim
+    if dim * width % ALIGNED_BYTES:
+        batch *= UNALIGNED
     first = Matmul(batch, queries, keys, dim)
     second = Matmul(batch, queries, dim, keys)
     third = Matmul(batch, keys, dim, queries)
