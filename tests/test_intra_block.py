@@ -207,6 +207,22 @@ def shared_problem(seed):
     return Problem((source,), (*readers, last), tables, ())
 
 
+def test_a_weight_that_hundreds_of_steps_read():
+    """A loop that was unrolled: elimination takes it, though the weight has as many neighbours as there are steps."""
+    draw, ops = random.Random(0), []
+    for index in range(300):
+        ways = [Choice(each, (each, each), each, draw.uniform(1, 2)) for each in ("R", "S0", "S1")]
+        ops.append(Op(f"o{index}", (f"o{index - 1}" if index else "x", "w"), tuple(ways)))
+    pairs = {pair: 0.4 for pair in itertools.permutations(("R", "S0", "S1"), 2)}
+    weight = Source("w", {"R": (0.0, 0.0), "S0": (0.0, 0.0)})
+    tables = {op.name: pairs for op in ops} | {"x": pairs, "w": pairs}
+    problem = Problem((Source("x", {"R": (0.0, 0.0)}), weight), tuple(ops), tables, (Output("o299", ("R",)),))
+    answer = solve(problem)
+    assert price(problem, answer) == (answer.seconds, answer.bytes)
+    assert answer.seconds == pytest.approx(intra_ilp.solve(problem).seconds, rel=1e-9)
+    assert block_tables.BlockTables(problem).least() == pytest.approx(answer.seconds, rel=1e-9)
+
+
 def test_the_least_with_each_strategy_of_an_operator(either):
     """Held to one strategy the problem's least is what elimination says of it, or more than its relaxation does."""
     compared = 0

@@ -109,7 +109,11 @@ class BlockTables:
         return len(self.sizes) - 1
 
     def _add(self, scope: Sequence[int], table: Any) -> None:
-        """A table whose axes are of these variables, in any order and repeated where they are."""
+        """A table whose axes are of these variables, in any order and repeated where they are. One that has one value
+        only is no variable."""
+        if any(self.sizes[variable] == 1 for variable in scope):
+            table = table.reshape([self.sizes[variable] for variable in scope if self.sizes[variable] > 1])
+            scope = [variable for variable in scope if self.sizes[variable] > 1]
         ordered = sorted(set(scope))
         if list(scope) != ordered:
             places = [ordered.index(variable) for variable in scope]

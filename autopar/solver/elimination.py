@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heappop, heappush
 from itertools import combinations
-from math import log2, prod
+from math import inf, log2, prod
 from random import Random
 from typing import Any
 
@@ -23,6 +24,9 @@ from autopar.solver.linear import Floats
 
 TRIES = ((200_000, 5), (3_000_000, 15))
 """Where orders have more entries than so many, so many more are tried."""
+
+MANY = 64
+"""Neighbours of a variable beyond which it is left for later."""
 
 BLUR = 0.8
 """By how much of themselves scores may differ between tries."""
@@ -57,11 +61,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """All steps, what is ``left`` at the end, and the entries of all sums."""
+    """All steps, what is ``left`` at the end, the entries of all sums, and how many variables there are."""
 
     steps: tuple[Step, ...]
     left: Sum
     entries: int
+    variables: int
 
 
 def least(order: Order, tables: Sequence[Floats]) -> Floats:
@@ -71,10 +76,10 @@ def least(order: Order, tables: Sequence[Floats]) -> Floats:
 
 
 def best(order: Order, tables: Sequence[Floats]) -> tuple[float, list[int]]:
-    """The least sum, and the value of each variable there, of equals the first in the order of elimination; none of
-    them kept."""
+    """The least sum, and the value of each variable there (0 of one of no table), of equals the first in the order of
+    elimination; none of them kept."""
     held = _made(order, tables)
-    values = [0] * len(order.steps)
+    values = [0] * order.variables
     for step in reversed(order.steps):
         # What was eliminated later is known, so of the sum one line is left.
         place: list[Any] = [values[variable] for variable in step.rest]
@@ -97,8 +102,8 @@ def _made(order: Order, tables: Sequence[Floats]) -> list[Floats]:
 
 @lru_cache(maxsize=1024)
 def order_of(sizes: tuple[int, ...], scopes: tuple[Scope, ...], kept: Scope = ()) -> Order:
-    """A good order for variables of these sizes and tables of these scopes; each variable is in one at least. Those
-    that are ``kept`` are not eliminated."""
+    """A good order for variables of these sizes and tables of these scopes. Those that are ``kept`` are not eliminated,
+    and those of no table need not be."""
     rough = tuple(1 << round(log2(size)) for size in sizes)  # what is good for sizes is good for others like them
     return _order(sizes, scopes, kept, _variables(rough, scopes, kept))
 
@@ -115,24 +120,36 @@ def _variables(sizes: tuple[int, ...], scopes: tuple[Scope, ...], kept: Scope) -
 
 def _greedy(sizes: Sequence[int], scopes: Sequence[Scope], kept: Scope, drawn: Random | None) -> tuple[int, list[int]]:
     """Entries, and the variables in the order that they are eliminated in."""
-    near: dict[int, set[int]] = {variable: set() for variable in range(len(sizes))}
+    near: dict[int, set[int]] = {variable: set() for scope in (*scopes, kept) for variable in scope}
     for scope in (*scopes, kept):
         for variable in scope:
             near[variable].update(scope)
     for variable, others in near.items():
         others.discard(variable)
 
-    def score(variable: int) -> tuple[int, int]:
-        others = near[variable]
-        fill = sum([sizes[a] * sizes[b] for a, b in combinations(others, 2) if b not in near[a]])
-        return fill, prod([sizes[a] for a in others]) * sizes[variable]
+    latest: dict[int, tuple[float, int, int]] = {}
+    queue: list[tuple[float, int, int]] = []
 
-    scores = {variable: score(variable) for variable in near if variable not in kept}
+    def score(variable: int) -> None:
+        others = near[variable]
+        fill = inf  # of one with very many it would take long to say
+        if len(others) <= MANY:
+            fill = float(sum([sizes[a] * sizes[b] for a, b in combinations(others, 2) if b not in near[a]]))
+        blur = 1 + BLUR * drawn.random() if drawn else 1.0
+        latest[variable] = fill * blur, prod([sizes[a] for a in others]) * sizes[variable], variable
+        heappush(queue, latest[variable])
+
+    for variable in near:
+        if variable not in kept:
+            score(variable)
     entries, found = 0, []
-    while scores:
-        blur = {variable: 1 + BLUR * drawn.random() if drawn else 1.0 for variable in scores}
-        one = min(scores, key=lambda variable: (scores[variable][0] * blur[variable], scores[variable][1], variable))
-        entries += scores.pop(one)[1]
+    while latest:
+        first = heappop(queue)
+        one = first[2]
+        if latest.get(one) != first:
+            continue  # scored anew meanwhile
+        del latest[one]
+        entries += first[1]
         found.append(one)
         others = near.pop(one)
         changed = set(others)
@@ -140,7 +157,9 @@ def _greedy(sizes: Sequence[int], scopes: Sequence[Scope], kept: Scope, drawn: R
             near[a].update(others)
             near[a] -= {a, one}
             changed |= near[a]
-        scores.update({variable: score(variable) for variable in sorted(changed) if variable not in kept})
+        for variable in sorted(changed):
+            if variable not in kept:
+                score(variable)
     return entries, found
 
 
@@ -170,4 +189,4 @@ def _order(sizes: Sequence[int], scopes: Sequence[Scope], kept: Scope, variables
         for a in rest:
             having[a].add(len(held))
         held.append(set(rest))
-    return Order(tuple(steps), summed(left, kept), entries)
+    return Order(tuple(steps), summed(left, kept), entries, len(sizes))
