@@ -213,7 +213,7 @@ def test_a_weight_that_hundreds_of_steps_read():
     for index in range(300):
         ways = [Choice(each, (each, each), each, draw.uniform(1, 2)) for each in ("R", "S0", "S1")]
         ops.append(Op(f"o{index}", (f"o{index - 1}" if index else "x", "w"), tuple(ways)))
-    pairs = {pair: 0.4 for pair in itertools.permutations(("R", "S0", "S1"), 2)}
+    pairs = dict.fromkeys(itertools.permutations(("R", "S0", "S1"), 2), 0.4)
     weight = Source("w", {"R": (0.0, 0.0), "S0": (0.0, 0.0)})
     tables = {op.name: pairs for op in ops} | {"x": pairs, "w": pairs}
     problem = Problem((Source("x", {"R": (0.0, 0.0)}), weight), tuple(ops), tables, (Output("o299", ("R",)),))
