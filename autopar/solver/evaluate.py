@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from autopar.errors import UnsupportedError
 from autopar.schedule import SCHEDULES
@@ -229,6 +229,16 @@ def assess(
     return found
 
 
+def rank_bytes(context: Context, config: Config, stages: Sequence[Sequence[BlockCost]], boundary: int) -> list[int]:
+    """Bytes of every rank under such stages, whether they fit or not."""
+    begin = time.perf_counter()
+    counted = _counted(context, config, stages, boundary)
+    found = _with_bytes(context, counted, counted.bare, fitting=False)
+    context.clock.add("simulation", begin)
+    assert found is not None
+    return found.rank_bytes()
+
+
 def _assess(
     context: Context,
     config: Config,
@@ -237,6 +247,30 @@ def _assess(
     fitting: bool,
     beat: float,
 ) -> Assessment:
+    counted = _counted(context, config, stages, boundary)
+    one = counted.bare
+    # What there is to beat is mostly missed by seconds, else bytes are sooner counted.
+    if beat < float("inf"):
+        one = _with_seconds(context, counted, one)
+        if one.step_time >= beat:
+            return counted.bare
+    fits = _with_bytes(context, counted, one, fitting)
+    if fits is None:
+        return counted.bare
+    return fits if beat < float("inf") else _with_seconds(context, counted, fits)
+
+
+class _Counted(NamedTuple):
+    """Of a plan's stages, what each data rank does with each block and keeps of it; elements whose gradients stages
+    must add up (``crossing``); and the assessment, seconds and bytes left open."""
+
+    place: Placed
+    crossing: int
+    blocks: list[list[BlockBytes]]
+    bare: Assessment
+
+
+def _counted(context: Context, config: Config, stages: Sequence[Sequence[BlockCost]], boundary: int) -> _Counted:
     place = placed(context, config, boundary)
     shared, crossing = tied_elements(context, stages)
     ends = list(accumulate(len(costs) for costs in stages))
@@ -275,34 +309,24 @@ def _assess(
         found.append(known[key])
     times, blocks = [times for times, _ in found], [held for _, held in found]
     never, rows = float("inf"), tuple(map(tuple, stages))
-    bare = one = Assessment(config, rows, tuple(times), (), (), never, {}, boundary, never, never)
-    # What there is to beat is mostly missed by seconds, else bytes are sooner counted.
-    if beat < never:
-        one = _with_seconds(context, place, crossing, bare)
-        if one.step_time >= beat:
-            return bare
-    fits = _with_bytes(context, place, blocks, one, fitting)
-    if fits is None:
-        return bare
-    return fits if beat < never else _with_seconds(context, place, crossing, fits)
+    bare = Assessment(config, rows, tuple(times), (), (), never, {}, boundary, never, never)
+    return _Counted(place, crossing, blocks, bare)
 
 
-def _with_bytes(
-    context: Context, place: Placed, blocks: list[list[BlockBytes]], one: Assessment, fitting: bool
-) -> Assessment | None:
+def _with_bytes(context: Context, counted: _Counted, one: Assessment, fitting: bool) -> Assessment | None:
     """None if it is ``fitting`` that is sought, and it does not fit."""
-    peaks, room = [], context.cluster.device.memory_bytes
-    for peak in place.memory.peaks(blocks):
-        if fitting and peak.total + place.memory.reserve > room + 1.0:
+    memory, blocks, peaks = counted.place.memory, counted.blocks, []
+    for peak in memory.peaks(blocks):
+        if fitting and peak.total + memory.reserve > context.cluster.device.memory_bytes + 1.0:
             return None
         peaks.append(peak)
-    found = replace(one, memory=place.memory.ranks(blocks, peaks), host=place.memory.hosts(blocks))
+    found = replace(one, memory=memory.ranks(blocks, peaks), host=memory.hosts(blocks))
     return found if not fitting or within_memory(context, found) else None
 
 
-def _with_seconds(context: Context, place: Placed, crossing: int, one: Assessment) -> Assessment:
-    config = one.config
-    exchanged = crossing * context.job.master_bytes / place.memory.shards
+def _with_seconds(context: Context, counted: _Counted, one: Assessment) -> Assessment:
+    config, place = one.config, counted.place
+    exchanged = counted.crossing * context.job.master_bytes / place.memory.shards
     tied_s = context.collectives.seconds("send_recv", exchanged, config.pp, config.mesh.strides()["pp"])
     overhead_s = context.ops.stack.step_s
     step_time, breakdown = step(one.times, one.stages, config, place.transfers, tied_s, overhead_s)

@@ -8,8 +8,9 @@ from dataclasses import replace
 from itertools import accumulate
 
 from autopar.solver.answers import Answered
+from autopar.solver.candidates import BlockCost
 from autopar.solver.context import Context
-from autopar.solver.evaluate import Assessment, assess, placed
+from autopar.solver.evaluate import Assessment, assess, placed, rank_bytes
 from autopar.solver.groups import root_blocks
 from autopar.solver.room import most_gathered
 from autopar.solver.space import Config
@@ -57,20 +58,22 @@ def more_gathered(context: Context, found: Assessment) -> Assessment:
     least, most, room = [0] * config.pp, [len(some) for some in places], context.cluster.device.memory_bytes
     stays = {id(cost): replace(cost, gathered=True) for costs in stages for cost in costs}  # equal stages stay equal
 
-    def tried(counts: Sequence[int]) -> Assessment:
-        """With so many more blocks of each rank."""
+    def changed(counts: Sequence[int]) -> list[list[BlockCost]]:
+        """Stages with so many more blocks of each rank."""
         chosen = {place for some, count in zip(places, counts, strict=True) for place in some[:count]}
-        changed = [
+        return [
             [stays[id(cost)] if (stage, at) in chosen else cost for at, cost in enumerate(costs)]
             for stage, costs in enumerate(stages)
         ]
-        return assess(context, config, changed, found.boundary, fitting=True)
 
     while least != most:
         counts = [(low + high + 1) // 2 for low, high in zip(least, most, strict=True)]
-        for rank, nbytes in enumerate(tried(counts).rank_bytes()):
+        for rank, nbytes in enumerate(rank_bytes(context, config, changed(counts), found.boundary)):
             if nbytes <= room:
                 least[rank] = counts[rank]
             else:
                 most[rank] = counts[rank] - 1
-    return min(found, tried(least), key=lambda one: one.step_time) if any(least) else found
+    if not any(least):
+        return found
+    more = assess(context, config, changed(least), found.boundary, fitting=True)
+    return min(found, more, key=lambda one: one.step_time)
