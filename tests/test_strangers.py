@@ -290,6 +290,20 @@ def test_sizes_that_no_input_of_a_block_tells_are_refused_by_operator_and_place(
         proved(Averaged(), {"x": torch.randn(3, WIDTH)}, lambda y, batch: y.square().mean(), micro_batch=2, dp=2)
 
 
+def test_sizes_that_differ_by_sample_are_refused_with_the_way_out() -> None:
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(1, WIDTH, 4, 4))
+
+        def forward(self, x: Tensor, sides: Tensor) -> Tensor:
+            return x + torch.cat([F.interpolate(self.places, size=(side, side)) for side in sides])
+
+    given = {"x": torch.randn(WIDTH, 3, 3), "sides": torch.tensor(3)}
+    with pytest.raises(UnsupportedError, match=r"in a loop over its samples .* for the whole batch at once"):
+        trace(Resized(), given, square)
+
+
 def test_a_loss_without_end_is_told() -> None:
     class Endless(nn.Module):
         def __init__(self) -> None:

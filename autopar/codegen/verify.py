@@ -271,11 +271,12 @@ def random_batch(
 
 
 def _unmask(answers: Tensor, batch: Mapping[str, Tensor], length: int) -> None:
-    """Move ``answers`` [samples], each a position of ``length``, off those that a mask in ``batch`` hides, to the
-    first: there a model's scores are so low that the loss is infinite."""
+    """Move ``answers`` [samples], each a position of ``length``, off those that a mask in ``batch`` hides, to the first
+    that it shows: where it hides, a model's scores are so low that the loss is infinite."""
     for mask in batch.values():
         if mask.shape == (len(answers), length) and not mask.is_floating_point() and 0 <= mask.min() <= mask.max() <= 1:
-            answers.masked_fill_(mask.gather(1, answers[:, None])[:, 0] == 0, 0)
+            hidden = mask.gather(1, answers[:, None])[:, 0] == 0
+            answers[hidden] = mask.int().argmax(1)[hidden]
 
 
 def _drawn_from(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
