@@ -46,8 +46,9 @@ def examples_of(model: nn.Module) -> Iterator[Example]:
     told, most = "nothing was tried", -1
     model = copy.deepcopy(model).eval()  # some write to their weights when they are evaluated
     given: list[set[str]] = []
-    for seq in LENGTHS:
-        for inputs in _candidates(model, seq):
+    for alone in (False, True):
+        tried = ((seq, inputs) for seq in LENGTHS for inputs in _candidates(model, seq, alone))
+        for seq, inputs in tried:
             sizes = (
                 value.shape[key in zoo_tensors.BY_POSITION :]
                 for key, value in inputs.items()
@@ -83,8 +84,8 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor], copies: int = 2) -> Any
     return model(**{key: torch.stack([value] * copies) for key, value in inputs.items()}, **options)
 
 
-def _candidates(model: nn.Module, seq: int) -> Iterator[dict[str, Tensor]]:
-    """What the model may take, in order of likelihood."""
+def _candidates(model: nn.Module, seq: int, alone: bool) -> Iterator[dict[str, Tensor]]:
+    """What the model may take, in order of likelihood; ``alone``: text without the images or sound that go with it."""
     names, config = _parameters(model), model.config
     text = "input_ids" in names
     streams: list[list[dict[str, Tensor]]] = []
@@ -103,6 +104,10 @@ def _candidates(model: nn.Module, seq: int) -> Iterator[dict[str, Tensor]]:
             f"{type(model).__name__}.forward takes {', '.join(names)}: no token ids, images, sound or series that "
             "the zoo knows how to make"
         )
+    if alone:
+        if streams and text:  # where images have a form of their own (patches of several images in a row)
+            yield from _with_others(names, config, ids, {}, seq)
+        return
     for parts in itertools.product(*streams):
         inputs = {key: value for part in parts for key, value in part.items()}
         if text:
@@ -111,10 +116,10 @@ def _candidates(model: nn.Module, seq: int) -> Iterator[dict[str, Tensor]]:
                 continue
             inputs = {**inputs, "input_ids": found}
         yield from _with_others(names, config, inputs, beside, seq)
-    if streams and text:  # where images have a form of their own (patches of several images in a row)
-        yield from _with_others(names, config, ids, {}, seq)
-    if text and (books := zoo_tensors.first(config, "num_codebooks", "num_quantizers")):
-        yield {"input_ids": ids["input_ids"][:, None].repeat(1, books)}
+    if text and (books := zoo_tensors.codes(config, seq)) is not None:
+        yield {"input_ids": books}
+        if "labels" in names:  # shifted into the decoder's inputs, of which a sample has several rows
+            yield {**(ids if "decoder_input_ids" in names else {}), "labels": books}
 
 
 def _with_others(
@@ -222,14 +227,20 @@ def _runs(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
     return True
 
 
+def _by_sample(two: Tensor, three: Tensor) -> bool:
+    """Whether what comes of two samples and of three has rows for each of them, which are alike."""
+    return two.ndim > 0 and len(two) * 3 == len(three) * 2 and two.shape[1:] == three.shape[1:]
+
+
 def _squared(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Callable[..., Tensor]:
     """A loss for a model that has none: how far the first thing it computes for each sample apart (of two that are
     compared with each other there are as many as their product) is from a half, squared. Any gradient will do for the
-    proof, but none is left of vectors of length one by their squares."""
+    proof, but none is left of vectors of length one by their squares; and one number for each sample is a loss already,
+    which may be of the whole batch."""
     alone = _floating(_run(model, inputs, copies=3))
     pairs = zip(_floating(outputs), alone, strict=True)
-    apart = (place for place, (two, three) in enumerate(pairs) if two.ndim and two.shape[1:] == three.shape[1:])
-    place = next(apart, 0)
+    apart = [(two.ndim == 1, place) for place, (two, three) in enumerate(pairs) if _by_sample(two, three)]
+    place = min(apart, default=(False, 0))[1]
 
     def mean_square(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return (_floating(outputs)[place].float() - 0.5).square().mean()

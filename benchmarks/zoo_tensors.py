@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 ITEMS = 5
 """Boxes, or other things that an image was cut into, where their number is free."""
+FRAMES = 64
+"""Of a spectrogram, where their number is free."""
 BY_POSITION = ("states", "actions", "rewards", "returns_to_go")
 """Numbers for each position of the sequence."""
+_BOOKS = ("num_codebooks", "num_quantizers")
 PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
 
 
@@ -31,6 +34,13 @@ def tokens(config: Any, seq: int) -> Tensor:
     if isinstance(end, int) and 0 <= end < vocabulary:
         chosen[-1] = end
     return chosen
+
+
+def codes(config: Any, seq: int) -> Tensor | None:
+    """Sound as codes [seq, codebooks], for a model (or its decoder) that has several codebooks; None for others."""
+    reads = config if first(config, *_BOOKS) else _part(config, "decoder")
+    books = first(reads, *_BOOKS)
+    return tokens(reads, seq)[:, None].repeat(1, books) if isinstance(books, int) else None
 
 
 def text_config(config: Any) -> Any:
@@ -84,11 +94,11 @@ def features(config: Any) -> list[Tensor]:
     frames = first(audio, "max_source_positions")
     side = first(audio, "spec_size")
     pictures = [(1, side * (side // bins), bins)] if isinstance(side, int) and side >= bins else []
-    lengths = [*([2 * frames, frames] if isinstance(frames, int) and frames <= 3000 else []), 64, 128]
+    lengths = [*([2 * frames, frames] if isinstance(frames, int) and frames <= 3000 else []), FRAMES, 128]
     shapes = [*pictures, *(shape for length in lengths for shape in ((bins, length), (length, bins)))]
     other = first(audio, "feature_projection_input_dim")
     if other and other != bins:  # bins of several frames side by side
-        shapes += [(64, other)]
+        shapes += [(FRAMES, other)]
     return [torch.randn(shape) for shape in shapes]
 
 
@@ -161,6 +171,8 @@ def beside(config: Any, names: list[str], seq: int) -> dict[str, Tensor]:
         "rewards": torch.randn(seq, 1, generator=generator),
         "returns_to_go": torch.randn(seq, 1, generator=generator),
         "timesteps": ids("max_ep_len", seq),
+        "flattened_patches": _patches(config),
+        "noise_sequence": sized("model_in_channels", FRAMES),
         "decoder_input_values": sized("num_mel_bins", 12),
         "speaker_embeddings": sized("speaker_embedding_dim"),
         "image_embeds_position_mask": torch.arange(seq) % seq < queries,
@@ -168,10 +180,19 @@ def beside(config: Any, names: list[str], seq: int) -> dict[str, Tensor]:
         "aspect_ratio_ids": torch.ones(1, dtype=torch.int64),
         "aspect_ratio_mask": torch.ones(1, 1, dtype=torch.int64),
         "cross_attention_mask": torch.ones(seq, 1, 1, dtype=torch.int64),
-        "feature_attention_mask": torch.ones(64, dtype=torch.int64),
-        "input_features_mask": torch.ones(64, dtype=torch.int64),
+        "feature_attention_mask": torch.ones(FRAMES, dtype=torch.int64),
+        "input_features_mask": torch.ones(FRAMES, dtype=torch.int64),
     }
     return {name: value for name, value in made.items() if name in names and value is not None}
+
+
+def _patches(config: Any) -> Tensor | None:
+    """Patches [9, 2 + size] of an image, each after its row and column; no value is none of a row."""
+    size = first(_part(config, "vision_config"), "patch_embed_hidden_size")
+    if not isinstance(size, int):
+        return None
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    return torch.cat([places, torch.rand(9, size, generator=torch.Generator().manual_seed(1))], 1)
 
 
 def with_placeholders(model: nn.Module, stream: dict[str, Tensor], ids: Tensor) -> Tensor | None:

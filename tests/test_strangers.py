@@ -14,7 +14,7 @@ import autopar
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.ranks import local_ranks
 from autopar.codegen.verify import random_batch
-from autopar.errors import BadInputError
+from autopar.errors import BadInputError, UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.trace import trace
 
@@ -270,6 +270,51 @@ def test_masks_that_are_drawn_leave_something_and_mark_something() -> None:
         mask = random_batch(graph, given, 1, SEQ, torch.float64, seed)["mask"]
         assert mask[0, 0] == 1
         assert 0 in mask
+
+
+def test_sizes_that_no_input_of_a_block_tells_are_refused_by_operator_and_place() -> None:
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            average = x.mean()
+            for layer in self.layers:
+                average = layer(average.expand(WIDTH)).mean()
+            return average.expand(len(x))
+
+    with pytest.raises(
+        UnsupportedError, match=r"aten\.expand in the model itself: its sizes depend on b.*autopar\.leaf"
+    ):
+        proved(Averaged(), {"x": torch.randn(3, WIDTH)}, lambda y, batch: y.square().mean(), micro_batch=2, dp=2)
+
+
+def test_sizes_that_differ_by_sample_are_refused_with_the_way_out() -> None:
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(1, WIDTH, 4, 4))
+
+        def forward(self, x: Tensor, sides: Tensor) -> Tensor:
+            return x + torch.cat([F.interpolate(self.places, size=(side, side)) for side in sides])
+
+    given = {"x": torch.randn(WIDTH, 3, 3), "sides": torch.tensor(3)}
+    with pytest.raises(UnsupportedError, match=r"in a loop over its samples .* for the whole batch at once"):
+        trace(Resized(), given, square)
+
+
+def test_a_loss_without_end_is_told() -> None:
+    class Endless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) / 0.0
+
+    with pytest.raises(VerificationError, match=r"Endless: on the random batch the loss of the single device is inf"):
+        proved(Endless(), SAMPLE, square, dp=2)
 
 
 def test_a_proof_leaves_the_interpreter_as_it_was() -> None:

@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import zoo  # noqa: E402
-from zoo_inputs import NoInputsError, example_of  # noqa: E402
+from zoo_inputs import NoInputsError, _squared, example_of, examples_of  # noqa: E402
 from zoo_pool import run_pool  # noqa: E402
 
 from autopar.cluster import Cluster  # noqa: E402
@@ -232,6 +232,61 @@ def test_inputs_of_other_kinds_of_data():
     boxed = example_of(zoo.build(("LayoutLMConfig", ZOO["bert"][1], "AutoModelForMaskedLM"))).inputs["bbox"]
     assert boxed.shape == (32, 4)
     assert bool((boxed[:, :2] <= boxed[:, 2:]).all())
+
+
+def test_inputs_of_codes_patches_and_noise():
+    width = {"hidden_size": 32, "d_kv": 16, "d_ff": 32, "num_heads": 2, "num_attention_heads": 2}
+    parts = {
+        "text_config": {**width, "num_layers": 1, "vocab_size": 64},
+        "vision_config": {**width, "num_hidden_layers": 1, "patch_embed_hidden_size": 12, "seq_len": 16},
+    }
+    model = zoo.build(("Pix2StructConfig", parts, "AutoModelForImageTextToText"))
+    patches = example_of(model).inputs["flattened_patches"]
+    assert patches.shape == (9, 14)
+    assert 0 <= patches.min() <= patches.max() < 16  # whatever is drawn of them is a row
+    decoder = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    special = {"num_codebooks": 2, "pad_token_id": 64, "bos_token_id": 64}
+    sung = zoo.build(("MusicgenDecoderConfig", {**decoder, **special}, "MusicgenForCausalLM"))
+    example = example_of(sung)
+    assert {key: tuple(value.shape) for key, value in example.inputs.items()} == {"labels": (32, 2)}
+    assert example.loss is None
+    sizes = {"model_in_channels": 8, "model_hidden_channels": 8, "kernel_predictor_hidden_channels": 8}
+    sizes |= {"num_mel_bins": 16, "resblock_stride_sizes": [2, 2, 2]}
+    voice = example_of(zoo.build(("UnivNetConfig", sizes, None))).inputs
+    assert voice["noise_sequence"].shape == (len(voice["input_features"]), 8)
+
+
+def test_images_go_with_text_of_another_length_before_text_alone():
+    """A length that is also the image's is passed over; text of that length alone comes after all with images."""
+    vision = {**ZOO["vit"][1], "image_size": 32}
+    made = {"text_config": ZOO["bert"][1], "image_config": vision, "multimodal_config": ZOO["bert"][1]}
+    book = {"hidden_size": 16, "vocab_size": 64, "num_blocks_per_group": 1}
+    sizes = {"hidden_size": 64, "projection_dim": 32, "image_codebook_config": book}
+    kinds = [set(example.inputs) for example in examples_of(zoo.build(("FlavaConfig", {**made, **sizes}, None)))]
+    assert "pixel_values" in kinds[0]
+    assert "pixel_values" not in kinds[-1]
+
+
+def test_one_number_for_each_sample_is_no_output():
+    """It may be a loss, of the whole batch."""
+
+    class Codec(nn.Module):
+        def forward(self, x):
+            return x.mean().expand(len(x)), x * 2
+
+    x = torch.zeros(2, 3)
+    assert _squared(Codec(), {"x": x[0]}, Codec()(x))(Codec()(x + 1.0), {}) == 2.25
+
+
+def test_answers_are_not_where_a_mask_hides_them():
+    """There scores are as low as a number can be, and the loss infinite."""
+    name, arguments, _ = ZOO["bert"]
+    model = zoo.build((name, {**arguments, "num_hidden_layers": 2}, "AutoModelForQuestionAnswering"))
+    example = example_of(model)
+    graph = trace(model, example.inputs, example.loss)
+    batch = random_batch(graph, example.inputs, 64, example.seq, torch.float64, 0)
+    for ends in ("start_positions", "end_positions"):
+        assert batch["attention_mask"].gather(1, batch[ends][:, None]).all()
 
 
 def test_text_alone_where_a_model_cannot_be_traced_with_images(monkeypatch):

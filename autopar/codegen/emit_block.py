@@ -75,7 +75,7 @@ class Body:
     """Writes one graph. ``arguments``: input node name to argument name; ``weights``: parameter and buffer node name
     to the expression that is its local tensor; ``decision`` None: nothing is split. ``stored``: layouts of weights that
     are not stored as the decision wants them (tied ones). ``axes``: the text of each model axis. ``names``: what to
-    call the values of some nodes."""
+    call the values of some nodes. ``path``: where the model has it, for messages."""
 
     graph: OpGraph
     decision: BlockDecision | None
@@ -87,6 +87,7 @@ class Body:
     reserved: frozenset[str] = frozenset()
     stored: dict[str, Layout] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    path: str = ""
     _steps: list[Step] = field(default_factory=list)
     _held: dict[str, list[tuple[Layout, str]]] = field(default_factory=dict)
     _hints: dict[str, str] = field(default_factory=dict)
@@ -142,7 +143,11 @@ class Body:
         args, kwargs = substitute((node.args, node.kwargs), lambda _: next(read))
         shapes = tuple(self.graph.nodes[name].meta.shape for name in operands)
         site = Site(node, args, kwargs, shapes, output, self._sizes())
-        expr = render(site)
+        try:
+            expr = render(site)
+        except UnsupportedError as error:
+            place = ".".join(part for part in (self.path, node.module) if part) or "the model itself"
+            raise UnsupportedError(f"{node.op} in {place}: {error}") from error
         comments: tuple[str, ...] = ()
         if node.kwargs.get("ep", 1) > 1:
             assert isinstance(expr, Call)

@@ -78,7 +78,7 @@ def block_body(
             full = model.blocks[placed.index].parameters[node.target]
             weights[node.name] = buffer_expr(full, node.meta, model.buffer_values.get(full), setting.double)
     texts = {axis: f"self.{name}" for axis, name in axes.items()}
-    return Body(kind.graph, placed.candidate.decision, setting, arguments, weights, texts)
+    return Body(kind.graph, placed.candidate.decision, setting, arguments, weights, texts, path=placed.path)
 
 
 def axis_names(setting: Setting, members: Iterable[str]) -> dict[str, str]:

@@ -54,7 +54,9 @@ class Sizes:
     def _symbol(self, symbol: Size) -> Expr:
         if symbol not in self.symbols:
             raise UnsupportedError(
-                f"no tensor at hand has a dim of size {symbol}: cannot write sizes that depend on it"
+                f"its sizes depend on {symbol}, but no input of its block has a dim of that size; "
+                "keep samples and positions in dims of their own between modules, or make what needs the size one "
+                "operator (autopar.leaf)"
             )
         return self.symbols[symbol]
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
 from autopar.graph.ops import draws_random
-from autopar.graph.size import size_at
+from autopar.graph.size import Size, size_at
 from autopar.graph.skipping import every_layer, every_stretch
 from autopar.models import load, model_graph
 from autopar.plan import Plan
@@ -184,6 +184,11 @@ def _compare(
         with SameNumbers():
             expected_loss, expected = _single_device(reference, graph, loss, shares)
         difference, errors = _differences(found_loss, found, expected_loss, expected)
+    if not isfinite(expected_loss):
+        raise VerificationError(
+            f"{graph.name}: on the random batch the loss of the single device is {expected_loss}: there is nothing "
+            "to compare; give `inputs` whose values the model can be trained on, or another seed"
+        )
     report = VerifyReport(
         model=graph.name,
         mesh=str(plan.mesh),
@@ -259,7 +264,19 @@ def random_batch(
             batch[key] = torch.ones(shape, dtype=torch.bool)
         else:
             batch[key] = torch.randn(shape, generator=generator, dtype=dtype)
+    for key, count in classes.items():
+        if batch[key].ndim == 1 and isinstance(count, Size):
+            _unmask(batch[key], batch, size_at(count, samples, seq))
     return batch
+
+
+def _unmask(answers: Tensor, batch: Mapping[str, Tensor], length: int) -> None:
+    """Move ``answers`` [samples], each a position of ``length``, off those that a mask in ``batch`` hides, to the first
+    that it shows: where it hides, a model's scores are so low that the loss is infinite."""
+    for mask in batch.values():
+        if mask.shape == (len(answers), length) and not mask.is_floating_point() and 0 <= mask.min() <= mask.max() <= 1:
+            hidden = mask.gather(1, answers[:, None])[:, 0] == 0
+            answers[hidden] = mask.int().argmax(1)[hidden]
 
 
 def _drawn_from(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -43,7 +43,7 @@ from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
 from autopar.graph.specialise import raised_in, watched
-from autopar.graph.taking_apart import unknown_lengths
+from autopar.graph.taking_apart import refused_samples, unknown_lengths
 from autopar.graph.value_checks import checks_passed, checks_told
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
@@ -294,6 +294,8 @@ def _reason(model: nn.Module, error: Exception, batch: BatchSpec) -> str:
     place = raised_in(error)
     if any(word in f"{type(error).__name__} {error}" for word in _DATA_DEPENDENT):
         return f"torch.export cannot trace {type(model).__name__}: {place or 'the model'} {from_values()}"
+    if told := refused_samples(error):
+        return f"torch.export cannot trace {type(model).__name__}: in {place or 'the model'}: {told}"
     if "FlexAttention" in str(error):
         return (
             f"{place or 'the model'} calls flex_attention, which autopar cannot take apart: write what it does to "

@@ -124,6 +124,10 @@ def _numbers_apart(draft: Draft, node: Node) -> Node:
     if node.kind != "op":
         return node
     args, op = list(node.args), node.op
+    if op == "aten.add" and any(map(_is_zero, _added(draft, node))):
+        first, second = _added(draft, node)
+        other = second if _is_zero(first) else first
+        return draft.nodes[draft.cast(Ref(_numbers_apart(draft, other).name), node.meta.dtype).name]
     if op == "aten.rsub" and len(args) == 2 and not node.kwargs and is_number(args[1]):
         args, op = args[::-1], "aten.sub"
     if op in ("aten.add", "aten.sub") and len(args) == 2 and not node.kwargs and any(map(is_number, args)):
@@ -144,6 +148,11 @@ def _numbers_apart(draft: Draft, node: Node) -> Node:
 
 def _is_number(node: Node) -> bool:
     return node.op == "aten.full" and node.args[0] == ()
+
+
+def _is_zero(node: Node) -> bool:
+    """What a sum of losses in a loop begins with."""
+    return node.op == "aten.zeros" or (_is_number(node) and node.args[1] == 0)
 
 
 def _for_each(draft: Draft, number: Node, total: Ref) -> Ref:

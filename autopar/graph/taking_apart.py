@@ -54,6 +54,16 @@ def _refusal(what: str) -> UnsupportedError:
     )
 
 
+def refused_samples(error: Exception) -> str | None:
+    """What to say of a function that refused a stand-in for samples by its type (as ``error`` tells); None of others.
+
+    As with sizes of images that differ by sample, ``interpolate(x, size=(height, width))``.
+    """
+    if isinstance(error, TypeError) and f"{Samples.__module__}.{Samples.__qualname__}" in str(error):
+        return str(_refusal("a function that takes numbers"))
+    return None
+
+
 def _unknown(x: Any) -> bool:
     """Whether dim 0 of ``x`` has a symbolic size; not one that follows from values, which nothing can stand for."""
     return _symbolic(x) and not free_unbacked_symbols(x.shape[0])

@@ -21,5 +21,5 @@ not in 16 bits, and tracing is in these. Batch 42 hung once, its threads idle, a
 SEED=6, 3,307 cases, found two mistakes, both of plans that the checks pass and the emitter refused (parts of a
 vocabulary over two axes; an exchange of two sequence dims in balanced order), mended since; its batch 12 found a third
 that is not: a layer that repeats a value along the sequence and reads no tensor that has one is refused by the emitter
-("no tensor at hand has a dim of size s").
+("its sizes depend on s, but no input of its block has a dim of that size").
 """
