@@ -6,7 +6,7 @@ both readers; where more do, of what makes it and the set, and each reader finds
 of which a larger one is as cheap, whatever makes the tensor, is left out: mostly few are left, and tables stay narrow.
 
 The problem is the one `intra_model` writes as an ILP, and so is the least, for blocks as wide as those of today's
-models in a tenth of the time. It is exact, where a relaxation is up to a few percent low.
+models in an eighth to half of the time (benchmarks/README.md). It is exact, where a relaxation is some percent low.
 """
 
 from __future__ import annotations
