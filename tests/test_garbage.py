@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 
+from autopar import garbage
 from autopar.garbage import uncollected
 
 
@@ -15,7 +16,8 @@ class Ring:
         self.me = self
 
 
-def test_what_is_made_meanwhile_is_old_afterwards_and_still_collected() -> None:
+def test_what_is_made_meanwhile_is_old_afterwards_and_still_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage, "MANY", 10_000)
     gc.collect()
     with uncollected():
         assert not gc.isenabled()
