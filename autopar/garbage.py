@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 MANY = 500_000
 """Objects from which on the next collection would be felt: some tenths of a second."""
 
