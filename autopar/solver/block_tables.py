@@ -11,6 +11,7 @@ models in an eighth to half of the time (benchmarks/README.md). It is exact, whe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -33,6 +34,11 @@ WIDE = 50_000_000
 
 STEPS = 2.0**44
 """Into how many steps the fastest strategies' seconds are cut; equal answers come out in an order by such steps."""
+
+
+FREE = -1
+"""In place of the variable of a source that many read and nothing ties: it arrives as is the cheapest for the set of
+layouts that is made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +78,14 @@ class BlockTables:
         self.tensors: dict[str, _Tensor] = {}
         self.ways: dict[str, _Ways] = {}
         self.outputs: list[tuple[int, Sequence[Layout]]] = []
+        self.tied: dict[str, tuple[int, Sequence[Layout]]] = {}
         self.free: dict[str, Floats] = {}
         fastest = sum(
             [problem.weight(op.name) * min([each.seconds for each in op.choices], default=0.0) for op in problem.ops]
         )
         self.tie = (fastest or 1.0) / STEPS if ties else 0.0
         self.most_ties = sum([len(op.choices) for op in problem.ops]) + 2 * (len(problem.ops) + len(problem.sources))
+        self._ties()
         self._sources()
         self._operators()
         self._leaving()
@@ -128,39 +136,36 @@ class BlockTables:
             [weight * (s + self.byte_price * size) + place * self.tie for place, (s, size) in enumerate(pairs)]
         )
 
-    def _sources(self) -> None:
-        problem = self.problem
+    def _ties(self) -> None:
+        """One variable for all that are tied, of the layouts that all may have."""
         tied: dict[str, Sequence[Layout]] = {}
         for tie, alike in [
-            *((source.tie, tuple(source.layouts)) for source in problem.sources),
-            *((output.tie, output.layouts) for output in problem.outputs),
+            *((source.tie, tuple(source.layouts)) for source in self.problem.sources),
+            *((output.tie, output.layouts) for output in self.problem.outputs),
         ]:
             if tie:
                 tied[tie] = [layout for layout in tied.get(tie, alike) if layout in alike]
-        self.tied: dict[str, tuple[int, Sequence[Layout]]] = {
-            tie: (self._variable(len(layouts)), layouts) for tie, layouts in tied.items()
-        }
+        for tie, layouts in tied.items():
+            self.tied[tie] = self._variable(len(layouts)), layouts
         for variable, layouts in self.tied.values():
             self._add((variable,), np.zeros(len(layouts)))
-        many = {name for name, count in self._counts().items() if count > 2}
-        for source in problem.sources:
-            variable, layouts = self.tied.get(source.tie, (-1, list(source.layouts)))
-            costs = self._costs(source.name, [source.layouts[layout] for layout in layouts])
-            if variable < 0 and source.name in many:
-                self.free[source.name] = costs
-            else:
-                variable = self._variable(len(layouts)) if variable < 0 else variable
-                self._add((variable,), costs)
-            self.tensors[source.name] = _Tensor(variable, layouts)
 
-    def _counts(self) -> dict[str, int]:
-        """How many read each tensor."""
-        found: dict[str, int] = {}
-        for name in [name for op in self.problem.ops for name in op.operands]:
-            found[name] = found.get(name, 0) + 1
-        for output in self.problem.outputs:
-            found[output.tensor] = found.get(output.tensor, 0) + 1
-        return found
+    def _held(self, tie: str, layouts: Sequence[Layout]) -> tuple[int, Sequence[Layout]]:
+        """The variable of a source or output, and the layout for each of its values."""
+        return self.tied[tie] if tie else (self._variable(len(layouts)), layouts)
+
+    def _sources(self) -> None:
+        problem = self.problem
+        reads = Counter(name for op in problem.ops for name in op.operands)
+        reads.update(output.tensor for output in problem.outputs)
+        for source in problem.sources:
+            if not source.tie and reads[source.name] > 2:
+                self.free[source.name] = self._costs(source.name, list(source.layouts.values()))
+                self.tensors[source.name] = _Tensor(FREE, list(source.layouts))
+                continue
+            variable, layouts = self._held(source.tie, list(source.layouts))
+            self._add((variable,), self._costs(source.name, [source.layouts[layout] for layout in layouts]))
+            self.tensors[source.name] = _Tensor(variable, layouts)
 
     def _operators(self) -> None:
         for op in self.problem.ops:
@@ -174,9 +179,8 @@ class BlockTables:
 
     def _leaving(self) -> None:
         for output in self.problem.outputs:
-            variable, layouts = self.tied.get(output.tie, (-1, output.layouts))
-            if variable < 0:
-                variable = self._variable(len(layouts))
+            variable, layouts = self._held(output.tie, output.layouts)
+            if not output.tie:
                 self._add((variable,), self.tie * np.arange(len(layouts)))
             self.outputs.append((variable, layouts))
             self.tensors[output.tensor].readers.append((variable, layouts))

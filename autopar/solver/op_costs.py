@@ -135,7 +135,7 @@ class OpCosts:
         FLOP, so that n ranks that share it take an n-th each, or more."""
         width = inputs[0].bytes_per_element if inputs else output.bytes_per_element
         peak = self._peak.get(width, self._peak[self.job.compute_bytes])
-        matmul_rate = max(self._rates.get(width, self._rates[self.job.compute_bytes]), self._linear) * self.stack.matmul
+        matmul_rate = max(self._rate(width), self._linear) * self.stack.matmul
         attention_rate = peak * self.device.attention_efficiency * self.stack.attention_speed
         if self.stack.attention == "unfused":
             attention_rate = max(attention_rate, peak)
@@ -173,13 +173,17 @@ class OpCosts:
         """Gradient clipping on this rank: reads gradients for the norm, scales them. Its all-reduce is not here."""
         return self.stream_seconds(3 * elements * self.job.master_bytes, kernels=2)
 
+    def _rate(self, bytes_per_element: int) -> float:
+        """FLOP/s of large matmuls of elements of this width."""
+        return self._rates.get(bytes_per_element, self._rates[self.job.compute_bytes])
+
     def matmul_seconds(self, matmul: Matmul, bytes_per_element: int, linear: float = 0.0) -> float:
         """Time at the rate of the arithmetic alone, without bytes and launch. ``linear``: the FLOP/s of large matmuls
         of narrower operands, if it casts them."""
         key = (matmul, bytes_per_element, linear)
         found = self._matmuls.get(key)
         if found is None:
-            rate = linear or self._rates.get(bytes_per_element, self._rates[self.job.compute_bytes])
+            rate = linear or self._rate(bytes_per_element)
             rate *= self.stack.matmul * _fill(matmul, self.device.processors)
             found = self._matmuls[key] = matmul.flops / rate if matmul.flops else 0.0
         return found

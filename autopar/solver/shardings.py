@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from autopar.solver import intra_block
 from autopar.solver.answers import Answers, Found
 from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, boundary_parts, decision_price
 from autopar.solver.decisions import whole_decisions
-from autopar.solver.intra_block import least, least_with
 from autopar.solver.problem import Problem
 from autopar.solver.recompute import Recompute, Rerun, moved_of, rerun, runs_again
 from autopar.solver.shared_bounds import more_of, part_shift
@@ -297,7 +297,7 @@ class Shardings(Answers):
         known = self._least_of.get((name, again))
         if known is None or (sharp and not known[1]):
             part = self._part(name, again)
-            known = self._kind_bound_of(("least", name, again, sharp), lambda: least(part, sharp))
+            known = self._timed(("least", name, again, sharp), lambda: intra_block.least(part, sharp))
             self._least_of[name, again] = known
         return known[0]
 
@@ -306,7 +306,7 @@ class Shardings(Answers):
         built, prefix = self.built(again, shared=True), f"{name}/"
         ways = {op: each for op, each in built.shared.items() if op.startswith(prefix)}
         part = self._part(name, again, shared=True)
-        found = self._kind_bound_of(("least", name, again, ()), lambda: least_with(part, list(ways)))
+        found = self._timed(("least shared", name, again), lambda: intra_block.least_with(part, list(ways)))
         twice = runs_again(self.context.model.kinds[name]).runs if name in again else frozenset()
         for place, (op, each) in enumerate(ways.items()):
             more = more_of(each, ep, op.removeprefix(prefix) in twice)
@@ -325,7 +325,8 @@ class Shardings(Answers):
             hubs=whole.hubs,
         )
 
-    def _kind_bound_of(self, what: Any, find: Callable[[], Found]) -> Found:
+    def _timed(self, what: Any, find: Callable[[], Found]) -> Found:
+        """See `_once`; counted as a bound of a kind."""
         begin = time.perf_counter()
         found = self._once(what, find)
         self.context.clock.add("kind bounds", begin)

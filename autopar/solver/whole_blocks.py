@@ -15,6 +15,8 @@ all ranks together only if V is at least the n-th least of these times, over all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from autopar.solver.chain import Floats, bytes_of, chain_of, least_of_stages, work_of
@@ -34,12 +36,9 @@ def least_of_whole(problem: StageProblem, index: int, idle: Floats) -> float:
 
 def whole_blocks_fit(problem: StageProblem, index: int) -> bool:
     """Whether that is finite: ranks have room for all of them, each rank for those that it has."""
-    run, fit = problem.runs[index], 0
-    leanest: dict[int, float] = {}
-    for sure, least, room in _ranks(problem, index):
-        for alive in (*sure, least):
-            if alive not in leanest:
-                leanest[alive] = min(bytes_of(option, alive) for option in run.options)
+    run, ranks, fit = problem.runs[index], _ranks(problem, index), 0
+    leanest = {alive: min(bytes_of(option, alive) for option in run.options) for alive in _flying(ranks)}
+    for sure, least, room in ranks:
         left = room + 1.0 - sum(leanest[alive] for alive in sure)
         if left >= 0.0:
             more = left / leanest[least] if leanest[least] > 0.0 else run.count
@@ -47,7 +46,11 @@ def whole_blocks_fit(problem: StageProblem, index: int) -> bool:
     return fit >= run.count
 
 
-def _ranks(problem: StageProblem, index: int) -> list[tuple[list[int], int, float]]:
+_Rank = tuple[list[int], int, float]
+"""See `_ranks`."""
+
+
+def _ranks(problem: StageProblem, index: int) -> list[_Rank]:
     """Of each rank, when most is in flight: how many micro-batches on each stage that surely has a block of the run, on
     the stage with the fewest, and bytes of room."""
     sure, found = _sure(problem, index), []
@@ -58,10 +61,15 @@ def _ranks(problem: StageProblem, index: int) -> list[tuple[list[int], int, floa
     return found
 
 
+def _flying(ranks: Sequence[_Rank]) -> list[int]:
+    """All numbers of micro-batches that count."""
+    return sorted({alive for sure, least, _ in ranks for alive in (*sure, least)})
+
+
 def _seconds(problem: StageProblem, index: int) -> Floats:
     """u of the docstring: by rank, and by number of blocks from 1 to all."""
     run, ranks = problem.runs[index], _ranks(problem, index)
-    flying = sorted({alive for sure, least, _ in ranks for alive in (*sure, least)})
+    flying = _flying(ranks)
     place = {alive: column for column, alive in enumerate(flying)}
     prices = _prices(problem, index, flying)
     works = np.array([work_of(option) for option in run.options])
