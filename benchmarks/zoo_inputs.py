@@ -153,7 +153,7 @@ def _with_targets(model: nn.Module, inputs: dict[str, Tensor], outputs: Any, seq
         return Example(inputs | own, None, seq)
     if "return_loss" in names:
         return Example(inputs, None, seq)
-    return Example(inputs, _squared(model, inputs, outputs), seq)
+    return Example(inputs, squared(model, inputs, outputs), seq)
 
 
 def _looks_ahead(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
@@ -232,7 +232,7 @@ def _by_sample(two: Tensor, three: Tensor) -> bool:
     return two.ndim > 0 and len(two) * 3 == len(three) * 2 and two.shape[1:] == three.shape[1:]
 
 
-def _squared(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Callable[..., Tensor]:
+def squared(model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Callable[..., Tensor]:
     """A loss for a model that has none: how far the first thing it computes for each sample apart (of two that are
     compared with each other there are as many as their product) is from a half, squared. Any gradient will do for the
     proof, but none is left of vectors of length one by their squares; and one number for each sample is a loss already,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.codegen.emit_module import module_source
+from autopar.codegen.random_batches import random_batch
 from autopar.codegen.ranks import local_ranks
-from autopar.codegen.verify import random_batch
 from autopar.errors import BadInputError, UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.trace import trace

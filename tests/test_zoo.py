@@ -18,11 +18,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import zoo  # noqa: E402
-from zoo_inputs import NoInputsError, _squared, example_of, examples_of  # noqa: E402
+from zoo_inputs import NoInputsError, example_of, examples_of, squared  # noqa: E402
 from zoo_pool import run_pool  # noqa: E402
 
 from autopar.cluster import Cluster  # noqa: E402
-from autopar.codegen.verify import random_batch, verify  # noqa: E402
+from autopar.codegen.random_batches import random_batch  # noqa: E402
+from autopar.codegen.verify import verify  # noqa: E402
 from autopar.graph.ir import ModelGraph  # noqa: E402
 from autopar.graph.trace import trace  # noqa: E402
 from autopar.job import Job  # noqa: E402
@@ -275,7 +276,7 @@ def test_one_number_for_each_sample_is_no_output():
             return x.mean().expand(len(x)), x * 2
 
     x = torch.zeros(2, 3)
-    assert _squared(Codec(), {"x": x[0]}, Codec()(x))(Codec()(x + 1.0), {}) == 2.25
+    assert squared(Codec(), {"x": x[0]}, Codec()(x))(Codec()(x + 1.0), {}) == 2.25
 
 
 def test_answers_are_not_where_a_mask_hides_them():

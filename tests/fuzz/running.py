@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar.codegen.compare import gradient_errors
 from autopar.codegen.emit_module import module_source
 from autopar.codegen.load import load_module
-from autopar.codegen.verify import TOLERANCE, random_batch
+from autopar.codegen.random_batches import random_batch
+from autopar.codegen.verify import TOLERANCE
 from autopar.graph.export import LossOf
 from autopar.graph.interpret import keep_wide
 from autopar.graph.ir import ModelGraph
