@@ -21,10 +21,7 @@ def cross_entropy_loss(
     ignore, smoothing = (rest[0] if rest else -100), (rest[1] if len(rest) > 1 else 0.0)
     indices = draft.meta(target).dtype not in FLOATING
     if indices and weight is None and reduction != NONE:
-        given = (logits, target, None, reduction, *rest) if rest else (logits, target, None, reduction)
-        while given[-1] == (None, MEAN, -100, 0.0)[len(given) - 3] and len(given) > 2:
-            given = given[:-1]
-        return Ref(draft.emit("aten.cross_entropy_loss", *given, shape=()))
+        return Ref(draft.emit("aten.cross_entropy_loss", logits, target, None, reduction, *rest, shape=()))
     logs, dtype, dim = _logs(draft, logits), draft.meta(logits).dtype, min(1, len(draft.shape(logits)) - 1)
     if indices:
         return _of_indices(draft, logs, target, weight, reduction, ignore, smoothing, dtype)
@@ -44,8 +41,7 @@ def nll_loss(
 ) -> Ref:
     """logs [n, c, ...] or [c]: log-probabilities; target [n, ...]: class indices."""
     if weight is None and reduction != NONE:
-        given = (logs, target, None, reduction, ignore)
-        return Ref(draft.emit("aten.nll_loss_nd", *given, shape=()))
+        return Ref(draft.emit("aten.nll_loss_nd", logs, target, None, reduction, ignore, shape=()))
     return _of_indices(draft, logs, target, weight, reduction, ignore, 0.0, draft.meta(logs).dtype)
 
 

@@ -114,6 +114,10 @@ class Draft:
             return Ref(self.emit("aten.t", x, shape=shape))
         return Ref(self.emit("aten.transpose", x, first, second, shape=shape))
 
+    def permute(self, x: Ref, order: Sequence[int]) -> Ref:
+        shape = self.shape(x)
+        return Ref(self.emit("aten.permute", x, tuple(order), shape=tuple([shape[dim] for dim in order])))
+
     def select(self, x: Ref, dim: int, index: int) -> Ref:
         shape = self.shape(x)
         return Ref(self.emit("aten.select", x, dim, index, shape=shape[:dim] + shape[dim + 1 :]))

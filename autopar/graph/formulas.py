@@ -32,10 +32,9 @@ def glu(draft: Draft, x: Ref, dim: int = -1) -> Ref:
 
 def bilinear(draft: Draft, x: Ref, y: Ref, weight: Ref, bias: Ref | None = None) -> Ref:
     """x [..., i], y [..., j], weight [o, i, j], bias [o] -> [..., o]: x's products with all matrices, times y."""
-    *lead, width = draft.shape(x)
+    *lead, _ = draft.shape(x)
     out, _, other = draft.shape(weight)
-    rows = Ref(draft.emit("aten.permute", weight, (0, 2, 1), shape=(out, other, width)))
-    rows = draft.flatten(rows, 0, 1)
+    rows = draft.flatten(draft.permute(weight, (0, 2, 1)), 0, 1)
     product = Ref(draft.emit("aten.linear", x, rows, shape=(*lead, *draft.shape(rows)[:1])))
     product = draft.unflatten(product, len(lead), (out, other), free=1)
     product = Ref(draft.emit("aten.mul", product, draft.unsqueeze(y, len(lead)), shape=(*lead, out, other)))

@@ -355,9 +355,7 @@ def _cross_entropy(draft: Draft, node: Node) -> tuple[Ref, OpGraph]:
     reduction, ignore = given.get("reduction", MEAN), given.get("ignore", -100)
     logits, labels = _uncast(draft, node.args[0]), _uncast(draft, node.args[1])
     if len(draft.shape(logits)) > 2:  # torch puts the classes at dim 1
-        order = (0, *range(2, len(draft.shape(logits))), 1)
-        shape = tuple(draft.shape(logits)[dim] for dim in order)
-        logits = Ref(draft.emit("aten.permute", logits, order, shape=shape))
+        logits = draft.permute(logits, (0, *range(2, len(draft.shape(logits))), 1))
     flat_logits, flat_labels = draft.producer(logits, "aten.flatten"), draft.producer(labels, "aten.flatten")
     if flat_logits and flat_labels and flat_logits.args[1] == 0:
         whole = flat_logits.args[0]

@@ -8,11 +8,6 @@ from autopar.graph.ir import Ref
 from autopar.graph.size import Size, divide
 
 
-def _permute(draft: Draft, x: Ref, order: tuple[int, ...]) -> Ref:
-    shape = draft.shape(x)
-    return Ref(draft.emit("aten.permute", x, order, shape=tuple(shape[dim] for dim in order)))
-
-
 def _part(size: int | Size, parts: int, what: str) -> int | Size:
     found = divide(size, parts)
     if found is None:
@@ -25,7 +20,7 @@ def pixel_shuffle(draft: Draft, x: Ref, factor: int) -> Ref:
     lead = len(draft.shape(x)) - 3
     channels = _part(draft.shape(x)[lead], factor * factor, "pixel_shuffle")
     x = draft.unflatten(x, lead, (channels, factor, factor))
-    x = _permute(draft, x, (*range(lead), *(lead + place for place in (0, 3, 1, 4, 2))))
+    x = draft.permute(x, (*range(lead), *(lead + place for place in (0, 3, 1, 4, 2))))
     return draft.flatten(draft.flatten(x, lead + 3, lead + 4), lead + 1, lead + 2)
 
 
@@ -35,7 +30,7 @@ def pixel_unshuffle(draft: Draft, x: Ref, factor: int) -> Ref:
     lead = len(draft.shape(x)) - 3
     x = draft.unflatten(x, lead + 2, (_part(width, factor, "pixel_unshuffle"), factor))
     x = draft.unflatten(x, lead + 1, (_part(height, factor, "pixel_unshuffle"), factor))
-    x = _permute(draft, x, (*range(lead), *(lead + place for place in (0, 2, 4, 1, 3))))
+    x = draft.permute(x, (*range(lead), *(lead + place for place in (0, 2, 4, 1, 3))))
     return draft.flatten(x, lead, lead + 2)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from autopar.errors import UnsupportedError
 from autopar.graph.draft import Draft
@@ -54,7 +53,7 @@ def unfold(draft: Draft, x: Ref, dim: int, width: int, step: int) -> Ref:
     dim %= len(shape)
     found = windows(draft, x, dim, width, step)
     order = (*range(dim + 1), *range(dim + 2, len(shape) + 1), dim + 1)
-    return _permuted(draft, found, order)
+    return draft.permute(found, order)
 
 
 def im2col(
@@ -74,11 +73,5 @@ def im2col(
     rank = len(lead)
     x = windows(draft, x, rank, kernel[0], stride[0], dilation[0])
     x = windows(draft, x, rank + 2, kernel[1], stride[1], dilation[1])
-    x = _permuted(draft, x, (*range(rank), rank + 1, rank + 3, rank, rank + 2))
+    x = draft.permute(x, (*range(rank), rank + 1, rank + 3, rank, rank + 2))
     return draft.flatten(draft.flatten(x, rank + 2, rank + 3), rank - 1, rank + 1)
-
-
-def _permuted(draft: Draft, x: Ref, order: Sequence[int]) -> Ref:
-    shape = draft.shape(x)
-    moved: Any = tuple(shape[dim] for dim in order)
-    return Ref(draft.emit("aten.permute", x, tuple(order), shape=moved, dtype=draft.meta(x).dtype))

@@ -32,8 +32,7 @@ def written_back(view: torch.fx.Node, args: tuple[Any, ...], value: Ref, draft: 
         return draft.transpose(value, args[1] % len(shape), args[2] % len(shape))
     if name == "permute":
         order = [dim % len(shape) for dim in args[1]]
-        back = tuple(order.index(dim) for dim in range(len(shape)))
-        return Ref(draft.emit("aten.permute", value, back, shape=shape))
+        return draft.permute(value, [order.index(dim) for dim in range(len(shape))])
     if name in ("slice", "narrow", "select"):
         dim = (args[1] if len(args) > 1 else 0) % len(shape)
         given = args[2] if len(args) > 2 else None
