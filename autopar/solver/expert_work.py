@@ -1,9 +1,8 @@
 """The work of a mixture's experts, as `codegen/runtime/experts.py` computes them, and as other stacks do.
 
 They are two grouped matmuls (three where gate and values are apart), each of (an expert's rows, k) and (k, n) for every
-expert that a rank holds. A token has k
-rows, one for each expert it chose; where a rank holds a part of the experts, the one that is waited for has `IMBALANCE`
-times its share of them.
+expert that a rank holds. A token has k rows, one for each expert it chose; where a rank holds a part of the experts,
+the one that is waited for has `IMBALANCE` times its share of them.
 
 Other stacks (`Stack`) may have routing that is forced to be even (``imbalance``), and matmuls of experts that are one
 kernel each, with a kernel that casts its operand where operands are narrow (``grouped``; Transformer Engine's
@@ -16,9 +15,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil
 
-from autopar.graph.dispatch import fullest_rows, sent_rows
+from autopar.graph.dispatch import PARAMETERS, fullest_rows, sent_rows
 from autopar.graph.ir import IMBALANCE, Node
 from autopar.solver.work_parts import Counted, LocalTensor, Matmul, Work
+
+DOWN = PARAMETERS + 1
+"""Where the matrices of the last matmul are among the operands."""
 
 EVEN = IMBALANCE[0] / IMBALANCE[1]
 """What the fullest rank's experts have of an even share, where nothing is known of the stack."""
@@ -50,7 +52,8 @@ def experts_work(
     weight, eighteen times backwards. Sorting the choices: a dozen small kernels."""
     hidden, index, _, up, down = inputs[:5]
     rows, held = expert_rows(node, index, up, imbalance), up.shape[0]
-    first = [place for place, one in enumerate(inputs) if place != 4 and len(one.shape) == 3 and place > 2]
+    matrices = (place for place, one in enumerate(inputs) if place >= PARAMETERS and len(one.shape) == 3)
+    first = [place for place in matrices if place != DOWN]
     used = max(1, min(held, rows))
     each, width, inner = ceil(rows / used), hidden.shape[-1], down.elements // (held * hidden.shape[-1])
     wide = sum(inputs[place].elements for place in first) // (held * width)
@@ -61,7 +64,7 @@ def experts_work(
     sort = 12 * index.nbytes
     forward = (*(Matmul(used, each, wide // len(first), width) for _ in first), Matmul(used, each, width, inner))
     back = [m for m in forward if grads[0]]
-    trains = [grads[place] for place in (*first, 4)]
+    trains = [grads[place] for place in (*first, DOWN)]
     back += [Matmul(m.batch, m.n, m.k, m.m) for m, grad in zip(forward, trains, strict=True) if grad]
     # Sent rows are gathered by rank, received ones by expert, and both put back.
     sent = 4 * exchanged_rows(node, index, up) * width * size
