@@ -45,6 +45,7 @@ def test_a_program_that_collects_nothing_or_has_frozen_its_own_is_left_alone() -
         with pytest.raises(ValueError, match="on the way"), uncollected():
             raise ValueError("on the way")
         assert gc.isenabled()
-        assert gc.get_freeze_count() >= frozen > 0
+        # Some of them may have died by their references meanwhile; thawed, none would be left.
+        assert gc.get_freeze_count() > frozen / 2 > 0
     finally:
         gc.unfreeze()
