@@ -5,6 +5,9 @@ with several readers the set of layouts that are made of it. Where two read it, 
 both readers; where more do, of what makes it and the set, and each reader finds what it reads in the set or not. A set
 of which a larger one is as cheap, whatever makes the tensor, is left out: mostly few are left, and tables stay narrow.
 
+What does not depend on seconds is found once (`BlockTables`), and filled with any seconds (`Costs`): shardings that
+divide alike differ in those only.
+
 The problem is the one `intra_model` writes as an ILP, and so is the least, for blocks as wide as those of today's
 models in an eighth to half of the time (benchmarks/README.md). It is exact, where a relaxation is some percent low.
 """
@@ -12,11 +15,10 @@ models in an eighth to half of the time (benchmarks/README.md). It is exact, whe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,7 @@ from autopar.solver import elimination
 from autopar.solver.conversion_trees import Trees, useful
 from autopar.solver.elimination import Order, Scope, order_of
 from autopar.solver.linear import Floats
-from autopar.solver.problem import Answer, Layout, Paths, Problem, path, shortest
+from autopar.solver.problem import Answer, Layout, Paths, Problem, layouts_of, path, shortest
 
 MOST_LAYOUTS = 8
 """Layouts that three readers or more may want of one tensor: there are two to the power of so many sets."""
@@ -42,6 +44,18 @@ layouts that is made of it."""
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds of a problem's choices, in its order: per source of each layout, per operator of each strategy.
+    ``closed``: per table of ``BlockTables.direct`` those of the cheapest conversions, [from, to] as `layouts_of` has
+    them, counted once. ``tie``: of one place among equals."""
+
+    sources: Sequence[Floats]
+    ops: Sequence[Floats]
+    closed: Sequence[Floats]
+    tie: float = 0.0
+
+
+@dataclass(slots=True)
 class _Tensor:
     """What makes a tensor, and its readers: of each the variable, and the layout for each of its values."""
 
@@ -52,14 +66,46 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Ways:
-    """How a tensor is converted: cheapest ``paths``, and ``trees`` of them between layouts by their ``place``."""
+    """How a tensor is converted. ``direct``: the place of its table of conversions; ``place``: of each layout, those
+    that no conversion knows after the others; ``via``: where ways to several readers may part.
 
-    paths: Paths
-    trees: Trees
+    Of what makes it, and of its readers: the variables (``axes``), the places of layouts that any of their values
+    stands for (``once``), and for each value which of these (``rows``). Of many readers ``chosen`` is the variable of
+    the set of layouts that is made, in which they find theirs, and ``once`` of them is what any wants.
+    """
+
+    direct: int
     place: dict[Layout, int]
+    via: list[int]
+    axes: list[int]
+    once: list[list[int]]
+    rows: list[list[int]]
+    chosen: int | None
 
-    def places(self, layouts: Iterable[Layout]) -> list[int]:
-        return [self.place[layout] for layout in layouts]
+
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """How a table's axes become those of its scope: which are ``kept``, as the others have one value, and ``places``
+    of these among the variables of the scope, if they are not in its order."""
+
+    kept: tuple[bool, ...]
+    places: tuple[int, ...] | None
+    scope: Scope
+
+    def of(self, table: Floats) -> Floats:
+        if not all(self.kept):
+            table = table.reshape([size for size, kept in zip(table.shape, self.kept, strict=True) if kept])
+        if self.places is not None:
+            table = np.einsum(table, list(self.places), list(range(len(self.scope))))
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """The ``tables`` in the order of their scopes, and the sizes of all variables."""
+
+    sizes: tuple[int, ...]
+    tables: list[Floats]
 
 
 class TooWideError(Exception):
@@ -67,47 +113,46 @@ class TooWideError(Exception):
 
 
 class BlockTables:
-    """Tables of a problem, and how to read what is best. ``tie``: seconds of one place among equals; zero where only
-    the least is of interest. Raises TooWideError."""
+    """Tables of a problem, whatever its seconds, and how to read what is best. Raises TooWideError."""
 
-    def __init__(self, problem: Problem, byte_price: float = 0.0, ties: bool = False) -> None:
-        self.problem, self.byte_price = problem, byte_price
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self.sizes: list[int] = []
-        self.scopes: list[Scope] = []
-        self.tables: list[Floats] = []
+        self.axes: list[_Axes] = []
         self.tensors: dict[str, _Tensor] = {}
         self.ways: dict[str, _Ways] = {}
         self.outputs: list[tuple[int, Sequence[Layout]]] = []
         self.tied: dict[str, tuple[int, Sequence[Layout]]] = {}
-        self.free: dict[str, Floats] = {}
-        fastest = sum(
-            [problem.weight(op.name) * min([each.seconds for each in op.choices], default=0.0) for op in problem.ops]
-        )
-        self.tie = (fastest or 1.0) / STEPS if ties else 0.0
+        self.arrives: dict[str, list[int]] = {}
+        self.direct: list[Mapping[tuple[Layout, Layout], float]] = []
+        self.paths: dict[int, Paths] = {}
         self.most_ties = sum([len(op.choices) for op in problem.ops]) + 2 * (len(problem.ops) + len(problem.sources))
         self._ties()
         self._sources()
         self._operators()
         self._leaving()
-        self._convert()
+        self._conversions()
+        self.scopes = tuple(axes.scope for axes in self.axes)
 
-    def least(self, operators: Sequence[str] = ()) -> Floats:
-        """The least ``seconds + byte_price * bytes`` of all answers, infinite where there is none: [strategy of each of
-        some operators]. Raises TooWideError."""
+    def least(self, costs: Costs, operators: Sequence[str] = ()) -> Floats:
+        """The least sum of all answers, infinite where there is none: [strategy of each of some operators]. Raises
+        TooWideError."""
         kept = tuple(self.tensors[name].maker for name in operators)
         if 0 in self.sizes:
             return np.full([self.sizes[variable] for variable in kept], inf)
-        return elimination.least(self._order(kept), self.tables)
+        filled = self._fill(costs)
+        return elimination.least(self._order(filled, kept), filled.tables)
 
-    def best(self) -> Answer | None:
+    def best(self, costs: Costs) -> Answer | None:
         """The best answer, its sums left open; None if none is possible. Raises TooWideError."""
         if 0 in self.sizes:
             return None
-        value, values = elimination.best(self._order(), self.tables)
-        return None if value == inf else self._read(values)
+        filled = self._fill(costs)
+        value, values = elimination.best(self._order(filled), filled.tables)
+        return None if value == inf else self._read(values, costs)
 
-    def _order(self, kept: Scope = ()) -> Order:
-        order = order_of(tuple(self.sizes), tuple(self.scopes), kept)
+    def _order(self, filled: _Filled, kept: Scope = ()) -> Order:
+        order = order_of(filled.sizes, self.scopes, kept)
         if order.entries > WIDE:
             raise TooWideError
         return order
@@ -116,25 +161,14 @@ class BlockTables:
         self.sizes.append(size)
         return len(self.sizes) - 1
 
-    def _add(self, scope: Sequence[int], table: Any) -> None:
-        """A table whose axes are of these variables, in any order and repeated where they are. One that has one value
-        only is no variable."""
-        if any(self.sizes[variable] == 1 for variable in scope):
-            table = table.reshape([self.sizes[variable] for variable in scope if self.sizes[variable] > 1])
-            scope = [variable for variable in scope if self.sizes[variable] > 1]
-        ordered = sorted(set(scope))
-        if list(scope) != ordered:
-            places = [ordered.index(variable) for variable in scope]
-            table = np.einsum(table, places, list(range(len(ordered))))
-        self.scopes.append(tuple(ordered))
-        self.tables.append(table)
-
-    def _costs(self, name: str, pairs: Sequence[tuple[float, float]]) -> Floats:
-        """Seconds of (seconds, bytes), in the order of preference."""
-        weight = self.problem.weight(name)
-        return np.array(
-            [weight * (s + self.byte_price * size) + place * self.tie for place, (s, size) in enumerate(pairs)]
-        )
+    def _table(self, variables: Sequence[int]) -> None:
+        """One more table, whose axes are of these variables, in any order and repeated where they are. One that has one
+        value only is no variable."""
+        kept = tuple(self.sizes[variable] > 1 for variable in variables)
+        many = [variable for variable, each in zip(variables, kept, strict=True) if each]
+        scope = sorted(set(many))
+        places = None if many == scope else tuple(scope.index(variable) for variable in many)
+        self.axes.append(_Axes(kept, places, tuple(scope)))
 
     def _ties(self) -> None:
         """One variable for all that are tied, of the layouts that all may have."""
@@ -147,8 +181,7 @@ class BlockTables:
                 tied[tie] = [layout for layout in tied.get(tie, alike) if layout in alike]
         for tie, layouts in tied.items():
             self.tied[tie] = self._variable(len(layouts)), layouts
-        for variable, layouts in self.tied.values():
-            self._add((variable,), np.zeros(len(layouts)))
+            self._table((self.tied[tie][0],))
 
     def _held(self, tie: str, layouts: Sequence[Layout]) -> tuple[int, Sequence[Layout]]:
         """The variable of a source or output, and the layout for each of its values."""
@@ -160,17 +193,17 @@ class BlockTables:
         reads.update(output.tensor for output in problem.outputs)
         for source in problem.sources:
             if not source.tie and reads[source.name] > 2:
-                self.free[source.name] = self._costs(source.name, list(source.layouts.values()))
                 self.tensors[source.name] = _Tensor(FREE, list(source.layouts))
                 continue
             variable, layouts = self._held(source.tie, list(source.layouts))
-            self._add((variable,), self._costs(source.name, [source.layouts[layout] for layout in layouts]))
+            self._table((variable,))
+            self.arrives[source.name] = [list(source.layouts).index(layout) for layout in layouts]
             self.tensors[source.name] = _Tensor(variable, layouts)
 
     def _operators(self) -> None:
         for op in self.problem.ops:
             variable = self._variable(len(op.choices))
-            self._add((variable,), self._costs(op.name, [(each.seconds, each.bytes) for each in op.choices]))
+            self._table((variable,))
             for position, tensor in enumerate(op.operands):
                 reader = variable, [choice.inputs[position] for choice in op.choices]
                 if reader not in self.tensors[tensor].readers:
@@ -181,92 +214,146 @@ class BlockTables:
         for output in self.problem.outputs:
             variable, layouts = self._held(output.tie, output.layouts)
             if not output.tie:
-                self._add((variable,), self.tie * np.arange(len(layouts)))
+                self._table((variable,))
             self.outputs.append((variable, layouts))
             self.tensors[output.tensor].readers.append((variable, layouts))
 
-    def _convert(self) -> None:
-        alike: dict[int, tuple[Paths, Floats]] = {}  # tensors alike share one table of conversions
+    def _conversions(self) -> None:
+        alike: dict[int, int] = {}  # tensors alike share one table of conversions
         for name, tensor in self.tensors.items():
             if not tensor.readers:
                 continue
             direct = self.problem.conversions.get(name, {})
             if id(direct) not in alike:
-                paths = shortest(direct)
-                alike[id(direct)] = paths, np.array(paths.seconds).reshape((len(paths.place),) * 2)
-            ways = self.ways[name] = self._ways_of(name, tensor, *alike[id(direct)])
-            if len(tensor.readers) > 2 or name in self.free:
-                self._sets(name, tensor, ways)
+                alike[id(direct)] = len(self.direct)
+                self.direct.append(direct)
+            ways = self.ways[name] = self._ways_of(name, tensor, alike[id(direct)])
+            if ways.chosen is None:
+                self._table(ways.axes)
                 continue
-            variables = [tensor.maker, *(variable for variable, _ in tensor.readers)]
-            places = [ways.places(layouts) for layouts in (tensor.made, *(wanted for _, wanted in tensor.readers))]
-            if len(places) == 2:
-                self._add(variables, ways.trees.one(*places))
-            else:
-                once = [list(dict.fromkeys(some)) for some in places]
-                rows = [[some.index(place) for place in every] for some, every in zip(once, places, strict=True)]
-                self._add(variables, ways.trees.two(*once)[np.ix_(*rows)])
+            self._table((*ways.axes[: tensor.maker != FREE], ways.chosen))
+            for reader in ways.axes[1:]:
+                self._table((reader, ways.chosen))
 
-    def _ways_of(self, name: str, tensor: _Tensor, paths: Paths, seconds: Floats) -> _Ways:
-        ends = dict.fromkeys([*tensor.made, *(layout for _, wanted in tensor.readers for layout in wanted)])
-        known, place = len(paths.place), dict(paths.place)
+    def _ways_of(self, name: str, tensor: _Tensor, direct: int) -> _Ways:
+        place = {layout: index for index, layout in enumerate(layouts_of(self.direct[direct]))}
+        held = [tensor.made, *(wanted for _, wanted in tensor.readers)]
+        ends = dict.fromkeys([layout for some in held for layout in some])
         for layout in ends:
             place.setdefault(layout, len(place))
-        table = np.full((len(place), len(place)), inf)
-        table[:known, :known] = self.problem.weight(name) * seconds + self.tie
-        np.fill_diagonal(table, 0.0)
         hubs = self.problem.hubs.get(name)
         via = [index for layout, index in place.items() if hubs is None or layout in hubs or layout in ends]
-        return _Ways(paths, Trees(table, via), place)
+        axes, chosen = [tensor.maker, *(variable for variable, _ in tensor.readers)], None
+        once = [[place[layout] for layout in dict.fromkeys(some)] for some in held]
+        if len(tensor.readers) > 2 or tensor.maker == FREE:
+            wanted = list(dict.fromkeys([index for some in once[1:] for index in some]))
+            if len(wanted) > MOST_LAYOUTS:
+                raise TooWideError
+            once[1:] = [wanted] * len(tensor.readers)
+            chosen = self._variable(1 << len(wanted))
+        rows = [[some.index(place[layout]) for layout in every] for some, every in zip(once, held, strict=True)]
+        return _Ways(direct, place, via, axes, once, rows, chosen)
 
-    def _sets(self, name: str, tensor: _Tensor, ways: _Ways) -> None:
-        """Tables of a tensor that many read."""
-        wanted = list(dict.fromkeys([layout for _, layouts in tensor.readers for layout in layouts]))
-        if len(wanted) > MOST_LAYOUTS:
-            raise TooWideError
-        made = list(dict.fromkeys(tensor.made))
-        sets, seconds = ways.trees.sets(ways.places(made), ways.places(wanted), len(tensor.readers))
-        if name in self.free:
-            seconds = (self.free[name][:, None] + seconds).min(0, keepdims=True)
+    def costs(self, byte_price: float = 0.0, ties: bool = False) -> Costs:
+        """What the problem itself says: ``seconds + byte_price * bytes``. ``ties``: equals are to come out in the order
+        of preference."""
+        problem = self.problem
+        each = [problem.weight(op.name) * min([way.seconds for way in op.choices], default=0.0) for op in problem.ops]
+        tie = (sum(each) or 1.0) / STEPS if ties else 0.0
+
+        def seconds(name: str, pairs: Iterable[tuple[float, float]]) -> Floats:
+            weight = problem.weight(name)
+            return np.array([weight * (s + byte_price * size) + place * tie for place, (s, size) in enumerate(pairs)])
+
+        return Costs(
+            [seconds(source.name, source.layouts.values()) for source in problem.sources],
+            [seconds(op.name, [(way.seconds, way.bytes) for way in op.choices]) for op in problem.ops],
+            [np.array(self._paths(place).seconds) for place in range(len(self.direct))],
+            tie,
+        )
+
+    def _paths(self, direct: int) -> Paths:
+        """The cheapest conversions by the problem itself."""
+        if direct not in self.paths:
+            self.paths[direct] = shortest(self.direct[direct])
+        return self.paths[direct]
+
+    def _fill(self, costs: Costs) -> _Filled:
+        """The tables with these seconds, in the order in which `_table` was told of them."""
+        sizes = [*self.sizes]
+        tables: list[Floats] = [np.zeros(len(layouts)) for _, layouts in self.tied.values()]
+        held = dict(zip([source.name for source in self.problem.sources], costs.sources, strict=True))
+        for name, arrives in self.arrives.items():
+            tables.append(held[name][arrives])
+        tables += costs.ops
+        tables += [costs.tie * np.arange(len(o.layouts), dtype=float) for o in self.problem.outputs if not o.tie]
+        for name, ways in self.ways.items():
+            trees = self._trees(name, costs)
+            if ways.chosen is not None:
+                sets = self._sets(name, ways, trees, held)
+                sizes[ways.chosen] = sets[0].shape[-1]
+                tables += sets
+            elif len(ways.axes) == 2:
+                tables.append(trees.one(*ways.once)[np.ix_(*ways.rows)])
+            else:
+                tables.append(trees.two(*ways.once)[np.ix_(*ways.rows)])
+        return _Filled(tuple(sizes), [axes.of(table) for axes, table in zip(self.axes, tables, strict=True)])
+
+    def _trees(self, name: str, costs: Costs) -> Trees:
+        ways, weight = self.ways[name], self.problem.weight(name)
+        closed, every = costs.closed[ways.direct], len(ways.place)
+        if len(closed) < every or weight != 1.0 or costs.tie:
+            table = np.full((every, every), inf)
+            if len(closed):
+                table[: len(closed), : len(closed)] = weight * closed + costs.tie
+            np.fill_diagonal(table, 0.0)
+            closed = table
+        return Trees(closed, ways.via)
+
+    def _sets(self, name: str, ways: _Ways, trees: Trees, held: Mapping[str, Floats]) -> list[Floats]:
+        """Tables of a tensor that many read: what makes it (if that is a variable) and the set, each reader and it."""
+        made, wanted = ways.once[:2]
+        sets, seconds = trees.sets(made, wanted, len(ways.axes) - 1)
+        if ways.axes[0] == FREE:
+            seconds = (held[name][:, None] + seconds).min(0, keepdims=True)
         kept = useful(sets, seconds)
-        variable = self._variable(len(kept))
-        if name in self.free:
-            self._add((variable,), seconds[0, kept])
-        else:
-            rows = [made.index(layout) for layout in tensor.made]
-            self._add((tensor.maker, variable), seconds[np.ix_(rows, kept)])
+        first = seconds[0, kept] if ways.axes[0] == FREE else seconds[np.ix_(ways.rows[0], kept)]
         bits = np.array(sets)[kept]
-        for reader, layouts in tensor.readers:
-            places = np.array([wanted.index(layout) for layout in layouts])
-            self._add((reader, variable), np.where(bits[None, :] >> places[:, None] & 1, 0.0, inf))
+        return [first, *(np.where(bits[None, :] >> np.array(rows)[:, None] & 1, 0.0, inf) for rows in ways.rows[1:])]
 
-    def _read(self, values: Sequence[int]) -> Answer:
+    def _read(self, values: Sequence[int], costs: Costs) -> Answer:
+        sources = dict(zip([source.name for source in self.problem.sources], costs.sources, strict=True))
         held: dict[str, Layout] = {}
         conversions: list[tuple[str, Layout, Layout]] = []
         for name, tensor in self.tensors.items():
             wanted = [layouts[values[variable]] for variable, layouts in tensor.readers]
-            start = self._cheapest(name, wanted) if name in self.free else values[tensor.maker]
-            held[name] = tensor.made[start]
+            if tensor.maker == FREE:
+                held[name] = tensor.made[self._cheapest(name, wanted, sources[name], costs)]
+            else:
+                held[name] = tensor.made[values[tensor.maker]]
             if wanted:
-                conversions += self._conversions(name, held[name], wanted)
-        sources = {source.name: held[source.name] for source in self.problem.sources}
+                conversions += self._made_of(name, held[name], wanted, costs)
         strategies = {op.name: values[self.tensors[op.name].maker] for op in self.problem.ops}
         outputs = tuple(layouts[values[variable]] for variable, layouts in self.outputs)
-        return Answer(strategies, sources, outputs, tuple(conversions), 0.0, 0.0, 0.0)
+        arrived = {source: held[source] for source in sources}
+        return Answer(strategies, arrived, outputs, tuple(conversions), 0.0, 0.0, 0.0)
 
-    def _cheapest(self, name: str, wanted: Sequence[Layout]) -> int:
+    def _cheapest(self, name: str, wanted: Sequence[Layout], arrives: Floats, costs: Costs) -> int:
         """The place of the layout in which a free source arrives."""
-        ways, made = self.ways[name], self.tensors[name].made
-        goals = list(dict.fromkeys(ways.places(wanted)))
-        sets, seconds = ways.trees.sets(ways.places(made), goals, len(goals))
-        return int((self.free[name] + seconds[:, sets.index((1 << len(goals)) - 1)]).argmin())
+        ways = self.ways[name]
+        goals = list(dict.fromkeys([ways.place[layout] for layout in wanted]))
+        sets, seconds = self._trees(name, costs).sets(ways.once[0], goals, len(goals))
+        return int((arrives + seconds[:, sets.index((1 << len(goals)) - 1)]).argmin())
 
-    def _conversions(self, name: str, start: Layout, wanted: Sequence[Layout]) -> list[tuple[str, Layout, Layout]]:
-        """Those of the cheapest tree, composed ones spelt out and none repeated."""
+    def _made_of(
+        self, name: str, start: Layout, wanted: Sequence[Layout], costs: Costs
+    ) -> list[tuple[str, Layout, Layout]]:
+        """The conversions of the cheapest tree, composed ones spelt out and none repeated."""
         ways = self.ways[name]
         layouts, there, found = list(ways.place), {start}, []
-        for a, b in ways.trees.edges(ways.place[start], ways.places(wanted)):
-            for p, q in pairwise(path(ways.paths, layouts[a], layouts[b])):
+        goals = [ways.place[layout] for layout in wanted]
+        for a, b in self._trees(name, costs).edges(ways.place[start], goals):
+            for p, q in pairwise(path(self._paths(ways.direct), layouts[a], layouts[b])):
                 if q not in there:
                     found.append((name, p, q))
                     there.add(q)

@@ -37,15 +37,21 @@ Scope = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """The ``tables`` (places: those given, then those made) that are added up, reshaped to ``shapes``: axes meet."""
+    """The ``tables`` (places: those given, then those made) that are added up, reshaped to ``shapes``: axes meet.
+    ``grown``: as many of the first as give the sum its shape."""
 
     tables: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    grown: int
 
     def of(self, held: Sequence[Floats]) -> Floats:
         found: Floats = np.zeros(())
-        for place, shape in zip(self.tables, self.shapes, strict=True):
-            found = found + held[place].reshape(shape)
+        for index, (place, shape) in enumerate(zip(self.tables, self.shapes, strict=True)):
+            each = held[place].reshape(shape)
+            if index < self.grown:
+                found = found + each
+            else:
+                found += each
         return found
 
 
@@ -173,7 +179,9 @@ def _order(sizes: Sequence[int], scopes: Sequence[Scope], kept: Scope, variables
     def summed(places: Iterable[int], axes: Sequence[int]) -> Sum:
         # The smallest first: sums grow as late as can be.
         ordered = sorted(places, key=lambda place: (prod([sizes[a] for a in held[place]]), place))
-        return Sum(tuple(ordered), tuple(tuple(sizes[a] if a in held[p] else 1 for a in axes) for p in ordered))
+        shapes = tuple(tuple(sizes[a] if a in held[p] else 1 for a in axes) for p in ordered)
+        first = {a: min([place for place, p in enumerate(ordered) if a in held[p]], default=0) for a in axes}
+        return Sum(tuple(ordered), shapes, 1 + max(first.values(), default=0))
 
     steps, left, entries = [], set(range(len(scopes))), 0
     for variable in variables:

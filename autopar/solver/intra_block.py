@@ -25,14 +25,15 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
     Raises AutoparError when no combination of layouts is possible or the ILP found none within its limit.
     """
     try:
-        tables = BlockTables(problem, byte_price, ties=True)
-        answer = tables.best()
+        tables = BlockTables(problem)
+        costs = tables.costs(byte_price, ties=True)
+        answer = tables.best(costs)
     except TooWideError:
         return intra_ilp.solve(problem, byte_price, work_limit)
     if answer is None:
         raise intra_ilp.impossible(problem, "INFEASIBLE")
     seconds, size = price(problem, answer)
-    bound = (seconds + byte_price * size) * (1 - ROUNDING) - tables.most_ties * tables.tie
+    bound = (seconds + byte_price * size) * (1 - ROUNDING) - tables.most_ties * costs.tie
     return replace(answer, seconds=seconds, bytes=size, bound=bound)
 
 
@@ -40,7 +41,8 @@ def least(problem: Problem, sharp: bool = True) -> tuple[float, bool]:
     """Seconds that no answer undercuts, and whether they are those of the best, or else, for a wide problem and unless
     ``sharp``, of its linear relaxation."""
     try:
-        found = float(BlockTables(problem).least()) * (1 - ROUNDING)
+        tables = BlockTables(problem)
+        found = float(tables.least(tables.costs())) * (1 - ROUNDING)
     except TooWideError:
         return (intra_ilp.solve(problem).bound, True) if sharp else (intra_ilp.relaxed_bound(problem), False)
     return found, True
@@ -50,7 +52,8 @@ def least_with(problem: Problem, operators: Sequence[str]) -> Floats:
     """Seconds that no answer undercuts: [strategy of each of some operators, in the order of the problem]; of a wide
     problem for all what its relaxation says."""
     try:
-        return BlockTables(problem).least(operators) * (1 - ROUNDING)
+        tables = BlockTables(problem)
+        return tables.least(tables.costs(), operators) * (1 - ROUNDING)
     except TooWideError:
         strategies = [len(op.choices) for op in problem.ops if op.name in operators]
         return np.full(strategies, intra_ilp.relaxed_bound(problem))

@@ -142,9 +142,14 @@ class Paths(Mapping[tuple[Layout, Layout], tuple[float, Layout]]):
         return found
 
 
+def layouts_of(direct: Iterable[tuple[Layout, Layout]]) -> tuple[Layout, ...]:
+    """The layouts between which conversions lead, in order."""
+    return tuple(dict.fromkeys([layout for pair in direct for layout in pair]))
+
+
 def shortest(direct: Mapping[tuple[Layout, Layout], float]) -> Paths:
     """All cheapest conversion paths (Floyd-Warshall); seconds are not negative."""
-    nodes = tuple(dict.fromkeys([layout for pair in direct for layout in pair]))
+    nodes = layouts_of(direct)
     place = {layout: index for index, layout in enumerate(nodes)}
     seconds = [[inf] * len(nodes) for _ in nodes]
     before = [[index] * len(nodes) for index in range(len(nodes))]
