@@ -2,7 +2,7 @@
 
     python benchmarks/search.py [--only llama3-8b] [--timeout 600]
 
-Every row runs in a process of its own. CPU seconds are from a model's graph on disk or on meta to the plan, after
+Every row runs in a process of its own. CPU seconds are from a model on meta, or its graph on disk, to the plan, after
 imports. The yardstick, one fixed OR-Tools model solved before the rows in the same run, tells machines apart: seconds
 over the yardstick's compare between them.
 """
@@ -77,10 +77,24 @@ def yardstick() -> float:
     return time.process_time() - begin
 
 
-def _import_all() -> None:
-    """What a search imports on its way: fake tensors bring the whole of torch's compiler."""
-    for module in ("ortools.sat.python.cp_model", "torch._dynamo.config", "transformers", "autopar.solver.search"):
+IMPORTS = (
+    "autopar.graph.trace",
+    "autopar.solver.search",
+    "ortools.sat.python.cp_model",
+    "sympy.tensor.tensor",
+    "torch._dynamo.config",
+    "torch.export._trace",
+)
+
+
+def _import_all(model: str) -> None:
+    """What a search imports on its way: fake tensors bring the whole of torch's compiler, and a model its own modules
+    (transformers finds them when it builds one)."""
+    from autopar.models import load_model
+
+    for module in IMPORTS:
         importlib.import_module(module)
+    load_model(model)
 
 
 def measure(row: Row) -> dict[str, object]:
@@ -88,8 +102,8 @@ def measure(row: Row) -> dict[str, object]:
     import autopar
     from autopar.models import model_graph
 
-    _import_all()
     model = str(Path(__file__).with_name(row.model)) if ".py:" in row.model else row.model
+    _import_all(model)
     job = autopar.Job(global_batch=row.global_batch, seq_len=row.seq_len)
     begin = time.process_time()
     if model == row.model:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from autopar.graph.dispatch import shared_experts
 from autopar.recent import Recent
 from autopar.sharding.decision import BlockDecision
 from autopar.sharding.layout import CONTEXT
+from autopar.solver.axis_choices import check_axes
 from autopar.solver.block_problem import ModelProblem, model_problem
 from autopar.solver.candidates import BlockCost
 from autopar.solver.collective_costs import Placement
@@ -23,8 +24,12 @@ from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, decision_price, local_elements
 from autopar.solver.decisions import decisions_of, whole_decisions
 from autopar.solver.intra_block import solve
+from autopar.solver.kind_prices import KindPrices
+from autopar.solver.kind_structure import structure_of
+from autopar.solver.kind_tables import KindTables
 from autopar.solver.prices import AxisPrices
 from autopar.solver.recompute import runs_again
+from autopar.solver.structure import Structure
 
 LEAN = (0.3, 3.0)
 """Prices of memory for leaner answers, as the share of a micro-batch's seconds that all its saved bytes would cost."""
@@ -93,6 +98,7 @@ class Answers:
         self._results = _results(context, tuple(self.axes.items()), batch, pad_heads, apart, lie)
         self.context, self.batch = context.padded(pad_heads), batch
         self._built: dict[tuple[frozenset[str], bool], ModelProblem] = {}
+        self._priced: dict[tuple[str, bool, bool], KindPrices] = {}
         self._decisions: dict[str, BlockDecision] = {}
         self._fastest: Answered | None = None
         self._lean: list[Answered] | None = None
@@ -121,8 +127,33 @@ class Answers:
                 ),
             )
             context.clock.add("strategies", begin)
-            context.clock.counts["sharding problems"] += 1
         return found
+
+    def priced(self, name: str, again: bool, shared: bool = False) -> KindPrices:
+        """The prices of one kind, recomputed if ``again``; ``shared``: those of `shared_bounds`."""
+        found = self._priced.get((name, again, shared))
+        if found is None:
+            begin = time.perf_counter()
+            sharing = self.context.any_sharing() if shared else None
+            found = self._priced[name, again, shared] = self._once(
+                ("priced", name, again, shared),
+                lambda: KindPrices(self._structure(name, again), self.prices, self.context.gradient_price(), sharing),
+            )
+            self.context.clock.add("strategies", begin)
+        return found
+
+    def tables(self, structure: Structure) -> KindTables:
+        """Those of a structure. Raises TooWideError."""
+        memo, key = self.context.memo, ("tables", id(structure))
+        if key not in memo:
+            memo[key] = KindTables(structure)
+        return cast(KindTables, memo[key])
+
+    def _structure(self, name: str, again: bool) -> Structure:
+        context = self.context
+        demands = context.demands()
+        check_axes(context.model, self.prices.axes, context.job.seq_len, demands.sequence)
+        return structure_of(context.model.kinds[name], self.prices, context.ties, demands, again, context.memo)
 
     def bound(self) -> float:
         """Seconds of all blocks for one micro-batch: no sharding on this axis needs fewer."""

@@ -10,9 +10,11 @@ reduced, the last of a backward, under which the gather of one other block may b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.solver.chain import Floats, least_of_stages
 from autopar.solver.context import Context
@@ -32,25 +34,48 @@ class Beside(NamedTuple):
     last: Floats
 
 
-def least_beside(
-    context: Context, config: Config, data: DataAxis, ahead: Floats | None = None, back: Floats | None = None
-) -> Beside:
-    """Of one configuration. ``ahead``, ``back``: where forwards, backwards of blocks count with what the network takes,
-    the least seconds that each block itself takes, as `least_of_stages`."""
-    if config.pp == 1:
-        none = np.zeros(config.stages)
-        return Beside(none, none, none, none)
+class Besides(NamedTuple):
+    """`Beside` of several configurations, if blocks count with their own seconds: [configuration, part, stage]. Which
+    of them reduce after the last backward only (``defers``), and the longest gather of a backward (``hidden``)."""
+
+    own: Floats
+    defers: NDArray[np.bool_]
+    hidden: Floats
+
+    def least(self, ahead: Floats | None = None, back: Floats | None = None) -> Floats:
+        """`Beside` of any. ``ahead``, ``back``: where forwards, backwards of blocks count with what the network takes,
+        the least seconds that each block itself takes, as `least_of_stages`."""
+        least: Floats = self.own.min(axis=0)
+        if ahead is not None:
+            least[0] = ahead
+        if back is not None:
+            hidden = np.maximum(back - self.hidden[:, None], 0.0)
+            least[1] = np.where(self.defers[:, None], self.own[:, 1], hidden).min(axis=0)
+            least[3] = np.where(self.defers[:, None], self.own[:, 3], 0.0).min(axis=0)
+        return least
+
+
+def least_beside(context: Context, config: Config, data: DataAxis) -> Beside:
+    """Of one configuration, if blocks count with their own seconds."""
+    return Beside(*least_besides(context, [(config, data)]).own[0])
+
+
+def least_besides(context: Context, pairs: Sequence[tuple[Config, DataAxis]]) -> Besides:
+    """Of configurations that have as many stages and tensor ranks."""
+    first = pairs[0][0]
+    if first.pp == 1:
+        return Besides(np.zeros((1, 4, first.stages)), np.ones(1, dtype=bool), np.zeros(1))
     # All that a stage has may stay gathered.
-    again = data.gathers_each and not most_gathered(context, config)
-    key = ("beside", config.tp, config.stages, again, of_ranks(data))
+    keys = tuple((data.gathers_each and not most_gathered(context, one), of_ranks(data)) for one, data in pairs)
+    key = ("beside", first.tp, first.stages, keys)
     if key not in context.memo:
-        context.memo[key] = _beside(context, config, data, again)
-    beside, hidden = context.memo[key]
-    if ahead is not None:
-        beside = beside._replace(ahead=ahead)
-    if back is not None and not data.defers:
-        beside = beside._replace(back=np.maximum(back - hidden, 0.0), last=np.zeros(config.stages))
-    return cast(Beside, beside)
+        found = [_beside(context, one, data, again) for (one, data), (again, _) in zip(pairs, keys, strict=True)]
+        context.memo[key] = Besides(
+            np.array([beside for beside, _ in found]),
+            np.array([data.defers for _, data in pairs]),
+            np.array([hidden for _, hidden in found]),
+        )
+    return cast(Besides, context.memo[key])
 
 
 def of_ranks(data: DataAxis) -> tuple[object, ...]:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
+from typing import Any
 
 import numpy as np
 
@@ -92,12 +93,13 @@ class _Axes:
     places: tuple[int, ...] | None
     scope: Scope
 
-    def of(self, table: Floats) -> Floats:
+    def of(self, table: Any) -> Floats:
         if not all(self.kept):
             table = table.reshape([size for size, kept in zip(table.shape, self.kept, strict=True) if kept])
         if self.places is not None:
             table = np.einsum(table, list(self.places), list(range(len(self.scope))))
-        return table
+        found: Floats = table
+        return found
 
 
 @dataclass(frozen=True, slots=True)

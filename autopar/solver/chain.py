@@ -96,7 +96,13 @@ def least_borders(costs: Iterable[Floats]) -> tuple[int, ...]:
 def least_of_stages(values: Floats, stages: int) -> Floats:
     """For every stage, the least of the blocks it may have, of what each block of the chain has: stage j of S has none
     but the blocks j to N - S + j, and one of them at least."""
-    return np.asarray(np.lib.stride_tricks.sliding_window_view(values, len(values) - stages + 1).min(axis=1))
+    return np.asarray(values[_blocks_of(len(values), stages)].min(axis=1))
+
+
+@lru_cache(maxsize=256)
+def _blocks_of(blocks: int, stages: int) -> NDArray[np.int64]:
+    """The places of the blocks that each stage may have."""
+    return np.arange(stages)[:, None] + np.arange(blocks - stages + 1)
 
 
 class Chain:

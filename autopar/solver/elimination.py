@@ -22,7 +22,7 @@ import numpy as np
 
 from autopar.solver.linear import Floats
 
-TRIES = ((200_000, 5), (3_000_000, 15))
+TRIES = ((2_000_000, 5), (20_000_000, 15))
 """Where orders have more entries than so many, so many more are tried."""
 
 MANY = 64

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from autopar.graph.ir import BlockKind, Node, TensorMeta
 from autopar.graph.size import size_at
@@ -29,10 +29,10 @@ from autopar.solver.axis_choices import (
     tensor_axes,
 )
 from autopar.solver.divisors import Answers, Divisors, blocks_of
-from autopar.solver.prices import Inside, Part
+from autopar.solver.prices import Action, AxisPrices, Inside, Part
 from autopar.solver.problem import Choice, Op, Output
 from autopar.solver.recompute import NOTHING_AGAIN, runs_again
-from autopar.solver.structure import Held, Move, Operation, Structure, Table, Way, Ways
+from autopar.solver.structure import Act, Held, Move, Operation, Structure, Table, Way, Ways
 from autopar.solver.ties import Ties
 from autopar.solver.work import variant
 
@@ -97,6 +97,7 @@ class KindStructures:
         self.operands = {node.name: node.operands() for node in self.graph.of("op")}
         self.readers = {name: frozenset(users) for name, users in self.graph.users().items()}
         self.parts, self.operations, self.moves = _Places[Part](), _Places[Operation](), _Places[Move]()
+        self.acts = _Places[Act]()
         self.choices: dict[Hashable, _Choices] = {}
         self.tables: dict[Hashable, tuple[Table, frozenset[Layout]]] = {}
         self.fitting: dict[Hashable, dict[Layout, bool]] = {}
@@ -123,6 +124,18 @@ class KindStructures:
             key = (node.op, variant(node), strategies_of(node, self.graph), metas, node.meta)
             like[node.name] = first.setdefault(key, node.name)
         return like
+
+
+def structure_of(
+    kind: BlockKind, prices: AxisPrices, ties: Ties, demands: Demands, again: bool, memo: dict[Any, Any]
+) -> Structure:
+    """The structure of ``kind`` on axes of these sizes; ``memo``: see `block_problem.model_problem`."""
+    key = ("structures", kind.name, demands)
+    if key not in memo:
+        memo[key] = KindStructures(kind, ties, demands)
+    structures = memo[key]
+    assert isinstance(structures, KindStructures)
+    return structures.of(prices.axes, prices.batch, prices.job.seq_len, again)
 
 
 class _Build:
@@ -152,11 +165,12 @@ class _Build:
         operations = _used((way.operation for way in ways), known.operations.things)
         moves = _used((move for table in tables for move in table.moves.values()), known.moves.things)
         parts = [part for source in sources for part in source.layouts.values()]
-        parts += [part for way in ways for part in way.kept] + [whole for _, (whole, _, _) in moves]
+        acts = _used((act for _, move in moves for act in move), known.acts.things)
+        parts += [part for way in ways for part in way.kept] + [whole for _, (whole, _) in acts]
         for _, each in operations:
             parts += (*each.inputs, each.output, *(part for _, part in each.inside))
         used = _used(parts, known.parts.things)
-        return Structure(used, operations, moves, sources, tuple(later), outputs, tables, conversions, hubs)
+        return Structure(used, operations, moves, acts, sources, tuple(later), outputs, tables, conversions, hubs)
 
     def _name(self, node: str) -> str:
         return f"{self.kind.name}/{node}"
@@ -368,7 +382,9 @@ class _Build:
                     if len(self.axes) > 1:
                         b = standard({name: after[name] for name in self.axes}, meta.shape)
                     if b in universe and (b is after or same(b, after, grad)):
-                        table[a, b] = self.known.moves.of((whole, axis, step), (whole, axis, step))
+                        ahead, back = ((whole, action) for action in Action.of(axis, step))
+                        move = (self.known.acts.of(ahead, ahead), self.known.acts.of(back, back))
+                        table[a, b] = self.known.moves.of(move, move)
         return Table(table, again), frozenset(hubs | set(held))
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from autopar.schedule import SCHEDULES, stages_of
-from autopar.solver.beside import least_beside, least_ends, of_ranks
+from autopar.solver.beside import least_besides, least_ends, of_ranks
 from autopar.solver.chain import Floats, least_of_stages
 from autopar.solver.context import Context
 from autopar.solver.elements import least_elements, least_experts
@@ -79,7 +79,9 @@ def _ways(
     ways = [(False, False)]
     if pairs[0][0].pp > 1 and any(way.ahead_s or way.back_s for one in told for way in one.sending):
         ways += [(False, True), (True, False), (True, True)]
-    found = [(way, _beside(context, pairs, told, way)) for way in ways]
+    besides, stages = least_besides(context, [(config, place.data) for config, place in pairs]), pairs[0][0].stages
+    ahead, back = (_own(told, half, stages) if len(ways) > 1 else None for half in ("forward", "backward"))
+    found = [(way, besides.least(ahead if way[0] else None, back if way[1] else None)) for way in ways]
     lengths = [sum(one.run.count * one.seconds(*way) for one in told) + float(each[:2].sum()) for way, each in found]
     order = sorted(range(len(found)), key=lambda place: -lengths[place])
     return [found[place] for place in order if lengths[place] >= NEAR * lengths[order[0]]]
@@ -233,18 +235,10 @@ def _of_data(context: Context, config: Config, place: Placed, run: KindRun, stay
     return cast(_Ranks, context.memo[key])
 
 
-def _beside(
-    context: Context, pairs: Sequence[tuple[Config, Placed]], told: Sequence[_Told], way: tuple[bool, bool]
-) -> Floats:
-    """`Beside` of any of the configurations, if the network's seconds count for those of blocks that ``way``."""
-    counts, stages = [one.run.count for one in told], pairs[0][0].stages
-    own = [
-        least_of_stages(np.repeat([min(getattr(least, half) for least in one.choices) for one in told], counts), stages)
-        if sent
-        else None
-        for half, sent in zip(("forward", "backward"), way, strict=True)
-    ]
-    return np.asarray(np.min([least_beside(context, config, place.data, *own) for config, place in pairs], axis=0))
+def _own(told: Sequence[_Told], half: str, stages: int) -> Floats:
+    """The least seconds of each stage's ``half`` of a block, whatever the network takes."""
+    least = [min(getattr(least, half) for least in one.choices) for one in told]
+    return least_of_stages(np.repeat(least, [one.run.count for one in told]), stages)
 
 
 def _begun(told: Sequence[_Told], config: Config) -> list[float]:

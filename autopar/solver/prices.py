@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -132,6 +133,33 @@ class Inside(NamedTuple):
         return Inside(inner.collective, part, axis, inner.backward)
 
 
+class Action(NamedTuple):
+    """What a conversion does on ``axis`` forward, or backward. The shards of a gather or scatter are in order in memory
+    where all dims before ``dim`` have one element (`LocalTensor.outer`)."""
+
+    name: str
+    axis: str
+    dim: int
+
+    @staticmethod
+    def of(axis: str, step: Step) -> tuple[Action, Action]:
+        """The actions of a step, forward and backward."""
+        back = step.target.gradient, step.source.gradient
+        return _action(step.forward, axis, step.source, step.target), _action(step.backward, axis, *back)
+
+
+_NEVER = 1 << 30
+"""A dim that has more before it than any tensor."""
+
+
+@lru_cache(maxsize=4096)
+def _action(name: str, axis: str, source: SpmdType, target: SpmdType) -> Action:
+    if name not in ("all_gather", "reduce_scatter"):
+        return Action(name, axis, 0)
+    split = source if name == "all_gather" else target
+    return Action(name, axis, split.dim if split.blocks == 1 else _NEVER)
+
+
 class AxisPrices:
     """Prices on model axes (name to size), for ``batch`` samples a micro-batch. ``apart``: how many ranks apart
     neighbours on each axis are (`Mesh.strides`); by default the axes are innermost, the first outside the others."""
@@ -150,7 +178,7 @@ class AxisPrices:
         self.strides = strides(axes) if apart is None else {axis: apart[axis] for axis in axes}
         self.batch = batch
         self.job = ops.job
-        self._actions: dict[tuple[str, LocalTensor, str, bool], tuple[float, float]] = {}
+        self._actions: dict[tuple[str, int, str, bool], tuple[float, float]] = {}
         self._wholes: dict[TensorMeta, LocalTensor] = {}
 
     @property
@@ -256,23 +284,19 @@ class AxisPrices:
 
     def moved(self, tensor: LocalTensor, axis: str, step: Step) -> Price:
         """One direct conversion on ``axis`` of what is ``tensor`` when it is whole there."""
-        forward, sent = self._action(step.forward, tensor, axis, step.source, step.target)
-        source, target = step.target.gradient, step.source.gradient
-        backward, returned = self._action(step.backward, tensor, axis, source, target)
+        ahead, back = Action.of(axis, step)
+        forward, sent = self.acted(tensor, ahead)
+        backward, returned = self.acted(tensor, back)
         return Price(forward, backward, sent + returned, sent_forward_s=sent)
 
-    def _action(
-        self, action: str, tensor: LocalTensor, axis: str, source: SpmdType, target: SpmdType
-    ) -> tuple[float, float]:
+    def acted(self, tensor: LocalTensor, action: Action) -> tuple[float, float]:
         """(seconds, those in the collective) of an action on a value or gradient that is ``tensor`` in full."""
-        if action == "none":
+        if action.name == "none":
             return 0.0, 0.0
-        split = source if action == "all_gather" else target
-        ordered = action in ("all_gather", "reduce_scatter") and _in_order(tensor, split)
-        key = (action, tensor, axis, ordered)
+        key = (action.name, tensor.nbytes, action.axis, action.dim <= tensor.outer)
         found = self._actions.get(key)
         if found is None:
-            found = self._actions[key] = self._act(action, tensor.nbytes, axis, ordered)
+            found = self._actions[key] = self._act(*key)
         return found
 
     def _act(self, action: str, whole: int, axis: str, ordered: bool) -> tuple[float, float]:
@@ -315,8 +339,3 @@ def exchange_seconds(
 def exposed(sent: float, beside: float, stack: Stack) -> float:
     """Of the seconds of an exchange those that a stack does not hide behind the experts of another micro-batch."""
     return max(0.0, sent - beside) if stack.hidden else sent
-
-
-def _in_order(tensor: LocalTensor, split: SpmdType) -> bool:
-    """Whether the shards of a split, one after the other, are the tensor."""
-    return split.blocks == 1 and prod(tensor.shape[: split.dim]) == 1

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from autopar.solver import intra_block
 from autopar.solver.answers import Answers, Found
+from autopar.solver.block_tables import TooWideError
 from autopar.solver.context import Context
 from autopar.solver.decision_costs import boundary_bytes, boundary_parts, decision_price
 from autopar.solver.decisions import whole_decisions
+from autopar.solver.intra_block import ROUNDING
+from autopar.solver.linear import Floats
 from autopar.solver.problem import Problem
 from autopar.solver.recompute import Recompute, Rerun, moved_of, rerun, runs_again
-from autopar.solver.shared_bounds import more_of, part_shift
+from autopar.solver.shared_bounds import least_part, more_of
 from autopar.solver.space import Sharding
 from autopar.solver.steps import Step
 
@@ -83,8 +86,8 @@ class Shardings(Answers):
         self._least_of: dict[tuple[str, frozenset[str]], tuple[float, bool]] = {}
         self._kind_bytes: dict[str, KindBytes] = {}
         self._least_seconds: dict[tuple[str, str, bool], float] = {}
-        self._reruns: dict[tuple[str, tuple[str, ...]], Rerun] = {}
         self._again_of: dict[tuple[str, tuple[str, ...] | None], float] = {}
+        self._fastest_ways: dict[str, dict[str, tuple[float, float]]] = {}
         self._fastest_parts: dict[tuple[str, str, frozenset[str] | None], float] = {}
         self._least_moved: dict[tuple[str, str, tuple[str, ...]], float] = {}
         self.memo: dict[Any, Any] = {}
@@ -205,6 +208,7 @@ class Shardings(Answers):
     def unconverted_work(self) -> float:
         """The same with each operator at its own fastest, conversions free: less, and sooner known."""
         if self._unconverted_work is None:
+            self.context.clock.counts["shardings"] += 1
             self._unconverted_work = sum(
                 count * min(self._unconverted_s(kind, choice) for choice in choices)
                 for (kind, choices), count in Counter(self.context.freedom()).items()
@@ -253,12 +257,11 @@ class Shardings(Answers):
     def _rerun(self, name: str, saved: tuple[str, ...]) -> Rerun:
         """What runs again of a kind that is not split: of its operators the same run again however it is split, and
         each result kept is kept at some place of its way, in one share at least."""
-        key = (name, saved)
-        if key not in self._reruns:
-            context = self.context
+        context, key = self.context, ("rerun", name, saved, self.batch)
+        if key not in context.memo:
             whole = whole_decisions(context.model)[name]
-            self._reruns[key] = rerun(context.model.kinds[name], whole, saved, self.batch, context.job)
-        return self._reruns[key]
+            context.memo[key] = rerun(context.model.kinds[name], whole, saved, self.batch, context.job)
+        return cast(Rerun, context.memo[key])
 
     def _fastest_forward(self, name: str, of: frozenset[str] | None = None) -> float:
         """The fastest forward of each operator (those of these names), conversions free."""
@@ -273,19 +276,33 @@ class Shardings(Answers):
         return self._fastest_parts[key]
 
     def _fastest_part(self, name: str, part: str, of: frozenset[str] | None) -> float:
-        graph = self.context.model.kinds[name].graph
-        nodes = [node for node in graph.of("op") if of is None or node.name in of]
-        if self.size == 1:
-            return float(sum(getattr(self.prices.operator(node, graph, {})[0], part) for node in nodes))
         if self.alone is not None:
-            kind, other = (shardings.context.model.kinds[name] for shardings in (self, self.alone))
-            choices = self.alone.built(frozenset()).choices
-            shift = self._once(
-                ("shift", name, part, of), lambda: part_shift(self.prices, choices, kind, other, part, of)
-            )
-            return self.alone.fastest_part(name, part, of) + shift
-        least, half = self.built(frozenset()).least, part == "backward_s"
-        return sum(least[f"{name}/{node.name}"][half] for node in nodes)
+            return self.alone.fastest_part(name, part, of) + self.alone.shared_part(name, part, of, self.context.ep)
+        least, half = self._fastest_of(name), part == "backward_s"
+        graph = self.context.model.kinds[name].graph
+        return sum(least[f"{name}/{node.name}"][half] for node in graph.of("op") if of is None or node.name in of)
+
+    def _fastest_of(self, name: str) -> dict[str, tuple[float, float]]:
+        """The least seconds forward and backward of any way of each operator, conversions free."""
+        if name not in self._fastest_ways:
+            if self.size == 1:
+                graph = self.context.model.kinds[name].graph
+                alone = {node.name: self.prices.operator(node, graph, {})[0] for node in graph.of("op")}
+                found = {f"{name}/{node}": (price.forward_s, price.backward_s) for node, price in alone.items()}
+            else:
+                found = self.priced(name, False).fastest()
+            self._fastest_ways[name] = found
+        return self._fastest_ways[name]
+
+    def shared_part(self, name: str, part: str, of: frozenset[str] | None, ep: int) -> float:
+        """What it adds to `fastest_part` that so many ranks share the experts."""
+        if not self.context.any_sharing().has(name):
+            return 0.0
+        least, half, more = self._fastest_of(name), part == "backward_s", 0.0
+        for op, ways in self.priced(name, False, shared=True).shared().items():
+            if of is None or op.removeprefix(f"{name}/") in of:
+                more += least_part(ways, ep, part) - least[op][half]
+        return more
 
     def least(self, name: str, again: frozenset[str], sharp: bool) -> float:
         """The least seconds of one kind alone, whatever the layout between blocks (one for its inputs and outputs), or
@@ -296,23 +313,35 @@ class Shardings(Answers):
             return self.alone.least(name, again, sharp)
         known = self._least_of.get((name, again))
         if known is None or (sharp and not known[1]):
-            part = self._part(name, again)
-            known = self._timed(("least", name, again, sharp), lambda: intra_block.least(part, sharp))
+            known = self._timed(("least", name, again, sharp), lambda: self._find_least(name, again, sharp))
             self._least_of[name, again] = known
         return known[0]
 
+    def _find_least(self, name: str, again: frozenset[str], sharp: bool) -> tuple[float, bool]:
+        prices = self.priced(name, name in again)
+        try:
+            return float(self.tables(prices.structure).least(prices)) * (1 - ROUNDING), True
+        except TooWideError:
+            return intra_block.least(self._part(name, again), sharp)
+
     def least_shared(self, name: str, again: frozenset[str], ep: int) -> float:
         """The same of a kind whose experts so many ranks share (`shared_bounds`)."""
-        built, prefix = self.built(again, shared=True), f"{name}/"
-        ways = {op: each for op, each in built.shared.items() if op.startswith(prefix)}
-        part = self._part(name, again, shared=True)
-        found = self._timed(("least shared", name, again), lambda: intra_block.least_with(part, list(ways)))
+        prices = self.priced(name, name in again, shared=True)
+        ways = prices.shared()
+        found = self._timed(("least shared", name, again), lambda: self._find_shared(name, again, tuple(ways)))
         twice = runs_again(self.context.model.kinds[name]).runs if name in again else frozenset()
         for place, (op, each) in enumerate(ways.items()):
-            more = more_of(each, ep, op.removeprefix(prefix) in twice)
+            more = more_of(each, ep, op.removeprefix(f"{name}/") in twice)
             found = found + np.expand_dims(more, tuple(other for other in range(len(ways)) if other != place))
-        held = sum(seconds for source, seconds in built.held.items() if source.startswith(prefix))
-        return float(found.min() + held / ep) * (1 - 1e-12)
+        return float(found.min() + sum(prices.held().values()) / ep) * (1 - ROUNDING)
+
+    def _find_shared(self, name: str, again: frozenset[str], experts: Sequence[str]) -> Floats:
+        """The least under each way of experts."""
+        prices = self.priced(name, name in again, shared=True)
+        try:
+            return self.tables(prices.structure).least(prices, experts) * (1 - ROUNDING)
+        except TooWideError:
+            return intra_block.least_with(self._part(name, again, shared=True), experts)
 
     def _part(self, name: str, again: frozenset[str], shared: bool = False) -> Problem:
         """The problem of one kind alone."""

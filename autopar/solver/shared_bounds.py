@@ -12,20 +12,16 @@ without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autopar.graph.dispatch import PARAMETERS, expert_parameters, experts_of
-from autopar.graph.ir import BlockKind, ModelGraph, Node
-from autopar.solver.axis_choices import AxesChoice
+from autopar.graph.dispatch import PARAMETERS, expert_parameters
+from autopar.graph.ir import ModelGraph, Node
 from autopar.solver.linear import Floats
 from autopar.solver.op_costs import LocalTensor
 from autopar.solver.prices import AxisPrices, Price
-
-Ways = Mapping[str, Sequence[AxesChoice]]
-"""What each operator may do, by "kind/node"."""
 
 Shared = dict[int, Price]
 """What experts take in one of these ways, by ep."""
@@ -78,17 +74,6 @@ def _seconds(price: Price, again: bool) -> float:
     return price.seconds + (price.forward_s if again else 0.0)
 
 
-def part_shift(
-    prices: AxisPrices, ways: Ways, shared: BlockKind, alone: BlockKind, part: str, of: frozenset[str] | None
-) -> float:
-    """What sharing adds to the sum of the least of a part of the `Price` of each operator (those of these names)."""
-    total = 0.0
-    for node in experts_of(shared.graph):
-        if of is None or node.name in of:
-            mine = ways[f"{shared.name}/{node.name}"]
-            ours, other = (
-                min(getattr(prices.operator(kind.graph.nodes[node.name], kind.graph, way)[0], part) for way in mine)
-                for kind in (shared, alone)
-            )
-            total += ours - other
-    return float(total)
+def least_part(ways: Sequence[Shared], ep: int, part: str) -> float:
+    """The least of a part of the `Price` of any of these ways, if so many ranks share the experts."""
+    return float(min(getattr(shared[ep], part) for shared in ways))

@@ -9,16 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.graph.ir import Node
-from autopar.sharding.conversions import Step
 from autopar.sharding.layout import Layout
 from autopar.solver.axis_choices import AxesChoice
-from autopar.solver.prices import Inside, Part
+from autopar.solver.prices import Action, Inside, Part
 from autopar.solver.problem import Op, Output
 
 Pair = tuple[Layout, Layout]
 
-Move = tuple[int, str, Step]
-"""A direct conversion: of the part that is whole on an axis (its place in `KindStructures`), the axis and the step."""
+Act = tuple[int, Action]
+"""What a conversion does one way to the part that is whole on its axis, by its place in `KindStructures`."""
+
+Move = tuple[int, int]
+"""A direct conversion: what it does forward, and backward, by their places in `KindStructures.acts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +83,14 @@ class Table:
 class Structure:
     """One kind's part of the problem, without seconds and bytes.
 
-    ``parts``, ``operations`` and ``moves`` that it needs, by their places in `KindStructures`. ``conversions``: per
-    tensor the place of its table in ``tables``.
+    ``parts``, ``operations``, ``moves`` and their ``acts`` that it needs, by their places in `KindStructures`.
+    ``conversions``: per tensor the place of its table in ``tables``.
     """
 
     parts: tuple[tuple[int, Part], ...]
     operations: tuple[tuple[int, Operation], ...]
     moves: tuple[tuple[int, Move], ...]
+    acts: tuple[tuple[int, Act], ...]
     sources: tuple[Held, ...]
     ops: tuple[Ways | Op, ...]
     outputs: tuple[Output, ...]

@@ -21,6 +21,11 @@ class LocalTensor(NamedTuple):
     def nbytes(self) -> int:
         return prod(self.shape) * self.bytes_per_element
 
+    @property
+    def outer(self) -> int:
+        """How many of the outermost dims have one element, up to the first that has another number."""
+        return next((place for place, size in enumerate(self.shape) if size != 1), len(self.shape))
+
 
 class Matmul(NamedTuple):
     """``batch`` products of (m, k) and (k, n)."""
