@@ -50,7 +50,7 @@ both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from autopar.mesh import Span, cut
@@ -138,6 +138,7 @@ class DataAxis:
     offload: str = "none"
     staged: bool = False
     experts: DataAxis | None = None
+    _figures: dict[tuple[str, int, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def shards(self) -> int:
@@ -269,6 +270,13 @@ class DataAxis:
     def of(self, seconds: str, elements: int, expert: int) -> float:
         """A figure of this class (by its method's name) for ``elements`` of which ``expert`` are experts': these are a
         group of their own, over their own ranks."""
+        key = (seconds, elements, expert)
+        found = self._figures.get(key)
+        if found is None:
+            found = self._figures[key] = self._of(seconds, elements, expert)
+        return found
+
+    def _of(self, seconds: str, elements: int, expert: int) -> float:
         if self.experts is None or not expert:
             return float(getattr(self, seconds)(elements))
         others = getattr(self, seconds)(elements - expert) if elements > expert else 0.0
