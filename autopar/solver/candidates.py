@@ -35,7 +35,7 @@ from autopar.solver.decision_costs import (
 )
 from autopar.solver.liveness import Footprint, footprint
 from autopar.solver.prices import AxisPrices, Price
-from autopar.solver.recompute import Recompute, exposed_copy, moved_of, rerun
+from autopar.solver.recompute import Recompute, exposed_copy, moved_of, pieces_of, rerun, rerun_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +158,12 @@ class BlockCosts:
         bandwidth = prices.ops.device.host_bandwidth
         found = {}
         here = {"none": (plain, found_bytes.saved_sizes(batch))}  # on the device, with the tensors kept
+        running = pieces_of(kind, decision, batch, self.job)
         for name in choices:
             choice = Recompute.of(name)
             how = replace(choice, offload=False).name
             if how not in here:
-                run = rerun(kind, decision, choice.saved, batch, self.job)
+                run = rerun_of(running, choice.saved)
                 again = [parts[key] for key in run.again]
                 again_s = longer(price, again) - plain.backward_s
                 computing_s = sum(piece.computing_forward_s for piece in again)

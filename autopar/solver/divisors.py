@@ -57,6 +57,7 @@ class Divisors:
         self._place: dict[int | Size, int] = {}
         self._of_shape: dict[tuple[tuple[int | Size, ...], Blocks], tuple[int, ...]] = {}
         self._fixed: dict[tuple[int, ...], dict[int, tuple[bool, ...]]] = {}
+        self._answers: dict[tuple[tuple[tuple[str, int], ...], int, int], Answers] = {}
         self._of_node = {node.name: self._of_op(node) for node in graph.of("op")}
         met = [count for _, blocks in self._of_node.values() for count in blocks]
         self.blocks: Blocks = tuple(dict.fromkeys([1, BATCH, *met]))
@@ -80,6 +81,13 @@ class Divisors:
 
     def answers(self, axes: Mapping[str, int], batch: int, seq: int) -> Answers:
         """For ``batch`` samples of ``seq`` positions on axes of these sizes."""
+        key = (tuple(axes.items()), batch, seq)
+        found = self._answers.get(key)
+        if found is None:
+            found = self._answers[key] = self._find_answers(axes, batch, seq)
+        return found
+
+    def _find_answers(self, axes: Mapping[str, int], batch: int, seq: int) -> Answers:
         ranks = tuple(axes.values())
         known = self._fixed.setdefault(ranks, {})
         ways = _products(ranks)

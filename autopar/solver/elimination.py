@@ -31,6 +31,9 @@ MANY = 64
 BLUR = 0.8
 """By how much of themselves scores may differ between tries."""
 
+LARGE = 100_000
+"""Entries of a sum from which on it is found in parts."""
+
 Scope = tuple[int, ...]
 """The variables of a table, ascending: its axes."""
 
@@ -57,12 +60,13 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``variable`` is eliminated, at ``axis`` of the sum; ``rest`` are its other axes."""
+    """``variable`` is eliminated, at ``axis`` of a sum of so many ``entries``; ``rest`` are its other axes."""
 
     variable: int
     sum: Sum
     axis: int
     rest: Scope
+    entries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,23 @@ def _made(order: Order, tables: Sequence[Floats]) -> list[Floats]:
     """The tables, and those that eliminating makes."""
     held = [*tables]
     for step in order.steps:
-        held.append(step.sum.of(held).min(step.axis))
+        held.append(step.sum.of(held).min(step.axis) if step.entries < LARGE else _least_of_lines(step, held))
     return held
+
+
+def _least_of_lines(step: Step, held: Sequence[Floats]) -> Floats:
+    """The same, value by value of the variable: of a large sum a part at a time, which stays in a processor's cache."""
+    tables = [held[place].reshape(shape) for place, shape in zip(step.sum.tables, step.sum.shapes, strict=True)]
+    ahead: tuple[Any, ...] = (slice(None),) * step.axis
+    found: Floats | None = None
+    for value in range(max(table.shape[step.axis] for table in tables)):
+        lines = [table[(*ahead, value if table.shape[step.axis] > 1 else 0)] for table in tables]
+        total = lines[0] + lines[1] if len(lines) > 1 else lines[0].copy()
+        for index, line in enumerate(lines[2:], 2):
+            total = total + line if index < step.sum.grown else np.add(total, line, out=total)
+        found = total if found is None else np.minimum(found, total, out=found)
+    assert found is not None
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -183,13 +202,13 @@ def _order(sizes: Sequence[int], scopes: Sequence[Scope], kept: Scope, variables
         first = {a: min([place for place, p in enumerate(ordered) if a in held[p]], default=0) for a in axes}
         return Sum(tuple(ordered), shapes, 1 + max(first.values(), default=0))
 
-    steps, left, entries = [], set(range(len(scopes))), 0
+    steps, left = [], set(range(len(scopes)))
     for variable in variables:
         places = having[variable]
         axes = sorted({variable}.union(*(held[place] for place in places)))
         rest = tuple(a for a in axes if a != variable)
-        steps.append(Step(variable, summed(places, axes), axes.index(variable), rest))
-        entries += prod([sizes[a] for a in axes])
+        entries = prod([sizes[a] for a in axes])
+        steps.append(Step(variable, summed(places, axes), axes.index(variable), rest, entries))
         left = (left - places) | {len(held)}
         for place in tuple(places):
             for a in held[place]:
@@ -197,4 +216,4 @@ def _order(sizes: Sequence[int], scopes: Sequence[Scope], kept: Scope, variables
         for a in rest:
             having[a].add(len(held))
         held.append(set(rest))
-    return Order(tuple(steps), summed(left, kept), entries, len(sizes))
+    return Order(tuple(steps), summed(left, kept), sum(step.entries for step in steps), len(sizes))

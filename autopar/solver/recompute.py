@@ -166,7 +166,16 @@ def step_key(tensor: str, source: Layout, target: Layout, place: int) -> str:
 
 def rerun(kind: BlockKind, decision: BlockDecision, saved: Sequence[str], batch: int, job: Job) -> Rerun:
     """What backward runs again of a block that keeps the results of the families ``saved``."""
-    pieces = list(_Pieces(kind, decision, batch, job).pieces)
+    return rerun_of(pieces_of(kind, decision, batch, job), saved)
+
+
+def pieces_of(kind: BlockKind, decision: BlockDecision, batch: int, job: Job) -> tuple[Piece, ...]:
+    """The pieces of a block, in the order in which they run."""
+    return tuple(_Pieces(kind, decision, batch, job).pieces)
+
+
+def rerun_of(pieces: Sequence[Piece], saved: Sequence[str]) -> Rerun:
+    """`rerun` of a block of these pieces."""
     is_kept = [piece.family in saved for piece in pieces]
     made_of: list[frozenset[int]] = []
     is_read: set[int] = set()

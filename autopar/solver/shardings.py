@@ -22,7 +22,7 @@ from autopar.solver.decisions import whole_decisions
 from autopar.solver.intra_block import ROUNDING
 from autopar.solver.linear import Floats
 from autopar.solver.problem import Problem
-from autopar.solver.recompute import Recompute, Rerun, moved_of, rerun, runs_again
+from autopar.solver.recompute import Recompute, Rerun, moved_of, pieces_of, rerun_of, runs_again
 from autopar.solver.shared_bounds import least_part, more_of
 from autopar.solver.space import Sharding
 from autopar.solver.steps import Step
@@ -259,8 +259,11 @@ class Shardings(Answers):
         each result kept is kept at some place of its way, in one share at least."""
         context, key = self.context, ("rerun", name, saved, self.batch)
         if key not in context.memo:
-            whole = whole_decisions(context.model)[name]
-            context.memo[key] = rerun(context.model.kinds[name], whole, saved, self.batch, context.job)
+            pieces = ("pieces", name, self.batch)
+            if pieces not in context.memo:
+                whole = whole_decisions(context.model)[name]
+                context.memo[pieces] = pieces_of(context.model.kinds[name], whole, self.batch, context.job)
+            context.memo[key] = rerun_of(context.memo[pieces], saved)
         return cast(Rerun, context.memo[key])
 
     def _fastest_forward(self, name: str, of: frozenset[str] | None = None) -> float:
