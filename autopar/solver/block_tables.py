@@ -71,8 +71,9 @@ class _Ways:
     that no conversion knows after the others; ``via``: where ways to several readers may part.
 
     Of what makes it, and of its readers: the variables (``axes``), the places of layouts that any of their values
-    stands for (``once``), and for each value which of these (``rows``). Of many readers ``chosen`` is the variable of
-    the set of layouts that is made, in which they find theirs, and ``once`` of them is what any wants.
+    stands for (``once``), and for each value which of these (``rows``; ``grid``: as one index). Of many readers
+    ``chosen`` is the variable of the set of layouts that is made, in which they find theirs, and ``once`` of them is
+    what any wants.
     """
 
     direct: int
@@ -81,6 +82,7 @@ class _Ways:
     axes: list[int]
     once: list[list[int]]
     rows: list[list[int]]
+    grid: tuple[Any, ...]
     chosen: int | None
 
 
@@ -254,7 +256,7 @@ class BlockTables:
             once[1:] = [wanted] * len(tensor.readers)
             chosen = self._variable(1 << len(wanted))
         rows = [[some.index(place[layout]) for layout in every] for some, every in zip(once, held, strict=True)]
-        return _Ways(direct, place, via, axes, once, rows, chosen)
+        return _Ways(direct, place, via, axes, once, rows, np.ix_(*rows), chosen)
 
     def costs(self, byte_price: float = 0.0, ties: bool = False) -> Costs:
         """What the problem itself says: ``seconds + byte_price * bytes``. ``ties``: equals are to come out in the order
@@ -295,10 +297,9 @@ class BlockTables:
                 sets = self._sets(name, ways, trees, held)
                 sizes[ways.chosen] = sets[0].shape[-1]
                 tables += sets
-            elif len(ways.axes) == 2:
-                tables.append(trees.one(*ways.once)[np.ix_(*ways.rows)])
             else:
-                tables.append(trees.two(*ways.once)[np.ix_(*ways.rows)])
+                made = trees.one(*ways.once) if len(ways.axes) == 2 else trees.two(*ways.once)
+                tables.append(made[ways.grid])
         return _Filled(tuple(sizes), [axes.of(table) for axes, table in zip(self.axes, tables, strict=True)])
 
     def _trees(self, name: str, costs: Costs) -> Trees:

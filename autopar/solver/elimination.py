@@ -3,8 +3,9 @@
 All tables that depend on a variable are added up, and of the sum the least over the variable is kept: a table of its
 neighbours. This is exact (nonserial dynamic programming: Bertelè and Brioschi, 1972; bucket elimination: Dechter,
 Artificial Intelligence 113, 1999). What it takes is the number of entries of the sums, which depends on the order:
-finding the best is NP-hard; ours are greedy, by the pairs of values that an elimination brings together anew (weighted
-least fill), and of several such, ties and near ties broken differently, the one with fewest entries.
+finding the best is NP-hard; ours are greedy, by the pairs of variables that an elimination brings together anew, each
+by how many bits its values have (weighted least fill), and of several such, ties and near ties broken differently, the
+one with fewest entries.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from autopar.solver.linear import Floats
 
-TRIES = ((2_000_000, 5), (20_000_000, 15))
+TRIES = ((3_000_000, 5), (20_000_000, 15))
 """Where orders have more entries than so many, so many more are tried."""
 
 MANY = 64
@@ -152,6 +153,7 @@ def _greedy(sizes: Sequence[int], scopes: Sequence[Scope], kept: Scope, drawn: R
     for variable, others in near.items():
         others.discard(variable)
 
+    bits = [log2(size) for size in sizes]
     latest: dict[int, tuple[float, int, int]] = {}
     queue: list[tuple[float, int, int]] = []
 
@@ -159,7 +161,7 @@ def _greedy(sizes: Sequence[int], scopes: Sequence[Scope], kept: Scope, drawn: R
         others = near[variable]
         fill = inf  # of one with very many it would take long to say
         if len(others) <= MANY:
-            fill = float(sum([sizes[a] * sizes[b] for a, b in combinations(others, 2) if b not in near[a]]))
+            fill = sum([bits[a] * bits[b] for a, b in combinations(others, 2) if b not in near[a]], 0.0)
         blur = 1 + BLUR * drawn.random() if drawn else 1.0
         latest[variable] = fill * blur, prod([sizes[a] for a in others]) * sizes[variable], variable
         heappush(queue, latest[variable])
