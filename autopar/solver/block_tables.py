@@ -256,7 +256,8 @@ class BlockTables:
             once[1:] = [wanted] * len(tensor.readers)
             chosen = self._variable(1 << len(wanted))
         rows = [[some.index(place[layout]) for layout in every] for some, every in zip(once, held, strict=True)]
-        return _Ways(direct, place, via, axes, once, rows, np.ix_(*rows), chosen)
+        grid = np.ix_(*rows) if chosen is None else ()
+        return _Ways(direct, place, via, axes, once, rows, grid, chosen)
 
     def costs(self, byte_price: float = 0.0, ties: bool = False) -> Costs:
         """What the problem itself says: ``seconds + byte_price * bytes``. ``ties``: equals are to come out in the order
