@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from autopar.errors import AutoparError
-from autopar.solver import block_tables, intra_ilp
+from autopar.solver import block_tables, elimination, intra_ilp
 from autopar.solver.intra_block import least, least_with, solve
 from autopar.solver.intra_ilp import relaxed_bound
 from autopar.solver.problem import Choice, Op, Output, Problem, Source, path, price, shortest
@@ -115,11 +115,13 @@ def random_problem(seed, tied=False):
     return Problem(tuple(sources), tuple(ops), {name: conversions() for name in names}, outputs)
 
 
-@pytest.fixture(params=["elimination", "ILP"])
+@pytest.fixture(params=["elimination", "in parts", "ILP"])
 def either(request, monkeypatch):
-    """Every problem is wide to the ILP's runs."""
+    """Every problem is wide to the ILP's runs; every sum is large to those in parts."""
     if request.param == "ILP":
         monkeypatch.setattr(block_tables, "WIDE", -1)
+    if request.param == "in parts":
+        monkeypatch.setattr(elimination, "LARGE", 0)
 
 
 @pytest.mark.parametrize("seed", range(30))

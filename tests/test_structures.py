@@ -14,9 +14,13 @@ from autopar.job import Job
 from autopar.solver import intra_ilp
 from autopar.solver.block_problem import Demands, ModelProblem, model_problem, ties_of
 from autopar.solver.collective_costs import CollectiveCosts
-from autopar.solver.intra_block import solve
+from autopar.solver.intra_block import least, solve
+from autopar.solver.kind_prices import KindPrices
+from autopar.solver.kind_structure import structure_of
+from autopar.solver.kind_tables import KindTables
 from autopar.solver.op_costs import OpCosts
 from autopar.solver.prices import AxisPrices
+from autopar.solver.problem import Problem
 
 MODELS = {
     "grouped": lambda: llama(1),
@@ -73,7 +77,39 @@ def ordered(built: ModelProblem) -> list[list[object]]:
 def problem(
     graph: ModelGraph, axes: dict[str, int], batch: int, demands: Demands, memo: dict[object, object]
 ) -> ModelProblem:
-    job, cluster = Job(global_batch=8, seq_len=24), Cluster.parse("2x8:h100")
-    prices = AxisPrices(OpCosts(cluster.device, job), CollectiveCosts(cluster), axes, batch)
     again = frozenset(list(graph.kinds)[1:2])
-    return model_problem(graph, prices, ties_of(graph), demands, 1e-12, again, memo)
+    return model_problem(graph, prices(axes, batch), ties_of(graph), demands, 1e-12, again, memo)
+
+
+def prices(axes: dict[str, int], batch: int) -> AxisPrices:
+    job, cluster = Job(global_batch=8, seq_len=24), Cluster.parse("2x8:h100")
+    return AxisPrices(OpCosts(cluster.device, job), CollectiveCosts(cluster), axes, batch)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tables_made_once_find_the_least_of_every_size(model: str) -> None:
+    """A structure's tables, filled with the prices of axes and micro-batches that divide alike, find what the problem
+    of these prices has as its least, run again in backward or not."""
+    graph = trace(MODELS[model]())
+    memo: dict[object, object] = {}
+    made: dict[int, KindTables] = {}
+    for axes, batch in product(({"tp": 2}, {"tp": 4}, {"cp": 2, "tp": 2}, {"tp0": 2, "tp1": 2}), (2, 4, 8)):
+        built = problem(graph, axes, batch, Demands(), memo)
+        for name, kind in graph.kinds.items():
+            again = name in list(graph.kinds)[1:2]
+            structure = structure_of(kind, prices(axes, batch), ties_of(graph), Demands(), again, memo)
+            tables = made.setdefault(id(structure), KindTables(structure))
+            found = tables.least(KindPrices(structure, prices(axes, batch), 1e-12))
+            assert float(found) == pytest.approx(least(of_kind(built.problem, name))[0], rel=1e-9), (axes, batch, name)
+    assert len(made) < 12 * len(graph.kinds), "no two sizes had one structure"
+
+
+def of_kind(whole: Problem, name: str) -> Problem:
+    """The problem of one kind alone."""
+    return Problem(
+        tuple(source for source in whole.sources if source.name.startswith(f"{name}/")),
+        tuple(op for op in whole.ops if op.name.startswith(f"{name}/")),
+        whole.conversions,
+        tuple(output for output in whole.outputs if output.tensor.startswith(f"{name}/")),
+        hubs=whole.hubs,
+    )
