@@ -107,7 +107,8 @@ def _made(order: Order, tables: Sequence[Floats]) -> list[Floats]:
     """The tables, and those that eliminating makes."""
     held = [*tables]
     for step in order.steps:
-        held.append(step.sum.of(held).min(step.axis) if step.entries < LARGE else _least_of_lines(step, held))
+        in_parts = step.entries >= LARGE and step.rest
+        held.append(_least_of_lines(step, held) if in_parts else step.sum.of(held).min(step.axis))
     return held
 
 
