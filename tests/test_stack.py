@@ -1,6 +1,7 @@
 """Stacks: where their figures are from, what they change of a prediction, and that nothing is emitted for others."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
@@ -139,6 +140,36 @@ def test_a_slow_host_bounds_small_work():
         for tp in (1, 4)
     )
     assert eight.predicted.step_time > 0.95 * one.predicted.step_time
+
+
+def with_host(cluster, speed):
+    group = cluster.groups[0]
+    return Cluster((replace(group, device=replace(group.device, host_speed=speed)),))
+
+
+def test_a_slower_host_takes_as_much_longer():
+    """What its cores start one by one takes as much longer as they are slower; what nothing waits for stays."""
+    job = Job(8, 128, "fp16", stack="megatron-deepspeed")
+    fix = {"pp": 1, "dp": 2, "tp": 1, "zero": 0, "micro_batch": 1, "recompute": "full"}
+    plain = Cluster.parse("1x2:a100-80g")
+    whole, half = (autopar.predict("gpt2", job, with_host(plain, speed), fix).predicted for speed in (1.0, 0.5))
+    fixed = stack_of(job.stack).step_s
+    assert half.step_time - fixed == pytest.approx(2 * (whole.step_time - fixed), rel=0.15)
+    for speed in (1.0, 0.5):
+        collectives = CollectiveCosts(with_host(plain, speed), job.stack)
+        host = stack_of(job.stack).collective_host_s / speed
+        assert host < collectives.seconds("all_reduce", 8, 2, 1) < host + 1e-5
+    emitted = replace(job, stack="torch")
+    one, other = (autopar.predict("gpt2", emitted, with_host(plain, speed), fix).predicted for speed in (1.0, 0.5))
+    assert one.step_time == other.step_time
+
+
+def test_hosts_of_devices_are_told_against_one():
+    speeds = {name: Cluster.parse(f"1x4:{name}").device.host_speed for name in ("a100-80g", "h100", "gb200")}
+    assert speeds["h100"] == 1
+    assert 0.5 < speeds["a100-80g"] < speeds["gb200"] < 1
+    with pytest.raises(BadInputError, match="host_speed"):
+        with_host(Cluster.parse("1x4:h100"), 0.0)
 
 
 def test_narrow_linear_layers():

@@ -96,6 +96,7 @@ class DeviceFile(_Model):
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
+    host_speed: float = 1.0
     power_w: float = 0.0
     wait_w: float = 0.0
     workspace_bytes: int = 0
