@@ -8,7 +8,7 @@ import pytest
 import autopar
 from autopar import Cluster, Job
 from autopar.errors import BadInputError, UnsupportedError
-from autopar.graph.ir import Node, TensorMeta
+from autopar.graph.ir import LINEAR, Node, TensorMeta
 from autopar.solver.answers import Answers
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import DataAxis
@@ -177,6 +177,19 @@ def test_narrow_linear_layers():
     assert 0.5 < narrow.predicted.step_time / plain.predicted.step_time < 0.95
     with pytest.raises(BadInputError, match="'a100-80g' has no fp8 matmul rate"):
         predicted(linear_dtype="fp8")
+
+
+def test_products_that_are_scaled_again_are_read_and_written():
+    """Backward, by row-wise float8: the input's gradient and the weight's, two bytes each way, in a kernel each."""
+    rows, weight, output = LocalTensor((128, 64), 2), LocalTensor((256, 64), 2), LocalTensor((128, 256), 2)
+    node = Node("a", "op", TensorMeta((128, 256)), LINEAR, (), {})
+    parts = work(node, [rows, weight], output, [True, True])
+    plain, again = (as_run(node, *parts, 2, stack_of(name), 1.0) for name in ("compiled-loss", "compiled-rowwise"))
+    assert again[0] == plain[0]
+    assert again[1].nbytes - plain[1].nbytes == 4 * (128 * 64 + 256 * 64)
+    assert again[1].kernels == plain[1].kernels + 2
+    wide = [as_run(node, *parts, 2, stack_of(name)) for name in ("compiled-loss", "compiled-rowwise")]
+    assert wide[0] == wide[1]
 
 
 def test_tensor_ranks_wait_for_one_part_of_what_goes_in_parts():
