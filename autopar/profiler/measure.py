@@ -1,8 +1,8 @@
 """`autopar profile ops`: measures the operators of one device for some minutes, into a profile that can be continued.
 
-Every point is kept as it is measured; the file is written after the first one, then at most once a second, and at the
-end. A run that finds its output file continues it until the minutes are spent in all: so a killed run is finished by
-the same command, and a profile of 5 minutes becomes one of 30.
+Every point is kept as it is measured; the file is written with the launch figures, after the first point, then at most
+once a second, and at the end. A run that finds its output file continues it until the minutes are spent in all: so a
+killed run is finished by the same command, and a profile of 5 minutes becomes one of 30.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class _Session:
         self.profile, self.spent_before = profile, spent
         self.clock: Clock = HostClock(time.thread_time) if threads == 1 else clock_of(device)
         self.rng = np.random.default_rng(run.seed + len(profile.ops))
-        self.begin, self.saved = time.perf_counter(), -SAVE_EVERY_S
+        self.begin = time.perf_counter()
+        self.saved = -SAVE_EVERY_S
         self.fresh: list[OpRecord] = []
         self.figures: dict[str, float] = {}
         self.cache_bytes = int(profile.device.get("cache_bytes", 0))
@@ -119,6 +120,7 @@ class _Session:
     def measure(self, total: float) -> None:
         if KERNEL not in self.profile.figures:
             self.figures = launch_figures(self.device, self.clock)
+            self.save()
         tables = self._tables()
         if not tables:
             raise BadInputError("nothing to measure: the device runs none of the operators asked for in these dtypes")
@@ -198,7 +200,7 @@ class _Session:
         self.profile = self.profile.with_records(self.fresh, figures=self.figures, spent_s={"ops": self.spent})
         self.fresh = []
         self.profile.save(self.run.out)
-        self.saved = time.perf_counter()
+        self.saved = time.perf_counter() if self.profile.ops else -SAVE_EVERY_S
 
 
 @contextmanager
