@@ -164,12 +164,17 @@ def test_a_slower_host_takes_as_much_longer():
     assert one.step_time == other.step_time
 
 
-def test_hosts_of_devices_are_told_against_one():
+def test_hosts_of_devices_are_told_against_one(tmp_path):
     speeds = {name: Cluster.parse(f"1x4:{name}").device.host_speed for name in ("a100-80g", "h100", "gb200")}
     assert speeds["h100"] == 1
     assert 0.5 < speeds["a100-80g"] < speeds["gb200"] < 1
     with pytest.raises(BadInputError, match="host_speed"):
         with_host(Cluster.parse("1x4:h100"), 0.0)
+    file = tmp_path / "cluster.yaml"
+    file.write_text("device: h100\nnodes: 1\ndevices_per_node: 4\nhost_speed: 0.5\n")
+    device = Cluster.load(file).device
+    assert device.host_speed == 0.5
+    assert device.sources["host_speed"] == "cluster file cluster.yaml"
 
 
 def test_narrow_linear_layers():
