@@ -90,7 +90,7 @@ def test_the_first_point_is_written_at_once(tmp_path):
 
 def test_a_continued_run_measures_nothing_again(tmp_path):
     out = tmp_path / "cpu.json"
-    run = OpsRun(out, minutes=0.005, ops=("add",), dtypes=("fp32",))
+    run = OpsRun(out, minutes=0.005, ops=("matmul", "batched_matmul"), dtypes=("fp32",))
     before = measure_ops(run)
     after = measure_ops(replace(run, minutes=before.spent_s["ops"] / 60 + 0.01))
     assert after.figures == before.figures
