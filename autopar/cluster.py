@@ -79,6 +79,8 @@ class Device:
     * ``collective_s``: seconds each collective costs before its first byte moves.
     * ``host_bandwidth``: bytes/s of a copy between host and device, one way; ``host_memory_bandwidth``: bytes/s of the
       host's memory that fall to this device when all of a node use it. 0 where not known: nothing is offloaded then.
+    * ``host_speed``: how fast one core of the host runs Python and starts kernels, of one of the hosts that stacks'
+      seconds are stated for (`autopar/stack.py`); 1 where not known.
     * ``host_memory_bytes``: of the host's memory, this device's share; 0 where not known: taken to be enough.
     * ``power_w``: watts the board is built to draw at most (TDP), taken to be what it draws while it computes; 0 where
       not known: energy is not told then. ``wait_w``: what it draws while it waits, in a bubble or for communication,
@@ -108,6 +110,7 @@ class Device:
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
+    host_speed: float = 1.0
     power_w: float = 0.0
     wait_w: float = 0.0
     workspace_bytes: int = 0

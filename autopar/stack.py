@@ -39,6 +39,7 @@ class Stack:
     chunked: bool
     adds: bool
     again: bool
+    rescales: bool
     copies: float
     pointwise: float
     kernels: float

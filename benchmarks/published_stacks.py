@@ -65,11 +65,12 @@ def _variant(record: Record, stack: str) -> str:
         return "-selective"
     if stack == "megatron-deepspeed" and re.match(r"bf|bfloat", str(record.get("dtype")).lower()):
         return "-bf16"
-    if stack == "compiled" and re.search(r"\basync(hronous)? (tp|tensor)", str(record.get("notes")), re.I):
-        return "-async"
     if stack == "compiled":
+        rows = "-rowwise" if re.search(r"row-?wise", str(record.get("dtype")), re.I) else ""
+        if re.search(r"\basync(hronous)? (tp|tensor)", str(record.get("notes")), re.I):
+            return "-async" + rows
         dated = re.search(r"\b20[12]\d\b|20[12]\d-?[01]\d", str(record.get("source")))
-        return "-loss" if dated and dated[0] >= COMPILED_LOSS else ""
+        return rows or ("-loss" if dated and dated[0] >= COMPILED_LOSS else "")
     if stack != "megatron":
         return ""
     if told.get("attention-backend") == "unfused" or told.get("transformer-impl") == "local":

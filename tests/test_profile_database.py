@@ -159,7 +159,7 @@ def test_a_killed_run_leaves_a_whole_file_and_is_continued(tmp_path, capsys):
     process = subprocess.Popen([*command, "2"], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not out.exists() and time.monotonic() < deadline:
+        while not (out.exists() and Profile.load(out).ops) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.3)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,30 @@ def test_every_operator_is_measured_each_way(measured):
     assert profile.device["torch"] == torch.__version__
     assert [spent for spent, _, _ in told] == sorted(spent for spent, _, _ in told)
     assert all(total == pytest.approx(6.0) for _, total, _ in told)
+
+
+def test_the_first_point_is_written_at_once(tmp_path):
+    """What a kill within the first second would leave: each point is told before it may be written."""
+    out, held = tmp_path / "cpu.json", []
+    measure_ops(
+        OpsRun(out, minutes=0.005, ops=("add", "copy"), dtypes=("fp32",)),
+        lambda *told: held.append(Profile.load(out) if out.exists() else None),
+    )
+    assert held[0] is not None
+    assert held[0].ops == ()
+    assert held[1].ops
+    assert held[1].figures.keys() == {"launch.eager_s", "launch.kernel_s"}
+
+
+def test_a_continued_run_measures_nothing_again(tmp_path):
+    out = tmp_path / "cpu.json"
+    run = OpsRun(out, minutes=0.005, ops=("matmul", "batched_matmul"), dtypes=("fp32",))
+    before = measure_ops(run)
+    after = measure_ops(replace(run, minutes=before.spent_s["ops"] / 60 + 0.01))
+    assert after.figures == before.figures
+    kept = {record.key: record for record in after.ops}
+    assert all(kept[record.key] == record for record in before.ops)
+    assert len(after.ops) > len(before.ops)
 
 
 def test_larger_matmuls_take_longer():

@@ -110,6 +110,8 @@ def test_recipes_hide_what_experts_send_to_other_nodes():
 def test_asynchronous_tensor_parallelism_is_told_by_notes():
     vanilla, hidden = (BY_ID[f"titan_async_8B_bf16_{how}"] for how in ("vanilla", "async"))
     assert (stack_name(vanilla), stack_name(hidden)) == ("compiled-loss", "compiled-async")
+    by_rows = [stack_name({**record, "dtype": "float8 rowwise"}) for record in (vanilla, hidden)]
+    assert by_rows == ["compiled-rowwise", "compiled-async-rowwise"]
 
 
 def test_mixtures_run_no_experts_again_unless_told():

@@ -1,13 +1,14 @@
 """Stacks: where their figures are from, what they change of a prediction, and that nothing is emitted for others."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
 import autopar
 from autopar import Cluster, Job
 from autopar.errors import BadInputError, UnsupportedError
-from autopar.graph.ir import Node, TensorMeta
+from autopar.graph.ir import LINEAR, Node, TensorMeta
 from autopar.solver.answers import Answers
 from autopar.solver.collective_costs import CollectiveCosts
 from autopar.solver.data_axis import DataAxis
@@ -141,11 +142,59 @@ def test_a_slow_host_bounds_small_work():
     assert eight.predicted.step_time > 0.95 * one.predicted.step_time
 
 
+def with_host(cluster, speed):
+    group = cluster.groups[0]
+    return Cluster((replace(group, device=replace(group.device, host_speed=speed)),))
+
+
+def test_a_slower_host_takes_as_much_longer():
+    """What its cores start one by one takes as much longer as they are slower; what nothing waits for stays."""
+    job = Job(8, 128, "fp16", stack="megatron-deepspeed")
+    fix = {"pp": 1, "dp": 2, "tp": 1, "zero": 0, "micro_batch": 1, "recompute": "full"}
+    plain = Cluster.parse("1x2:a100-80g")
+    whole, half = (autopar.predict("gpt2", job, with_host(plain, speed), fix).predicted for speed in (1.0, 0.5))
+    fixed = stack_of(job.stack).step_s
+    assert half.step_time - fixed == pytest.approx(2 * (whole.step_time - fixed), rel=0.15)
+    for speed in (1.0, 0.5):
+        collectives = CollectiveCosts(with_host(plain, speed), job.stack)
+        host = stack_of(job.stack).collective_host_s / speed
+        assert host < collectives.seconds("all_reduce", 8, 2, 1) < host + 1e-5
+    emitted = replace(job, stack="torch")
+    one, other = (autopar.predict("gpt2", emitted, with_host(plain, speed), fix).predicted for speed in (1.0, 0.5))
+    assert one.step_time == other.step_time
+
+
+def test_hosts_of_devices_are_told_against_one(tmp_path):
+    speeds = {name: Cluster.parse(f"1x4:{name}").device.host_speed for name in ("a100-80g", "h100", "gb200")}
+    assert speeds["h100"] == 1
+    assert 0.5 < speeds["a100-80g"] < speeds["gb200"] < 1
+    with pytest.raises(BadInputError, match="host_speed"):
+        with_host(Cluster.parse("1x4:h100"), 0.0)
+    file = tmp_path / "cluster.yaml"
+    file.write_text("device: h100\nnodes: 1\ndevices_per_node: 4\nhost_speed: 0.5\n")
+    device = Cluster.load(file).device
+    assert device.host_speed == 0.5
+    assert device.sources["host_speed"] == "cluster file cluster.yaml"
+
+
 def test_narrow_linear_layers():
     plain, narrow = (predicted(device="h100", linear_dtype=name) for name in (None, "fp8"))
     assert 0.5 < narrow.predicted.step_time / plain.predicted.step_time < 0.95
     with pytest.raises(BadInputError, match="'a100-80g' has no fp8 matmul rate"):
         predicted(linear_dtype="fp8")
+
+
+def test_products_that_are_scaled_again_are_read_and_written():
+    """Backward, by row-wise float8: the input's gradient and the weight's, two bytes each way, in a kernel each."""
+    rows, weight, output = LocalTensor((128, 64), 2), LocalTensor((256, 64), 2), LocalTensor((128, 256), 2)
+    node = Node("a", "op", TensorMeta((128, 256)), LINEAR, (), {})
+    parts = work(node, [rows, weight], output, [True, True])
+    plain, again = (as_run(node, *parts, 2, stack_of(name), 1.0) for name in ("compiled-loss", "compiled-rowwise"))
+    assert again[0] == plain[0]
+    assert again[1].nbytes - plain[1].nbytes == 4 * (128 * 64 + 256 * 64)
+    assert again[1].kernels == plain[1].kernels + 2
+    wide = [as_run(node, *parts, 2, stack_of(name)) for name in ("compiled-loss", "compiled-rowwise")]
+    assert wide[0] == wide[1]
 
 
 def test_tensor_ranks_wait_for_one_part_of_what_goes_in_parts():

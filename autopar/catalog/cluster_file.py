@@ -3,7 +3,7 @@
     device = "h100"              # a catalog device, or a table with every figure (as `Cluster.save` writes)
     nodes = 8
     devices_per_node = 8
-    memory_bytes = 80e9          # optional; so are reserve_bytes, power_w and wait_w (watts)
+    memory_bytes = 80e9          # optional; so are reserve_bytes, power_w, wait_w (watts) and host_speed
     profile = "h200.json"        # optional: what `autopar profile` wrote, beside this file
     [inter_node]                 # optional; so is [intra_node]
     bandwidth = 25e9             # bytes/s per port and direction
@@ -96,6 +96,7 @@ class DeviceFile(_Model):
     host_bandwidth: float = 0.0
     host_memory_bandwidth: float = 0.0
     host_memory_bytes: int = 0
+    host_speed: float = 1.0
     power_w: float = 0.0
     wait_w: float = 0.0
     workspace_bytes: int = 0
@@ -114,6 +115,7 @@ class GroupFile(_Model):
     reserve_bytes: Bytes | None = None
     power_w: PositiveFloat | None = None
     wait_w: PositiveFloat | None = None
+    host_speed: PositiveFloat | None = None
     profile: str | None = None
     intra_node: LinkFile | None = None
     inter_node: LinkFile | None = None
@@ -216,7 +218,8 @@ def _group(group: GroupFile, path: Path) -> NodeGroup:
                     raise BadInputError(f"key '{name}.{figure}' is missing; a device of your own has no usual links")
         intra, inter = (Link(**figures[name]) for name in LINKS)
         nodes = NodeGroup(device, group.nodes, group.devices_per_node, intra, inter)
-    given = {name: getattr(group, name) for name in ("memory_bytes", "reserve_bytes", "power_w", "wait_w")}
+    own = ("memory_bytes", "reserve_bytes", "power_w", "wait_w", "host_speed")
+    given = {name: getattr(group, name) for name in own}
     changed = {name: value for name, value in given.items() if value is not None}
     if changed:
         sources = {**nodes.device.sources, **dict.fromkeys(changed, told)}

@@ -104,7 +104,7 @@ class _Session:
         self.clock: Clock = clock_of(device)
         self.transport = "gloo" if device.type == "cpu" else "nccl"
         self.begin = time.perf_counter()
-        self.saved = self.begin
+        self.saved = -SAVE_EVERY_S
         self.fresh: list[CollectiveRecord] = []
         self.figures: dict[str, float] = {}
         self.profile = Profile(describe(device), now())

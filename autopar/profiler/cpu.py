@@ -150,6 +150,7 @@ def cpu_node(devices_per_node: int, refresh: bool = False) -> tuple[Device, Link
             "host_bandwidth": f"{shared}: a copy of 64 MiB",
             "host_memory_bandwidth": f"{shared}: a copy of 64 MiB",
             "host_memory_bytes": f"physical memory of the machine over {devices_per_node} ranks",
+            "host_speed": "model constant: operators run on the core that starts them, whose time launch_s is",
             "collective_s": "model constant: gloo starts no kernel; its steps are measured",
         },
     )

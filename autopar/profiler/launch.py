@@ -19,6 +19,7 @@ import torch
 
 from autopar.profiler.clock import Clock
 
+KERNEL = "launch.kernel_s"
 CHAIN = 64
 """Operators in a row."""
 
@@ -36,7 +37,7 @@ def launch_figures(device: torch.device, clock: Clock) -> dict[str, float]:
     chain(trained)
     figures = {"launch.eager_s": min(clock.host_seconds([lambda: chain(trained)]) for _ in range(20)) / CHAIN}
     samples = sorted(clock.device_samples([lambda: chain(x)] * 20))
-    figures["launch.kernel_s"] = samples[len(samples) // 2] / CHAIN
+    figures[KERNEL] = samples[len(samples) // 2] / CHAIN
     if device.type == "cuda":
         figures["launch.graph_s"] = _graph(device, chain) / CHAIN
         with contextlib.suppress(Exception):  # no compiler for torch.compile to use: the figure is left out

@@ -1,8 +1,8 @@
 """`autopar profile ops`: measures the operators of one device for some minutes, into a profile that can be continued.
 
-Every point is kept as it is measured; the file is written at most once a second and at the end. A run that finds its
-output file continues it until the minutes are spent in all: so a killed run is finished by the same command, and a
-profile of 5 minutes becomes one of 30.
+Every point is kept as it is measured; the file is written with the launch figures, after the first point, then at most
+once a second, and at the end. A run that finds its output file continues it until the minutes are spent in all: so a
+killed run is finished by the same command, and a profile of 5 minutes becomes one of 30.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autopar.errors import BadInputError
 from autopar.profiler.clock import Clock, HostClock, clock_of, sampled
 from autopar.profiler.database import OpRecord, Profile, begun, check_target
 from autopar.profiler.grid import Limits, Table
-from autopar.profiler.launch import launch_figures
+from autopar.profiler.launch import KERNEL, launch_figures
 from autopar.profiler.machine import describe, device_of, free_bytes
 from autopar.profiler.operators import BUILD, DTYPES, supported
 from autopar.profiler.shapes import FAMILIES, Point
@@ -107,7 +107,8 @@ class _Session:
         self.profile, self.spent_before = profile, spent
         self.clock: Clock = HostClock(time.thread_time) if threads == 1 else clock_of(device)
         self.rng = np.random.default_rng(run.seed + len(profile.ops))
-        self.begin = self.saved = time.perf_counter()
+        self.begin = time.perf_counter()
+        self.saved = -SAVE_EVERY_S
         self.fresh: list[OpRecord] = []
         self.figures: dict[str, float] = {}
         self.cache_bytes = int(profile.device.get("cache_bytes", 0))
@@ -117,7 +118,9 @@ class _Session:
         return self.spent_before + time.perf_counter() - self.begin
 
     def measure(self, total: float) -> None:
-        self.figures = launch_figures(self.device, self.clock)
+        if KERNEL not in self.profile.figures:
+            self.figures = launch_figures(self.device, self.clock)
+            self.save()
         tables = self._tables()
         if not tables:
             raise BadInputError("nothing to measure: the device runs none of the operators asked for in these dtypes")
@@ -197,7 +200,7 @@ class _Session:
         self.profile = self.profile.with_records(self.fresh, figures=self.figures, spent_s={"ops": self.spent})
         self.fresh = []
         self.profile.save(self.run.out)
-        self.saved = time.perf_counter()
+        self.saved = time.perf_counter() if self.profile.ops else -SAVE_EVERY_S
 
 
 @contextmanager

@@ -74,6 +74,7 @@ class CollectiveCosts:
 
     def __init__(self, cluster: Cluster, stack: str = "torch") -> None:
         self.cluster, self.stack = cluster, stack_of(stack)
+        self._host_s = self.stack.collective_host_s / cluster.device.host_speed
         self._gloo = cluster.device.backend == "cpu"
         self._protocols = GLOO if self._gloo else NCCL
         self._placements: dict[tuple[int, int], Placement] = {}
@@ -124,7 +125,7 @@ class CollectiveCosts:
     def _dispatched(self, nbytes: float, choices: int, place: Placement, protocol: Protocol) -> float:
         """``nbytes``: of all tokens of a rank, once."""
         intra, inter = self.cluster.intra_node, self.cluster.inter_node
-        start = max(self.cluster.device.collective_s + protocol.start_s, self.stack.collective_host_s)
+        start = max(self.cluster.device.collective_s + protocol.start_s, self._host_s)
         inside = nbytes * _others(place.ranks, choices) / (intra.device_bandwidth * protocol.bandwidth)
         outside = nbytes * _others(place.nodes, choices) / (inter.device_bandwidth * protocol.bandwidth)
         near, far = (place.per_node - 1) * protocol.intra, (place.nodes - 1) * protocol.inter
@@ -193,7 +194,7 @@ class CollectiveCosts:
         hop = inter.latency_s * protocol.inter
         inside = intra.device_bandwidth * protocol.bandwidth
         outside = inter.device_bandwidth * protocol.bandwidth
-        start = max(self.cluster.device.collective_s + protocol.start_s, self.stack.collective_host_s)
+        start = max(self.cluster.device.collective_s + protocol.start_s, self._host_s)
         n = place.ranks
 
         if kind == "send_recv":

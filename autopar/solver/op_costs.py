@@ -119,7 +119,7 @@ class OpCosts:
         narrow = self._narrow if node.op in (LINEAR, EXPERTS) and not node.logits else 0.0
         forward, backward = as_run(node, forward, backward, width, self.stack, narrow)
         linear = self._linear if narrow else 0.0
-        host, speed = self.stack.host_s, self.stack.experts if node.op == EXPERTS else 1.0
+        host, speed = self.stack.host_s / self.device.host_speed, self.stack.experts if node.op == EXPERTS else 1.0
         return OpTime(
             self._time(forward, width, linear, speed),
             self._time(backward, width, linear, speed),

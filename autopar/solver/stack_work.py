@@ -17,7 +17,8 @@ Linear layers in a narrower dtype cast their operands first: the input forward, 
 (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433), each in a kernel of its own that reads it and
 writes it twice, by rows for one product and by columns for the other (Transformer Engine's quantizers; blocks of MXFP8
 and NVFP4 run along what is summed over). Weights are cast once a step, as they are updated or gathered (Megatron-Core's
-fp8_param_gather, torchao's enable_fsdp_float8_all_gather): next to nothing of it.
+fp8_param_gather, torchao's enable_fsdp_float8_all_gather): next to nothing of it. Products of the backward may be
+scaled afterwards (`Stack.rescales`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def as_run(
         return _fused(forward, stack), _fused(backward, stack)
     if node.op.removeprefix("aten.") in MATMULS:
         forward, backward = _fused(forward, stack), _fused(backward, stack)  # what sums the gradient of a bias
-        return _cast(forward, backward, _moved(width, narrow)) if narrow and node.op == LINEAR else (forward, backward)
+        if not narrow or node.op != LINEAR:
+            return forward, backward
+        forward, backward = _cast(forward, backward, _moved(width, narrow))
+        return forward, _rescaled(backward, width) if stack.rescales else backward
     return forward, backward
 
 
@@ -85,6 +89,12 @@ def _cast(forward: Work, backward: Work, moved: float) -> tuple[Work, Work]:
         replace(forward, nbytes=forward.nbytes + moved * batch * m * k, kernels=forward.kernels + 1),
         replace(backward, nbytes=backward.nbytes + moved * made, kernels=backward.kernels + bool(made)),
     )
+
+
+def _rescaled(part: Work, width: int) -> Work:
+    """With a kernel for each product, which reads and writes it."""
+    made = sum(each.batch * each.m * each.n for each in part.matmuls)
+    return replace(part, nbytes=part.nbytes + 2 * width * made, kernels=part.kernels + len(part.matmuls))
 
 
 def _experts(part: Work, width: int, stack: Stack, narrow: float, back: bool) -> Work:
