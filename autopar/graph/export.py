@@ -30,6 +30,7 @@ from autopar.graph.expert_loops import follow_loops
 from autopar.graph.exported import TRACE_DTYPE, from_values
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
+from autopar.graph.fourier import WideTransforms
 from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.last_rows import last_row
 from autopar.graph.leaves import stopping
@@ -43,19 +44,25 @@ from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
 from autopar.graph.specialise import raised_in, watched
+from autopar.graph.strides import StridesFollowed
 from autopar.graph.taking_apart import refused_samples, unknown_lengths
 from autopar.graph.value_checks import checks_passed, checks_told
+from autopar.graph.value_ranges import ValueRanges, masks_told, small_numbers
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSpec:
-    """The tensors of one micro-batch as traced: for each key, shape, dtype, and which dims are the sequence."""
+    """The tensors of one micro-batch as traced: for each key, shape, dtype, and which dims are the sequence.
+
+    ``masks``: those that hold nothing but zeros and ones in the example.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     seq_dims: dict[str, tuple[int, ...]]
+    masks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +78,21 @@ class Exported:
 
 
 class LossOf(nn.Module):
-    """forward(batch) → loss; ``model`` is called with the batch tensors that its forward takes."""
+    """forward(batch) → loss; ``model`` is called with the batch tensors that its forward takes, ``seen`` before."""
 
-    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None,
+        seen: Callable[[dict[str, torch.Tensor]], None] = lambda batch: None,
+    ) -> None:
         super().__init__()
         self.model = model
         self._loss = loss
+        self._seen = seen
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self._seen(batch)
         outputs = self.model(**call_arguments(self.model, batch))
         loss = scalar_of(outputs) if self._loss is None else self._own(outputs, batch)
         if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
@@ -239,6 +253,7 @@ def _export(
     dynamic = {
         key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
+    ranges = ValueRanges(copied, small_numbers(model), batch.masks)
     taken = (
         warnings.catch_warnings(),
         unknown_lengths(),
@@ -254,6 +269,9 @@ def _export(
         whole_numbers_counted(),
         quotients_whole(copied),
         computed_once(),
+        StridesFollowed(),
+        WideTransforms(),
+        ranges,
         torch.compiler.set_stance("force_eager"),
         default_dtype(made),
     )
@@ -269,8 +287,11 @@ def _export(
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
         if fold:  # for a few layers torch's cache of fake results costs more than it saves
             stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
-        program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
+        program = torch.export.export(
+            LossOf(copied, loss, ranges.batch), (tensors,), strict=False, dynamic_shapes=(dynamic,)
+        )
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
+    notes += masks_told(ranges.relied)
     notes += (MIXED,) if dtypes.met and mixed else ()
     return Exported(program, fixed_in, told + notes + checks_told(checks), dtypes.met and not mixed)
 

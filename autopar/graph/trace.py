@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.garbage import uncollected
@@ -235,7 +236,14 @@ def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | 
             key: tuple(dim + 1 for dim, size in enumerate(value.shape) if size == length)
             for key, value in samples.items()
         },
+        masks=frozenset(key for key, value in samples.items() if "mask" in key and _is_mask(value)),
     )
+
+
+def _is_mask(value: torch.Tensor) -> bool:
+    """Whether it is known to hold zeros and ones alone."""
+    known = not (value.is_floating_point() or value.is_meta or is_fake(value))
+    return known and bool(((value == 0) | (value == 1)).all())
 
 
 def _default_inputs(model: nn.Module, parameters: list[str], loss: Loss | None) -> dict[str, torch.Tensor]:
@@ -249,6 +257,13 @@ def _default_inputs(model: nn.Module, parameters: list[str], loss: Loss | None) 
         "inputs={name: example tensor of one sample} and, if the model returns no loss, loss=fn(outputs, batch) (a "
         "module.py:function returns them with the model: model, inputs, loss)"
     )
+
+
+_FREE_BATCH = (
+    ". There is one program for micro-batches of every size: Python lists and loops of as many entries as there are "
+    "samples, and ints made of their number, fix it; write what they do for the whole batch at once, or make it an "
+    "operator of its own (torch.library.custom_op, autopar.register_rule)"
+)
 
 
 def _sizes(exported: Exported, spec: BatchSpec, static_seq: bool) -> tuple[Sizes, dict[str, TensorMeta]]:
@@ -269,6 +284,8 @@ def _sizes(exported: Exported, spec: BatchSpec, static_seq: bool) -> tuple[Sizes
                 if not symbol.is_Symbol or roles.get(symbol, what[0]) != what[0]:
                     place = exported.fixed_in.get(int(symbol), "the model") if symbol.is_Integer else "the model"
                     message = f"{place} works for one {what} size only: it fixes dim {dim} of {key} to {size}"
+                    if what == "batch":
+                        message += _FREE_BATCH
                     raise (UnsupportedError if what == "batch" else FixedSequenceError)(message)
                 roles[symbol] = what[0]
     sizes = Sizes(roles)
