@@ -177,3 +177,26 @@ def test_fourier_transforms_of_narrow_models_are_wide() -> None:
     assert sums
     assert {node.meta.dtype for node in sums} == {"compute"}
     proved(Mixing(), {"x": torch.randn(8, WIDTH)}, square, tp=2)
+
+
+class Halved(nn.Module):
+    """Ends with the first half of the positions, whatever their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), First())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class First(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : x.shape[1] // 2]
+
+
+def test_a_size_with_a_rest_is_told_where_it_comes_up() -> None:
+    graph = proved(Halved(), SAMPLE, square, dp=2)
+    (note,) = [note for note in graph.notes if "sequence length is fixed" in note]
+    assert "module 'inner.1' (First.forward" in note
+    assert "a tensor size with a rest" in note

@@ -41,6 +41,7 @@ from autopar.graph.picks import Picks
 from autopar.graph.quotients import quotients_whole
 from autopar.graph.recomputed import computed_once
 from autopar.graph.recurrent import recurrent_whole
+from autopar.graph.rests import RestsTold
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
 from autopar.graph.specialise import raised_in, watched
@@ -195,55 +196,62 @@ def fake_copy(
     return copied.train()
 
 
+@dataclass(slots=True)
+class Dtypes:
+    """What of a model may not be as it is with weights in 16 bits; kept from one export of it to the next.
+
+    ``narrow``: full names of buffers that take the dtype of the weights; ``made``: the dtype of what forward makes
+    without saying which (by default as the caller has it); ``mixed``: whether what is float32 by itself may meet
+    weights of another dtype (`autopar.graph.mixed_dtypes`).
+    """
+
+    narrow: frozenset[str] = frozenset()
+    made: torch.dtype | None = None
+    mixed: bool = False
+
+    def widened(self, buffers: frozenset[str]) -> bool:
+        """Allow one thing more; whether there was one."""
+        if buffers - self.narrow:
+            self.narrow |= buffers
+        elif self.made is None:
+            self.made = TRACE_DTYPE
+        elif not self.mixed:
+            self.mixed = True
+        else:
+            return False
+        return True
+
+
 def export(
-    model: nn.Module,
-    batch: BatchSpec,
-    loss: Loss | None,
-    fold: Fold | None,
-    static_seq: bool,
-    narrow: frozenset[str] = frozenset(),
-    made: torch.dtype | None = None,
-    mixed: bool = False,
+    model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool, dtypes: Dtypes
 ) -> Exported:
-    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``. ``made``: the
-    dtype of what forward makes without saying which (by default as the caller has it); ``mixed``: whether what is
-    float32 by itself may meet weights of another dtype (`autopar.graph.mixed_dtypes`).
+    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``.
 
     Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
     with torch's reason when the model cannot be traced.
     """
-    try:
-        return _export(model, batch, loss, fold, static_seq, narrow, made, mixed)
-    except (AutoparError, CannotFoldError):
-        raise
-    except Exception as error:
-        every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-        # A float32 buffer, or constant, or what is cast to float32 may have met half-precision activations where torch
-        # does not promote.
-        if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")):
-            if every - narrow:
-                return export(model, batch, loss, fold, static_seq, every, made)
-            if made is None:
-                return export(model, batch, loss, fold, static_seq, narrow, TRACE_DTYPE)
-            if not mixed:
-                return export(model, batch, loss, fold, static_seq, narrow, made, True)
-        if fold is not None:
-            raise CannotFoldError(str(error)) from error
-        raise UnsupportedError(_reason(model, error, batch)) from error
+    while True:
+        try:
+            return _export(model, batch, loss, fold, static_seq, dtypes)
+        except (AutoparError, CannotFoldError):
+            raise
+        except Exception as error:
+            # A float32 buffer, or constant, or what is cast to float32 may have met half-precision activations where
+            # torch does not promote.
+            if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")):
+                every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+                if dtypes.widened(every):
+                    continue
+            if fold is not None:
+                raise CannotFoldError(str(error)) from error
+            raise UnsupportedError(_reason(model, error, batch)) from error
 
 
 def _export(
-    model: nn.Module,
-    batch: BatchSpec,
-    loss: Loss | None,
-    fold: Fold | None,
-    static_seq: bool,
-    narrow: frozenset[str],
-    made: torch.dtype | None,
-    mixed: bool,
+    model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool, dtypes: Dtypes
 ) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
+    copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, dtypes.narrow)
     replace_experts(copied)
     told = (*forget_averages(copied), *every_stretch(copied), *follow_loops(copied))
     if fold:
@@ -271,16 +279,17 @@ def _export(
         computed_once(),
         StridesFollowed(),
         WideTransforms(),
+        RestsTold(copied),
         ranges,
         torch.compiler.set_stance("force_eager"),
-        default_dtype(made),
+        default_dtype(dtypes.made),
     )
     with (
         contextlib.ExitStack() as stack,
         watched(copied) as fixed_in,
         every_layer() as skipping,
         checks_passed() as checks,
-        MixedDtypes(cast=mixed) as dtypes,
+        MixedDtypes(cast=dtypes.mixed) as products,
     ):
         for context in taken:
             stack.enter_context(context)
@@ -292,8 +301,8 @@ def _export(
         )
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
     notes += masks_told(ranges.relied)
-    notes += (MIXED,) if dtypes.met and mixed else ()
-    return Exported(program, fixed_in, told + notes + checks_told(checks), dtypes.met and not mixed)
+    notes += (MIXED,) if products.met and dtypes.mixed else ()
+    return Exported(program, fixed_in, told + notes + checks_told(checks), products.met and not dtypes.mixed)
 
 
 @contextlib.contextmanager

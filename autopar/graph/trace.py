@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from autopar.graph import (
 from autopar.graph.bands import unfold_buffers
 from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import LARGEST_FILED, known_values
-from autopar.graph.export import BatchSpec, Exported, Loss, export, takes_whole
+from autopar.graph.export import BatchSpec, Dtypes, Exported, Loss, export, takes_whole
 from autopar.graph.fold import CannotFoldError, Fold, plan_fold
 from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
@@ -75,16 +74,19 @@ def trace(
     )
     layers = repeats(model)
     notes: tuple[str, ...] = ()
+    dtypes = Dtypes()
     try:
-        traced = _folded(model, spec, loss, names, layers, fold, static_seq=False)
+        traced = _folded(model, spec, loss, names, layers, fold, False, dtypes)
     except FixedSequenceError as error:
         if inputs is None:
             raise UnsupportedError(f"{error}; pass `inputs` of the sequence length to train with, to fix it") from None
         try:
-            traced = _folded(model, _shorter(spec), loss, names, layers, fold, static_seq=False)
+            if error.of_all_lengths:
+                raise
+            traced = _folded(model, _shorter(spec), loss, names, layers, fold, False, dtypes)
             _check_length(spec, traced)
         except AutoparError:
-            traced = _folded(model, spec, loss, names, layers, fold, static_seq=True)
+            traced = _folded(model, spec, loss, names, layers, fold, True, dtypes)
             notes = (f"the sequence length is fixed to that of the example inputs: {error}",)
     used: dict[str, dict[str, TensorMeta]] = {"parameter": {}, "buffer": {}}
     for block in traced.blocks.blocks:
@@ -141,14 +143,18 @@ def _folded(
     layers: Mapping[str, str],
     fold: bool,
     static_seq: bool,
+    dtypes: Dtypes,
 ) -> _Traced:
     """Trace with equal layers stood in for; if the proof fails, trace them all."""
     # Whatever the caller's default device: the traced copy is a fake on the CPU.
     with torch.device("cpu"), uncollected():
         if fold:
-            with contextlib.suppress(CannotFoldError):
-                return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)
-        return _traced(model, spec, loss, names, layers, None, static_seq)
+            before = replace(dtypes)
+            try:
+                return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq, dtypes)
+            except CannotFoldError:
+                dtypes = before
+        return _traced(model, spec, loss, names, layers, None, static_seq, dtypes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,21 +176,20 @@ def _traced(
     layers: Mapping[str, str],
     fold: Fold | None,
     static_seq: bool,
+    dtypes: Dtypes,
 ) -> _Traced:
-    narrow: frozenset[str] = frozenset()
-    mixed = False
     while True:
-        exported = export(model, spec, loss, fold, static_seq, narrow, mixed=mixed)
+        exported = export(model, spec, loss, fold, static_seq, dtypes)
         sizes, metas = _sizes(exported, spec, static_seq)
         shortest, longest = sizes.lengths(exported.program.range_constraints)
         importer = Importer(sizes, names.canonical, names.trainable)
         draft = importer.program(exported.program, list(spec.shapes))
         # `model.to(bf16)` narrows buffers too. Those that the model widens by itself stay wide; the others may not
         # silently turn its activations into float32.
-        promoting = promoting_buffers(draft) - narrow
+        promoting = promoting_buffers(draft) - dtypes.narrow
         if not (promoting or exported.mixed):
             break
-        narrow, mixed = narrow | promoting, mixed or not promoting
+        dtypes.narrow, dtypes.mixed = dtypes.narrow | promoting, dtypes.mixed or not promoting
     changed = notes_of_state(importer.changed, draft)
     draft = unfold_buffers(draft, model, importer.constants)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
