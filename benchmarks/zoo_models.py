@@ -214,6 +214,18 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "AutoModelForCausalLM",
     ),
+    "jetmoe": (  # tokens sorted by expert, in attention too
+        "JetMoeConfig",
+        {
+            **_DECODER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "kv_channels": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        "AutoModelForCausalLM",
+    ),
     # State space.
     "mamba": (
         "MambaConfig",

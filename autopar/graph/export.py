@@ -44,6 +44,7 @@ from autopar.graph.recurrent import recurrent_whole
 from autopar.graph.rests import RestsTold
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
+from autopar.graph.sorted_rows import SortedRows
 from autopar.graph.specialise import raised_in, watched
 from autopar.graph.strides import StridesFollowed
 from autopar.graph.taking_apart import refused_samples, unknown_lengths
@@ -261,6 +262,7 @@ def _export(
     dynamic = {
         key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
+    rows = SortedRows(copied)
     ranges = ValueRanges(copied, small_numbers(model), batch.masks)
     taken = (
         warnings.catch_warnings(),
@@ -281,6 +283,7 @@ def _export(
         WideTransforms(),
         RestsTold(copied),
         ranges,
+        rows,
         torch.compiler.set_stance("force_eager"),
         default_dtype(dtypes.made),
     )
@@ -300,7 +303,7 @@ def _export(
             LossOf(copied, loss, ranges.batch), (tensors,), strict=False, dynamic_shapes=(dynamic,)
         )
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
-    notes += masks_told(ranges.relied)
+    notes += masks_told(ranges.relied) + rows.notes
     notes += (MIXED,) if products.met and dtypes.mixed else ()
     return Exported(program, fixed_in, told + notes + checks_told(checks), products.met and not dtypes.mixed)
 
