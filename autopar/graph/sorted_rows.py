@@ -136,8 +136,8 @@ def _followed(func: Any, name: str, args: tuple[Any, ...], options: dict[str, An
 def _refusal(place: str, name: str) -> UnsupportedError:
     return UnsupportedError(
         f"{place}: the numbers of tokens that chose each expert are sizes in {name}, of what is not known to be rows "
-        f"sorted by expert alone, which no graph can hold: make what does so {OWN_OPERATOR}, or let what is between sorting and "
-        "putting back act on rows alone"
+        f"sorted by expert alone, which no graph can hold: make what does so {OWN_OPERATOR}, or let what is between "
+        "sorting and putting back act on rows alone"
     )
 
 
