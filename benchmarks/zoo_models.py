@@ -214,6 +214,18 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "AutoModelForCausalLM",
     ),
+    "jetmoe": (  # tokens sorted by expert, in attention too
+        "JetMoeConfig",
+        {
+            **_DECODER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "kv_channels": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        "AutoModelForCausalLM",
+    ),
     # State space.
     "mamba": (
         "MambaConfig",
@@ -330,6 +342,17 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         "AutoModelForMaskedLM",
     ),
     "roformer": ("RoFormerConfig", _TEXT, "AutoModelForMaskedLM"),
+    "longformer": (  # overlapping chunks by their strides, a mask that may mark positions as global and does not
+        "LongformerConfig",
+        {**_TEXT, "num_hidden_layers": 2, "attention_window": [8, 8]},
+        "AutoModelForMaskedLM",
+    ),
+    "fnet": ("FNetConfig", {**_TEXT, "num_hidden_layers": 2}, "AutoModelForMaskedLM"),  # Fourier transforms
+    "xmod": (  # adapters by language, of which one is every sample's
+        "XmodConfig",
+        {**_TEXT, "num_hidden_layers": 2, "languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
+        "AutoModelForMaskedLM",
+    ),
     # Encoder and decoder.
     "t5": (
         "T5Config",
@@ -346,6 +369,27 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         "AutoModelForSeq2SeqLM",
     ),
     "bart": ("BartConfig", {**_SEQ2SEQ, "max_position_embeddings": 64}, "AutoModelForSeq2SeqLM"),
+    "fsmt": (  # a mask that is dropped where it masks nothing
+        "FSMTConfig",
+        {
+            **_SEQ2SEQ,
+            "langs": ["en", "de"],
+            "src_vocab_size": 64,
+            "tgt_vocab_size": 64,
+            "max_position_embeddings": 64,
+        },
+        "AutoModelForSeq2SeqLM",
+    ),
+    "led": (  # the same chunks as longformer's
+        "LEDConfig",
+        {
+            **_SEQ2SEQ,
+            "attention_window": [8, 8],
+            "max_encoder_position_embeddings": 64,
+            "max_decoder_position_embeddings": 64,
+        },
+        "AutoModelForSeq2SeqLM",
+    ),
     "whisper": (
         "WhisperConfig",
         {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 32, "max_target_positions": 64},
@@ -415,6 +459,52 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         "AutoModelForCTC",
     ),
+    "encodec": (  # strides in buffers, a recurrent layer
+        "EncodecConfig",
+        {
+            "num_filters": 4,
+            "hidden_size": 16,
+            "codebook_size": 16,
+            "codebook_dim": 16,
+            "upsampling_ratios": [4, 2],
+            "num_lstm_layers": 1,
+        },
+        None,
+    ),
+    "mimi": (  # the nearest of a codebook
+        "MimiConfig",
+        {
+            "num_filters": 4,
+            "hidden_size": 16,
+            "codebook_size": 16,
+            "codebook_dim": 8,
+            "vector_quantization_hidden_dimension": 8,
+            "num_quantizers": 4,
+            "upsampling_ratios": [4, 2],
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "upsample_groups": 16,
+        },
+        None,
+    ),
+    "musicgen_decoder": (  # sound as codes of several books
+        "MusicgenDecoderConfig",
+        {
+            "vocab_size": 64,
+            "max_position_embeddings": 64,
+            "num_hidden_layers": 2,
+            "ffn_dim": 48,
+            "num_attention_heads": 4,
+            "hidden_size": 32,
+            "num_codebooks": 2,
+            "pad_token_id": 60,
+            "bos_token_id": 60,
+        },
+        "MusicgenForCausalLM",
+    ),
     # Text with vision.
     "siglip": (
         "SiglipConfig",
@@ -435,6 +525,50 @@ ZOO: dict[str, tuple[str, dict[str, Any], str | None]] = {
             "image_seq_length": 16,
         },
         "AutoModelForImageTextToText",
+    ),
+    "pix2struct": (  # patches of images with their places
+        "Pix2StructConfig",
+        {
+            "text_config": {
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "d_kv": 8,
+                "d_ff": 48,
+                "num_layers": 2,
+                "num_heads": 4,
+                **_TOKENS,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "patch_embed_hidden_size": 24,
+                "d_ff": 48,
+                "d_kv": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "seq_len": 16,
+            },
+        },
+        "Pix2StructForConditionalGeneration",
+    ),
+    "groupvit": (  # patches that choose groups
+        "GroupViTConfig",
+        {
+            "text_config": {**_TEXT, "num_hidden_layers": 2},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "depths": [1, 1],
+                "num_hidden_layers": 2,
+                "num_group_tokens": [4, 0],
+                "num_output_groups": [4, 4],
+                "num_attention_heads": 4,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            "projection_dim": 16,
+            "projection_intermediate_dim": 24,
+        },
+        None,
     ),
     # Of other kinds.
     "deberta": (  # a table of relative positions that every layer reads

@@ -194,6 +194,7 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
         (_t(8), _t(4, 8, 12)),
         (_t(8), _t(8)),
     ],
+    "aten.cdist": [(_t(2, 4, 16), _t(2, 12, 16)), (_t(4, 16), _t(12, 16))],
     "aten.einsum": [
         ("bqd,bkd->bqk", (_t(4, 8, 16), _t(4, 12, 16))),
         ("...k, kn -> ...n", (_X, _t(16, 4))),
@@ -311,6 +312,15 @@ _CALLS: dict[str, list[tuple[Any, ...]]] = {
         f"aten.fft_{name}": [(T((4, 8, 16), "complex"),), (T((4, 8, 16), "complex"), 6, 1)]
         for name in ("fft", "ifft", "irfft")
     },
+    **{
+        f"aten.fft_{name}{dims}": [(T((4, 8, 16), "complex"),), (T((4, 8, 16), "complex"), (6,), (1,))][
+            :: 1 + (dims == "2")
+        ]
+        for name in ("fft", "ifft", "irfft")
+        for dims in ("2", "n")
+    },
+    **{f"aten.fft_rfft{dims}": [(_X,), (_X, None, (1, 2))] for dims in ("2", "n")},
+    **{f"aten.{name}": [(T((4, 8, 16), "complex"),)] for name in ("real", "imag", "conj_physical")},
     "aten.smooth_l1_loss": [(_X, _X, 0), (_X, _X, 0, 0.5)],
     "aten.huber_loss": [(_X, _X, 0, 0.7)],
     "aten.kl_div": [(_X, T((4, 8, 16), "positive"), 0)],

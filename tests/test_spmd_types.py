@@ -37,7 +37,11 @@ UNKNOWN = {
     ),
     "aten.index_add": "it takes it for no linear operator, which it is in what is added and in what that is added to",
     "aten.scatter_add": "the same",
-    **dict.fromkeys((f"aten.fft_{kind}" for kind in ("fft", "ifft", "rfft", "irfft")), "it takes it for no linear one"),
+    **{
+        f"aten.fft_{kind}{dims}": "it takes it for no linear one"
+        for kind in ("fft", "ifft", "rfft", "irfft")
+        for dims in ("", "2", "n")
+    },
 }
 """Operators that the checker cannot be asked about, and why; their rules are executed on shards like all
 (`test_rules`)."""

@@ -8,6 +8,7 @@ has overflowed, and are traced as if nothing had.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ def numbers_kept() -> Iterator[None]:
 
     def test(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def made(plain: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(plain)
             def call(x: Any, *args: Any, **options: Any) -> Any:
                 result = plain(x, *args, **options)
                 if isinstance(result, Tensor):
@@ -64,6 +66,7 @@ def numbers_kept() -> Iterator[None]:
 
     def whole(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def made(plain: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(plain)
             def call(x: Any, *args: Any, **options: Any) -> Any:
                 result = plain(x, *args, **options)
                 how, answer = _ANSWERS.get(asked.of(x), ("", False))
@@ -76,6 +79,7 @@ def numbers_kept() -> Iterator[None]:
         return made
 
     def truth(plain: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plain)
         def call(x: Tensor) -> bool:
             answer: bool | None = answers.of(x)
             return plain(x) if answer is None else answer

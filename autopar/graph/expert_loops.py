@@ -10,6 +10,7 @@ which costs more: each expert computes for all tokens, not so with weights stack
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ class _Followed:
 
     def __init__(self, forward: Any) -> None:
         self._forward = forward
+        functools.update_wrapper(self, forward)  # what it takes is asked by name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with ChosenRows():

@@ -30,6 +30,7 @@ from autopar.graph.expert_loops import follow_loops
 from autopar.graph.exported import TRACE_DTYPE, from_values
 from autopar.graph.find_experts import replace_experts
 from autopar.graph.fold import CannotFoldError, Fold
+from autopar.graph.fourier import WideTransforms
 from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.last_rows import last_row
 from autopar.graph.leaves import stopping
@@ -40,22 +41,30 @@ from autopar.graph.picks import Picks
 from autopar.graph.quotients import quotients_whole
 from autopar.graph.recomputed import computed_once
 from autopar.graph.recurrent import recurrent_whole
+from autopar.graph.rests import RestsTold
 from autopar.graph.scans import scans_whole
 from autopar.graph.skipping import NOTE, every_layer, every_stretch
+from autopar.graph.sorted_rows import SortedRows
 from autopar.graph.specialise import raised_in, watched
+from autopar.graph.strides import StridesFollowed
 from autopar.graph.taking_apart import refused_samples, unknown_lengths
 from autopar.graph.value_checks import checks_passed, checks_told
+from autopar.graph.value_ranges import ValueRanges, masks_told, small_numbers
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSpec:
-    """The tensors of one micro-batch as traced: for each key, shape, dtype, and which dims are the sequence."""
+    """The tensors of one micro-batch as traced: for each key, shape, dtype, and which dims are the sequence.
+
+    ``masks``: those that hold nothing but zeros and ones in the example.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     seq_dims: dict[str, tuple[int, ...]]
+    masks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +80,21 @@ class Exported:
 
 
 class LossOf(nn.Module):
-    """forward(batch) → loss; ``model`` is called with the batch tensors that its forward takes."""
+    """forward(batch) → loss; ``model`` is called with the batch tensors that its forward takes, ``seen`` before."""
 
-    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None,
+        seen: Callable[[dict[str, torch.Tensor]], None] = lambda batch: None,
+    ) -> None:
         super().__init__()
         self.model = model
         self._loss = loss
+        self._seen = seen
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self._seen(batch)
         outputs = self.model(**call_arguments(self.model, batch))
         loss = scalar_of(outputs) if self._loss is None else self._own(outputs, batch)
         if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
@@ -181,55 +197,62 @@ def fake_copy(
     return copied.train()
 
 
+@dataclass(slots=True)
+class Dtypes:
+    """What of a model may not be as it is with weights in 16 bits; kept from one export of it to the next.
+
+    ``narrow``: full names of buffers that take the dtype of the weights; ``made``: the dtype of what forward makes
+    without saying which (by default as the caller has it); ``mixed``: whether what is float32 by itself may meet
+    weights of another dtype (`autopar.graph.mixed_dtypes`).
+    """
+
+    narrow: frozenset[str] = frozenset()
+    made: torch.dtype | None = None
+    mixed: bool = False
+
+    def widened(self, buffers: frozenset[str]) -> bool:
+        """Allow one thing more; whether there was one."""
+        if buffers - self.narrow:
+            self.narrow |= buffers
+        elif self.made is None:
+            self.made = TRACE_DTYPE
+        elif not self.mixed:
+            self.mixed = True
+        else:
+            return False
+        return True
+
+
 def export(
-    model: nn.Module,
-    batch: BatchSpec,
-    loss: Loss | None,
-    fold: Fold | None,
-    static_seq: bool,
-    narrow: frozenset[str] = frozenset(),
-    made: torch.dtype | None = None,
-    mixed: bool = False,
+    model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool, dtypes: Dtypes
 ) -> Exported:
-    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``. ``made``: the
-    dtype of what forward makes without saying which (by default as the caller has it); ``mixed``: whether what is
-    float32 by itself may meet weights of another dtype (`autopar.graph.mixed_dtypes`).
+    """Export ``model`` with its loss, batch dims symbolic, sequence dims symbolic unless ``static_seq``.
 
     Raises CannotFoldError when ``fold`` is given and its proof (or anything else) fails; without one, UnsupportedError
     with torch's reason when the model cannot be traced.
     """
-    try:
-        return _export(model, batch, loss, fold, static_seq, narrow, made, mixed)
-    except (AutoparError, CannotFoldError):
-        raise
-    except Exception as error:
-        every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-        # A float32 buffer, or constant, or what is cast to float32 may have met half-precision activations where torch
-        # does not promote.
-        if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")):
-            if every - narrow:
-                return export(model, batch, loss, fold, static_seq, every, made)
-            if made is None:
-                return export(model, batch, loss, fold, static_seq, narrow, TRACE_DTYPE)
-            if not mixed:
-                return export(model, batch, loss, fold, static_seq, narrow, made, True)
-        if fold is not None:
-            raise CannotFoldError(str(error)) from error
-        raise UnsupportedError(_reason(model, error, batch)) from error
+    while True:
+        try:
+            return _export(model, batch, loss, fold, static_seq, dtypes)
+        except (AutoparError, CannotFoldError):
+            raise
+        except Exception as error:
+            # A float32 buffer, or constant, or what is cast to float32 may have met half-precision activations where
+            # torch does not promote.
+            if any(word in str(error) for word in ("dtype", "scalar type", "bias type", "weight type")):
+                every = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+                if dtypes.widened(every):
+                    continue
+            if fold is not None:
+                raise CannotFoldError(str(error)) from error
+            raise UnsupportedError(_reason(model, error, batch)) from error
 
 
 def _export(
-    model: nn.Module,
-    batch: BatchSpec,
-    loss: Loss | None,
-    fold: Fold | None,
-    static_seq: bool,
-    narrow: frozenset[str],
-    made: torch.dtype | None,
-    mixed: bool,
+    model: nn.Module, batch: BatchSpec, loss: Loss | None, fold: Fold | None, static_seq: bool, dtypes: Dtypes
 ) -> Exported:
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, narrow)
+    copied = fake_copy(model, fold.stubs(model) if fold else {}, mode, dtypes.narrow)
     replace_experts(copied)
     told = (*forget_averages(copied), *every_stretch(copied), *follow_loops(copied))
     if fold:
@@ -239,6 +262,8 @@ def _export(
     dynamic = {
         key: {0: Dim.AUTO, **({} if static_seq else dict.fromkeys(batch.seq_dims[key], Dim.AUTO))} for key in tensors
     }
+    rows = SortedRows(copied)
+    ranges = ValueRanges(copied, small_numbers(model), batch.masks)
     taken = (
         warnings.catch_warnings(),
         unknown_lengths(),
@@ -254,25 +279,33 @@ def _export(
         whole_numbers_counted(),
         quotients_whole(copied),
         computed_once(),
+        StridesFollowed(),
+        WideTransforms(),
+        RestsTold(copied),
+        ranges,
+        rows,
         torch.compiler.set_stance("force_eager"),
-        default_dtype(made),
+        default_dtype(dtypes.made),
     )
     with (
         contextlib.ExitStack() as stack,
         watched(copied) as fixed_in,
         every_layer() as skipping,
         checks_passed() as checks,
-        MixedDtypes(cast=mixed) as dtypes,
+        MixedDtypes(cast=dtypes.mixed) as products,
     ):
         for context in taken:
             stack.enter_context(context)
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
         if fold:  # for a few layers torch's cache of fake results costs more than it saves
             stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
-        program = torch.export.export(LossOf(copied, loss), (tensors,), strict=False, dynamic_shapes=(dynamic,))
+        program = torch.export.export(
+            LossOf(copied, loss, ranges.batch), (tensors,), strict=False, dynamic_shapes=(dynamic,)
+        )
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
-    notes += (MIXED,) if dtypes.met and mixed else ()
-    return Exported(program, fixed_in, told + notes + checks_told(checks), dtypes.met and not mixed)
+    notes += masks_told(ranges.relied) + rows.notes
+    notes += (MIXED,) if products.met and dtypes.mixed else ()
+    return Exported(program, fixed_in, told + notes + checks_told(checks), products.met and not dtypes.mixed)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,15 @@ def tile(draft: Draft, x: Ref, counts: Sequence[int]) -> Ref:
     return Ref(draft.emit("aten.repeat", x, counts, shape=tiled, dtype=draft.meta(x).dtype))
 
 
+def movedim(draft: Draft, x: Ref, source: int | Sequence[int], target: int | Sequence[int]) -> Ref:
+    """Dims ``source`` at the places ``target``, the others in order."""
+    rank = len(draft.shape(x))
+    moved = [(each,) if isinstance(each, int) else tuple(each) for each in (source, target)]
+    froms, places = ([dim % rank for dim in dims] for dims in moved)
+    others = iter(dim for dim in range(rank) if dim not in froms)
+    return draft.permute(x, [froms[places.index(place)] if place in places else next(others) for place in range(rank)])
+
+
 def norm(draft: Draft, x: Ref, order: float | None = None, dims: Any = None, keep: bool = False) -> Ref:
     """The norm of vectors (torch has those of matrices in no half precision, in which models are traced)."""
     shape = draft.shape(x)
@@ -93,6 +102,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "im2col": im2col,
     "index_put": put,
     "linalg_norm": norm,
+    **dict.fromkeys(("movedim", "moveaxis"), movedim),
     "prelu": prelu,
     "tile": tile,
     "unfold": unfold,

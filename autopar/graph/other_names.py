@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy"})
+SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "resolve_conj"})
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 LISTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "broadcast_tensors", "meshgrid"})
 SHAPED_AS = {"reshape_as": "reshape", "view_as": "reshape", "expand_as": "expand"}
@@ -32,6 +32,8 @@ RENAMED = {
     "less_equal": "le",
     "not_equal": "ne",
     "special_expit": "sigmoid",
+    "conj": "conj_physical",
+    "_conj": "conj_physical",
 }
 """Other names of one operator."""
 PROMOTING = frozenset({"add", "sub", "mul", "div", "addcmul", "addcdiv", "pow"})

@@ -9,7 +9,7 @@ import sympy
 import torch
 from sympy.polys.polyerrors import BasePolynomialError
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._sympy.functions import Max, Min
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from autopar.errors import UnsupportedError
 from autopar.graph.size import Size
@@ -22,7 +22,12 @@ DOUBTS = 4
 
 
 class FixedSequenceError(UnsupportedError):
-    """The model can be traced for one sequence length only; tracing falls back to that of the example inputs."""
+    """The model can be traced for one sequence length only; tracing falls back to that of the example inputs.
+    ``of_all_lengths``: whatever that length is."""
+
+    def __init__(self, text: str, of_all_lengths: bool = False) -> None:
+        super().__init__(text)
+        self.of_all_lengths = of_all_lengths
 
 
 class SizeOfValuesError(UnsupportedError):
@@ -71,7 +76,9 @@ class Sizes:
         try:
             terms = sympy.Poly(renamed, *SYMBOLS.values(), domain="ZZ").terms()
         except BasePolynomialError:
-            raise FixedSequenceError(f"the model computes a tensor size {renamed}, no polynomial in b and s") from None
+            rests = expression.has(Mod, FloorDiv)
+            told = f"the model computes a tensor size {renamed}, no polynomial in b and s"
+            raise FixedSequenceError(told, of_all_lengths=rests) from None
         return Size.make({(int(b), int(s)): int(coefficient) for (b, s), coefficient in terms})
 
     def shape(self, tensor: torch.Tensor) -> tuple[int | Size, ...]:

@@ -38,6 +38,11 @@ def watched(model: nn.Module) -> Iterator[dict[int, str]]:
         ShapeEnv._set_replacement = original  # type: ignore[method-assign]
 
 
+def place_of(model: nn.Module) -> str:
+    """The place in ``model`` that is being run."""
+    return _place({id(module): path for path, module in model.named_modules()})
+
+
 def raised_in(error: BaseException) -> str:
     """Path, class, file and line of the innermost forward that ``error`` came through; "" if none."""
     frames, trace = [], error.__traceback__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from autopar.errors import AutoparError, BadInputError, UnsupportedError
 from autopar.garbage import uncollected
@@ -31,7 +31,7 @@ from autopar.graph import (
 from autopar.graph.bands import unfold_buffers
 from autopar.graph.blocks import Blocks, cut
 from autopar.graph.buffers import LARGEST_FILED, known_values
-from autopar.graph.export import BatchSpec, Exported, Loss, export, takes_whole
+from autopar.graph.export import BatchSpec, Dtypes, Exported, Loss, export, takes_whole
 from autopar.graph.fold import CannotFoldError, Fold, plan_fold
 from autopar.graph.importing import Importer, promoting_buffers
 from autopar.graph.interpret import leaves
@@ -74,16 +74,19 @@ def trace(
     )
     layers = repeats(model)
     notes: tuple[str, ...] = ()
+    dtypes = Dtypes()
     try:
-        traced = _folded(model, spec, loss, names, layers, fold, static_seq=False)
+        traced = _folded(model, spec, loss, names, layers, fold, False, dtypes)
     except FixedSequenceError as error:
         if inputs is None:
             raise UnsupportedError(f"{error}; pass `inputs` of the sequence length to train with, to fix it") from None
         try:
-            traced = _folded(model, _shorter(spec), loss, names, layers, fold, static_seq=False)
+            if error.of_all_lengths:
+                raise
+            traced = _folded(model, _shorter(spec), loss, names, layers, fold, False, dtypes)
             _check_length(spec, traced)
         except AutoparError:
-            traced = _folded(model, spec, loss, names, layers, fold, static_seq=True)
+            traced = _folded(model, spec, loss, names, layers, fold, True, dtypes)
             notes = (f"the sequence length is fixed to that of the example inputs: {error}",)
     used: dict[str, dict[str, TensorMeta]] = {"parameter": {}, "buffer": {}}
     for block in traced.blocks.blocks:
@@ -140,14 +143,18 @@ def _folded(
     layers: Mapping[str, str],
     fold: bool,
     static_seq: bool,
+    dtypes: Dtypes,
 ) -> _Traced:
     """Trace with equal layers stood in for; if the proof fails, trace them all."""
     # Whatever the caller's default device: the traced copy is a fake on the CPU.
     with torch.device("cpu"), uncollected():
         if fold:
-            with contextlib.suppress(CannotFoldError):
-                return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq)
-        return _traced(model, spec, loss, names, layers, None, static_seq)
+            before = replace(dtypes)
+            try:
+                return _traced(model, spec, loss, names, layers, plan_fold(model, layers), static_seq, dtypes)
+            except CannotFoldError:
+                dtypes = before
+        return _traced(model, spec, loss, names, layers, None, static_seq, dtypes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,21 +176,20 @@ def _traced(
     layers: Mapping[str, str],
     fold: Fold | None,
     static_seq: bool,
+    dtypes: Dtypes,
 ) -> _Traced:
-    narrow: frozenset[str] = frozenset()
-    mixed = False
     while True:
-        exported = export(model, spec, loss, fold, static_seq, narrow, mixed=mixed)
+        exported = export(model, spec, loss, fold, static_seq, dtypes)
         sizes, metas = _sizes(exported, spec, static_seq)
         shortest, longest = sizes.lengths(exported.program.range_constraints)
         importer = Importer(sizes, names.canonical, names.trainable)
         draft = importer.program(exported.program, list(spec.shapes))
         # `model.to(bf16)` narrows buffers too. Those that the model widens by itself stay wide; the others may not
         # silently turn its activations into float32.
-        promoting = promoting_buffers(draft) - narrow
+        promoting = promoting_buffers(draft) - dtypes.narrow
         if not (promoting or exported.mixed):
             break
-        narrow, mixed = narrow | promoting, mixed or not promoting
+        dtypes.narrow, dtypes.mixed = dtypes.narrow | promoting, dtypes.mixed or not promoting
     changed = notes_of_state(importer.changed, draft)
     draft = unfold_buffers(draft, model, importer.constants)
     buffers = [node.target for node in draft.nodes.values() if node.kind == "buffer"]
@@ -235,7 +241,14 @@ def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | 
             key: tuple(dim + 1 for dim, size in enumerate(value.shape) if size == length)
             for key, value in samples.items()
         },
+        masks=frozenset(key for key, value in samples.items() if "mask" in key and _is_mask(value)),
     )
+
+
+def _is_mask(value: torch.Tensor) -> bool:
+    """Whether it is known to hold zeros and ones alone."""
+    known = not (value.is_floating_point() or value.is_meta or is_fake(value))
+    return known and bool(((value == 0) | (value == 1)).all())
 
 
 def _default_inputs(model: nn.Module, parameters: list[str], loss: Loss | None) -> dict[str, torch.Tensor]:
@@ -249,6 +262,13 @@ def _default_inputs(model: nn.Module, parameters: list[str], loss: Loss | None) 
         "inputs={name: example tensor of one sample} and, if the model returns no loss, loss=fn(outputs, batch) (a "
         "module.py:function returns them with the model: model, inputs, loss)"
     )
+
+
+_FREE_BATCH = (
+    ". There is one program for micro-batches of every size: Python lists and loops of as many entries as there are "
+    "samples, and ints made of their number, fix it; write what they do for the whole batch at once, or make it an "
+    "operator of its own (torch.library.custom_op, autopar.register_rule)"
+)
 
 
 def _sizes(exported: Exported, spec: BatchSpec, static_seq: bool) -> tuple[Sizes, dict[str, TensorMeta]]:
@@ -269,6 +289,8 @@ def _sizes(exported: Exported, spec: BatchSpec, static_seq: bool) -> tuple[Sizes
                 if not symbol.is_Symbol or roles.get(symbol, what[0]) != what[0]:
                     place = exported.fixed_in.get(int(symbol), "the model") if symbol.is_Integer else "the model"
                     message = f"{place} works for one {what} size only: it fixes dim {dim} of {key} to {size}"
+                    if what == "batch":
+                        message += _FREE_BATCH
                     raise (UnsupportedError if what == "batch" else FixedSequenceError)(message)
                 roles[symbol] = what[0]
     sizes = Sizes(roles)

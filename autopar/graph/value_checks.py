@@ -2,7 +2,7 @@
 
 ``if labels.max() >= size: raise``, ``assert (ids >= 0).all()`` and the like ask for the value of a tensor, which a
 graph of fixed shape does not know. Where the statement that asks is seen in the source to do nothing else, it is taken
-to be satisfied.
+to be satisfied. So is ``if not mask.any(): mask = None``, a shorter way for a mask that masks nothing: it is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 def checks_told(places: set[str]) -> tuple[str, ...]:
     """What to tell of the checks that passed."""
-    return (f"checks of values that only raise or warn are left out ({', '.join(sorted(places))})",) if places else ()
+    what = "checks of values that only raise, warn or drop a mask that masks nothing are left out"
+    return (f"{what} ({', '.join(sorted(places))})",) if places else ()
 
 
 @contextlib.contextmanager
@@ -117,6 +118,7 @@ def _checks(filename: str) -> tuple[ast.If | ast.Assert, ...]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Assert)
         or (isinstance(node, ast.If) and not node.orelse and all(_only_tells(each) for each in node.body))
+        or (isinstance(node, ast.If) and not node.orelse and _drops_mask(node))
     )
 
 
@@ -127,3 +129,17 @@ def _only_tells(statement: ast.stmt) -> bool:
         name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
         return name.startswith("warn")
     return isinstance(statement, ast.Raise)
+
+
+def _drops_mask(statement: ast.If) -> bool:
+    """``if not mask.any(): mask = None``, the same with ``all`` or ``torch.any(mask)``, or ``return None`` after it."""
+    test = statement.test.operand if isinstance(statement.test, ast.UnaryOp) else statement.test
+    if not (isinstance(test, ast.Call) and isinstance(test.func, ast.Attribute) and test.func.attr in ("any", "all")):
+        return False
+    asked = test.args[0] if test.args else test.func.value
+    match statement.body:
+        case [ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=None))]:
+            return isinstance(asked, ast.Name) and asked.id == name
+        case [ast.Return(value=ast.Constant(value=None))]:
+            return isinstance(asked, ast.Name)
+    return False

@@ -13,6 +13,7 @@ relu gelu silu sigmoid tanh exp exp2 expm1 log log2 log10 log1p sqrt rsqrt recip
 tan acos asin atan cosh sinh floor ceil round trunc frac sign sgn logical_not bitwise_not isnan isinf isfinite
 softplus elu celu selu leaky_relu hardtanh hardsigmoid hardswish relu6 mish log_sigmoid logit clamp clamp_min
 clamp_max nan_to_num threshold zeros_like ones_like full_like
+real imag conj_physical
 """
 _LINEAR_UNARY = "neg clone contiguous alias detach positive lift_fresh_copy"
 _BINARY = """

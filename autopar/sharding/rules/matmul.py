@@ -49,5 +49,6 @@ ENTRIES = [
         """,
         linear="0 1",
     ),
+    *table("aten.cdist: ... i k^, ... j k^ -> ... i j"),
     Entry("aten.einsum", compute=_einsum, linear=_each_operand),
 ]

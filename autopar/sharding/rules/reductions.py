@@ -62,13 +62,19 @@ def _histogram(call: Call) -> str:
 
 
 def _transformed(call: Call) -> str:
-    """A Fourier transform along a dim, which stays whole and may become longer or shorter."""
+    """A Fourier transform along dims, which stay whole and may become longer or shorter."""
     names = letters(call)
-    along = int(call.arg(2, "dim", -1)) % len(names)
+    dims = call.arg(2, "dim", -1 if call.node.op in _ALONG_ONE else (-2, -1) if call.node.op.endswith("2") else None)
+    chosen = range(len(names)) if dims is None else (dims,) if isinstance(dims, int) else dims
+    along = {int(dim) % len(names) for dim in chosen}
     used = Names(names)
-    source = [name + "^" if index == along else name for index, name in enumerate(names)]
-    target = [used.take(call.output[along]) + "^" if index == along else name for index, name in enumerate(names)]
+    source = [name + "^" if index in along else name for index, name in enumerate(names)]
+    target = [used.take(call.output[index]) + "^" if index in along else name for index, name in enumerate(names)]
     return f"{' '.join(source)} -> {' '.join(target)}"
+
+
+_ALONG_ONE = tuple(f"aten.fft_{op}" for op in ("fft", "ifft", "rfft", "irfft"))
+_ALONG_MANY = tuple(f"{op}{dims}" for op in _ALONG_ONE for dims in ("2", "n"))
 
 
 def _last_two(call: Call) -> str:
@@ -94,6 +100,6 @@ ENTRIES = [
     Entry("aten.cumsum", compute=_along(), linear="0"),
     Entry("aten.flip", compute=_along(), linear="0"),
     Entry("aten.roll", compute=_along(2), linear="0"),
-    *(Entry(f"aten.fft_{op}", compute=_transformed, linear="0") for op in ("fft", "ifft", "rfft", "irfft")),
+    *(Entry(op, compute=_transformed, linear="0") for op in (*_ALONG_ONE, *_ALONG_MANY)),
     *(Entry(f"aten.{op}", compute=_last_two) for op in ("tril", "triu")),
 ]
