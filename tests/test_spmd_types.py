@@ -191,6 +191,8 @@ GLOBAL_GAPS = {
     "aten.matmul": "no strategy when batch dims broadcast",
     "aten.scaled_dot_product_attention": "no strategy for the fused kernels: emitted code wraps it in local_map",
     "aten.slice": "no strategy for a slice that is the whole sharded dim",
+    "aten.cdist": "no strategy",
+    "aten.conj_physical": "no strategy",
     "aten.tril": "no strategy",
     "aten.triu": "no strategy",
     "autopar.experts": "rows picked by what indices hold: emitted code states its types",

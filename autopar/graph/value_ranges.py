@@ -43,7 +43,8 @@ def small_numbers(model: nn.Module) -> dict[str, Range]:
     return {
         name: (float(buffer.min()), float(buffer.max()))
         for name, buffer in model.named_buffers()
-        if not buffer.is_floating_point() and 0 < buffer.numel() <= MOST and not buffer.is_meta and not is_fake(buffer)
+        if not (buffer.is_floating_point() or buffer.is_complex() or buffer.is_meta or is_fake(buffer))
+        and 0 < buffer.numel() <= MOST
     }
 
 
