@@ -145,7 +145,8 @@ class MemoryModel:
     @property
     def thinner(self) -> float:
         """How many times fewer ranks share out the state of experts than that of other parameters."""
-        return self.shards / self.experts.shards if self.ep > 1 else 1.0
+        experts = max(1, self.fsdp // self.ep) if self.zero else 1  # the shards of `experts`
+        return self.shards / experts if self.ep > 1 else 1.0
 
     @property
     def frees_blocks(self) -> bool:

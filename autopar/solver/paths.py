@@ -33,7 +33,7 @@ MOST_ACTIONS = 8_000
 ROUNDS, ENOUGH, PULL = 20, 3e-3, 0.2
 """Paths sought at most; how close is close enough; how much of the way to the program's spread the next one goes."""
 
-FIRST, NOISE = 24, 0.03
+FIRST, NOISE = 8, 0.03
 """Paths to begin with: those of the even spread, which are many, told apart by so much noise."""
 
 _LANES = 5
