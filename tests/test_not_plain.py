@@ -89,3 +89,28 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
             autopar.emit(plan, Plain(), place, INPUTS)
     with pytest.raises(autopar.BadInputError, match=r"cannot write /proc/plan\.json: No such file"):
         plan.save("/proc/plan.json")
+
+
+def test_what_is_refused_in_a_module_says_in_which() -> None:
+    class OneWay(torch.autograd.Function):
+        """Its backward is not that of its forward; emitted code cannot import it."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return OneWay.apply(x)  # type: ignore[no-any-return]
+
+    model = Plain()
+    model.layer = nn.Sequential(nn.Linear(6, 6), Inner())  # type: ignore[assignment]
+    refused = (
+        r"OneWay is a torch.autograd.Function .*autopar.leaf\(.*OneWay.* \(in module 'layer.1' \(Inner, .*py:\d+\)\)"
+    )
+    with pytest.raises(autopar.UnsupportedError, match=refused):
+        autopar.search(model, JOB, CLUSTER, inputs=INPUTS)

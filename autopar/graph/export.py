@@ -234,8 +234,11 @@ def export(
     while True:
         try:
             return _export(model, batch, loss, fold, static_seq, dtypes)
-        except (AutoparError, CannotFoldError):
-            raise
+        except (AutoparError, CannotFoldError) as error:
+            place = raised_in(error)
+            if type(error) is not UnsupportedError or not place or "module " in str(error):
+                raise
+            raise UnsupportedError(f"{error} (in {place})") from error
         except Exception as error:
             # A float32 buffer, or constant, or what is cast to float32 may have met half-precision activations where
             # torch does not promote.
