@@ -236,6 +236,7 @@ def export(
             return _export(model, batch, loss, fold, static_seq, dtypes)
         except (AutoparError, CannotFoldError) as error:
             place = raised_in(error)
+            # Kinds of it are answered by tracing anew; many say where by themselves.
             if type(error) is not UnsupportedError or not place or "module " in str(error):
                 raise
             raise UnsupportedError(f"{error} (in {place})") from error

@@ -4,6 +4,7 @@ seconds of a structure (`structure`), in its order."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 
@@ -70,6 +71,7 @@ class KindPrices:
             found[name] = min([forward[way] for way in ways]), min([backward[way] for way in ways])
         return found
 
+    @cached_property
     def shared(self) -> dict[str, list[Shared]]:
         """Of each operator whose experts ranks may share, what its ways take."""
         return {

@@ -66,6 +66,7 @@ class KindTables:
             named = tuple(Choice(op.ways[k].name, op.ways[k].inputs, op.ways[k].output, 0.0) for k in kept)
             ops.append(Op(op.name, op.operands, named))
         sources = tuple(Source(one.name, dict.fromkeys(one.layouts, (0.0, 0.0)), one.tie) for one in structure.sources)
+        # In place of seconds, which `_by_size` finds by them, the places of moves.
         conversions = {name: structure.tables[of].moves for name, of in structure.conversions.items()}
         self._tables = BlockTables(
             Problem(sources, tuple(ops), conversions, structure.outputs, hubs=structure.hubs)  # type: ignore[arg-type]

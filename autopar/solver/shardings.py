@@ -302,7 +302,7 @@ class Shardings(Answers):
         if not self.context.any_sharing().has(name):
             return 0.0
         least, half, more = self._fastest_of(name), part == "backward_s", 0.0
-        for op, ways in self.priced(name, False, shared=True).shared().items():
+        for op, ways in self.priced(name, False, shared=True).shared.items():
             if of is None or op.removeprefix(f"{name}/") in of:
                 more += least_part(ways, ep, part) - least[op][half]
         return more
@@ -330,7 +330,7 @@ class Shardings(Answers):
     def least_shared(self, name: str, again: frozenset[str], ep: int) -> float:
         """The same of a kind whose experts so many ranks share (`shared_bounds`)."""
         prices = self.priced(name, name in again, shared=True)
-        ways = prices.shared()
+        ways = prices.shared
         found = self._timed(("least shared", name, again), lambda: self._find_shared(name, again, tuple(ways)))
         twice = runs_again(self.context.model.kinds[name]).runs if name in again else frozenset()
         for place, (op, each) in enumerate(ways.items()):
