@@ -7,8 +7,9 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
+from autopar.solver.borders import even_borders
 from autopar.solver.chain import chain_of
-from autopar.solver.laps import even_borders, forced_seconds, laps_bound, laps_fit
+from autopar.solver.laps import forced_seconds, laps_bound, laps_fit
 from autopar.solver.mixes import mixed
 from autopar.solver.orders import is_steady, moments, orders, peaks, warm_up
 from autopar.solver.path_bound import path_bound, program_bound

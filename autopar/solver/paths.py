@@ -25,7 +25,7 @@ import numpy as np
 from autopar.schedule import SCHEDULES
 from autopar.solver.chain import Floats
 from autopar.solver.linear import OPTIMAL, LinearExpr, linear_program, solve_linear
-from autopar.solver.orders import orders
+from autopar.solver.walk import EACH, LANES, walk_of
 
 MOST_ACTIONS = 8_000
 """Longer schedules are not walked through: they have so many micro-batches that little is waited for."""
@@ -35,82 +35,6 @@ ROUNDS, ENOUGH, PULL = 20, 3e-3, 0.2
 
 FIRST, NOISE = 8, 0.03
 """Paths to begin with: those of the even spread, which are many, told apart by so much noise."""
-
-_LANES = 5
-"""What a stage takes: forward, input half of the backward (all of it, if backwards are not halved), weight half, and
-what its first forward and its last backward take more."""
-
-_FORWARD, _INPUT, _WEIGHT, _FIRST, _LAST = range(_LANES)
-
-
-@dataclass(frozen=True, slots=True)
-class _Walk:
-    """Actions in an order in which each comes after what it waits for: ``lanes``: up to three of what it takes, as lane
-    * stages + stage, or the number of all for none; ``before``, ``sender``: the actions waited for, -1 for none."""
-
-    stages: int
-    lanes: list[tuple[int, int, int]]
-    before: list[int]
-    sender: list[int]
-
-    def longest(self, seconds: Floats) -> tuple[float, Floats]:
-        """The longest path if lanes take so many ``seconds``: its length, and how often it passes every lane."""
-        each = [*seconds.tolist(), 0.0]
-        ends = [0.0] * (len(self.lanes) + 1)  # the last place stands for -1
-        came = [-1] * len(self.lanes)
-        for place, ((a, b, c), before, sender) in enumerate(zip(self.lanes, self.before, self.sender, strict=True)):
-            came[place] = last = before if ends[before] >= ends[sender] else sender
-            ends[place] = ends[last] + each[a] + each[b] + each[c]
-        place = int(np.argmax(ends))
-        length, counts = ends[place], np.zeros(len(each))
-        while place != -1:
-            for lane in self.lanes[place]:
-                counts[lane] += 1
-            place = came[place]
-        return length, counts[:-1]
-
-
-def _walk(schedule: str, ranks: int, vpp: int, micro_batches: int) -> _Walk:
-    stages, halved = ranks * vpp, SCHEDULES[schedule].splits_backward
-    programs = orders(schedule, ranks, vpp, micro_batches)
-    walk = _Walk(stages, [], [], [])
-    none, backwards = _LANES * stages, [micro_batches] * stages
-    done: dict[tuple[bool, int, int], int] = {}
-    next_of, last_of = [0] * ranks, [-1] * ranks
-    left = sum(map(len, programs))
-
-    def takes(kind: str, stage: int, micro: int) -> tuple[int, int, int]:
-        if kind == "F":
-            return _FORWARD * stages + stage, none if micro else _FIRST * stages + stage, none
-        inputs, weights = _INPUT * stages + stage, _WEIGHT * stages + stage if halved else none
-        if kind == "I":
-            return inputs if stage else none, none, none  # torch leaves all of it to "W" on stage 0
-        backwards[stage] -= 1
-        end = none if backwards[stage] else _LAST * stages + stage
-        return (weights, none, end) if kind == "W" and stage else (inputs, weights, end)
-
-    while left:
-        for rank, program in enumerate(programs):
-            while next_of[rank] < len(program):
-                kind, stage, micro, _ = program[next_of[rank]]
-                ahead = kind == "F"
-                source = stage - 1 if ahead else stage + 1
-                sender = -1
-                if kind != "W" and 0 <= source < stages:
-                    found = done.get((ahead, source, micro))
-                    if found is None:
-                        break
-                    sender = found
-                place = len(walk.lanes)
-                walk.lanes.append(takes(kind, stage, micro))
-                walk.before.append(last_of[rank])
-                walk.sender.append(sender)
-                if kind != "W":
-                    done[ahead, stage, micro] = place
-                next_of[rank] += 1
-                last_of[rank] = place
-                left -= 1
-    return walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +58,11 @@ def weights(
     for schedules too long to walk through."""
     if ranks == 1 or 2 * micro_batches * ranks * vpp > MOST_ACTIONS:
         return None
-    walk, halved = _walk(schedule, ranks, vpp, micro_batches), SCHEDULES[schedule].splits_backward
+    walk, halved = walk_of(schedule, ranks, vpp, micro_batches), SCHEDULES[schedule].splits_backward
     stages = walk.stages
     totals = [1 / 3, 1 / 3, 1 / 3, once / 2, once / 2] if halved else [1 / 3, 2 / 3, 0.0, once / 2, once / 2]
     even = np.repeat(np.array(totals) / stages, stages)
-    least = np.concatenate([forced * even[: _FIRST * stages], even[_FIRST * stages :]])
+    least = np.concatenate([forced * even[: EACH * stages], even[EACH * stages :]])
     spread = best = even
     upper, lower, found = float("inf"), 0.0, np.zeros(len(even))
     drawn = np.random.default_rng(0)
@@ -153,27 +77,27 @@ def weights(
         if length < upper:
             upper, best = length, spread
         fastest, average = program.solve(np.array(paths))
-        parts = average.reshape(_LANES, stages).min(axis=1)
-        value = float(average @ least) + (1 - forced) * float(parts[:_FIRST] @ totals[:_FIRST])
+        parts = average.reshape(LANES, stages).min(axis=1)
+        value = float(average @ least) + (1 - forced) * float(parts[:EACH] @ totals[:EACH])
         if value > lower:
             lower, found = value, average
         if upper - lower <= ENOUGH * upper:
             break
         spread = PULL * fastest + (1 - PULL) * best
-    return Weights(halved, found.reshape(_LANES, stages), np.array(paths).reshape(-1, _LANES, stages))
+    return Weights(halved, found.reshape(LANES, stages), np.array(paths).reshape(-1, LANES, stages))
 
 
 class _Program:
     """The linear program of the fastest spread over the paths known so far."""
 
     def __init__(self, totals: Floats, least: Floats) -> None:
-        self.least, self.free = least, _FIRST * (len(least) // _LANES)
+        self.least, self.free = least, EACH * (len(least) // LANES)
         self.linear = linear_program()
         self.seconds = [self.linear.new_num_var(float(low), 1.0, "") for low in least[: self.free]]
         self.step = self.linear.new_num_var(0.0, float("inf"), "")
         self.rows: list[Any] = []
-        stages = len(least) // _LANES
-        for lane, total in enumerate(totals[:_FIRST].tolist()):
+        stages = len(least) // LANES
+        for lane, total in enumerate(totals[:EACH].tolist()):
             self.linear.add(LinearExpr.sum(self.seconds[lane * stages : (lane + 1) * stages]) == total)
         self.linear.minimize(self.step)
 

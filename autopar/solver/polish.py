@@ -2,19 +2,25 @@
 
 The stage ILP counts what it must: stages that load their ranks equally are one to it, whatever the order in which
 micro-batches meet them. The simulator tells them apart, so the last word about the best plan found is a descent by it.
+Which moves it looks at first, the longest path through the schedule (`walk`) says, of all of them at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import accumulate, permutations
+from itertools import accumulate, pairwise
 
+import numpy as np
+
+from autopar.solver.borders import MOST_ACTIONS, Ints, moved, moves
 from autopar.solver.candidates import BlockCost
+from autopar.solver.chain import Floats
 from autopar.solver.context import Context
-from autopar.solver.evaluate import Assessment, assess
+from autopar.solver.evaluate import Assessment, assess, halves
+from autopar.solver.walk import LANES, walk_of
 
-MOST = 400
-"""Spreads that are tried at most."""
+MOST, TOGETHER, IN_VAIN = 400, 8, 64
+"""Spreads that are simulated at most; how many before the fastest of them is taken; and after how many that are not
+faster no others are."""
 
 Stages = tuple[tuple[BlockCost, ...], ...]
 
@@ -23,39 +29,43 @@ def polished(context: Context, best: Assessment) -> Assessment:
     """``best``, or a spread of the same blocks over the same stages that is faster and fits. A fix of the stages stays.
 
     Each round tries to give a block of every stage to the next, to the one before, or to another of the same rank: the
-    borders between them move by one. The fastest is kept.
+    borders between them move by one.
     """
     if context.fix.stages or len(best.stages) == 1:
         return best
-    tried = 0
+    config = best.config
+    pairs, tried = moves(config.schedule, config.pp, config.vpp), 0
+    blocks = [block for stage in best.stages for block in stage]
     while tried < MOST:
-        fastest, beat = best, best.step_time * (1 - 1e-9)
-        for stages in _neighbours(best):
-            tried += 1
-            one = assess(context, best.config, stages, best.boundary, fitting=True, beat=beat)
-            if one.step_time < beat:
-                fastest, beat = one, one.step_time
-        if fastest is best:
+        near = moved(np.array(list(accumulate(map(len, best.stages)))), pairs)
+        near = near[np.argsort(_likely(context, best, near), kind="stable")][:IN_VAIN]
+        faster = best
+        for first in range(0, len(near), TOGETHER):
+            some = near[first : first + TOGETHER].tolist()
+            for ends in some:
+                stages = tuple(tuple(blocks[start:end]) for start, end in pairwise((0, *ends)))
+                beat = faster.step_time * (1 - 1e-9)
+                one = assess(context, config, stages, best.boundary, fitting=True, beat=beat)
+                faster = one if one.step_time < beat else faster
+            tried += len(some)
+            if faster is not best or tried >= MOST:
+                break
+        if faster is best:
             break
-        best = fastest
+        best = faster
     return best
 
 
-def _neighbours(best: Assessment) -> Iterator[Stages]:
-    """The chain cut anew, with one block less in one stage and one more in another; no stage is left empty. Without
-    those whose ranks cannot be done sooner than now."""
-    blocks = [block for stage in best.stages for block in stage]
-    counts = [len(stage) for stage in best.stages]
-    work = [0.0, *accumulate(block.forward_s + block.backward_s for block in blocks)]
-    for giver, taker in permutations(range(len(counts)), 2):
-        if counts[giver] > 1 and (abs(giver - taker) == 1 or best.rank_of(giver) == best.rank_of(taker)):
-            changed = [count - (s == giver) + (s == taker) for s, count in enumerate(counts)]
-            ends = list(accumulate(changed))
-            rank = best.rank_of(taker)
-            own = sum(
-                work[end] - work[end - n]
-                for s, (end, n) in enumerate(zip(ends, changed, strict=True))
-                if best.rank_of(s) == rank
-            )
-            if best.config.micro_batches * own < best.step_time:
-                yield tuple(tuple(blocks[end - count : end]) for end, count in zip(ends, changed, strict=True))
+def _likely(context: Context, best: Assessment, borders: Ints) -> Floats:
+    """About how long steps with these borders take, by the seconds of blocks alone."""
+    config = best.config
+    sums = np.zeros((sum(map(len, best.stages)) + 1, LANES))
+    for place, block in enumerate((block for stage in best.stages for block in stage), 1):
+        weight = halves(context, config, block)[0]
+        sums[place, :3] = block.forward_s, block.backward_s - weight, weight
+    stages = np.diff(sums.cumsum(axis=0)[borders], axis=1, prepend=0.0)
+    if 2 * config.micro_batches * config.stages > MOST_ACTIONS:  # the longest rank says most
+        owned = np.eye(config.pp)[[best.rank_of(stage) for stage in range(config.stages)]]
+        return np.asarray((stages.sum(axis=2) @ owned).max(axis=1))
+    walk = walk_of(config.schedule, config.pp, config.vpp, config.micro_batches)
+    return walk.lengths(stages)

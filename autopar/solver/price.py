@@ -10,6 +10,7 @@ from autopar.solver.context import Context
 from autopar.solver.equal_blocks import together
 from autopar.solver.evaluate import Assessment, assess
 from autopar.solver.found import INFINITE, Found
+from autopar.solver.lap_spread import LapSpreads
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, in_order
 from autopar.solver.spread import best_stages
@@ -41,7 +42,8 @@ def _price(
     context: Context, config: Config, shardings: Shardings, found: Found, bound: float
 ) -> tuple[bool, Assessment | None]:
     """The same under one order: whether anything fits, and the fastest that was found."""
-    best = best_stages(context, config, [shardings.fastest()], beat=_beat(found))
+    laps = LapSpreads()
+    best = best_stages(context, config, [shardings.fastest()], beat=_beat(found), laps=laps)
     found.keep(best)
     if best is not None and not _short(context, best):
         return True, best
@@ -57,7 +59,7 @@ def _price(
             fits = True  # or would not be better
             continue
         # Of several answers the first is sought with the ILP as well: which it is seldom decides what fits.
-        leaner = best_stages(context, config, answers, extended=True, thorough=not place, beat=_beat(found))
+        leaner = best_stages(context, config, answers, extended=True, thorough=not place, beat=_beat(found), laps=laps)
         found.keep(leaner)
         best = min((one for one in (best, leaner) if one), key=lambda one: one.sought_s, default=None)
     return fits or best is not None, best

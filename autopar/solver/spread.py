@@ -9,14 +9,15 @@ from itertools import groupby
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.answers import Answered
+from autopar.solver.borders import even_borders
 from autopar.solver.candidates import BlockCost
-from autopar.solver.chain import fastest
 from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, Placed, assess, halves, placed, tied_elements
 from autopar.solver.gathering import more_gathered, worth_gathering
 from autopar.solver.groups import root_blocks
 from autopar.solver.halves import Halves
-from autopar.solver.laps import even_borders, laps_fit
+from autopar.solver.lap_spread import LapSpreads, at_ease
+from autopar.solver.laps import laps_fit
 from autopar.solver.memory import BlockBytes
 from autopar.solver.mixes import mixed
 from autopar.solver.reach import reach
@@ -252,10 +253,12 @@ def best_stages(
     thorough: bool = True,
     at_once: bool = False,
     beat: float = float("inf"),
+    laps: LapSpreads | None = None,
 ) -> Assessment | None:
     """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
     fit there. ``extended``: see `Context.freedom`; ``thorough``: see `quick_stages`; ``at_once``: the first that are
     found, and no others. ``beat``: seconds sought that others are not looked for if they are not likely to beat.
+    ``laps``: what other answers' stages are known to take; None as well if these do not promise less.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit. Which blocks stay
@@ -263,20 +266,23 @@ def best_stages(
     the problem, what room the stages leave (`more_gathered`)."""
     boundary = max(answer.boundary for answer in answers)
     tried: dict[Counts, Assessment | None] = {}
+    laps = laps or LapSpreads()
 
     def fitting(
-        problem: StageProblem, costs_of: list[list[BlockCost]], share: float
+        problem: StageProblem, costs_of: list[list[BlockCost]], share: float, anew: bool = True
     ) -> tuple[Counts | None, Assessment | None]:
-        """The stages for a share of the memory, and what they take if they fit."""
+        """The stages for a share of the memory, and what they take if they fit. ``anew``: see `LapSpreads`."""
         begin = time.perf_counter()
         smaller = replace(problem, capacity=share * problem.capacity)
-        counts = quick_stages(smaller, thorough and not at_once and share == 1.0)
+        counts = quick_stages(smaller, thorough and not at_once and share == 1.0, laps, anew)
         context.clock.add("stages", begin)
         if counts is None:
             return None, None
         if counts not in tried:
             found = assess(context, config, spread(counts, costs_of), boundary, fitting=True)
             tried[counts] = found if found.step_time < float("inf") else None
+            if config.vpp > 1 and tried[counts] is not None:
+                laps.keep(problem, counts, share)
         return counts, tried[counts]
 
     others: list[Assessment | None] = []
@@ -284,25 +290,30 @@ def best_stages(
     if spared:
         problem, costs_of = stage_problem(context, config, answers, extended=extended)
         counts, best = fitting(problem, costs_of, 1.0)
-        if at_once or (counts is not None and best is not None and _at_ease(problem, counts)):
+        if at_once or (counts is not None and best is not None and at_ease(problem, counts)):
             return best
         others, tried = [best], {}
     problem, costs_of = stage_problem(context, config, answers, extended=extended, gathers=False)
+    if laps.hopeless(problem):
+        return None
     counts, best = fitting(problem, costs_of, 1.0)
     if at_once:
         return best
-    if counts is None or best is None or not _at_ease(problem, counts):
+    if counts is None or best is None or not at_ease(problem, counts):
         # Between most that fits and least that does not, closer and closer.
         fits, not_fits = 1.0, ROOM
         for _ in range(HALVINGS):
             share = (fits + not_fits) / 2
-            found = fitting(problem, costs_of, share)[1]
+            found = fitting(problem, costs_of, share, anew=False)[1]
             if found is None:
                 not_fits = share
                 continue
             fits = share
             if best is None or found.sought_s < best.sought_s:
                 best = found
+        if config.vpp > 1 and best is not None:
+            found = fitting(problem, costs_of, fits)[1]
+            best = found if found is not None and found.sought_s < best.sought_s else best
     if not others:
         return best
     found = None
@@ -313,36 +324,35 @@ def best_stages(
     return found
 
 
-def _at_ease(problem: StageProblem, counts: Counts) -> bool:
-    """Whether every block runs under its fastest option: memory forces nothing."""
-    return all(
-        not n or option == fastest(run)
-        for stage in counts
-        for run, some in zip(problem.runs, stage, strict=True)
-        for option, n in enumerate(some)
-    )
-
-
-def quick_stages(problem: StageProblem, thorough: bool = True) -> Counts | None:
-    """Stages that fit and load ranks evenly, or None: borders by `reach` (one stage a rank) or `laps` (several), the
-    options of blocks by `mixes`; if ``thorough``, and the problem is not too large, the ILP where these find nothing
-    that fits though there may be something."""
+def quick_stages(
+    problem: StageProblem, thorough: bool = True, laps: LapSpreads | None = None, anew: bool = True
+) -> Counts | None:
+    """Stages that fit and load ranks evenly, or None: borders by `reach` (one stage a rank) or `lap_spread` (several;
+    ``laps``: what is known of the same problem in other memory), the options of blocks by `mixes`; if ``thorough``, and
+    the problem is not too large, the ILP where these find nothing that fits though there may be something."""
     if problem.stages == 1:  # small, and solved exactly, once
         answer = solve_stages(problem, work_limit=WORK if thorough else WORK / 10, gap=0.0 if thorough else STAGE_GAP)
         return answer.counts if answer else None
-    if problem.vpp > 1 and not laps_fit(problem):
+    counts = (laps or LapSpreads()).best(problem, anew) if problem.vpp > 1 else _of_ranks(problem)
+    if counts is not None:
+        return counts
+    # One stage a rank: nothing fits even in parts of blocks.
+    if likely_borders(problem) is None or (problem.vpp > 1 and not laps_fit(problem)):
         return None
-    for share in CAPACITIES if problem.vpp == 1 else CAPACITIES[:1]:
-        borders = likely_borders(replace(problem, capacity=share * problem.capacity))
-        if borders is None and share == 1.0:
-            return None
-        counts = mixed(problem, borders) if borders else None
-        if counts is not None:
-            return counts
     if not thorough or problem.stages * sum(len(run.options) for run in problem.runs) > MOST_COUNTS:
         return None
     answer = solve_stages(problem, work_limit=WORK, balance=False, gap=STAGE_GAP)
     return answer.counts if answer else None
+
+
+def _of_ranks(problem: StageProblem) -> Counts | None:
+    """One stage a rank."""
+    for share in CAPACITIES:
+        borders = likely_borders(replace(problem, capacity=share * problem.capacity))
+        counts = mixed(problem, borders) if borders else None
+        if counts is not None or (borders is None and share == 1.0):
+            return counts
+    return None
 
 
 def likely_borders(problem: StageProblem) -> tuple[int, ...] | None:
