@@ -3,8 +3,8 @@
 Constraint (5) of `stages` says of rank q, whatever its stages are: V >= idle_q + m w_q + o, where idle_q is the way
 there and, if backwards are not halved, back through at least the first q blocks of the chain, and what its stages take
 beside their blocks, and o at least the even share of the optimizer. Summed over ranks, with W the fastest seconds of
-all blocks and R those that memory forces on top (a knapsack over all ranks' bytes, each block with the fewest
-micro-batches in flight that any stage has at some time when most is):
+all blocks and R those that memory forces on top (a knapsack over all ranks' bytes, and their hosts', each block with
+the fewest micro-batches in flight that any stage has at some time when most is):
 
     p V >= m (W + R) + sum_q idle_q + p o
 
@@ -17,14 +17,15 @@ seconds of k of them on rank q):
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autopar.solver.bounds import crossings_of
 from autopar.solver.chain import Chain, bytes_of, chain_of, fastest, work_of
+from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, Rows, solve_linear
 from autopar.solver.stages import BlockRun, StageProblem
 from autopar.solver.whole_blocks import least_of_whole, whole_blocks_fit
 
-Ints = NDArray[np.int64]
+BYTES = 2.0**30
+"""The unit of bytes in linear programs."""
 
 
 def laps_bound(problem: StageProblem) -> float:
@@ -60,13 +61,39 @@ def forced_seconds(problem: StageProblem, chain: Chain) -> float:
     """R of the docstring, for one stage a rank or several; infinite if memory is too small for any spread."""
     flying = min(_flying(problem, rank) for rank in range(problem.pp))
     room = sum(max(0.0, problem.spare(rank)) for rank in range(problem.pp))
-    lacking = sum(run.count * bytes_of(run.options[fastest(run)], flying) for run in problem.runs) - room
+    options = [run.options[fastest(run)] for run in problem.runs]
+    lacking = sum(run.count * bytes_of(one, flying) for run, one in zip(problem.runs, options, strict=True)) - room
+    hosted = sum(run.count * flying * one.hosted for run, one in zip(problem.runs, options, strict=True))
     seconds = 0.0
     for step in chain.hull(flying):
-        taken = min(max(lacking, 0.0), problem.runs[step.run].count * step.nbytes)
+        run = problem.runs[step.run]
+        taken = min(max(lacking, 0.0), run.count * step.nbytes)
         seconds += taken * step.seconds / step.nbytes
         lacking -= taken
-    return seconds if lacking <= 1.0 else float("inf")
+        hosted += taken / step.nbytes * flying * (run.options[step.after].hosted - run.options[step.before].hosted)
+    if lacking > 1.0:
+        return float("inf")
+    return seconds if hosted <= problem.pp * problem.host_room else max(seconds, _forced_by_both(problem, flying, room))
+
+
+def _forced_by_both(problem: StageProblem, flying: int, room: float) -> float:
+    """The same where bytes of devices and of hosts are short: in parts of blocks, the least seconds that fit both."""
+    rows = Rows()
+    runs, seconds = problem.runs, []
+    variables = rows.variables([float(run.count) for run in runs for _ in run.options])
+    place = 0
+    for run in runs:
+        rows.add(variables[place : place + len(run.options)], np.ones(len(run.options)), run.count, run.count)
+        place += len(run.options)
+        seconds += [work_of(option) - work_of(run.options[fastest(run)]) for option in run.options]
+    options = [option for run in runs for option in run.options]
+    rows.add(variables, np.array([bytes_of(o, flying) for o in options]) / BYTES, -float("inf"), room / BYTES)
+    hosted = np.array([flying * o.hosted for o in options]) / BYTES
+    rows.add(variables, hosted, -float("inf"), problem.pp * problem.host_room / BYTES)
+    solver, status = solve_linear(rows.cheapest(seconds))
+    if status == INFEASIBLE:
+        return float("inf")
+    return float(solver.objective_value) * (1 - TOLERANCE) if status == OPTIMAL else 0.0
 
 
 def _flying(problem: StageProblem, rank: int) -> int:

@@ -22,6 +22,7 @@ from autopar.solver.context import Context
 from autopar.solver.elements import least_elements, least_experts
 from autopar.solver.evaluate import Placed, placed
 from autopar.solver.halves import sure_halves
+from autopar.solver.recompute import Recompute
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config
 from autopar.solver.spread import KindRun, block_runs, overheads, staged
@@ -57,6 +58,7 @@ def _least_problems(
     gpipe = config.schedule == "gpipe"
     needed = _needed(told, config, begun := _begun(told, config) if config.pp > 1 else [])
     room = context.cluster.device.memory_bytes
+    host_room = context.cluster.device.host_memory_bytes or float("inf")
     overhead = overheads(places[0], config, least=True)
     for rank, nbytes in enumerate(begun):
         overhead[stages_of(config.schedule, config.pp, config.vpp)[rank][0]] += nbytes
@@ -68,7 +70,7 @@ def _least_problems(
             for one, transient in zip(told, needed, strict=True)
         ]
         problem = staged(context, config, places[0], runs, overhead, room, True, tuple(map(tuple, beside.T.tolist())))
-        yield replace(problem, transfer_s=transfer_s, ends_s=ends_s)
+        yield replace(problem, transfer_s=transfer_s, ends_s=ends_s, host_room=host_room)
 
 
 def _ways(
@@ -90,7 +92,7 @@ def _ways(
 @dataclass(frozen=True, slots=True)
 class _Least:
     """A recompute choice of a kind, whatever its sharding: no fewer ``seconds``, of which so many are surely
-    ``forward`` and ``backward``; bytes ``kept``, and ``needed`` beside them."""
+    ``forward`` and ``backward``; bytes ``kept``, and ``needed`` beside them; bytes sent to the host (``hosted``)."""
 
     choice: str
     seconds: float
@@ -98,6 +100,7 @@ class _Least:
     backward: float
     kept: float
     needed: float
+    hosted: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +298,7 @@ def _options(told: _Told, way: tuple[bool, bool], gpipe: bool, transient: tuple[
             either_s=either,
             sure_input_s=told.sure[0],
             sure_weight_s=told.sure[1],
+            hosted=least.hosted,
         )
 
 
@@ -318,10 +322,11 @@ def _least(shardings: Shardings, kind: str, choice: str, sharp: bool) -> _Least:
     seconds, (forward, backward) = shardings.least_seconds(kind, choice, sharp), shardings.least_parts(kind, choice)
     kept = shardings.least_kept(kind, choice)
     needed = max(0.0, shardings.kind_bytes()[kind].peak - kept)
+    hosted = shardings.least_moved(kind, choice) * (1 - 1e-12) if Recompute.of(choice).offload else 0.0
     if shardings.size == 1:  # there is one decision, and these are its bytes
         cost = shardings.fastest().costs[kind][choice]
-        kept, needed = float(cost.inflight), float(cost.transient)
-    return _Least(choice, seconds, min(forward, seconds), backward, kept, needed)
+        kept, needed, hosted = float(cost.inflight), float(cost.transient), float(cost.hosted)
+    return _Least(choice, seconds, min(forward, seconds), backward, kept, needed, hosted)
 
 
 def _unbeaten(choices: Sequence[_Least]) -> tuple[_Least, ...]:
@@ -329,7 +334,7 @@ def _unbeaten(choices: Sequence[_Least]) -> tuple[_Least, ...]:
     what is needed beside what is kept counts for one block at a time, and each has kept its own by then."""
 
     def entries(one: _Least) -> tuple[float, ...]:
-        return one.forward, one.seconds - one.forward, one.backward, one.kept, one.kept + one.needed
+        return one.forward, one.seconds - one.forward, one.backward, one.kept, one.kept + one.needed, one.hosted
 
     kept: list[_Least] = []
     for place, one in enumerate(choices):

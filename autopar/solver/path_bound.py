@@ -6,8 +6,8 @@ halved backward only some are sure to be of one half; the others count with whic
 memory forces blocks to run again (`laps.forced_seconds`) is backward.
 
 `program_bound` is the linear program of all that: how many blocks of each run are in each stage, under which option, in
-parts, so that every rank fits after its first forwards, and the step is as long as every path found, and as every
-rank's own work. It leaves out that stages are contiguous.
+parts, so that every rank and its host fit after its first forwards, and the step is as long as every path found, and as
+every rank's own work. It leaves out that stages are contiguous.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from autopar.solver.chain import Chain, chain_of, fastest, least_of_stages, work_of
-from autopar.solver.laps import forced_seconds
+from autopar.solver.laps import BYTES, forced_seconds
 from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, Rows, solve_linear
 from autopar.solver.paths import Weights, weights
 from autopar.solver.stages import BlockRun, Option, StageProblem
@@ -25,9 +25,6 @@ LEVELS = (0.9, 0.5, 0.0)
 
 ONCE = (1.0, 0.3, 0.1, 0.03, 0.0)
 """What first forwards and last backwards take more, against a micro-batch's work, for which paths are sought."""
-
-BYTES = 2.0**30
-"""The unit of bytes in the program."""
 
 
 def path_bound(problem: StageProblem) -> float:
@@ -106,7 +103,7 @@ def program_bound(problem: StageProblem) -> float:
     m, (ahead_s, back_s, first_s, last_s) = problem.micro_batches, problem.beside_s()
     beside = m * (ahead_s + back_s) + first_s + last_s
     works = np.array([work_of(option) for _, option in options])
-    resident, inflight = np.array([(option.resident, option.inflight) for _, option in options]).T
+    resident, inflight, hosted = np.array([(o.resident, o.inflight, o.hosted) for _, o in options]).T
     for rank in range(problem.pp):
         own = problem.own(rank)
         mine = [one for stage in own for one in counts[stage]]
@@ -115,6 +112,9 @@ def program_bound(problem: StageProblem) -> float:
         for held in problem.held(rank):
             needed = np.concatenate([resident + alive * inflight for alive, _ in held])
             rows.add(mine, needed / BYTES, -float("inf"), problem.spare(rank) / BYTES)
+        if problem.host_room < float("inf"):
+            waiting = np.concatenate([alive * hosted for alive in problem.most_alive(rank)])
+            rows.add(mine, waiting / BYTES, -float("inf"), problem.host_room / BYTES)
     everything = [step, *(one for row in counts for one in row)]
     parts = [_split(problem, option, option.forward_s, work_of(option)) for _, option in options]
     sizes = np.array([[part[name] for part in parts] for name in ("ahead", "inputs", "weight", "loose", "either")])
