@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from math import ceil
 
 from autopar.solver.borders import even_borders, fast_borders, length_of, windows_of
 from autopar.solver.chain import fastest
 from autopar.solver.laps import laps_fit
 from autopar.solver.mixes import mixed
 from autopar.solver.stages import Counts, StageProblem
+
+LAPS = 4
+"""Laps that the longer stages are tried to begin with, at most."""
 
 STEPS = (4, 2, 1)
 """By how many stages the longer ones are moved, the one after the other."""
@@ -86,7 +90,7 @@ class LapSpreads:
                     lengths[borders] = length_of(problem, counts)
             return lengths.get(borders, float("inf"))
 
-        laps = range(0, problem.stages, problem.pp)
+        laps = range(0, problem.stages, problem.pp * ceil(problem.vpp / LAPS))
         begin = min(laps if self.begin is None else (self.begin, *laps), key=length)
         for step in STEPS if self.begin is not None else ():
             while True:
