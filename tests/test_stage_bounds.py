@@ -16,7 +16,7 @@ from autopar.solver.path_bound import path_bound, program_bound
 from autopar.solver.paths import weights
 from autopar.solver.reach import reach
 from autopar.solver.simulate import StageTimes, gpipe_seconds, simulate
-from autopar.solver.stages import BlockRun, Option, StageProblem, rank_bytes, solve_stages, stage_seconds
+from autopar.solver.stages import BlockRun, Option, StageProblem, least_seconds, rank_bytes, solve_stages, stage_seconds
 
 GIB = 2**30
 ROUNDING = 1 + 1e-9
@@ -91,6 +91,21 @@ def test_without_need_for_memory_the_spread_is_the_best():
         assert counts is not None
         assert found.bound <= exact.value * ROUNDING
         assert stage_seconds(problem, counts) <= exact.value * 1.02
+
+
+def test_the_least_of_the_ilp_is_a_bound_and_infinite_where_nothing_fits():
+    """Whether the last block keeps its bytes or needs them while it runs, they are too many: parts of both fit."""
+    layer, ways = (
+        Option("none", 1, 2, GIB, 0, 0),
+        (Option("none", 1, 2, 0, 3 * GIB, GIB), Option("full", 1, 3, 0, 0, 4 * GIB)),
+    )
+    problem = StageProblem((BlockRun("layer", 4, (layer,)), BlockRun("last", 1, ways)), 1, 2, 7 * GIB, schedule="none")
+    assert reach(problem) is not None
+    assert least_seconds(problem, 0.5) == float("inf")
+    for capacity, seconds in ((8 * GIB, 30.0), (7.999 * GIB, float("inf"))):
+        assert least_seconds(replace(problem, capacity=capacity), 0.5) == pytest.approx(seconds, rel=1e-6)
+    assert least_seconds(replace(problem, capacity=8 * GIB), 0.5) <= 30.0
+    assert least_seconds(problem, 0.0) in (0.0, float("inf"))  # no time: nothing is known, or seen at once
 
 
 SCHEDULES_OF = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2), ("dualpipev", 2)]

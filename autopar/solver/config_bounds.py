@@ -30,7 +30,7 @@ from autopar.solver.reach import reach
 from autopar.solver.room import most_gathered
 from autopar.solver.shardings import Shardings
 from autopar.solver.space import Config, Shape
-from autopar.solver.stages import StageProblem, solve_stages
+from autopar.solver.stages import StageProblem, least_seconds
 
 
 def shape_bound(context: Context, shape: Shape, work: float | None = None) -> float:
@@ -220,8 +220,7 @@ def _problem_bound(problem: StageProblem, paths: bool, sharp: bool, enough: floa
     else:
         found = laps_bound(problem)
     if found < float("inf") and problem.pp == 1 and sharp:
-        answer = solve_stages(problem, work_limit=0.5, balance=False)
-        found = max(found, answer.bound) if answer else found  # none within the limit proves nothing
+        found = max(found, least_seconds(problem, work_limit=0.5))
     found += problem.ends_s
     if found < enough and problem.pp > 1 and paths:
         found = max(found, path_bound(problem) + problem.ends_s)

@@ -29,7 +29,7 @@ Seconds become integers, rounded down, so that the optimum times the unit stays 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -45,6 +45,10 @@ from autopar.solver.simulate import StageTimes
 RESOLUTION = 2**30
 """Units of the largest possible V. More is not better: at 2^34 the presolve of CP-SAT 9.15 called a spread optimal that
 was 7 % off (found by comparing with enumeration; a test holds the case)."""
+
+
+ROUNDING_BYTES = 2.0**16
+"""More than the rounding of all blocks' bytes adds up to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +226,21 @@ def solve_stages(
     return StageAnswer(counts, value, min(bound, value), status)
 
 
+def least_seconds(problem: StageProblem, work_limit: float) -> float:
+    """No spread has a lower V, and infinite if none fits; 0 where neither is known in CP-SAT's deterministic time."""
+    # Bytes are rounded up block by block: room for that, so that nothing is called too large for a part of a byte.
+    model = _Model(replace(problem, capacity=problem.capacity + ROUNDING_BYTES), 1e-5)
+    found = model.run(model.value, work_limit)
+    if found is None:
+        return float("inf") if model.infeasible else 0.0
+    return found[1] * model.unit
+
+
 class _Model:
     def __init__(self, problem: StageProblem, gap: float) -> None:
         self.problem = problem
         self.gap = gap
+        self.infeasible = False
         self.cp = cp_model.CpModel()
         m = problem.micro_batches
         most = sum(
@@ -362,6 +377,7 @@ class _Model:
         # One stage is small: solved exactly, so that equal spreads come out in one order.
         solver.parameters.relative_gap_limit = self.gap if self.problem.stages > 1 else 0.0
         status = solver.solve(self.cp)
+        self.infeasible = status == cp_model.INFEASIBLE
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return None
         counts = tuple(tuple(tuple(solver.value(v) for v in run) for run in stage) for stage in self.n)
