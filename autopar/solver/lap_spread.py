@@ -41,11 +41,14 @@ class LapSpreads:
 
     def best(self, problem: StageProblem, anew: bool = True) -> Counts | None:
         """The shortest that was found to fit. ``anew``: whether other borders are looked for than those that are known,
-        if any are."""
+        or even ones."""
         if not laps_fit(problem):
             return None
-        if not anew and self.borders:
-            return mixed(problem, self.borders)
+        if not anew:
+            borders = self.borders or even_borders(problem)
+            counts = mixed(problem, borders)
+            self.borders = borders if counts is not None else self.borders
+            return counts
         fast = fast_borders(problem)
         first = mixed(problem, fast)
         if problem.fixed or (first is not None and at_ease(problem, first)):
@@ -92,7 +95,7 @@ class LapSpreads:
 
         laps = range(0, problem.stages, problem.pp * ceil(problem.vpp / LAPS))
         begin = min(laps if self.begin is None else (self.begin, *laps), key=length)
-        for step in STEPS if self.begin is not None else ():
+        for step in STEPS if self.borders else ():
             while True:
                 nearer = min(((begin + by) % problem.stages for by in (-step, step)), key=length)
                 if length(nearer) >= length(begin):
