@@ -16,17 +16,11 @@ from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autopar.schedule import SCHEDULES
 from autopar.solver.chain import Chain, Floats, chain_of, fastest, least_borders
 from autopar.solver.stages import BlockRun, Counts, Option, StageProblem
-from autopar.solver.walk import LANES, LAST, walk_of
-
-Ints = NDArray[np.int64]
-
-MOST_ACTIONS = 12_000
-"""Longer schedules are not walked through: they have so many micro-batches that little is waited for."""
+from autopar.solver.walk import LANES, LAST, Ints, is_long, step_lengths
 
 STARTS, ROUNDS, BETTER = 3, 12, 1e-4
 """From how many spreads moves are tried, how many at most, and how much shorter a step each has to make."""
@@ -42,17 +36,13 @@ def even_borders(problem: StageProblem) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def _even_borders(problem: StageProblem) -> tuple[int, ...]:
-    return problem_ends(problem) or tuple(_evened(problem, chain_of(problem)).tolist())
-
-
-def problem_ends(problem: StageProblem) -> tuple[int, ...]:
-    """Where stages end whose blocks are fixed; nothing if they are not."""
-    return tuple(int(end) for end in np.cumsum(problem.fixed))
+    ends = np.cumsum(problem.fixed) if problem.fixed else _evened(problem, chain_of(problem))
+    return tuple(ends.tolist())
 
 
 def fast_borders(problem: StageProblem) -> tuple[int, ...]:
     """Where the stages of a fast spread end, every block under its fastest option."""
-    if problem.fixed or 2 * problem.micro_batches * problem.stages > MOST_ACTIONS:
+    if problem.fixed or is_long(problem.stages, problem.micro_batches):
         return even_borders(problem)
     lanes = [_lanes(run.options[fastest(run)], problem.halves) for run in problem.runs]
     unit = max(sum(lane[:LAST]) for lane in lanes) / ALIKE or 1.0
@@ -67,11 +57,11 @@ def _lanes(option: Option, halves: bool) -> tuple[float, ...]:
 
 
 def length_of(problem: StageProblem, counts: Counts) -> float:
-    """Seconds of the longest path through a step of these stages, transfers left out."""
+    """Seconds of the longest path through a step of these stages (`step_lengths`), transfers left out."""
     lanes = np.concatenate(_options_lanes(problem.runs, problem.halves))
     stages = np.array([[n for some in stage for n in some] for stage in counts]) @ lanes
-    walk = walk_of(problem.schedule, problem.pp, problem.vpp, problem.micro_batches)
-    return float(walk.lengths(stages[None])[0])
+    found = step_lengths(problem.schedule, problem.pp, problem.vpp, problem.micro_batches, stages[None])
+    return float(found[0])
 
 
 @lru_cache(maxsize=8)
@@ -95,10 +85,9 @@ def _fast_borders(
     chain = chain_of(problem)
     each = np.repeat(np.array([lanes for _, lanes in runs], dtype=float), [count for count, _ in runs], axis=0)
     sums = np.concatenate([np.zeros((1, LANES)), np.cumsum(each, axis=0)])
-    walk = walk_of(schedule, ranks, vpp, micro_batches)
 
     def lengths(borders: Ints) -> Floats:
-        return walk.lengths(np.diff(sums[borders], axis=1, prepend=0.0))
+        return step_lengths(schedule, ranks, vpp, micro_batches, np.diff(sums[borders], axis=1, prepend=0.0))
 
     windows = [row for row in windows_of(problem) if row is not None]
     starts = np.unique(np.array([_evened(problem, chain), *windows]), axis=0)

@@ -13,7 +13,6 @@ from math import ceil
 
 from autopar.solver.borders import even_borders, fast_borders, length_of, windows_of
 from autopar.solver.chain import fastest
-from autopar.solver.laps import laps_fit
 from autopar.solver.mixes import mixed
 from autopar.solver.stages import Counts, StageProblem
 
@@ -40,10 +39,8 @@ class LapSpreads:
     _windows: list[tuple[int, ...] | None] = field(default_factory=list)
 
     def best(self, problem: StageProblem, anew: bool = True) -> Counts | None:
-        """The shortest that was found to fit. ``anew``: whether other borders are looked for than those that are known,
-        or even ones."""
-        if not laps_fit(problem):
-            return None
+        """The shortest that was found to fit, where some may (`laps_fit`). ``anew``: whether other borders are looked
+        for than those that are known, or even ones."""
         if not anew:
             borders = self.borders or even_borders(problem)
             counts = mixed(problem, borders)

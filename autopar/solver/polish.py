@@ -7,16 +7,18 @@ Which moves it looks at first, the longest path through the schedule (`walk`) sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
 
-from autopar.solver.borders import MOST_ACTIONS, Ints, moved, moves
+from autopar.solver.borders import moved, moves
 from autopar.solver.candidates import BlockCost
 from autopar.solver.chain import Floats
 from autopar.solver.context import Context
 from autopar.solver.evaluate import Assessment, assess, halves
-from autopar.solver.walk import LANES, walk_of
+from autopar.solver.space import Config
+from autopar.solver.walk import EACH, LANES, step_lengths
 
 MOST, TOGETHER, IN_VAIN = 400, 8, 64
 """Spreads that are simulated at most; how many before the fastest of them is taken; and after how many that are not
@@ -36,9 +38,12 @@ def polished(context: Context, best: Assessment) -> Assessment:
     config = best.config
     pairs, tried = moves(config.schedule, config.pp, config.vpp), 0
     blocks = [block for stage in best.stages for block in stage]
+    sums = _sums(context, config, blocks)
     while tried < MOST:
         near = moved(np.array(list(accumulate(map(len, best.stages)))), pairs)
-        near = near[np.argsort(_likely(context, best, near), kind="stable")][:IN_VAIN]
+        stages_s = np.diff(sums[near], axis=1, prepend=0.0)
+        likely = step_lengths(config.schedule, config.pp, config.vpp, config.micro_batches, stages_s)
+        near = near[np.argsort(likely, kind="stable")][:IN_VAIN]
         faster = best
         for first in range(0, len(near), TOGETHER):
             some = near[first : first + TOGETHER].tolist()
@@ -56,16 +61,10 @@ def polished(context: Context, best: Assessment) -> Assessment:
     return best
 
 
-def _likely(context: Context, best: Assessment, borders: Ints) -> Floats:
-    """About how long steps with these borders take, by the seconds of blocks alone."""
-    config = best.config
-    sums = np.zeros((sum(map(len, best.stages)) + 1, LANES))
-    for place, block in enumerate((block for stage in best.stages for block in stage), 1):
+def _sums(context: Context, config: Config, blocks: Sequence[BlockCost]) -> Floats:
+    """Seconds of all blocks before each, by lane: those of blocks alone."""
+    sums = np.zeros((len(blocks) + 1, LANES))
+    for place, block in enumerate(blocks, 1):
         weight = halves(context, config, block)[0]
-        sums[place, :3] = block.forward_s, block.backward_s - weight, weight
-    stages = np.diff(sums.cumsum(axis=0)[borders], axis=1, prepend=0.0)
-    if 2 * config.micro_batches * config.stages > MOST_ACTIONS:  # the longest rank says most
-        owned = np.eye(config.pp)[[best.rank_of(stage) for stage in range(config.stages)]]
-        return np.asarray((stages.sum(axis=2) @ owned).max(axis=1))
-    walk = walk_of(config.schedule, config.pp, config.vpp, config.micro_batches)
-    return walk.lengths(stages)
+        sums[place, :EACH] = block.forward_s, block.backward_s - weight, weight
+    return sums.cumsum(axis=0)

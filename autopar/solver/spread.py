@@ -333,26 +333,23 @@ def quick_stages(
     if problem.stages == 1:  # small, and solved exactly, once
         answer = solve_stages(problem, work_limit=WORK if thorough else WORK / 10, gap=0.0 if thorough else STAGE_GAP)
         return answer.counts if answer else None
-    counts = (laps or LapSpreads()).best(problem, anew) if problem.vpp > 1 else _of_ranks(problem)
-    if counts is not None:
-        return counts
-    # One stage a rank: nothing fits even in parts of blocks.
-    if likely_borders(problem) is None or (problem.vpp > 1 and not laps_fit(problem)):
+    if problem.vpp > 1 and not laps_fit(problem):
         return None
+    if problem.vpp > 1:
+        counts = (laps or LapSpreads()).best(problem, anew)
+        if counts is not None:
+            return counts
+    for share in CAPACITIES if problem.vpp == 1 else ():
+        borders = likely_borders(replace(problem, capacity=share * problem.capacity))
+        if borders is None and share == 1.0:
+            return None
+        counts = mixed(problem, borders) if borders else None
+        if counts is not None:
+            return counts
     if not thorough or problem.stages * sum(len(run.options) for run in problem.runs) > MOST_COUNTS:
         return None
     answer = solve_stages(problem, work_limit=WORK, balance=False, gap=STAGE_GAP)
     return answer.counts if answer else None
-
-
-def _of_ranks(problem: StageProblem) -> Counts | None:
-    """One stage a rank."""
-    for share in CAPACITIES:
-        borders = likely_borders(replace(problem, capacity=share * problem.capacity))
-        counts = mixed(problem, borders) if borders else None
-        if counts is not None or (borders is None and share == 1.0):
-            return counts
-    return None
 
 
 def likely_borders(problem: StageProblem) -> tuple[int, ...] | None:

@@ -32,6 +32,9 @@ Ints = NDArray[np.int64]
 AT_ONCE = 256
 """Steps whose lengths are found together."""
 
+MOST_ACTIONS = 12_000
+"""Longer schedules are not walked through: they have so many micro-batches that little is waited for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Walk:
@@ -78,6 +81,20 @@ class Walk:
         for start, end in pairwise(self.levels):
             ends[start:end] += np.maximum(ends[before[start:end]], ends[sender[start:end]])
         return ends
+
+
+def is_long(stages: int, micro_batches: int) -> bool:
+    """Whether a schedule has too many actions to be walked through."""
+    return 2 * micro_batches * stages > MOST_ACTIONS
+
+
+def step_lengths(schedule: str, ranks: int, vpp: int, micro_batches: int, stages: Floats) -> Floats:
+    """`Walk.lengths` of a schedule; of a long one what the rank with most work takes, which says most."""
+    if not is_long(ranks * vpp, micro_batches):
+        return walk_of(schedule, ranks, vpp, micro_batches).lengths(stages)
+    owned = np.eye(ranks)[[SCHEDULES[schedule].rank_of(stage, ranks) for stage in range(ranks * vpp)]]
+    works = micro_batches * stages[:, :, :EACH].sum(axis=2) + stages[:, :, EACH:].sum(axis=2)
+    return np.asarray((works @ owned).max(axis=1))
 
 
 @lru_cache(maxsize=16)
