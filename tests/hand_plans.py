@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from torch import nn
 from autopar.cluster import Cluster
 from autopar.graph.ir import BlockKind, ModelGraph, Node, OpGraph
 from autopar.graph.size import SEQ
-from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 from autopar.plan import Candidate, Mesh, Plan, Predicted, Run, Stage
 from autopar.sharding.conversions import plain, same
 from autopar.sharding.decision import BlockDecision, Conversion
@@ -64,10 +64,28 @@ def gpt2(layers: int = 2, **changes: object) -> nn.Module:
 
 def graph_of(model: nn.Module) -> ModelGraph:
     """The traced model, with the values of its buffers."""
-    graph = trace(model)
+    graph = model_graph(model)
     buffers = dict(model.named_buffers())
     values = {name: tuple(buffers[name].flatten().tolist()) for name in graph.buffers if name in buffers}
     return dataclasses.replace(graph, buffer_values={**values, **graph.buffer_values})
+
+
+class Graphs(Mapping[str, ModelGraph]):
+    """The graphs of models by name, each traced when it is first asked for: whoever runs tests imports them all."""
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        self._models, self._traced = models, dict[str, ModelGraph]()
+
+    def __getitem__(self, name: str) -> ModelGraph:
+        if name not in self._traced:
+            self._traced[name] = graph_of(self._models[name])
+        return self._traced[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
 
 
 @dataclasses.dataclass(frozen=True)

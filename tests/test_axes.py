@@ -20,9 +20,9 @@ from test_execute import GRAPHS, draw_decision
 from autopar.cluster import Cluster
 from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import Block, BlockKind, ModelGraph, Source
-from autopar.graph.trace import trace
 from autopar.job import Job
 from autopar.mesh import Mesh, strides
+from autopar.models import model_graph
 from autopar.sharding.check import check_decision, fits
 from autopar.sharding.conversions import convertible, direct, types_of
 from autopar.sharding.decision import BlockDecision, Conversion
@@ -47,7 +47,7 @@ CLUSTER = Cluster.parse("2x8:h100")
 
 @cache
 def traced(name: str) -> ModelGraph:
-    return trace({"llama": small_llama, "gpt2": small_gpt2}[name]())
+    return model_graph({"llama": small_llama, "gpt2": small_gpt2}[name]())
 
 
 def shardings(model: ModelGraph, axes: dict[str, int], fix: dict, batch: int = 2, seq: int = 16) -> Shardings:

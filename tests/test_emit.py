@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from hand_plans import gpt2, graph_of, llama, megatron, on_axes, plan_of, whole
+from hand_plans import Graphs, gpt2, llama, megatron, on_axes, plan_of, whole
 
 from autopar.codegen.buffers import buffer_expr
 from autopar.codegen.emit_module import module_source
@@ -24,7 +24,7 @@ from autopar.sharding.execute import run_local
 from autopar.sharding.local import local_shape
 
 MODELS = {"llama": llama(3), "gpt2": gpt2(3)}
-GRAPHS = {name: graph_of(model) for name, model in MODELS.items()}
+GRAPHS = Graphs(MODELS)
 PLANS = ("dp4", "tp4", "tp4 sp", "pp2 tp2 sp full", "cp2 tp2 sp", "cp2 tp2x2")
 
 

@@ -13,8 +13,8 @@ from traced import own_loss, worst_error
 import autopar
 from autopar.codegen.emit_module import module_source
 from autopar.graph.ir import ModelGraph, Source
-from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 
 IDS = torch.zeros(24, dtype=torch.int64)
 JOB = Job(global_batch=6, seq_len=16, dtype="fp64")
@@ -22,12 +22,12 @@ JOB = Job(global_batch=6, seq_len=16, dtype="fp64")
 
 @cache
 def bert_graph() -> ModelGraph:
-    return trace(small_bert())
+    return model_graph(small_bert())
 
 
 @cache
 def t5_graph() -> ModelGraph:
-    return trace(small_t5())
+    return model_graph(small_t5())
 
 
 def kinds_of(graph: ModelGraph) -> list[str]:
@@ -70,7 +70,7 @@ def test_bert_is_a_chain_of_unmasked_layers():
 
 def test_bert_reads_its_mask_in_every_layer():
     keys = "input_ids attention_mask token_type_ids labels"
-    graph = trace(small_bert(), inputs=dict.fromkeys(keys.split(), IDS))
+    graph = model_graph(small_bert(), inputs=dict.fromkeys(keys.split(), IDS))
     assert kinds_of(graph) == ["Prologue", *["BertLayer"] * 4, "Epilogue"]
     assert all(Source("batch", key="attention_mask") in block.inputs.values() for block in graph.blocks[1:5])
     mask = next(node for node in graph.kinds["BertLayer"].graph.of("op") if "attention" in node.op).kwargs["attn_mask"]
@@ -98,7 +98,7 @@ def test_t5_is_two_stacks_with_a_bridge():
 @pytest.mark.parametrize("gated", [False, True])
 def test_t5_variants_compute_the_same(gated):
     model = small_t5(gated=gated, tied=False)
-    assert error(trace(model), model, tokens()) < 1e-10
+    assert error(model_graph(model), model, tokens()) < 1e-10
 
 
 @pytest.mark.parametrize("pp", [1, 2, 3])

@@ -12,14 +12,14 @@ from traced import token_batch, worst_error
 import autopar
 from autopar.errors import UnsupportedError
 from autopar.graph.expert_loops import NOTE
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 
 
 @pytest.mark.parametrize("mixture", [ByMask, OnlyHit, ByComparison, ByBooleans, OneEach])
 def test_experts_in_a_list_compute_every_token(mixture: Any) -> None:
     torch.manual_seed(0)
     model = Model(mixture).double()
-    graph = trace(model)
+    graph = model_graph(model)
     assert NOTE in graph.notes
     assert [block.kind for block in graph.blocks][1] == [block.kind for block in graph.blocks][2]
     batch = token_batch(3, 8)
@@ -36,16 +36,16 @@ def test_such_experts_are_split(fix: dict[str, Any]) -> None:
 
 def test_rows_that_are_mixed_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"module 'layers.0.mixture' computes sizes.* list of equal modules"):
-        trace(Model(Centred))
+        model_graph(Model(Centred))
 
 
 def test_a_loop_that_chooses_nothing_is_traced_as_it_is() -> None:
-    assert NOTE not in trace(Model(EveryToken)).notes
+    assert NOTE not in model_graph(Model(EveryToken)).notes
 
 
 def test_a_list_with_a_forward_of_its_own_is_followed() -> None:
     torch.manual_seed(0)
     model = Model(OwnForward)
-    assert NOTE in trace(model).notes
+    assert NOTE in model_graph(model).notes
     plan = autopar.search(model, autopar.Job(4, 16), autopar.Cluster.parse("1x2:h100"), fix={"dp": 2})
     assert autopar.verify(plan, model).worst[1] < 1e-10

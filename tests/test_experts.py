@@ -21,7 +21,6 @@ from autopar.errors import AutoparError, VerificationError
 from autopar.graph import experts as reference
 from autopar.graph.find_experts import Held, experts_form
 from autopar.graph.ir import EXPERTS, IMBALANCE, Node, TensorMeta
-from autopar.graph.trace import trace
 from autopar.job import Job
 from autopar.models import model_graph
 from autopar.sharding.rules import has_rule
@@ -170,7 +169,7 @@ def test_gate_and_values_apart_are_recognised_split_inside_and_shared() -> None:
     assert dict(form.options) == {"experts": 4, "gate": "apart", "transposed": False, "activation": "silu"}
     torch.manual_seed(0)
     model = StackedModel(made=Apart)
-    graph = trace(model)
+    graph = model_graph(model)
     plans: list[dict[str, Any]] = [{"tp": 4, "sp": True}, {"tp": 8}, {"ep": 4, "dp": 4}, {"ep": 2, "dp": 2, "tp": 2}]
     for fix in plans:
         ranks = fix.get("dp", 1) * fix.get("tp", 1)
@@ -201,13 +200,13 @@ def test_experts_that_compute_something_else_are_refused_with_their_place() -> N
     model = StackedModel()
     model.layers[1].experts.twice = True
     with pytest.raises(AutoparError, match=r"layers\.1\.experts.*Stacked"):
-        trace(model)
+        model_graph(model)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_mixture_is_traced_whole(kind: str) -> None:
     """The experts are one operator on [b, s, ...]; every operator around them has a rule."""
-    graph = trace(mixture(kind))
+    graph = model_graph(mixture(kind))
     nodes = [node for each in graph.kinds.values() for node in each.graph.of("op")]
     found = [node for node in nodes if node.op == EXPERTS]
     assert found
@@ -236,7 +235,7 @@ def test_plans_are_proved(kind: str, name: str) -> None:
     plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=PLANS[name], gap=0.5)
     report = autopar.verify(plan, model)
     assert report.worst[1] < 1e-12
-    typecheck(plan, trace(model), 8)
+    typecheck(plan, model_graph(model), 8)
     split = {
         strategy["tp"]
         for candidate in plan.candidates.values()
@@ -261,7 +260,7 @@ def test_plans_that_share_experts_are_proved(kind: str, name: str) -> None:
     plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=SHARED[name], gap=0.5)
     assert plan.mesh.ep == SHARED[name]["ep"]
     assert autopar.verify(plan, model).worst[1] < 1e-12
-    graph = trace(model)
+    graph = model_graph(model)
     typecheck(plan, graph, 8)
     text = module_source(plan, graph)
     assert "ep=self.ep" in text
@@ -273,7 +272,7 @@ def test_a_wrong_place_of_experts_is_noticed() -> None:
     model = mixture("mixtral")
     plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix=SHARED["ep2 dp4"], gap=0.5)
     plan = replace(plan, job=replace(plan.job, dtype="fp64"))
-    graph = trace(model)
+    graph = model_graph(model)
     source = module_source(plan, graph)
     assert verify_source(source, plan, model, graph).worst[1] < 1e-12
     broken = source.replace("ep=self.ep", "ep=None")
@@ -309,7 +308,7 @@ def test_sharing_experts_is_priced_and_counted() -> None:
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_name(fix: dict[str, Any], reason: str) -> None:
-    graph = trace(mixture("mixtral"))
+    graph = model_graph(mixture("mixtral"))
     with pytest.raises(AutoparError, match=reason):
         search(graph, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix)
 
@@ -330,7 +329,7 @@ def test_catalog_mixtures_have_their_published_size(name: str, billions: float) 
 def test_the_written_call_is_readable() -> None:
     model = mixture("mixtral")
     plan = autopar.search(model, Job(8, 16), autopar.Cluster.parse("1x4:h100"), fix={"tp": 4, "sp": True}, gap=0.5)
-    text = module_source(plan, trace(model))
+    text = module_source(plan, model_graph(model))
     assert "from runtime.experts import experts" in text
     assert "axis=self.tp" in text
     assert "chosen = " in text

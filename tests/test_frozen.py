@@ -20,8 +20,8 @@ from autopar.codegen import prove
 from autopar.codegen.emit import emit
 from autopar.codegen.emit_module import module_source
 from autopar.graph.interpret import keep_wide
-from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 from autopar.solver.reprice import reprice
 from autopar.solver.search import search
 
@@ -68,7 +68,7 @@ JOB = Job(8, 16, "fp64")
 @pytest.mark.parametrize("make", MODELS)
 def test_stages_compute_the_single_device(make: Callable[[], nn.Module]) -> None:
     model = make()
-    graph = trace(model)
+    graph = model_graph(model)
     plan = plain_plan(graph, pp=2, dp=2, job=JOB)
     report = autopar.verify(plan, model)
     assert report.errors.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -84,7 +84,7 @@ def test_tensor_parallel_computes_the_single_device(make: Callable[[], nn.Module
 
 
 def test_the_module_says_what_is_frozen() -> None:
-    graph = trace(adapters())
+    graph = model_graph(adapters())
     text = module_source(plain_plan(graph, job=JOB), graph)
     assert "linear=Weights(weight=new.whole(64, 64, trains=False))" in text
     assert "down=Weights(weight=new.whole(4, 64))" in text
@@ -93,7 +93,7 @@ def test_the_module_says_what_is_frozen() -> None:
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("fix", [{"dp": 4, "zero": 3}, {"pp": 2, "tp": 2, "zero": 0}, {"dp": 2, "tp": 2, "zero": 1}])
 def test_priced_alike_by_both_paths(make: Callable[[], nn.Module], fix: dict[str, int]) -> None:
-    graph = trace(make())
+    graph = model_graph(make())
     plan = search(graph, Job(16, 16), autopar.Cluster.parse("1x4:h100"), fix)
     priced = reprice(plan, graph)
     assert priced.step_time == pytest.approx(plan.predicted.step_time, rel=1e-9)
@@ -103,7 +103,7 @@ def test_priced_alike_by_both_paths(make: Callable[[], nn.Module], fix: dict[str
 
 def test_frozen_weights_have_no_gradient_and_no_optimizer_state() -> None:
     cluster, job, fix = autopar.Cluster.parse("1x1:h100"), Job(8, 16), {"micro_batch": 4, "recompute": "none"}
-    whole, part = (search(trace(make()), job, cluster, fix) for make in (small_llama, frozen_layers))
+    whole, part = (search(model_graph(make()), job, cluster, fix) for make in (small_llama, frozen_layers))
     model = frozen_layers()
     trains = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     held, fewer = whole.predicted.memory[0], part.predicted.memory[0]
@@ -116,7 +116,7 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state() -> None:
 
 def test_every_layer_is_recomputed_though_the_first_differs() -> None:
     """Below the first layer nothing trains: it is a kind of its own, with one block."""
-    graph = trace(frozen_embedding())
+    graph = model_graph(frozen_embedding())
     layers = [index for index, block in enumerate(graph.blocks) if block.path]
     assert graph.blocks[layers[0]].kind != graph.blocks[layers[1]].kind
     for fixed in ("full", "selective(attention)"):
@@ -168,7 +168,7 @@ def test_frozen_parts_on_four_ranks(tmp_path: Path) -> None:
     batches = [{"input_ids": batch, "labels": batch} for batch in ids]
     for name, (make, fix) in CASES.items():
         model = make().double()
-        graph = trace(model)
+        graph = model_graph(model)
         one = {"pp": 1, "dp": 1, "cp": 1, "tp": 1, "recompute": "none", "micro_batch": 1}
         plan = search(graph, Job(8, 16, "fp32"), autopar.Cluster.parse("1x4:cpu"), one | fix)
         weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -184,7 +184,7 @@ def test_frozen_parts_on_four_ranks(tmp_path: Path) -> None:
 def test_training_resumes_under_another_plan(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     """As an uninterrupted run goes on: checkpoints hold what is frozen too, and nothing of it moves."""
     model, job = make(), Job(8, 16, "fp64")
-    graph = trace(model)
+    graph = model_graph(model)
     tensor = search(
         graph, Job(8, 16, "fp32"), autopar.Cluster.parse("1x2:cpu"), {"tp": 2, "pp": 1, "dp": 1, "micro_batch": 4}
     )

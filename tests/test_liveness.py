@@ -9,8 +9,8 @@ from proof.fused import fused_rms_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.codegen.runtime import collectives, operators, ring
-from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 from autopar.sharding.conversions import direct
 from autopar.sharding.layout import I, P, R, S
 from autopar.solver import liveness
@@ -160,7 +160,7 @@ def test_the_fused_norm_of_the_measurement_is_the_norm() -> None:
 
 def test_layer_norms_keep_their_statistics_in_float32_as_on_a_gpu() -> None:
     norm = torch.nn.LayerNorm(WIDTH)
-    graph = trace(_Normed(norm), {"x": torch.randn(ROWS, WIDTH)}, lambda out, batch: out.square().mean())
+    graph = model_graph(_Normed(norm), {"x": torch.randn(ROWS, WIDTH)}, lambda out, batch: out.square().mean())
     (block,) = graph.blocks
     kind = graph.kinds[block.kind]
     whole = footprint(kind, whole_decisions(graph)[block.kind], Job(1, ROWS))
@@ -168,7 +168,9 @@ def test_layer_norms_keep_their_statistics_in_float32_as_on_a_gpu() -> None:
 
 
 def test_what_torch_knows_on_fake_tensors_alone_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = trace(_Normed(torch.nn.Tanh()), {"x": torch.randn(ROWS, WIDTH)}, lambda out, batch: out.square().mean())
+    graph = model_graph(
+        _Normed(torch.nn.Tanh()), {"x": torch.randn(ROWS, WIDTH)}, lambda out, batch: out.square().mean()
+    )
     (block,) = graph.blocks
     kind, decision = graph.kinds[block.kind], whole_decisions(graph)[block.kind]
     found = footprint(kind, decision, Job(1, ROWS))

@@ -29,7 +29,7 @@ from autopar.codegen.loading import load_train
 from autopar.codegen.prove import run_ranks
 from autopar.codegen.runtime.data import mask_tokens
 from autopar.codegen.tokens import DENOISING, MASKED, NEXT, token_batch, vocabulary_of
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 
 IDS = torch.zeros(24, dtype=torch.int64)
 SMALL = {
@@ -52,7 +52,7 @@ def bart() -> nn.Module:
 
 
 def objective(model: nn.Module, keys: str = "") -> str:
-    graph = trace(model, dict.fromkeys(keys.split(), IDS)) if keys else trace(model)
+    graph = model_graph(model, dict.fromkeys(keys.split(), IDS)) if keys else model_graph(model)
     return token_batch(graph).objective
 
 
@@ -87,7 +87,7 @@ class Tagger(nn.Module):
 
 
 def test_position_by_position_targets_are_next_tokens_or_masked_ones() -> None:
-    causal, both = token_batch(trace(Tagger(True))), token_batch(trace(Tagger(False)))
+    causal, both = token_batch(model_graph(Tagger(True))), token_batch(model_graph(Tagger(False)))
     assert causal.made == {
         "input_ids": "ids",
         "labels": "torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-1)",
@@ -96,13 +96,13 @@ def test_position_by_position_targets_are_next_tokens_or_masked_ones() -> None:
 
 
 def test_targets_that_are_no_tokens_are_refused() -> None:
-    graph = trace(BertForTokenClassification(BertConfig(**SMALL, num_labels=3)))
+    graph = model_graph(BertForTokenClassification(BertConfig(**SMALL, num_labels=3)))
     with pytest.raises(autopar.AutoparError, match="tells 3 classes apart, but has 64 token ids"):
         token_batch(graph)
 
 
 def test_token_types_are_not_token_ids() -> None:
-    graph = trace(small_bert(), dict.fromkeys(("input_ids", "token_type_ids", "labels"), IDS))
+    graph = model_graph(small_bert(), dict.fromkeys(("input_ids", "token_type_ids", "labels"), IDS))
     assert vocabulary_of(graph) == 256
     assert token_batch(graph).made["token_type_ids"] == "torch.zeros_like(ids)"
     report = autopar.verify(
@@ -137,7 +137,7 @@ def test_masks_belong_to_the_sample() -> None:
 
 
 def emitted(model: nn.Module, folder: Path, keys: str = "") -> ModuleType:
-    graph = trace(model, dict.fromkeys(keys.split(), IDS)) if keys else trace(model)
+    graph = model_graph(model, dict.fromkeys(keys.split(), IDS)) if keys else model_graph(model)
     emit(plain_plan(graph), graph, folder)
     return load_train(folder)
 
@@ -171,7 +171,7 @@ def test_batches_of_the_emitted_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize("build", [small_bert, small_t5])
 def test_one_and_two_ranks_learn_the_same(build, tmp_path: Path) -> None:
     model = build()
-    graph = trace(model)
+    graph = model_graph(model)
     (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
     job = autopar.Job(global_batch=16, seq_len=16, dtype="fp32")
     emit(plain_plan(graph, job=job, micro_batches=2, cluster="1x1:cpu"), graph, tmp_path / "one", model.state_dict())

@@ -18,7 +18,7 @@ from autopar.codegen.verify import verify
 from autopar.errors import UnsupportedError
 from autopar.graph.export import Loss
 from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 
 WIDTH, SEQ = 8, 6
 CLUSTER = autopar.Cluster.parse("1x2:h100")
@@ -34,7 +34,7 @@ def ops(graph: ModelGraph) -> set[str]:
 
 def proved(model: nn.Module, inputs: dict[str, Tensor], loss: Loss = square, **fix: object) -> ModelGraph:
     """The graph of ``model``, once its plan on two ranks computes the same."""
-    graph = trace(model, inputs, loss)
+    graph = model_graph(model, inputs, loss)
     plan = autopar.search(model, autopar.Job(4, SEQ), CLUSTER, inputs=inputs, loss=loss, fix=fix)
     assert verify(plan, model, inputs, loss=loss, graph=graph).worst[1] < 1e-10
     return graph
@@ -218,7 +218,7 @@ class Cached(nn.Module):
 def test_caches_are_off():
     model = Cached()
     model.config = SimpleNamespace(use_cache=True)
-    graph = trace(model, SAMPLE, square)
+    graph = model_graph(model, SAMPLE, square)
     assert graph.notes == ()
     assert model.config.use_cache
 
@@ -265,7 +265,7 @@ def test_what_depends_on_values_is_refused_with_its_place(made):
     with pytest.raises(
         UnsupportedError, match=r"module 'inner'.* computes sizes, or chooses what to run, from the values"
     ):
-        trace(outer, SAMPLE, square)
+        model_graph(outer, SAMPLE, square)
 
 
 class Spectrum(nn.Module):
@@ -276,7 +276,7 @@ class Spectrum(nn.Module):
 def test_what_torch_refuses_is_told_with_its_place():
     outer = Outer(Spectrum())
     with pytest.raises(UnsupportedError, match=r"in module 'inner' \(Spectrum, .*: Unsupported dtype BFloat16"):
-        trace(outer, SAMPLE, square)
+        model_graph(outer, SAMPLE, square)
 
 
 class Dropping(nn.Module):
@@ -331,7 +331,7 @@ def test_tables_of_sinusoids_are_computed(blank):
     assert table.args == ((600, WIDTH) if blank is None else (600, WIDTH, blank))
     model = Sinusoids(blank)
     model.table[4, 1] += 1e-3
-    assert "table" in trace(model, SAMPLE, square).buffers, "nothing is guessed"
+    assert "table" in model_graph(model, SAMPLE, square).buffers, "nothing is guessed"
 
 
 class Summed(nn.Module):
@@ -410,7 +410,7 @@ class _Careful(nn.Module):
 def test_numbers_are_not_rounded_and_what_is_computed_is_finite() -> None:
     torch.manual_seed(0)
     model = _Careful().double()
-    graph = trace(model, inputs={"x": torch.zeros(6)})
+    graph = model_graph(model, inputs={"x": torch.zeros(6)})
     batch = {"x": torch.randn(5, 6, dtype=torch.float64)}
     assert worst_error(graph, model, batch, model(**batch)) < 1e-12
 
@@ -444,4 +444,4 @@ class Factored(nn.Linear):
 
 def test_operators_without_a_form_are_refused_with_their_place_and_what_to_do():
     with pytest.raises(UnsupportedError, match=r"module 'inner' uses aten\.linalg_qr.*register_rule.*leaf"):
-        trace(Outer(Factored(WIDTH, WIDTH)), SAMPLE, square)
+        model_graph(Outer(Factored(WIDTH, WIDTH)), SAMPLE, square)

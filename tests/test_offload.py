@@ -27,7 +27,7 @@ from autopar.codegen.runtime.recompute import selective
 from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify
 from autopar.errors import AutoparError, InfeasibleError, UnsupportedError
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 from autopar.plan import Mesh, Plan
 from autopar.solver import recompute as pricing
 from autopar.solver import reprice
@@ -229,7 +229,7 @@ def test_offload_is_priced() -> None:
     """Bytes leave the device, what the copies cannot hide is paid, and the plan's own check agrees."""
     with torch.device("meta"):
         model = llama(2, hidden_size=1024, intermediate_size=4096, max_position_embeddings=4096)
-    graph = trace(model)
+    graph = model_graph(model)
     job, cluster = autopar.Job(global_batch=16, seq_len=4096), autopar.Cluster.parse("1x4:h100")
     fix = {"tp": 2, "dp": 2, "micro_batch": 4}
     found = {}
@@ -327,7 +327,7 @@ def test_state_that_the_host_has_no_room_for_is_refused() -> None:
 
 def test_activations_that_the_host_has_no_room_for_are_refused() -> None:
     with torch.device("meta"):
-        graph = trace(llama(2, hidden_size=1024, intermediate_size=4096, max_position_embeddings=4096))
+        graph = model_graph(llama(2, hidden_size=1024, intermediate_size=4096, max_position_embeddings=4096))
     job = autopar.Job(global_batch=16, seq_len=4096)
     fix = {"tp": 2, "dp": 2, "micro_batch": 4, "recompute": "none", "offload": "activations"}
     plan = search(graph, job, on_host(1 << 40), fix)

@@ -18,8 +18,8 @@ from autopar.codegen.verify import verify
 from autopar.errors import BadInputError
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import as_planned
-from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 from autopar.plan import Plan
 from autopar.report.words import block_lines
 from autopar.solver.context import Context
@@ -53,7 +53,7 @@ def wide() -> GPT2LMHeadModel:
 
 @cache
 def wide_graph() -> ModelGraph:
-    return trace(wide())
+    return model_graph(wide())
 
 
 def best(graph: ModelGraph, job: Job, tp: int, fix: Fix, pads: bool) -> Plan:
@@ -96,7 +96,7 @@ def test_emitted_code_equals_the_single_device(name: str, tp: int, sp: bool) -> 
         "gpt2": lambda: gpt2(longest=LONG),
         "6 on 3": lambda: grouped(6, 3, LONG),
     }[name]()
-    graph = trace(model)
+    graph = model_graph(model)
     plan = best(graph, Job(1, LONG), tp, parse_fix({"tp": tp, "sp": sp}), pads=True)
     assert "F.pad(self." in module_source(plan, graph)
     report = verify(plan, model)

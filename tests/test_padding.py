@@ -13,7 +13,7 @@ from autopar.codegen.compare import gradient_errors
 from autopar.graph.interpret import run_model
 from autopar.graph.ir import ModelGraph
 from autopar.graph.padding import can_pad, padded
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 from tests.traced import VOCABULARY, llama, token_batch
 
 
@@ -122,7 +122,7 @@ def graph_of(name: str) -> ModelGraph:
         "plain": Plain,
     }
     with torch.device("meta"):
-        return trace(makers[name]())
+        return model_graph(makers[name]())
 
 
 def heads_of(graph: ModelGraph) -> set[tuple[int, int]]:
@@ -179,7 +179,7 @@ def test_heads_that_divide_stay(name: str, ranks: int) -> None:
 @pytest.mark.parametrize("odd", ["norm", "mask", "reads"])
 def test_heads_that_cannot_be_followed_stay(odd: str) -> None:
     """A norm over all heads, a mask for each head, values read elsewhere."""
-    graph = trace(Plain(**{odd: True}))
+    graph = model_graph(Plain(**{odd: True}))
     assert padded(graph, 2) is graph
 
 

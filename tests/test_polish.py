@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -9,21 +10,26 @@ import pytest
 from hand_plans import graph_of, llama
 
 from autopar.cluster import Cluster
+from autopar.graph.ir import ModelGraph
 from autopar.job import Job
 from autopar.solver import search as searching
 from autopar.solver.search import search
 
-GRAPH = graph_of(llama(8))
 JOB, CLUSTER = Job(16, 64), Cluster.parse("1x2:h100")
 FIX = {"pp": 2, "schedule": "interleaved", "vpp": 2, "micro_batch": 2, "recompute": "none"}
 
 
+@cache
+def graph() -> ModelGraph:
+    return graph_of(llama(8))
+
+
 def step_time(**more: Any) -> float:
-    return search(GRAPH, JOB, CLUSTER, {**FIX, **more}).predicted.step_time
+    return search(graph(), JOB, CLUSTER, {**FIX, **more}).predicted.step_time
 
 
 def test_no_border_moved_by_one_block_is_faster() -> None:
-    plan = search(GRAPH, JOB, CLUSTER, FIX)
+    plan = search(graph(), JOB, CLUSTER, FIX)
     counts = [sum(run.stop - run.start for run in stage.runs) for stage in plan.stages]
     near = [[n - (s == a) + (s == b) for s, n in enumerate(counts)] for a in range(4) for b in range(4) if a != b]
     for other in near:
@@ -33,7 +39,7 @@ def test_no_border_moved_by_one_block_is_faster() -> None:
 
 
 def test_the_plan_is_near_the_best_of_all_spreads() -> None:
-    blocks = len(GRAPH.blocks)
+    blocks = len(graph().blocks)
     cuts = [(0, *inner, blocks) for inner in combinations(range(1, blocks), 3)]
     spreads = [",".join(str(b - a) for a, b in pairwise(cut)) for cut in cuts]
     best = min(step_time(stages=spread) for spread in spreads)
@@ -52,5 +58,5 @@ def test_it_finds_what_the_stage_problem_does_not_see(monkeypatch: pytest.Monkey
 
 
 def test_fixed_stages_stay() -> None:
-    plan = search(GRAPH, JOB, CLUSTER, {**FIX, "stages": "4,2,2,2"})
+    plan = search(graph(), JOB, CLUSTER, {**FIX, "stages": "4,2,2,2"})
     assert [sum(run.stop - run.start for run in stage.runs) for stage in plan.stages] == [4, 2, 2, 2]

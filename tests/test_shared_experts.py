@@ -9,7 +9,7 @@ from mixtures import mixture
 
 from autopar import Cluster, Job
 from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 from autopar.solver.config_bounds import loose_bound, quick_bound, stage_bound
 from autopar.solver.context import Context
 from autopar.solver.fix import Fix
@@ -25,7 +25,7 @@ JOB = Job(global_batch=8, seq_len=64)
 
 @pytest.fixture(scope="module")
 def model() -> ModelGraph:
-    return trace(mixture("mixtral", num_hidden_layers=3, hidden_size=64, intermediate_size=256))
+    return model_graph(mixture("mixtral", num_hidden_layers=3, hidden_size=64, intermediate_size=256))
 
 
 def slow_links(name: str, bandwidth: float) -> Cluster:
@@ -66,7 +66,7 @@ def test_a_relaxation_for_all_sharings_is_below_that_of_each(model: ModelGraph) 
 
 def test_slow_links_make_ranks_share_experts(model: ModelGraph) -> None:
     """Gathering all experts, again and again, costs more than sending tokens."""
-    large = trace(mixture("mixtral", num_hidden_layers=3, hidden_size=64, intermediate_size=8192))
+    large = model_graph(mixture("mixtral", num_hidden_layers=3, hidden_size=64, intermediate_size=8192))
     fix = {"pp": 1, "tp": 1, "cp": 1, "zero": 3, "micro_batch": 1}
     found = search(large, JOB, slow_links("2x2:h100", 1e9), fix)
     assert found.mesh.ep > 1

@@ -16,7 +16,7 @@ from autopar.codegen.random_batches import random_batch
 from autopar.codegen.ranks import local_ranks
 from autopar.errors import BadInputError, UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ TOKENS = {"ids": torch.randint(16, (8,)), "labels": torch.randint(16, (8,))}
 def test_a_weight_read_in_several_blocks_is_one(fix: dict[str, object]) -> None:
     """Stored alike for all of them; and its copies on several stages are told, so that their gradients are added."""
     model = Ahead()
-    graph = trace(model, TOKENS)
+    graph = model_graph(model, TOKENS)
     assert graph.tied == (("table.weight",),)
     plan = autopar.search(model, autopar.Job(4, 8), CLUSTER, inputs=TOKENS, fix={"micro_batch": 2, **fix})
     assert autopar.verify(plan, model, TOKENS).worst[1] < 1e-12
@@ -137,7 +137,7 @@ def test_what_is_float32_meets_weights_as_under_autocast() -> None:
     graph = proved(Timed(), {"x": SAMPLE["x"], "step": torch.tensor(0.5)}, square, dp=2)
     assert not mixed(graph, "aten.linear", "aten.conv1d", "aten.layer_norm")
     assert any("as under autocast" in note for note in graph.notes)
-    plain = trace(nn.Sequential(nn.Linear(WIDTH, WIDTH)), {"input": SAMPLE["x"]}, square)
+    plain = model_graph(nn.Sequential(nn.Linear(WIDTH, WIDTH)), {"input": SAMPLE["x"]}, square)
     assert not any("as under autocast" in note for note in plain.notes)
 
 
@@ -175,7 +175,7 @@ def test_code_of_shorter_sequences_is_not_taken_for_that_of_longer_ones() -> Non
     model, given = Branching(cut=True), {"inputs": inputs_of(16), "loss": square}
     plan = autopar.search(model, autopar.Job(4, 16), CLUSTER, **given, fix={"dp": 2})
     assert autopar.verify(plan, model, **given).worst[1] < 1e-12
-    assert "aten.cumsum" not in ops(trace(model, **given))
+    assert "aten.cumsum" not in ops(model_graph(model, **given))
 
 
 class Added(nn.Module):
@@ -265,7 +265,7 @@ def test_masks_that_are_drawn_leave_something_and_mark_something() -> None:
             return self.layer(x) * mask.unsqueeze(-1)
 
     given = {"x": SAMPLE["x"], "mask": torch.tensor([1, 1, 1, 1, 1, 0])}
-    graph = trace(Masked(), given, square)
+    graph = model_graph(Masked(), given, square)
     for seed in range(50):
         mask = random_batch(graph, given, 1, SEQ, torch.float64, seed)["mask"]
         assert mask[0, 0] == 1
@@ -301,7 +301,7 @@ def test_sizes_that_differ_by_sample_are_refused_with_the_way_out() -> None:
 
     given = {"x": torch.randn(WIDTH, 3, 3), "sides": torch.tensor(3)}
     with pytest.raises(UnsupportedError, match=r"in a loop over its samples .* for the whole batch at once"):
-        trace(Resized(), given, square)
+        model_graph(Resized(), given, square)
 
 
 def test_a_loss_without_end_is_told() -> None:

@@ -9,8 +9,8 @@ from traced import gpt2, llama
 from autopar.cluster import Cluster
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 from autopar.solver import intra_ilp
 from autopar.solver.block_problem import Demands, ModelProblem, model_problem, ties_of
 from autopar.solver.collective_costs import CollectiveCosts
@@ -38,7 +38,7 @@ AXES = [
     ("model", "demands"), [*((name, Demands()) for name in MODELS), ("grouped", Demands(True, True))], ids=str
 )
 def test_a_shared_structure_is_the_one_found_alone(model: str, demands: Demands) -> None:
-    graph = trace(MODELS[model]())
+    graph = model_graph(MODELS[model]())
     memo: dict[object, object] = {}
     cases = [(axes, batch) for axes in AXES[:24] for batch in (1, 2, 3, 4)]  # sizes of one axis and of cp with tp
     rare = [(axes, batch) for axes in AXES[24:] for batch in (1, 2)]
@@ -56,7 +56,7 @@ def test_a_shared_structure_is_the_one_found_alone(model: str, demands: Demands)
 @pytest.mark.parametrize("model", MODELS)
 def test_elimination_finds_what_the_ilp_finds(model: str) -> None:
     """For the problems of real blocks, with a price of memory and without: the same strategies, of equal ones too."""
-    graph = trace(MODELS[model]())
+    graph = model_graph(MODELS[model]())
     memo: dict[object, object] = {}
     for axes in ({"tp": 2}, {"cp": 2, "tp": 2}, {"tp0": 2, "tp1": 2}):
         of = problem(graph, axes, 2, Demands(), memo).problem
@@ -90,7 +90,7 @@ def prices(axes: dict[str, int], batch: int) -> AxisPrices:
 def test_tables_made_once_find_the_least_of_every_size(model: str) -> None:
     """A structure's tables, filled with the prices of axes and micro-batches that divide alike, find what the problem
     of these prices has as its least, run again in backward or not."""
-    graph = trace(MODELS[model]())
+    graph = model_graph(MODELS[model]())
     memo: dict[object, object] = {}
     made: dict[int, KindTables] = {}
     for axes, batch in product(({"tp": 2}, {"tp": 4}, {"cp": 2, "tp": 2}, {"tp0": 2, "tp1": 2}), (2, 4, 8)):

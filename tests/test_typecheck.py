@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hand_plans import attention_of, gpt2, graph_of, llama, megatron, on_axes, plan_of, whole
+from hand_plans import Graphs, attention_of, gpt2, graph_of, llama, megatron, on_axes, plan_of, whole
 
 from autopar.cluster import Cluster
 from autopar.codegen.emit_block import FUNCTIONS
@@ -15,7 +15,7 @@ from autopar.job import Job
 from autopar.plan import Mesh, Plan
 from autopar.solver.search import search
 
-GRAPHS = {"llama": graph_of(llama(2)), "gpt2": graph_of(gpt2(2))}
+GRAPHS = Graphs({"llama": llama(2), "gpt2": gpt2(2)})
 
 
 def plan(model: str, name: str) -> Plan:

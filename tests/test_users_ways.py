@@ -13,7 +13,7 @@ import autopar
 from autopar.codegen.verify import verify
 from autopar.errors import UnsupportedError
 from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 
 WIDTH, HEADS, VOCABULARY, SEQ = 16, 4, 32, 8
 CLUSTER = autopar.Cluster.parse("1x2:h100")
@@ -29,7 +29,7 @@ def square(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 def proved(model: nn.Module, inputs: dict[str, Tensor], loss: Any = square, **fix: Any) -> ModelGraph:
     """The graph of ``model``, once its plan on two ranks computes the same."""
-    graph = trace(model, inputs, loss)
+    graph = model_graph(model, inputs, loss)
     plan = autopar.search(model, autopar.Job(4, SEQ), CLUSTER, inputs=inputs, loss=loss, fix=fix)
     assert verify(plan, model, inputs, loss=loss, graph=graph).worst[1] < 1e-10
     return graph
@@ -146,7 +146,7 @@ class Counting(nn.Module):
 
 
 def test_buffers_that_no_loss_reads_may_change():
-    graph = trace(Counting(), VECTORS, square)
+    graph = model_graph(Counting(), VECTORS, square)
     assert [note.split(",")[0] for note in graph.notes] == ["parameter linear.weight", "buffer calls", "buffer average"]
     assert not graph.buffers
     model = Counting()
@@ -157,7 +157,7 @@ def test_buffers_that_no_loss_reads_may_change():
 
 def test_a_buffer_that_changes_and_is_read_is_refused():
     with pytest.raises(UnsupportedError, match="changes buffer average in place, and its loss depends on it"):
-        trace(Counting(reads=True), VECTORS, square)
+        model_graph(Counting(reads=True), VECTORS, square)
 
 
 class Written(nn.Module):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from hand_plans import gpt2, graph_of, llama, megatron, plan_of, whole
+from hand_plans import Graphs, gpt2, graph_of, llama, megatron, plan_of, whole
 from torch import nn
 
 from autopar.cluster import Cluster
@@ -17,14 +17,13 @@ from autopar.codegen.emit_module import module_source
 from autopar.codegen.verify import verify, verify_source
 from autopar.errors import BadInputError, UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
 from autopar.job import Job
 from autopar.models import model_graph
 from autopar.plan import Mesh, Plan
 from autopar.solver.search import search
 
 MODELS = {"llama": llama(2), "gpt2": gpt2(2)}
-GRAPHS = {name: graph_of(model) for name, model in MODELS.items()}
+GRAPHS = Graphs(MODELS)
 
 
 def plan(graph: ModelGraph, name: str) -> Plan:
@@ -142,7 +141,7 @@ def test_a_model_and_loss_of_ones_own_are_verified() -> None:
     torch.manual_seed(0)
     model = Tiny()
     inputs = {"tokens": torch.arange(16), "targets": torch.arange(16)}
-    graph = trace(model, inputs, loss)
+    graph = model_graph(model, inputs, loss)
     found = search(graph, Job(8, 16), Cluster.parse("1x4:h100"), {"tp": 2, "dp": 2})
     assert verify(found, model, inputs, loss=loss).worst[1] <= 1e-10
 
@@ -152,7 +151,7 @@ def test_a_model_too_large_is_verified_on_a_twin_of_the_same_decisions(monkeypat
     model = llama(6, hidden_size=128, num_attention_heads=16, num_key_value_heads=4, vocab_size=512)
     graph = graph_of(model)
     chosen = plan_of(graph, megatron(graph, 4, True), Mesh(pp=2, dp=4, tp=4), bounds=(3,), seq_len=4096)
-    small = twin.small_twin(chosen, model, graph, trace)
+    small = twin.small_twin(chosen, model, graph, model_graph)
     assert small.plan.mesh == Mesh(pp=2, dp=2, tp=2)
     assert len(small.graph.blocks) < len(graph.blocks)
     assert small.graph.count_parameters() < graph.count_parameters()
@@ -181,7 +180,7 @@ def test_a_model_too_large_without_a_configuration_is_refused(monkeypatch: pytes
     graph = graph_of(model)
     del model.config
     with pytest.raises(UnsupportedError, match="too large to verify in one process"):
-        twin.small_twin(plan_of(graph, whole(graph)), model, graph, trace)
+        twin.small_twin(plan_of(graph, whole(graph)), model, graph, model_graph)
 
 
 @pytest.mark.proof
@@ -257,4 +256,4 @@ def test_a_configuration_that_cannot_be_narrowed_is_refused() -> None:
     graph = model_graph(model)
     model.config.hidden_act = "none of these"
     with pytest.raises(UnsupportedError, match=r"a narrow twin of it cannot be built .*: verify a smaller config"):
-        twin.small_twin(plan_of(graph, whole(graph)), model, graph, trace)
+        twin.small_twin(plan_of(graph, whole(graph)), model, graph, model_graph)

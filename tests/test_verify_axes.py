@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hand_plans import Axis, attention_of, decide, gpt2, graph_of, llama, on_axes, plan_of
+from hand_plans import Axis, Graphs, attention_of, decide, gpt2, graph_of, llama, on_axes, plan_of
 from torch import nn
 
 from autopar.cluster import Cluster
@@ -14,14 +14,14 @@ from autopar.codegen.typecheck import typecheck
 from autopar.codegen.verify import verify, verify_source
 from autopar.errors import UnsupportedError, VerificationError
 from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
 from autopar.job import Job
+from autopar.models import model_graph
 from autopar.plan import Mesh, Plan
 from autopar.sharding.layout import P, R, S
 from autopar.solver.search import search
 
 MODELS = {"llama": llama(2), "gpt2": gpt2(2)}
-GRAPHS = {name: graph_of(model) for name, model in MODELS.items()}
+GRAPHS = Graphs(MODELS)
 MESHES = {
     "cp4": Mesh(cp=4),
     "cp2 tp2 sp": Mesh(cp=2, tp=2),
@@ -109,7 +109,7 @@ def test_a_plan_too_large_is_verified_with_two_ranks_on_each_axis(monkeypatch: p
     graph = graph_of(model)
     mesh = Mesh(dp=2, cp=4, tp=8, tp_parts=(2, 4))
     chosen = plan_of(graph, on_axes(graph, mesh, True), mesh, seq_len=4096)
-    small = twin.small_twin(chosen, model, graph, trace)
+    small = twin.small_twin(chosen, model, graph, model_graph)
     assert small.plan.mesh == Mesh(dp=2, cp=2, tp=4, tp_parts=(2, 2))
     assert all(c.decision.axes == {"cp": 2, "tp0": 2, "tp1": 2} for c in small.plan.candidates.values())
     assert "vocabulary=" in module_source(small.plan, small.graph)
@@ -174,7 +174,7 @@ def test_ways_to_two_layouts_that_begin_alike_have_their_beginning_once() -> Non
             return (self.a(x) * self.b(x)).sum()
 
     model, inputs = Two(), {"input_ids": torch.arange(8)}
-    graph, mesh = trace(model, inputs), Mesh(tp=4, tp_parts=(2, 2))
+    graph, mesh = model_graph(model, inputs), Mesh(tp=4, tp_parts=(2, 2))
     [kind] = graph.kinds.values()
     axes = {"tp0": Axis({"a": (R, R), "b": (R, R)}), "tp1": Axis({"a": (S(2), P), "b": (R, R)})}
     decision = decide(kind, mesh.model_axes(), axes)

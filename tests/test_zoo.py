@@ -25,8 +25,8 @@ from autopar.cluster import Cluster  # noqa: E402
 from autopar.codegen.random_batches import random_batch  # noqa: E402
 from autopar.codegen.verify import verify  # noqa: E402
 from autopar.graph.ir import ModelGraph  # noqa: E402
-from autopar.graph.trace import trace  # noqa: E402
 from autopar.job import Job  # noqa: E402
+from autopar.models import model_graph  # noqa: E402
 from autopar.solver.fix import parse_fix  # noqa: E402
 from autopar.solver.search import search  # noqa: E402
 
@@ -146,7 +146,7 @@ def test_the_row_of_a_model_ended_at_its_limit_says_what_was_kept(monkeypatch):
 def traced(name: str) -> ModelGraph:
     model = zoo.build(ZOO[name])
     example = example_of(model)
-    return trace(model, example.inputs, example.loss)
+    return model_graph(model, example.inputs, example.loss)
 
 
 PLANS = {
@@ -188,7 +188,7 @@ def test_masks_of_layers_that_differ_are_each_split():
     name, arguments, head = ZOO["gemma2"]
     model = zoo.build((name, {**arguments, "num_hidden_layers": 2}, head))
     example = example_of(model)
-    graph = trace(model, example.inputs, example.loss)
+    graph = model_graph(model, example.inputs, example.loss)
     plan = search(graph, Job(2, example.seq), Cluster.parse("1x2:h100"), parse_fix({"cp": 2}))
     assert verify(plan, model, example.inputs, graph=graph).worst[1] < 1e-12
 
@@ -200,7 +200,7 @@ def test_targets_are_drawn_from_the_classes_there_are():
         (name, {**arguments, "num_hidden_layers": 2, "num_labels": 3}, "AutoModelForSequenceClassification")
     )
     example = example_of(model)
-    graph = trace(model, example.inputs, example.loss)
+    graph = model_graph(model, example.inputs, example.loss)
     batch = random_batch(graph, example.inputs, 64, example.seq, torch.float64, 0)
     assert set(batch["labels"].tolist()) <= {0, 1, 2, -100}
     assert len(batch["labels"].unique()) > 2
@@ -210,7 +210,7 @@ def test_placeholders_stay_where_they_are():
     """Images are put where their token is: a batch that is drawn must have it there, and nowhere else."""
     model = zoo.build(ZOO["llava"])
     example = example_of(model)
-    graph = trace(model, example.inputs, example.loss)
+    graph = model_graph(model, example.inputs, example.loss)
     batch = random_batch(graph, example.inputs, 4, example.seq, torch.float64, 0)
     marked = example.inputs["input_ids"] == 63
     assert marked.sum() == 16
@@ -284,7 +284,7 @@ def test_answers_are_not_where_a_mask_hides_them():
     name, arguments, _ = ZOO["bert"]
     model = zoo.build((name, {**arguments, "num_hidden_layers": 2}, "AutoModelForQuestionAnswering"))
     example = example_of(model)
-    graph = trace(model, example.inputs, example.loss)
+    graph = model_graph(model, example.inputs, example.loss)
     batch = random_batch(graph, example.inputs, 64, example.seq, torch.float64, 0)
     for ends in ("start_positions", "end_positions"):
         assert batch["attention_mask"].gather(1, batch[ends][:, None]).all()

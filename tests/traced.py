@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from autopar.graph.interpret import keep_wide, run_model
 from autopar.graph.ir import ModelGraph
-from autopar.graph.trace import trace
+from autopar.models import model_graph
 
 VOCABULARY = 128
 
@@ -57,13 +57,13 @@ def gpt2(layers: int = 3, device: str = "meta", dropout: float = 0.0) -> GPT2LMH
 @cache
 def llama_graph() -> ModelGraph:
     """`llama()` traced, once per session."""
-    return trace(llama())
+    return model_graph(llama())
 
 
 @cache
 def gpt2_graph() -> ModelGraph:
     """`gpt2()` traced, once per session."""
-    return trace(gpt2())
+    return model_graph(gpt2())
 
 
 def token_batch(samples: int, positions: int, seed: int = 1) -> dict[str, Tensor]:
