@@ -143,7 +143,7 @@ def every_plan(model: ModelGraph, context: Context, space: Sequence[Config]) -> 
             handed = max(boundary_bytes(model.kinds[c.kind], c.decision, config.micro_batch, context.job) for c in way)
             for cuts in itertools.combinations(range(1, blocks), config.stages - 1):
                 stages = [way[start:stop] for start, stop in itertools.pairwise((0, *cuts, blocks))]
-                priced = assess(context, config, stages, handed)
+                priced = assess(context, config, stages, handed, beat=best)
                 best = min(best, priced.step_time)
                 yield priced.step_time, priced
 
