@@ -1,4 +1,4 @@
-# make demo | test | check | subset | experts | proof | fuzz | memory | zoo | snapshots | examples | readme: each makes .venv
+# make demo | test | check | subset | long | proof | fuzz | memory | zoo | snapshots | examples | readme: each makes .venv
 # first, once, from the pinned constraints.txt.
 PYTHON := $(firstword $(foreach python,$(PYTHON) python3 python3.13 python3.12 python3.11,\
 	$(shell $(python) -c 'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
@@ -8,7 +8,7 @@ CODE := autopar tests examples benchmarks
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check subset experts proof fuzz memory zoo snapshots examples readme clean
+.PHONY: demo test check subset long proof fuzz memory zoo snapshots examples readme clean
 
 demo: $(READY)
 	$(BIN)/autopar search llama3-8b --cluster 8x8:h100 --global-batch 512 --seq-len 8192
@@ -16,9 +16,9 @@ demo: $(READY)
 	$(BIN)/autopar verify build/demo --model examples/demo.py:small_llama
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not proof and not experts"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not proof and not long"
 
-# A part of the proof that holds every value of every choice once, the bytes of every rank, training runs of minutes.
+# A part of the proof that holds every value of every choice once, and training runs of minutes.
 subset: $(READY)
 	$(BIN)/python -m pytest -m proof
 
@@ -27,9 +27,9 @@ check: $(READY)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-# Mixtures of experts on real ranks; with the others it would be too long for continuous integration.
-experts: $(READY)
-	$(BIN)/python -m pytest -m experts
+# Mixtures of experts on real ranks, bytes of every rank: with the others too long for continuous integration.
+long: $(READY)
+	$(BIN)/python -m pytest -m long
 
 # All of it. One case alone: make proof ONLY="llama dp2 tp2 fp64 zero0 m2x1"
 proof: $(READY)

@@ -79,7 +79,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[prove.Measured]:
     return rows
 
 
-@pytest.mark.experts
+@pytest.mark.long
 def test_loss_gradients_and_steps_agree_with_one_device(measured: list[prove.Measured]) -> None:
     wide = [fix for fixes in KINDS.values() for fix in fixes]
     assert len(measured) == len(wide) + sum(fix in FLOAT32 for fix in wide)

@@ -7,7 +7,7 @@ import pytest
 from proof.memory import PLANS, measure
 
 
-@pytest.mark.proof
+@pytest.mark.long
 def test_plans_hold_what_is_predicted(tmp_path: Path) -> None:
     """Static bytes within 1 %, the peak within 3 %, on every pipeline rank."""
     rows, failed = measure(tmp_path / "memory")
