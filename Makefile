@@ -27,7 +27,8 @@ check: $(READY)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-# Mixtures of experts on real ranks, bytes of every rank: with the others too long for continuous integration.
+# Mixtures of experts and bytes on real ranks, searches by the hundred: with the others too long for continuous
+# integration.
 long: $(READY)
 	$(BIN)/python -m pytest -m long
 

@@ -46,7 +46,7 @@ def test_shuffled_searches_find_what_fresh_processes_find() -> None:
     check_shuffled(4, alone)
 
 
-@pytest.mark.proof
+@pytest.mark.long
 def test_hundreds_of_searches_find_what_fresh_interpreters_find() -> None:
     """No fork here: each case in an interpreter of its own."""
     alone = [fresh(place, hash_seed=place)[0] for place in range(len(CASES))]
