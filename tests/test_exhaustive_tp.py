@@ -144,8 +144,9 @@ def every_plan(model: ModelGraph, context: Context, space: Sequence[Config]) -> 
             for cuts in itertools.combinations(range(1, blocks), config.stages - 1):
                 stages = [way[start:stop] for start, stop in itertools.pairwise((0, *cuts, blocks))]
                 priced = assess(context, config, stages, handed, beat=best)
-                best = min(best, priced.step_time)
-                yield priced.step_time, priced
+                if priced.step_time < best:
+                    best = priced.step_time
+                    yield best, priced
 
 
 @cache

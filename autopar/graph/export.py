@@ -55,8 +55,8 @@ from autopar.graph.value_ranges import ValueRanges, masks_told, small_numbers
 
 Loss = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
-MANY = 100
-"""Modules from which on torch's cache of fake results pays: 8 layers of Llama took as long with it as without."""
+DEEP = 100
+"""Modules above which torch's cache of fake results pays: 8 layers of Llama took as long with it as without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +306,7 @@ def _export(
         for context in taken:
             stack.enter_context(context)
         warnings.simplefilter("ignore")  # torch.export's notes about its own internals
-        stack.enter_context(_lean(deep=fold is None and sum(1 for _ in model.modules()) > MANY))
+        stack.enter_context(_lean(cached=fold is None and sum(1 for _ in model.modules()) > DEEP))
         program = torch.export.export(
             LossOf(copied, loss, ranges.batch), (tensors,), strict=False, dynamic_shapes=(dynamic,)
         )
@@ -317,14 +317,14 @@ def _export(
 
 
 @contextlib.contextmanager
-def _lean(deep: bool) -> Iterator[None]:
+def _lean(cached: bool) -> Iterator[None]:
     """torch.export without what nothing here reads, a third of its time: where in Python each node was made, each
-    graph as Python code, and, unless the model is ``deep``, a cache of fake results that costs more than it saves."""
+    graph as Python code, and, unless ``cached``, a cache of fake results, which costs few layers more than it saves."""
     fx: Any = fx_config
     before = getattr(fx, "do_not_emit_stack_traces", False)  # torch 2.11 has no such field, and reads none
     fx.do_not_emit_stack_traces = True
     try:
-        with _use_lazy_graph_module(True), dynamo.patch(fake_tensor_cache_enabled=deep):
+        with _use_lazy_graph_module(True), dynamo.patch(fake_tensor_cache_enabled=cached):
             yield
     finally:
         fx.do_not_emit_stack_traces = before
