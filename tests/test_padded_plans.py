@@ -23,10 +23,11 @@ from autopar.models import model_graph
 from autopar.plan import Plan
 from autopar.report.words import block_lines
 from autopar.solver.context import Context
+from autopar.solver.explore import explore
 from autopar.solver.fix import Fix, parse_fix
 from autopar.solver.plan_of import plan_of
 from autopar.solver.reprice import check_price
-from autopar.solver.search import explore, search
+from autopar.solver.search import search
 from autopar.solver.space import configs, shapes
 from tests.test_padding import gpt2, grouped
 

@@ -11,14 +11,15 @@ from autopar.cluster import Cluster
 from autopar.errors import BadInputError
 from autopar.job import Job
 from autopar.objective import Objective
-from autopar.solver import search as search_module
+from autopar.solver import explore as explore_module
 from autopar.solver.config_bounds import quick_bound
 from autopar.solver.context import Context
+from autopar.solver.explore import explore
 from autopar.solver.fix import Fix
 from autopar.solver.found import INFINITE
 from autopar.solver.limits import OPTIMAL, Limits, Progress, Watch
 from autopar.solver.objectives import search_parts
-from autopar.solver.search import explore, search
+from autopar.solver.search import search
 from autopar.solver.space import open_configs_of, shapes
 
 MODEL, JOB, CLUSTER = decoder(4), Job(16, 64), Cluster.parse("2x4:h100")
@@ -60,7 +61,7 @@ def test_interrupts_take_the_best_so_far():
 def test_the_bound_of_what_an_interrupt_cuts_short_still_stands(monkeypatch):
     """Of two configurations the first is priced, and the second interrupted in the middle of its refinement."""
     context = Context.of(MODEL, JOB, CLUSTER, Fix())
-    real, cut = search_module.stage_bound, []
+    real, cut = explore_module.stage_bound, []
 
     def interrupted(of, config, shardings, **options):
         if not options.get("paths", True) and config == second and told[-1].best is not None:
@@ -68,7 +69,7 @@ def test_the_bound_of_what_an_interrupt_cuts_short_still_stands(monkeypatch):
             raise KeyboardInterrupt
         return real(of, config, shardings, **options)
 
-    monkeypatch.setattr(search_module, "stage_bound", interrupted)
+    monkeypatch.setattr(explore_module, "stage_bound", interrupted)
     space = [shape for shape in shapes(MODEL, JOB, CLUSTER, Fix()) if shape.outline.micro_batch == 1]
     some = [config for shape in space for config in open_configs_of(shape, JOB, CLUSTER, Fix())][::7]
     checked = 0
@@ -125,14 +126,14 @@ def test_what_does_not_fit_is_no_reason_to_stop_seeking(monkeypatch):
     group = cluster.groups[0]
     cluster = Cluster((replace(group, inter_node=replace(group.inter_node, bandwidth=2e9)),))
     model, job = decoder(16), Job(64, 256)
-    real, staged = search_module.price, []
+    real, staged = explore_module.price, []
 
     def none_of_the_first_fits(context, config, shardings, found):
         if config.pp > 1:
             staged.append(config)
         return INFINITE if config.pp > 1 and len(staged) <= 20 else real(context, config, shardings, found)
 
-    monkeypatch.setattr(search_module, "price", none_of_the_first_fits)
-    monkeypatch.setattr(search_module._Walk, "prove", lambda walk: None)
+    monkeypatch.setattr(explore_module, "price", none_of_the_first_fits)
+    monkeypatch.setattr(explore_module._Walk, "prove", lambda walk: None)
     explore(Context.of(model, job, cluster, Fix()), shapes(model, job, cluster, Fix()), Watch(Limits(gap=0.0)))
     assert len(staged) > 20

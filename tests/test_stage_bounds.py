@@ -11,12 +11,13 @@ from autopar.solver.borders import even_borders
 from autopar.solver.chain import chain_of
 from autopar.solver.laps import forced_seconds, laps_bound, laps_fit
 from autopar.solver.mixes import mixed
-from autopar.solver.orders import is_steady, moments, orders, peaks, warm_up
+from autopar.solver.orders import moments, orders, peaks, warm_up
 from autopar.solver.path_bound import path_bound, program_bound
 from autopar.solver.paths import weights
 from autopar.solver.reach import reach
 from autopar.solver.simulate import StageTimes, gpipe_seconds, simulate
 from autopar.solver.stages import BlockRun, Option, StageProblem, least_seconds, rank_bytes, solve_stages, stage_seconds
+from autopar.solver.standing import standing
 
 GIB = 2**30
 ROUNDING = 1 + 1e-9
@@ -200,13 +201,18 @@ def test_gpipe_of_even_stages_is_as_long_as_its_path():
     assert float(found.average.sum(axis=1) @ np.array([1.0, 2.0, 0.0, 0.0, 0.0])) == pytest.approx(even)
 
 
+def runs(schedule: str, ranks: int, micro_batches: int) -> bool:
+    """Whether the schedule takes so many micro-batches."""
+    least = {"1f1b": ranks, "dualpipev": 2 * ranks}
+    whole = schedule != "interleaved" or micro_batches % max(1, micro_batches // ranks) == 0
+    return micro_batches >= least.get(schedule, 1) and whole
+
+
 def test_what_ranks_hold_needs_no_walk_through_the_schedule():
     """Closed forms against the orders of actions."""
     for schedule, vpp in [("none", 1), *SCHEDULES_OF]:
         for ranks, micro in product((1,) if schedule == "none" else (2, 3, 5), (2, 3, 5, 8, 12)):
-            rounds = micro % max(1, micro // ranks)
-            wants = {"1f1b": micro < ranks, "interleaved": rounds != 0, "dualpipev": micro < 2 * ranks}
-            if wants.get(schedule):
+            if not runs(schedule, ranks, micro):
                 continue
             held = warm_up(schedule, ranks, vpp, micro)
             for rank, (first, most) in enumerate(zip(held, peaks(schedule, ranks, vpp, micro), strict=True)):
@@ -219,5 +225,27 @@ def test_what_ranks_hold_needs_no_walk_through_the_schedule():
                     alive += 1 if kind == "F" else -1
                 assert most == (((max(seen), 0),),)
                 assert {m.held[0][0] for m in moments(schedule, ranks, vpp, micro)[rank]} <= set(seen)
-                if rank == 0:
-                    assert is_steady(schedule, ranks, vpp, micro) == (seen.count(max(seen)) > 1)
+
+
+def test_what_ranks_surely_hold_they_hold_at_some_time():
+    """Closed forms again, and gradients that are kept, against the orders of actions."""
+    later = 0
+    for schedule, vpp in [("none", 1), *SCHEDULES_OF, ("interleaved", 3)]:
+        needed = 2 if schedule in ("zbv", "dualpipev") else 1
+        for ranks, micro in product((1,) if schedule == "none" else (2, 3, 5, 8), (1, 2, 3, 4, 5, 8, 12, 16)):
+            if not runs(schedule, ranks, micro):
+                continue
+            for drains in (False, True):
+                held = standing(schedule, ranks, vpp, micro, drains)
+                for times, known in zip(held, moments(schedule, ranks, vpp, micro), strict=True):
+                    later += any(kept for time in times for _, kept in time)
+                    for time in times:
+                        assert any(
+                            all(
+                                alive <= flying and (not kept or (done >= needed and (drains or done < micro)))
+                                for (alive, kept), (flying, _, done) in zip(time, moment.held, strict=True)
+                            )
+                            for moment in known
+                            if moment.kind != "I"
+                        )
+    assert later > 100

@@ -37,9 +37,10 @@ def work_of(option: Option) -> float:
     return option.forward_s + option.backward_s
 
 
-def bytes_of(option: Option, alive: int) -> float:
-    """Bytes of a block while ``alive`` micro-batches are in flight, transient bytes left out."""
-    return option.resident + alive * option.inflight
+def bytes_of(option: Option, alive: int, kept: bool = False) -> float:
+    """Bytes of a block while ``alive`` micro-batches are in flight, transient bytes left out. ``kept``: with those of
+    its gradients, which are the same under every option of a run."""
+    return option.resident + alive * option.inflight + (option.gradients if kept else 0.0)
 
 
 def fastest(run: BlockRun) -> int:
@@ -136,14 +137,17 @@ class Chain:
 
     def seconds(self, rank: int) -> Floats:
         """Least seconds per micro-batch of every piece as the one stage of a rank; infinite where it cannot fit."""
+        return np.asarray(np.max([self._seconds(rank, *time) for (time,) in self.problem.standing(rank)], axis=0))
+
+    def _seconds(self, rank: int, alive: int, kept: bool) -> Floats:
+        """The same at one time; ``kept``: with gradients."""
         problem = self.problem
-        alive = min(alive for ((alive, _),) in problem.held(rank))
         counts = [self.pieces(row) for row in self.counts]
         transient = np.zeros_like(counts[0])
         for count, needed in zip(counts, self._transient, strict=True):
             transient = np.maximum(transient, np.where(count > 0, needed, 0.0))
         options = [run.options[fastest(run)] for run in problem.runs]
-        held = sum(count * bytes_of(option, alive) for count, option in zip(counts, options, strict=True))
+        held = sum(count * bytes_of(option, alive, kept) for count, option in zip(counts, options, strict=True))
         lacking = np.asarray(held + transient - problem.spare(rank))
         found = self.pieces(self.work)
         if lacking.max() <= 0.0:

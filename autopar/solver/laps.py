@@ -3,8 +3,8 @@
 Constraint (5) of `stages` says of rank q, whatever its stages are: V >= idle_q + m w_q + o, where idle_q is the way
 there and, if backwards are not halved, back through at least the first q blocks of the chain, and what its stages take
 beside their blocks, and o at least the even share of the optimizer. Summed over ranks, with W the fastest seconds of
-all blocks and R those that memory forces on top (a knapsack over all ranks' bytes, and their hosts', each block with
-the fewest micro-batches in flight that any stage has at some time when most is):
+all blocks and R those that memory forces on top (a knapsack over all ranks' bytes, and their hosts', at some time of
+each (`standing`), every block with the fewest micro-batches in flight that any stage has then):
 
     p V >= m (W + R) + sum_q idle_q + p o
 
@@ -59,10 +59,16 @@ def laps_fit(problem: StageProblem) -> bool:
 
 def forced_seconds(problem: StageProblem, chain: Chain) -> float:
     """R of the docstring, for one stage a rank or several; infinite if memory is too small for any spread."""
-    flying = min(_flying(problem, rank) for rank in range(problem.pp))
+    return max(_forced_seconds(problem, chain, *time) for time in _times(problem))
+
+
+def _forced_seconds(problem: StageProblem, chain: Chain, flying: int, kept: bool) -> float:
+    """The same at one time of each rank. ``flying``: the fewest micro-batches in flight on a stage; ``kept``: whether
+    all keep gradients."""
     room = sum(max(0.0, problem.spare(rank)) for rank in range(problem.pp))
     options = [run.options[fastest(run)] for run in problem.runs]
-    lacking = sum(run.count * bytes_of(one, flying) for run, one in zip(problem.runs, options, strict=True)) - room
+    held = sum(run.count * bytes_of(one, flying, kept) for run, one in zip(problem.runs, options, strict=True))
+    lacking = held - room
     hosted = sum(run.count * flying * one.hosted for run, one in zip(problem.runs, options, strict=True))
     seconds = 0.0
     for step in chain.hull(flying):
@@ -73,10 +79,12 @@ def forced_seconds(problem: StageProblem, chain: Chain) -> float:
         hosted += taken / step.nbytes * flying * (run.options[step.after].hosted - run.options[step.before].hosted)
     if lacking > 1.0:
         return float("inf")
-    return seconds if hosted <= problem.pp * problem.host_room else max(seconds, _forced_by_both(problem, flying, room))
+    if hosted <= problem.pp * problem.host_room:
+        return seconds
+    return max(seconds, _forced_by_both(problem, flying, kept, room))
 
 
-def _forced_by_both(problem: StageProblem, flying: int, room: float) -> float:
+def _forced_by_both(problem: StageProblem, flying: int, kept: bool, room: float) -> float:
     """The same where bytes of devices and of hosts are short: in parts of blocks, the least seconds that fit both."""
     rows = Rows()
     runs, seconds = problem.runs, []
@@ -87,7 +95,7 @@ def _forced_by_both(problem: StageProblem, flying: int, room: float) -> float:
         place += len(run.options)
         seconds += [work_of(option) - work_of(run.options[fastest(run)]) for option in run.options]
     options = [option for run in runs for option in run.options]
-    rows.add(variables, np.array([bytes_of(o, flying) for o in options]) / BYTES, -float("inf"), room / BYTES)
+    rows.add(variables, np.array([bytes_of(o, flying, kept) for o in options]) / BYTES, -float("inf"), room / BYTES)
     hosted = np.array([flying * o.hosted for o in options]) / BYTES
     rows.add(variables, hosted, -float("inf"), problem.pp * problem.host_room / BYTES)
     solver, status = solve_linear(rows.cheapest(seconds))
@@ -96,9 +104,18 @@ def _forced_by_both(problem: StageProblem, flying: int, room: float) -> float:
     return float(solver.objective_value) * (1 - TOLERANCE) if status == OPTIMAL else 0.0
 
 
-def _flying(problem: StageProblem, rank: int) -> int:
-    """The fewest micro-batches in flight that any stage of a rank has when most is."""
-    return max(min(alive for alive, _ in moment) for moment in problem.held(rank))
+def _times(problem: StageProblem) -> list[tuple[int, bool]]:
+    """The fewest micro-batches in flight on any stage, and whether all stages keep gradients: at a time of each rank
+    when most is, and at one when they do."""
+    ranks = [
+        [(min(alive for alive, _ in time), all(kept for _, kept in time)) for time in problem.standing(rank)]
+        for rank in range(problem.pp)
+    ]
+    most = [max(times) for times in ranks]
+    found = [most]
+    if not all(kept for _, kept in most) and all(any(kept for _, kept in times) for times in ranks):
+        found.append([max(time for time in times if time[1]) for times in ranks])
+    return [(min(alive for alive, _ in times), all(kept for _, kept in times)) for times in found]
 
 
 def _main(problem: StageProblem) -> int:

@@ -70,7 +70,8 @@ def _least_problems(
             for one, transient in zip(told, needed, strict=True)
         ]
         problem = staged(context, config, places[0], runs, overhead, room, True, tuple(map(tuple, beside.T.tolist())))
-        yield replace(problem, transfer_s=transfer_s, ends_s=ends_s, host_room=host_room)
+        drains = all(place.memory.drains for place in places)
+        yield replace(problem, transfer_s=transfer_s, ends_s=ends_s, host_room=host_room, drains=drains)
 
 
 def _ways(
@@ -120,7 +121,7 @@ class _Told:
     """What is known of a run's blocks: each ``choice``; ``sending``, what they copy and send whatever the choice, the
     ways of it apart that take memory; ``sure``, seconds of both halves of the backward; ``begun``, bytes at the begin
     of the backward of one, and of one behind another (`MemoryModel.least_backward`). Of an option of one of them
-    ``resident``, ``reduce_s``, ``optimizer_s``."""
+    ``resident``, ``gradients``, ``reduce_s``, ``optimizer_s``."""
 
     run: KindRun
     choices: tuple[_Least, ...]
@@ -128,6 +129,7 @@ class _Told:
     sure: tuple[float, float]
     begun: tuple[float, float]
     resident: float
+    gradients: float
     reduce_s: float
     optimizer_s: float
 
@@ -144,8 +146,9 @@ class _Told:
 
 class _Ranks(NamedTuple):
     """What the data ranks of a configuration add at least to a block of a run: seconds of copies in each micro-batch,
-    of the network in each forward and each backward, of reductions after all, of the optimizer; bytes that stand, and
-    at the begin of its backward, if it is alone and if it follows another (`MemoryModel`)."""
+    of the network in each forward and each backward, of reductions after all, of the optimizer; bytes that stand, of
+    gradients that are kept, and at the begin of its backward, if it is alone and if it follows another
+    (`MemoryModel`)."""
 
     copies_s: float
     ahead_s: float
@@ -153,6 +156,7 @@ class _Ranks(NamedTuple):
     reduce_s: float
     optimizer_s: float
     resident: float
+    gradients: float
     begun: float
     begun_behind: float
 
@@ -162,7 +166,7 @@ def _every(
 ) -> list[_Told]:
     """What is known of every run: the same for all schedules that halve backwards, or for all that do not."""
     first, halved = configs[0], SCHEDULES[configs[0].schedule].splits_backward
-    ranks = tuple((of_ranks(place.data), place.memory.steady) for place in places)
+    ranks = tuple(of_ranks(place.data) for place in places)
     key = ("told", halved, first.pp == 1, first.ep, sharp, ranks)
     if key not in shardings.memo:
         runs = _runs(context, first)
@@ -197,6 +201,7 @@ def _told(
         _sure_halves(context, configs[0], run.kind) if halved else (0.0, 0.0),
         (least.begun, least.begun_behind),
         least.resident,
+        least.gradients,
         least.reduce_s,
         least.optimizer_s,
     )
@@ -211,7 +216,7 @@ def _elements(context: Context, config: Config, run: KindRun) -> tuple[float, fl
 def _of_data(context: Context, config: Config, place: Placed, run: KindRun, stays: bool) -> _Ranks:
     """``stays``: if under zero 3 the block, unless it is in a root group, stays gathered."""
     data, memory, stays = place.data, place.memory, stays and not run.root
-    key = ("of data", run.start, config.tp, config.pp == 1, config.ep, stays, of_ranks(data), memory.steady)
+    key = ("of data", run.start, config.tp, config.pp == 1, config.ep, stays, of_ranks(data))
     if key not in context.memo:
         elements, trains, expert = _elements(context, config, run)
         held, trained, shared = int(elements + expert), int(trains + expert), int(expert)
@@ -225,13 +230,18 @@ def _of_data(context: Context, config: Config, place: Placed, run: KindRun, stay
         # A root group is gathered and reduced apart.
         gather = data.of("gather_s", held, shared) if data.gathers_each and not (run.root or stays) else 0.0
         scatter = 0.0 if data.defers or run.root else data.of("scatter_s", trained, shared)
+        stands = memory.least_resident(elements + expert, run.root and run.sure, elements - trains, expert)
+        gradients = memory.least_gradients(trained, shared)
+        if config.pp == 1 and config.micro_batches > 1:  # whenever most is in flight, but for the first time
+            stands, gradients = stands + gradients, 0.0
         context.memo[key] = _Ranks(
             copies,
             gather,
             (gather if passes else 0.0) + scatter,
             data.of("reduce_s", trained, shared) if data.exposes else 0.0,
             _least_optimizer(context, config, place, trains, expert),
-            memory.least_resident(elements + expert, run.root and run.sure, elements - trains, expert),
+            stands,
+            gradients,
             memory.least_backward(gathered, trained, run.root),
             memory.least_backward(gathered, trained, run.root, 0.0 if run.root else gathered),
         )
@@ -299,6 +309,7 @@ def _options(told: _Told, way: tuple[bool, bool], gpipe: bool, transient: tuple[
             sure_input_s=told.sure[0],
             sure_weight_s=told.sure[1],
             hosted=least.hosted,
+            gradients=told.gradients,
         )
 
 

@@ -40,7 +40,7 @@ Experts that ``ep`` data ranks share are sharded over Z / ep of the ranks of a s
 at least), so that their shards are ep times larger; what is not divided by Z is as it is for other parameters.
 
 The stage ILP counts each part at its most, as if all came at once (`resident`, `staging`), which is never less; bounds
-count what surely stands when most is in flight (`least_resident`, `least_buffers`).
+count what surely stands at some times (`standing`, `least_resident`, `least_gradients`, `least_buffers`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from autopar.job import Job
 from autopar.plan import MEMORY_KINDS
 from autopar.schedule import SCHEDULES, Schedule, stages_of
 from autopar.solver.moment_table import SHARES, Ints, moment_tables
-from autopar.solver.orders import Held, is_steady, peaks
+from autopar.solver.orders import Held, peaks
 from autopar.solver.stage_peaks import Peak, StageBackward
 from autopar.stack import stack_of
 
@@ -174,11 +174,6 @@ class MemoryModel:
         """Whether the schedule halves backwards."""
         return self._rule.splits_backward
 
-    @property
-    def steady(self) -> bool:
-        """See `orders.is_steady`."""
-        return is_steady(self.schedule if self.pp > 1 else "none", self.pp, self.vpp, self.micro_batches)
-
     def rank_of(self, stage: int) -> int:
         return self._rule.rank_of(stage, self.pp)
 
@@ -263,13 +258,22 @@ class MemoryModel:
         return max(master, copies if self.shards > 1 else copies - compute) * elements
 
     def least_resident(self, elements: float, root: bool = False, frozen: float = 0.0, expert: float = 0.0) -> float:
-        """Bytes that surely stand, of so many elements, whenever most micro-batches are in flight; ``frozen`` and
-        ``expert``: as in `resident`."""
+        """Bytes that stand all the time, of so many elements; ``frozen`` and ``expert``: as in `resident`."""
         if expert and self.ep > 1:
             return self.least_resident(elements - expert, root, frozen) + self.experts.least_resident(expert, root)
         held = self.per_element(root)
-        gradients = min(self.kept_gradients(done, self.splits) for done in ("one", "some")) if self.steady else 0.0
-        return held["parameters"] * elements + (held["optimizer"] + gradients) * (elements - frozen)
+        buffers = self.job.gradient_bytes if self.keeps_buffers else 0.0
+        return held["parameters"] * elements + (held["optimizer"] + buffers) * (elements - frozen)
+
+    def least_gradients(self, trains: float, expert: float = 0.0) -> float:
+        """Bytes of gradients, beside `least_resident`, that are kept of so many elements that train once a stage has
+        done backwards (`standing`); ``expert``: of them, those of shared experts."""
+        if expert and self.ep > 1:
+            return self.least_gradients(trains - expert) + self.experts.least_gradients(expert)
+        if self.keeps_buffers:
+            return 0.0
+        ways = [("some", True), ("some", False)] if self.splits else [("one", False), ("some", False)]
+        return min(self.kept_gradients(done, halved) for done, halved in ways) * trains
 
     def least_backward(self, elements: float, trains: float, root: bool = False, behind: float = 0.0) -> float:
         """Bytes that surely stand, beside `least_resident` and what is saved, when the backward of a block begins

@@ -30,9 +30,6 @@ from autopar.schedule import stages_of
 _Numbers = TypeVar("_Numbers", bound=tuple[tuple[int, ...], ...])
 
 
-MOST_ACTIONS = 4_000
-
-
 class Action(NamedTuple):
     """Stage ``stage`` computes ``kind`` ("F", "B", "I" or "W") of micro-batch ``micro``. ``joined``: with the next one,
     as an overlapped pair, which torch starts when both can and whose results it sends when both are done."""
@@ -225,8 +222,12 @@ and how many backwards each of them has done."""
 
 def _backwards(schedule: str, ranks: int, vpp: int, micro_batches: int) -> Iterator[Iterator[Backward]]:
     """Of each rank."""
-    programs = orders(schedule, ranks, vpp, micro_batches)
-    return (_backwards_of(*one) for one in zip(programs, stages_of(schedule, ranks, vpp), strict=True))
+    return (backwards_of_rank(schedule, rank, ranks, vpp, micro_batches) for rank in range(ranks))
+
+
+def backwards_of_rank(schedule: str, rank: int, ranks: int, vpp: int, micro_batches: int) -> Iterator[Backward]:
+    """The backwards of a rank in their order."""
+    return _backwards_of(orders(schedule, ranks, vpp, micro_batches)[rank], stages_of(schedule, ranks, vpp)[rank])
 
 
 def _backwards_of(order: Iterable[Action], own: Sequence[int]) -> Iterator[Backward]:
@@ -284,31 +285,6 @@ def _moments(most: int, micro_batches: int) -> tuple[Moment, ...]:
         moment = Moment("B", 0, ((min(most, micro_batches - done), 0, done),), (share,), last)
         found.setdefault((share, last), moment)
     return tuple(found.values())
-
-
-@lru_cache(maxsize=4096)
-def is_steady(schedule: str, ranks: int, vpp: int, micro_batches: int) -> bool:
-    """Whether all that a rank ever holds at its `peaks`, it also holds when each of its stages has done a backward; not
-    looked into for schedules of more actions than `MOST_ACTIONS`, which are said not to be."""
-    if vpp > 1 and 2 * ranks * vpp * micro_batches > MOST_ACTIONS:
-        return False
-    if vpp == 1:
-        return all(most[0][0] < micro_batches for most in warm_up(schedule, ranks, vpp, micro_batches))
-    return all(map(_steady, _backwards(schedule, ranks, vpp, micro_batches)))
-
-
-def _steady(backwards: Iterable[Backward]) -> bool:
-    every: set[Held] = set()
-    later: set[Held] = set()
-    for kind, _, held, done in backwards:
-        if kind != "I":
-            (later if all(done) else every).add(held)
-    sooner = sorted(every - later)
-    if not sooner:
-        return True
-    rows = np.array(sorted(every | later)).reshape(len(every | later), -1)
-    # What another time exceeds is no peak.
-    return all((rows >= np.array(held).reshape(-1)).all(axis=1).sum() > 1 for held in sooner)
 
 
 def _share(count: int, whole: int) -> str:

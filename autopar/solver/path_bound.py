@@ -6,8 +6,8 @@ halved backward only some are sure to be of one half; the others count with whic
 memory forces blocks to run again (`laps.forced_seconds`) is backward.
 
 `program_bound` is the linear program of all that: how many blocks of each run are in each stage, under which option, in
-parts, so that every rank and its host fit after its first forwards, and the step is as long as every path found, and as
-every rank's own work. It leaves out that stages are contiguous.
+parts, so that every rank and its host fit at some times (`standing`), and the step is as long as every path found, and
+as every rank's own work. It leaves out that stages are contiguous.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, Rows, solve_li
 from autopar.solver.paths import Weights, weights
 from autopar.solver.stages import BlockRun, Option, StageProblem
 
-LEVELS = (0.9, 0.5, 0.0)
+LEVELS = (0.9, 0.7, 0.5, 0.35, 0.2, 0.0)
 """Shares of the work that stages surely have, for which paths are sought."""
 
 ONCE = (1.0, 0.3, 0.1, 0.03, 0.0)
@@ -103,14 +103,15 @@ def program_bound(problem: StageProblem) -> float:
     m, (ahead_s, back_s, first_s, last_s) = problem.micro_batches, problem.beside_s()
     beside = m * (ahead_s + back_s) + first_s + last_s
     works = np.array([work_of(option) for _, option in options])
-    resident, inflight, hosted = np.array([(o.resident, o.inflight, o.hosted) for _, o in options]).T
+    nbytes = np.array([(o.resident, o.inflight, o.gradients, o.hosted) for _, o in options])
+    resident, inflight, gradients, hosted = nbytes.T
     for rank in range(problem.pp):
         own = problem.own(rank)
         mine = [one for stage in own for one in counts[stage]]
         own_s = float(beside[list(own)].sum())
         rows.add([step, *mine], np.array([1.0, *np.tile(-m * works, len(own))]), own_s + optimizer)
-        for held in problem.held(rank):
-            needed = np.concatenate([resident + alive * inflight for alive, _ in held])
+        for held in problem.standing(rank):
+            needed = np.concatenate([resident + alive * inflight + kept * gradients for alive, kept in held])
             rows.add(mine, needed / BYTES, -float("inf"), problem.spare(rank) / BYTES)
         if problem.host_room < float("inf"):
             waiting = np.concatenate([alive * hosted for alive in problem.most_alive(rank)])

@@ -258,7 +258,7 @@ def best_stages(
     """The fastest stages found that fit, over compatible answers; None if none fit, or what waits on the host does not
     fit there. ``extended``: see `Context.freedom`; ``thorough``: see `quick_stages`; ``at_once``: the first that are
     found, and no others. ``beat``: seconds sought that others are not looked for if they are not likely to beat.
-    ``laps``: what other answers' stages are known to take; None as well if these do not promise less.
+    ``laps``: what other answers' stages are known to take; those that do not promise less are not looked for.
 
     The stage problem counts each part of a rank's bytes at its most, as if all came at once. Where it finds memory
     short, more room than there is is tried as well; what counts is whether the bytes of `assess` fit. Which blocks stay
@@ -294,12 +294,11 @@ def best_stages(
             return best
         others, tried = [best], {}
     problem, costs_of = stage_problem(context, config, answers, extended=extended, gathers=False)
-    if laps.hopeless(problem):
-        return None
-    counts, best = fitting(problem, costs_of, 1.0)
+    hopeless = laps.hopeless(problem)
+    counts, best = (None, None) if hopeless else fitting(problem, costs_of, 1.0)
     if at_once:
         return best
-    if counts is None or best is None or not at_ease(problem, counts):
+    if not hopeless and (counts is None or best is None or not at_ease(problem, counts)):
         # Between most that fits and least that does not, closer and closer.
         fits, not_fits = 1.0, ROOM
         for _ in range(HALVINGS):
@@ -316,12 +315,12 @@ def best_stages(
             best = found if found is not None and found.sought_s < best.sought_s else best
     if not others:
         return best
-    found = None
+    chosen: Assessment | None = None
     for one in sorted((one for one in (best, *others) if one is not None), key=lambda one: one.sought_s):
-        likely = one.sought_s * (1 - spared) < min(beat, found.sought_s if found else beat)
+        likely = one.sought_s * (1 - spared) < min(beat, chosen.sought_s if chosen else beat)
         one = more_gathered(context, one) if likely else one
-        found = one if found is None or one.sought_s < found.sought_s else found
-    return found
+        chosen = one if chosen is None or one.sought_s < chosen.sought_s else chosen
+    return chosen
 
 
 def quick_stages(

@@ -41,6 +41,7 @@ from autopar.schedule import SCHEDULES, stages_of
 from autopar.solver.bounds import crossings_of, pipeline_bound, waits_of
 from autopar.solver.orders import Held, peaks, warm_up
 from autopar.solver.simulate import StageTimes
+from autopar.solver.standing import Standing, standing
 
 RESOLUTION = 2**30
 """Units of the largest possible V. More is not better: at 2^34 the presolve of CP-SAT 9.15 called a spread optimal that
@@ -58,7 +59,8 @@ class Option:
     when all have; bytes as in `plan.Candidate`, and ``waiting`` per micro-batch between the halves of a backward; of
     the host ``hosted`` per micro-batch in flight, and ``host`` all the time.
     Only in bounds: ``either_s``, seconds of the backward that may be forward as well; ``sure_input_s``,
-    ``sure_weight_s``, those that are surely of one half of it."""
+    ``sure_weight_s``, those that are surely of one half of it; ``gradients``, bytes that are kept of a stage's
+    backwards (`standing`)."""
 
     name: str
     forward_s: float
@@ -75,6 +77,7 @@ class Option:
     sure_weight_s: float = 0.0
     hosted: float = 0.0
     host: float = 0.0
+    gradients: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +94,10 @@ class StageProblem:
     """Spread ``runs`` over ``vpp`` stages on each of ``pp`` ranks of ``capacity`` bytes; ``overhead``: bytes per stage
     beside its blocks, ``host_room``: bytes that each rank has on the host. ``transfer_s``: one transfer between ranks.
     ``fixed``: blocks in each stage, or nothing.
-    ``least``: for bounds, whose memory counts what ranks hold after their first forwards, not at every time; only then
-    ``beside``, seconds of every stage beside its blocks (`beside.Beside`): in each forward, in each backward, more in
-    its first forward and in its last backward; and ``ends_s``, seconds of the step before and after all stages."""
+    ``least``: for bounds, whose memory counts what ranks hold at some times (`standing`), not at every time; only then
+    ``drains``, whether gradients that were reduced are held to the step's end; ``beside``, seconds of every stage
+    beside its blocks (`beside.Beside`): in each forward, in each backward, more in its first forward and in its last
+    backward; and ``ends_s``, seconds of the step before and after all stages."""
 
     runs: tuple[BlockRun, ...]
     pp: int
@@ -108,6 +112,7 @@ class StageProblem:
     beside: tuple[tuple[float, float, float, float], ...] = ()
     ends_s: float = 0.0
     host_room: float = float("inf")
+    drains: bool = False
 
     @property
     def stages(self) -> int:
@@ -132,6 +137,11 @@ class StageProblem:
         if self.least:
             return (warm_up(schedule, self.pp, self.vpp, self.micro_batches)[rank],)
         return peaks(schedule, self.pp, self.vpp, self.micro_batches)[rank]
+
+    def standing(self, rank: int) -> tuple[Standing, ...]:
+        """What a rank surely holds at some times, for bounds."""
+        schedule = self.schedule if self.pp > 1 else "none"
+        return standing(schedule, self.pp, self.vpp, self.micro_batches, self.drains)[rank]
 
     def most_alive(self, rank: int) -> tuple[int, ...]:
         """The most micro-batches in flight on each stage of a rank at any time."""
