@@ -63,13 +63,15 @@ DEEP = 100
 class BatchSpec:
     """The tensors of one micro-batch as traced: for each key, shape, dtype, and which dims are the sequence.
 
-    ``masks``: those that hold nothing but zeros and ones in the example.
+    ``masks``: those that hold nothing but zeros and ones in the example. ``length``: that of its sequences; of
+    the default example, the longest that the model's config speaks of, if it does.
     """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     seq_dims: dict[str, tuple[int, ...]]
     masks: frozenset[str] = frozenset()
+    length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,11 +39,14 @@ class SizeOfValuesError(UnsupportedError):
 
 
 class Sizes:
-    """Reads torch symbols as b or s; ``roles`` maps symbols of the export to "b" or "s"."""
+    """Reads torch symbols as b or s; ``roles`` maps symbols of the export to "b" or "s". ``length``: of the example's
+    sequence, if sequences are to be as long: on which side of a number it is decides what min(8, s) is."""
 
-    def __init__(self, roles: Mapping[sympy.Symbol, str]) -> None:
+    def __init__(self, roles: Mapping[sympy.Symbol, str], length: int | None = None) -> None:
         self._roles = {symbol: SYMBOLS[role] for symbol, role in roles.items()}
         self._cache: dict[Any, int | Size] = {}
+        self._length = length
+        self._least, self._most = 1, sympy.oo
 
     def read(self, value: int | torch.SymInt) -> int | Size:
         """``value`` as a polynomial. Raises FixedSequenceError when it is not one, SizeOfValuesError when it is no
@@ -56,8 +59,9 @@ class Sizes:
         return self._cache[expression]
 
     def lengths(self, ranges: Mapping[sympy.Symbol, Any]) -> tuple[int, int | None]:
-        """The shortest and the longest sequence (None: any) for which the code that was traced is run."""
-        shortest, longest = 1, None
+        """The shortest and the longest sequence (None: any) for which the code that was traced is run, and for which
+        the sizes read so far are what they were read as."""
+        shortest, longest = self._least, int(self._most) if self._most.is_finite else None
         for symbol, within in ranges.items():
             if self._roles.get(symbol) == SYMBOLS["s"]:
                 if within.lower > DOUBTS:
@@ -73,6 +77,7 @@ class Sizes:
             raise SizeOfValuesError(f"a tensor size follows from values ({', '.join(map(str, unbacked))})")
         # sympy's own maximum knows that b and s are positive.
         renamed = expression.xreplace(self._roles).replace(Max, sympy.Max).replace(Min, sympy.Min)
+        renamed = renamed.replace(lambda part: isinstance(part, sympy.Min | sympy.Max), self._decided)
         try:
             terms = sympy.Poly(renamed, *SYMBOLS.values(), domain="ZZ").terms()
         except BasePolynomialError:
@@ -80,6 +85,27 @@ class Sizes:
             told = f"the model computes a tensor size {renamed}, no polynomial in b and s"
             raise FixedSequenceError(told, of_all_lengths=rests) from None
         return Size.make({(int(b), int(s)): int(coefficient) for (b, s), coefficient in terms})
+
+    def _decided(self, choice: sympy.Expr) -> sympy.Expr:
+        """Of the least or the greatest of several sizes the one that it is at the example's length, and at all lengths
+        on its side; unchanged where these are not told by one bound."""
+        s = SYMBOLS["s"]
+        if self._length is None or choice.free_symbols != {s}:
+            return choice
+        least = isinstance(choice, sympy.Min)
+        pick = min if least else max
+        chosen = pick(choice.args, key=lambda size: (size.subs(s, self._length), not size.is_Integer))
+        lower, upper = sympy.Integer(1), sympy.oo
+        for other in choice.args:
+            ahead = sympy.expand(other - chosen if least else chosen - other)  # never negative
+            slope = ahead.coeff(s)
+            if sympy.expand(ahead - slope * s).free_symbols or not slope.is_Rational:
+                return choice
+            if slope:
+                edge = -ahead.subs(s, 0) / slope
+                lower, upper = (max(lower, edge), upper) if slope > 0 else (lower, min(upper, edge))
+        self._least, self._most = max(self._least, int(sympy.ceiling(lower))), min(self._most, sympy.floor(upper))
+        return chosen
 
     def shape(self, tensor: torch.Tensor) -> tuple[int | Size, ...]:
         return tuple(self.read(size) for size in tensor.shape)

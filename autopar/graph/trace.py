@@ -125,7 +125,7 @@ def _shorter(spec: BatchSpec) -> BatchSpec:
         key: tuple(size // 2 if dim in spec.seq_dims[key] else size for dim, size in enumerate(shape))
         for key, shape in spec.shapes.items()
     }
-    return replace(spec, shapes=shapes)
+    return replace(spec, shapes=shapes, length=spec.length and spec.length // 2)
 
 
 def _check_length(spec: BatchSpec, traced: _Traced) -> None:
@@ -181,9 +181,11 @@ def _traced(
     while True:
         exported = export(model, spec, loss, fold, static_seq, dtypes)
         sizes, metas = _sizes(exported, spec, static_seq)
-        shortest, longest = sizes.lengths(exported.program.range_constraints)
         importer = Importer(sizes, names.canonical, names.trainable)
         draft = importer.program(exported.program, list(spec.shapes))
+        shortest, longest = sizes.lengths(exported.program.range_constraints)
+        if longest is not None and longest < shortest:
+            raise FixedSequenceError("the model runs other code for sequences as long as its config speaks of")
         # `model.to(bf16)` narrows buffers too. Those that the model widens by itself stay wide; the others may not
         # silently turn its activations into float32.
         promoting = promoting_buffers(draft) - dtypes.narrow
@@ -242,6 +244,7 @@ def batch_spec(model: nn.Module, inputs: Mapping[str, Any] | None, loss: Loss | 
             for key, value in samples.items()
         },
         masks=frozenset(key for key, value in samples.items() if "mask" in key and _is_mask(value)),
+        length=_nominal_seq(model) if inputs is None else length,
     )
 
 
@@ -293,7 +296,7 @@ def _sizes(exported: Exported, spec: BatchSpec, static_seq: bool) -> tuple[Sizes
                         message += _FREE_BATCH
                     raise (UnsupportedError if what == "batch" else FixedSequenceError)(message)
                 roles[symbol] = what[0]
-    sizes = Sizes(roles)
+    sizes = Sizes(roles, spec.length)
     metas = {
         key: TensorMeta(
             sizes.shape(value),
