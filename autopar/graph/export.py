@@ -36,6 +36,7 @@ from autopar.graph.fourier import WideTransforms
 from autopar.graph.histograms import whole_numbers_counted
 from autopar.graph.last_rows import last_row
 from autopar.graph.leaves import stopping
+from autopar.graph.mapped import mapped_first, unmap
 from autopar.graph.mixed_dtypes import NOTE as MIXED
 from autopar.graph.mixed_dtypes import MixedDtypes
 from autopar.graph.picked_losses import picked_loss
@@ -290,6 +291,7 @@ def _export(
         whole_numbers_counted(),
         quotients_whole(copied),
         computed_once(),
+        mapped_first(),
         StridesFollowed(),
         WideTransforms(),
         RestsTold(copied),
@@ -312,6 +314,7 @@ def _export(
         program = torch.export.export(
             LossOf(copied, loss, ranges.batch), (tensors,), strict=False, dynamic_shapes=(dynamic,)
         )
+        unmap(program.graph_module)
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
     notes += masks_told(ranges.relied) + rows.notes
     notes += (MIXED,) if products.met and dtypes.mixed else ()

@@ -42,6 +42,16 @@ def bilinear(draft: Draft, x: Ref, y: Ref, weight: Ref, bias: Ref | None = None)
     return total if bias is None else Ref(draft.emit("aten.add", total, bias, shape=(*lead, out)))
 
 
+def _of_scores(op: str) -> Callable[..., Ref]:
+    """``op`` by the name that it has below autograd; ``wide``: in float32, whatever ``x`` is."""
+
+    def formula(draft: Draft, x: Ref, dim: int, wide: bool = False) -> Ref:
+        x, shape = draft.cast(x, "float32") if wide else x, draft.shape(x)
+        return Ref(draft.emit(op, x, dim % max(len(shape), 1), shape=shape, dtype=draft.meta(x).dtype))
+
+    return formula
+
+
 def tile(draft: Draft, x: Ref, counts: Sequence[int]) -> Ref:
     """``x`` repeated along its last dims, or along all and new ones before them."""
     shape = draft.shape(x)
@@ -97,6 +107,8 @@ def put(draft: Draft, x: Ref, index: Sequence[Ref | None], values: Ref, accumula
 
 
 FORMULAS: dict[str, Callable[..., Any]] = {
+    "_softmax": _of_scores("aten.softmax"),
+    "_log_softmax": _of_scores("aten.log_softmax"),
     "bilinear": bilinear,
     "glu": glu,
     "im2col": im2col,
