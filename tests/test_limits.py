@@ -91,3 +91,19 @@ def test_without_an_example_the_length_of_the_config_decides() -> None:
     assert trace(Sparse(max_position_embeddings=4)).max_seq == 8
     with pytest.raises(UnsupportedError, match=r"size Min\(8, s\).*pass `inputs`"):
         trace(Sparse())
+
+
+class Chunked(Sparse):
+    """Adds what chunks of eight positions come to, as many as there are, the last of which may be shorter."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x, seq = self.tokens(input_ids), input_ids.shape[1]
+        chunks = [x[:, count * 8 : min(count * 8 + 8, seq)].cumsum(1) for count in range((seq + 7) // 8)]
+        x = x + sum(chunk.sum(1, keepdim=True) for chunk in chunks)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_as_many_chunks_as_the_example_has_are_no_code_for_other_lengths() -> None:
+    tokens = torch.randint(16, (16,))
+    graph = trace(Chunked(), {"input_ids": tokens, "labels": tokens})
+    assert graph.notes[0].startswith("the sequence length is fixed to that of the example inputs")

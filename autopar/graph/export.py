@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import config as fx_config
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
@@ -79,12 +79,14 @@ class BatchSpec:
 class Exported:
     """``fixed_in``: for each number that a symbolic size turned out to be, the place in the model that fixed it.
     ``notes``: what the user should be told of how the model was traced. ``mixed``: whether torch would refuse, when it
-    runs, some product of tensors in float32 and in the dtype of the weights."""
+    runs, some product of tensors in float32 and in the dtype of the weights. ``guards``: what is true of the sizes for
+    which the code that was traced is run."""
 
     program: ExportedProgram
     fixed_in: dict[int, str]
     notes: tuple[str, ...] = ()
     mixed: bool = False
+    guards: tuple[Any, ...] = ()
 
 
 class LossOf(nn.Module):
@@ -318,7 +320,9 @@ def _export(
     notes = tuple(f"{NOTE} ({', '.join(sorted(skipping))})" for _ in range(bool(skipping)))
     notes += masks_told(ranges.relied) + rows.notes
     notes += (MIXED,) if products.met and dtypes.mixed else ()
-    return Exported(program, fixed_in, told + notes + checks_told(checks), products.met and not dtypes.mixed)
+    own = next(node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
+    guards = tuple(guard.expr for guard in own.fake_mode.shape_env.guards)
+    return Exported(program, fixed_in, told + notes + checks_told(checks), products.met and not dtypes.mixed, guards)
 
 
 @contextlib.contextmanager

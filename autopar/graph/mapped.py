@@ -64,9 +64,11 @@ def _stretches(graph: fx.Graph) -> list[list[fx.Node]]:
 
 def _write_out(module: fx.GraphModule, stretch: list[fx.Node]) -> None:
     within = set(stretch)
-    given = list(dict.fromkeys(x for node in stretch for x in node.all_input_nodes if x not in within))
-    results = [node for node in stretch if any(user not in within for user in node.users)]
-    flat = _flat(module, stretch, given, results)
+    read = dict.fromkeys(x for node in stretch for x in node.all_input_nodes if x not in within)
+    named = [node for node in read if node.op == "get_attr"]  # which function is called, not what it is called with
+    given = [node for node in read if node.op != "get_attr"]
+    results = [node for node in stretch if node.op != "get_attr" and any(user not in within for user in node.users)]
+    flat = _flat(module, named + stretch, given, results)
     if flat is None:
         return
     graph, copies = module.graph, {}
@@ -82,7 +84,8 @@ def _write_out(module: fx.GraphModule, stretch: list[fx.Node]) -> None:
     for node, result in zip(results, made, strict=True):
         node.replace_all_uses_with(copies[result], delete_user_cb=lambda user: user not in within)
     for node in reversed(stretch):
-        graph.erase_node(node)
+        if not node.users:  # a later stretch may call the same function
+            graph.erase_node(node)
 
 
 def _flat(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -19,6 +19,9 @@ SYMBOLS = {name: sympy.Symbol(name, integer=True, positive=True) for name in ("b
 
 DOUBTS = 4
 """Bounds up to this come from torch, which takes sizes of none and one for special."""
+
+PROBED = (1, 2, 4)
+"""Times the example's length: what is run for these is taken to be run for all lengths on that side of a bound."""
 
 
 class FixedSequenceError(UnsupportedError):
@@ -58,9 +61,10 @@ class Sizes:
             self._cache[expression] = self._polynomial(expression)
         return self._cache[expression]
 
-    def lengths(self, ranges: Mapping[sympy.Symbol, Any]) -> tuple[int, int | None]:
+    def lengths(self, ranges: Mapping[sympy.Symbol, Any], guards: Sequence[Any] = ()) -> tuple[int, int | None]:
         """The shortest and the longest sequence (None: any) for which the code that was traced is run, and for which
-        the sizes read so far are what they were read as."""
+        the sizes read so far are what they were read as. ``guards``: what is true where that code is run. Raises
+        FixedSequenceError where they tell that it is not run for all of these."""
         shortest, longest = self._least, int(self._most) if self._most.is_finite else None
         for symbol, within in ranges.items():
             if self._roles.get(symbol) == SYMBOLS["s"]:
@@ -68,7 +72,21 @@ class Sizes:
                     shortest = max(shortest, int(within.lower))
                 if within.upper.is_Integer:
                     longest = min(longest or int(within.upper), int(within.upper))
+        for length in (self._length * times for times in PROBED) if self._length else ():
+            if length <= (longest or length) and any(self._fails(guard, length) for guard in guards):
+                raise FixedSequenceError(f"the model runs other code for sequences of {length}")
+        if longest is not None and longest < shortest:
+            raise FixedSequenceError(f"the model runs other code for sequences longer than {longest}")
         return shortest, longest
+
+    def _fails(self, guard: Any, length: int) -> bool:
+        """Whether a guard of the sequence alone that counts pieces of it is known to be false where it is ``length``.
+
+        Bounds are in ranges, and that it is *not* some length, as long as a table, says no more than they do."""
+        symbols = guard.free_symbols
+        if not guard.has(FloorDiv, Mod) or any(self._roles.get(symbol) != SYMBOLS["s"] for symbol in symbols):
+            return False
+        return bool(guard.subs(dict.fromkeys(symbols, length)) == sympy.false)
 
     def _polynomial(self, expression: sympy.Expr) -> int | Size:
         if expression.is_Integer:

@@ -183,9 +183,7 @@ def _traced(
         sizes, metas = _sizes(exported, spec, static_seq)
         importer = Importer(sizes, names.canonical, names.trainable)
         draft = importer.program(exported.program, list(spec.shapes))
-        shortest, longest = sizes.lengths(exported.program.range_constraints)
-        if longest is not None and longest < shortest:
-            raise FixedSequenceError("the model runs other code for sequences as long as its config speaks of")
+        shortest, longest = sizes.lengths(exported.program.range_constraints, exported.guards)
         # `model.to(bf16)` narrows buffers too. Those that the model widens by itself stay wide; the others may not
         # silently turn its activations into float32.
         promoting = promoting_buffers(draft) - dtypes.narrow
