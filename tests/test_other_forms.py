@@ -89,6 +89,26 @@ def test_rows_and_numbers_are_put_where_a_mask_says() -> None:
     assert "aten.index_put" not in ops(proved(Placed(), inputs, square, dp=2))
 
 
+class Replaced(Layer):
+    """One learned row in place of all that a mask marks, as of masked patches and of placeholders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.other = nn.Parameter(torch.randn(2 * WIDTH)), nn.Parameter(torch.randn(1, 2 * WIDTH))
+
+    def forward(self, x: Tensor, ids: Tensor, marked: Tensor) -> Tensor:
+        x = self.layer(x)
+        x[marked] = self.token
+        x[ids == 1] = self.other
+        return x
+
+
+@pytest.mark.parametrize("fix", [{"dp": 2}, {"tp": 2}])
+def test_one_row_is_put_wherever_a_mask_says(fix: dict[str, int]) -> None:
+    inputs = {**SAMPLE, "marked": torch.tensor([0, 1, 0, 0, 1, 1], dtype=torch.bool)}
+    assert "aten.masked_scatter" not in ops(proved(Replaced(), inputs, square, **fix))
+
+
 class Changed(Layer):
     """A copy made by `contiguous`, and one made by a cast, parts of which are changed in place."""
 

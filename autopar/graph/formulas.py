@@ -92,16 +92,20 @@ def prelu(draft: Draft, x: Ref, weight: Ref) -> Ref:
 
 
 def put(draft: Draft, x: Ref, index: Sequence[Ref | None], values: Ref, accumulate: bool = False) -> Ref:
-    """``x[mask] = values``: one number, or rows in order. Other indices are left as they are."""
+    """``x[mask] = values``: one number or row for all that is marked, or rows in order. Other indices are left as they
+    are."""
     shape, dtype = draft.shape(x), draft.meta(x).dtype
     masks = [each for each in index if each is not None]
     if len(index) != 1 or len(masks) != 1 or draft.meta(masks[0]).dtype != "bool" or accumulate:
         options = (True,) if accumulate else ()
         return Ref(draft.emit("aten.index_put", x, tuple(index), values, *options, shape=shape, dtype=dtype))
     mask = masks[0]
+    given, rank = draft.shape(values), 1 + len(shape) - len(draft.shape(mask))
     for _ in range(len(shape) - len(draft.shape(mask))):
         mask = draft.unsqueeze(mask, len(draft.shape(mask)))
-    if not draft.shape(values):
+    if len(given) == rank and given[0] == 1:
+        values, given = draft.squeeze(values, 0), given[1:]
+    if len(given) < rank:
         return Ref(draft.emit("aten.where", mask, values, x, shape=shape, dtype=dtype))
     return Ref(draft.emit("aten.masked_scatter", x, draft.expand(mask, shape), values, shape=shape, dtype=dtype))
 
