@@ -1,7 +1,8 @@
-"""Functions that are written for one item and mapped over a dim by `torch.vmap`."""
+"""Functions that are written for one item and mapped over a dim by `torch.vmap`, and other functions of functions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 import autopar
+from autopar.errors import UnsupportedError
 from autopar.models import model_graph
 
 WIDTH, TOKENS = 8, torch.randint(16, (12,), generator=torch.Generator().manual_seed(0))
@@ -55,3 +57,24 @@ def test_nothing_of_the_mapping_is_left() -> None:
     graph = model_graph(Mapped(), BATCH)
     assert not graph.notes
     assert not {op for op in ops(graph) if "batch_dim" in op}
+
+
+class Called(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(WIDTH, WIDTH), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (torch.func.grad(lambda y: y.pow(3).sum()), r"a transform of torch\.func .*torch\.autograd\.grad"),
+        (lambda y: torch.cond(y.sum() > 0, torch.sin, torch.cos, (y,)), r"calls cond, .*torch\.where of both"),
+    ],
+)
+def test_other_functions_of_functions_are_refused_by_name(function: Callable[[Tensor], Tensor], told: str) -> None:
+    with pytest.raises(UnsupportedError, match=told):
+        model_graph(Called(function), {"x": torch.randn(6, WIDTH)}, lambda outputs, batch: outputs.square().mean())

@@ -13,6 +13,8 @@ from autopar.graph.ir import COMPUTE
 TRACE_DTYPE = torch.bfloat16
 """The model is traced with parameters of this dtype, so that upcasts to float32 show."""
 
+FUNCTIONAL = "torch._functorch.predispatch"
+"""Home of the calls that torch.export leaves of torch.func and torch.vmap."""
 OWN_OPERATOR = "an operator of its own (torch.library.custom_op, autopar.register_rule)"
 IF_EXPERTS = (
     "If these are experts of a mixture, they are recognised where one module holds the weights of all of them stacked "
@@ -35,6 +37,17 @@ def from_values(operator: str = "") -> str:
         f"{f' ({operator})' if operator else ''}, which no graph can hold: make what does so {OWN_OPERATOR}. "
         f"{IF_PICKED if picks else ''}{IF_EXPERTS}"
     )
+
+
+def unknown_call(target: object) -> str:
+    """What to say of a call of something that is no operator of torch: what it is, and the way out."""
+    name = getattr(target, "__name__", None) or str(target)
+    if getattr(target, "__module__", "") == FUNCTIONAL:
+        name = f"a transform of torch.func ({name.strip('_')})"
+        out = "derivatives by torch.autograd.grad(..., create_graph=True) are understood, and torch.vmap is; or make"
+    else:
+        out = "write it in operators of torch (torch.where of both branches, a loop that Python runs), or make"
+    return f"calls {name}, which autopar cannot take apart: {out} its module a leaf with a rule (autopar.leaf)"
 
 
 def module_path(node: torch.fx.Node) -> str | None:

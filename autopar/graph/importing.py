@@ -28,6 +28,7 @@ from autopar.graph.exported import (
     positive,
     rank_of,
     tupled,
+    unknown_call,
 )
 from autopar.graph.formulas import FORMULAS
 from autopar.graph.ir import COMPUTE, Node, Ref, TensorMeta
@@ -149,7 +150,7 @@ class Importer:
         elif isinstance(target, torch._ops.OpOverload):
             self._operator(node, target, value, no_grad)
         else:
-            raise UnsupportedError(f"{self._place()} calls {target}, which autopar cannot take apart")
+            raise UnsupportedError(f"{self._place()} {unknown_call(target)}")
 
     def _inline(
         self, module: torch.fx.GraphModule, node: torch.fx.Node, body: Any, operands: Sequence[Any], no_grad: bool

@@ -17,7 +17,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-HOME = "torch._functorch.predispatch"
+from autopar.graph.exported import FUNCTIONAL
+
 ENTER, LEAVE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 
 
@@ -52,7 +53,7 @@ def _stretches(graph: fx.Graph) -> list[list[fx.Node]]:
     found: list[list[fx.Node]] = []
     depth = 0
     for node in graph.nodes:
-        name = node.target.__name__ if getattr(node.target, "__module__", "") == HOME else ""
+        name = node.target.__name__ if getattr(node.target, "__module__", "") == FUNCTIONAL else ""
         if name == ENTER:
             found += [[]] if not depth else []
             depth += 1
