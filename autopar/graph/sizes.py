@@ -21,7 +21,7 @@ DOUBTS = 4
 """Bounds up to this come from torch, which takes sizes of none and one for special."""
 
 PROBED = (1, 2, 4)
-"""Times the example's length: what is run for these is taken to be run for all lengths on that side of a bound."""
+"""Times the example's length: if other code is run for one of these, which side of a number it is on is no answer."""
 
 
 class FixedSequenceError(UnsupportedError):
@@ -72,7 +72,8 @@ class Sizes:
                     shortest = max(shortest, int(within.lower))
                 if within.upper.is_Integer:
                     longest = min(longest or int(within.upper), int(within.upper))
-        for length in (self._length * times for times in PROBED) if self._length else ():
+        decided = self._length if self._least > 1 or self._most.is_finite else None
+        for length in (decided * times for times in PROBED) if decided else ():
             if length <= (longest or length) and any(self._fails(guard, length) for guard in guards):
                 raise FixedSequenceError(f"the model runs other code for sequences of {length}")
         if longest is not None and longest < shortest:
