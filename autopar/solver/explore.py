@@ -28,6 +28,7 @@ from autopar.solver.context import Context
 from autopar.solver.crowded import Crowded
 from autopar.solver.estimates import estimate
 from autopar.solver.found import HOPE, INFINITE, Found
+from autopar.solver.intra_ilp import NoShardingError
 from autopar.solver.limits import INTERRUPTED, Limits, Progress, Watch
 from autopar.solver.missed import Guesses, Missed
 from autopar.solver.price import price
@@ -325,7 +326,10 @@ class _Walk:
     def _price(self, config: Config, shardings: Shardings) -> float:
         """See `price`; each configuration once."""
         if config not in self.seconds:
-            self.seconds[config] = price(self.of(config), config, shardings, self.found)
+            try:
+                self.seconds[config] = price(self.of(config), config, shardings, self.found)
+            except NoShardingError:  # on no configuration of the shape
+                self.seconds[config] = self.found.priced[config] = INFINITE
         return self.seconds[config]
 
     def _crowd(self, item: Config, shardings: Shardings) -> None:

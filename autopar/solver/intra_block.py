@@ -11,6 +11,7 @@ import numpy as np
 
 from autopar.solver import intra_ilp
 from autopar.solver.block_tables import BlockTables, TooWideError
+from autopar.solver.intra_ilp import NoShardingError
 from autopar.solver.linear import Floats
 from autopar.solver.problem import Answer, Problem, price
 
@@ -22,7 +23,7 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
     """The cheapest answer by ``seconds + byte_price * bytes``, of equal ones the one that comes first by the order of
     strategies. ``work_limit``: the ILP's deterministic time. Deterministic.
 
-    Raises AutoparError when no combination of layouts is possible or the ILP found none within its limit.
+    Raises NoShardingError when no combination of layouts is possible or the ILP found none within its limit.
     """
     try:
         tables = BlockTables(problem)
@@ -44,8 +45,15 @@ def least(problem: Problem, sharp: bool = True) -> tuple[float, bool]:
         tables = BlockTables(problem)
         found = float(tables.least(tables.costs())) * (1 - ROUNDING)
     except TooWideError:
-        return (intra_ilp.solve(problem).bound, True) if sharp else (intra_ilp.relaxed_bound(problem), False)
+        return (_bound(problem), True) if sharp else (intra_ilp.relaxed_bound(problem), False)
     return found, True
+
+
+def _bound(problem: Problem) -> float:
+    try:
+        return intra_ilp.solve(problem).bound
+    except NoShardingError:
+        return float("inf")
 
 
 def least_with(problem: Problem, operators: Sequence[str]) -> Floats:

@@ -18,15 +18,16 @@ Costs become integers for CP-SAT, rounded down by less than ``unit`` each, hence
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ortools.sat.python import cp_model
 
-from autopar.errors import AutoparError
-from autopar.solver.intra_model import BlockModel, Sum
-from autopar.solver.linear import OPTIMAL, TOLERANCE, Floats, Rows, duals_of, solve_linear
+from autopar.errors import UnsupportedError
+from autopar.solver.intra_model import BlockModel, Row, Sum
+from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, Floats, Rows, duals_of, solve_linear
 from autopar.solver.problem import Answer, Problem, price
 
 RESOLUTION = 2**36
@@ -36,6 +37,11 @@ NEAR, FURTHER = 1e-4, 16.0
 """Reduced costs of the variables that are tried first, as a share of the objective's scale; how many times larger they
 may be each time that those allow no solution."""
 
+
+class NoShardingError(UnsupportedError):
+    """No combination of the operators' strategies is possible."""
+
+
 FEW = 500
 """Variables up to which CP-SAT sees all of them."""
 
@@ -44,7 +50,7 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
     """The cheapest answer by ``seconds + byte_price * bytes``.
 
     ``work_limit`` is CP-SAT's deterministic time. Deterministic: one worker, fixed seed, ties broken by the order of
-    strategies. Raises AutoparError when no combination of layouts is possible or none was found within the limit.
+    strategies. Raises NoShardingError when no combination of layouts is possible or none was found within the limit.
     """
     model = BlockModel(problem, byte_price)
     reduced = _reduced(model)
@@ -75,13 +81,46 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
     )
 
 
-def impossible(problem: Problem, why: str) -> AutoparError:
-    """That nothing was found."""
-    names = ", ".join(op.name for op in problem.ops[:3])
-    return AutoparError(
-        f"no sharding of the block ({names}, ...) found: {why}; "
-        "an operator's strategies cannot be reached from its neighbours' layouts"
+def impossible(problem: Problem, why: str) -> NoShardingError:
+    """That nothing was found, and between which operators."""
+    found = conflict(problem)
+    if not found:
+        names = ", ".join(op.name for op in problem.ops[:3])
+        return NoShardingError(f"no sharding of the block ({names}, ...) found: {why}")
+    return NoShardingError(
+        f"no sharding of these operators on the axes asked for: {', '.join(found)}; the layouts that their strategies "
+        "want or give cannot be converted into one another, nor into what passes between blocks; fix other sizes of "
+        "cp and tp"
     )
+
+
+def conflict(problem: Problem) -> list[str]:
+    """Operators of constraints that no layouts meet, none of which can be left out; no operators if parts of strategies
+    would meet all."""
+    model = BlockModel(problem, 0.0)
+    if _meets(model, model.rows):
+        return []
+    # Which are left depends on the order in which they are tried.
+    return min((_conflict(model, rows) for rows in (model.rows, model.rows[::-1])), key=len)
+
+
+def _conflict(model: BlockModel, rows: list[Row]) -> list[str]:
+    size = len(rows)
+    while size := size // 2:
+        start = 0
+        while start < len(rows):
+            fewer = [*rows[:start], *rows[start + size :]]
+            if _meets(model, fewer):
+                start += size
+            else:
+                rows = fewer
+    used = {place for plus, minus, _, _ in rows for place in (*plus, *minus)}
+    return [name for name, places in model.x.items() if used.intersection(places)]
+
+
+def _meets(model: BlockModel, rows: Sequence[Row]) -> bool:
+    """Whether the relaxation has a solution that meets these rows."""
+    return solve_linear(_linear(model, rows))[1] != INFEASIBLE
 
 
 def relaxed_bound(problem: Problem) -> float:
@@ -103,11 +142,11 @@ class _Reduced:
     costs: Floats
 
 
-def _linear(model: BlockModel) -> Any:
-    """The relaxation, its costs in parts of the model's scale."""
+def _linear(model: BlockModel, some: Sequence[Row] | None = None) -> Any:
+    """The relaxation, its costs in parts of the model's scale. ``some``: of the rows, if not all count."""
     rows = Rows()
     variables = rows.variables([1.0] * len(model.terms))
-    for plus, minus, low, high in model.rows:
+    for plus, minus, low, high in model.rows if some is None else some:
         places = [variables[place] for place in (*plus, *minus)]
         rows.add_terms(places, [1.0] * len(plus) + [-1.0] * len(minus), low, high)
     return rows.cheapest([seconds / model.scale for seconds, _ in model.terms])

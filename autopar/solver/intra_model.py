@@ -39,6 +39,9 @@ from autopar.solver.problem import Answer, Layout, Problem, path, shortest
 Sum = tuple[int, ...]
 """A sum of variables, by their places."""
 
+Row = tuple[Sum, Sum, int, int]
+"""low <= the sum of some variables minus that of others <= high."""
+
 Places = NDArray[np.int64]
 
 
@@ -62,7 +65,7 @@ class BlockModel:
     def __init__(self, problem: Problem, byte_price: float) -> None:
         self.problem = problem
         self.terms: list[tuple[float, int]] = []
-        self.rows: list[tuple[Sum, Sum, int, int]] = []
+        self.rows: list[Row] = []
         tables = {id(direct): direct for direct in problem.conversions.values()}  # tensors alike share one
         ways = {each: shortest(direct) for each, direct in tables.items()}
         self.best = {tensor: ways[id(direct)] for tensor, direct in problem.conversions.items()}
