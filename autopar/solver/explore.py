@@ -55,7 +55,6 @@ PATIENCE, FIRST, STEPS, BETTER = 8, 3, 1500, 1e-3
 """Configurations priced one after the other that are no better (of those that are looked into first), and steps, after
 which no better ones are sought; and how much shorter a step has to be to count as better."""
 
-
 AGAIN, REFINED = 12_000, 100
 """Actions of the schedules priced, and steps, when what was passed over is looked at again."""
 

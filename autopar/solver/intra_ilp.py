@@ -37,13 +37,12 @@ NEAR, FURTHER = 1e-4, 16.0
 """Reduced costs of the variables that are tried first, as a share of the objective's scale; how many times larger they
 may be each time that those allow no solution."""
 
+FEW = 500
+"""Variables up to which CP-SAT sees all of them."""
+
 
 class NoShardingError(UnsupportedError):
     """No combination of the operators' strategies is possible."""
-
-
-FEW = 500
-"""Variables up to which CP-SAT sees all of them."""
 
 
 def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -> Answer:
