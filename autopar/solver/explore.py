@@ -55,8 +55,9 @@ PATIENCE, FIRST, STEPS, BETTER = 8, 3, 1500, 1e-3
 """Configurations priced one after the other that are no better (of those that are looked into first), and steps, after
 which no better ones are sought; and how much shorter a step has to be to count as better."""
 
-AGAIN, REFINED = 12_000, 100
-"""Actions of the schedules priced, and steps, when what was passed over is looked at again."""
+AGAIN, EACH, REFINED = 12_000, 600, 100
+"""Actions of the schedules priced, each at least counted as so many, and steps, when what was passed over is looked at
+again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,7 @@ class _Walk:
             steps -= 1
             if entry.step == Step.SPREAD:
                 shape = _shape(entry.item)
-                left -= 2 * shape.outline.micro_batches * shape.outline.pp * shape.vpp
+                left -= max(EACH, 2 * shape.outline.micro_batches * shape.outline.pp * shape.vpp)
             self.refine(entry)
         return found.best is not before
 
