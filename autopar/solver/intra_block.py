@@ -32,7 +32,7 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
     except TooWideError:
         return intra_ilp.solve(problem, byte_price, work_limit)
     if answer is None:
-        raise intra_ilp.impossible(problem, "INFEASIBLE")
+        raise NoShardingError(problem, "INFEASIBLE")
     seconds, size = price(problem, answer)
     bound = (seconds + byte_price * size) * (1 - ROUNDING) - tables.most_ties * costs.tie
     return replace(answer, seconds=seconds, bytes=size, bound=bound)

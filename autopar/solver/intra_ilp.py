@@ -42,7 +42,23 @@ FEW = 500
 
 
 class NoShardingError(UnsupportedError):
-    """No combination of the operators' strategies is possible."""
+    """No combination of the operators' strategies is possible. Between which of them, which takes a while to find, is
+    looked for when it is told."""
+
+    def __init__(self, problem: Problem, why: str) -> None:
+        super().__init__(why)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        found = conflict(self.problem)
+        if not found:
+            names = ", ".join(op.name for op in self.problem.ops[:3])
+            return f"no sharding of the block ({names}, ...) found: {self.args[0]}"
+        return (
+            f"no sharding of these operators on the axes asked for: {', '.join(found)}; the layouts that their "
+            "strategies want or give cannot be converted into one another, nor into what passes between blocks; fix "
+            "other sizes of cp and tp"
+        )
 
 
 def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -> Answer:
@@ -62,7 +78,7 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
             if rest < np.inf:
                 within *= FURTHER
                 continue
-            raise impossible(problem, f"CP-SAT says {found}")
+            raise NoShardingError(problem, f"CP-SAT says {found}")
         needed = found.value + 2 * ties - reduced.least
         if needed <= within or rest == np.inf or not found.proved:
             break
@@ -77,19 +93,6 @@ def solve(problem: Problem, byte_price: float = 0.0, work_limit: float = 30.0) -
         bound=min(bound, seconds + byte_price * size),
         status="optimal" if found.proved else "feasible",
         statistics={"variables": float(len(model.terms)), "tried": float(kept.sum())},
-    )
-
-
-def impossible(problem: Problem, why: str) -> NoShardingError:
-    """That nothing was found, and between which operators."""
-    found = conflict(problem)
-    if not found:
-        names = ", ".join(op.name for op in problem.ops[:3])
-        return NoShardingError(f"no sharding of the block ({names}, ...) found: {why}")
-    return NoShardingError(
-        f"no sharding of these operators on the axes asked for: {', '.join(found)}; the layouts that their strategies "
-        "want or give cannot be converted into one another, nor into what passes between blocks; fix other sizes of "
-        "cp and tp"
     )
 
 

@@ -22,6 +22,7 @@ from autopar.solver.bounds import crossings_of
 from autopar.solver.chain import Chain, bytes_of, chain_of, fastest, work_of
 from autopar.solver.linear import INFEASIBLE, OPTIMAL, TOLERANCE, Rows, solve_linear
 from autopar.solver.stages import BlockRun, StageProblem
+from autopar.solver.standing import Holding, least_holding
 from autopar.solver.whole_blocks import least_of_whole, whole_blocks_fit
 
 BYTES = 2.0**30
@@ -104,18 +105,15 @@ def _forced_by_both(problem: StageProblem, flying: int, kept: bool, room: float)
     return float(solver.objective_value) * (1 - TOLERANCE) if status == OPTIMAL else 0.0
 
 
-def _times(problem: StageProblem) -> list[tuple[int, bool]]:
-    """The fewest micro-batches in flight on any stage, and whether all stages keep gradients: at a time of each rank
-    when most is, and at one when they do."""
-    ranks = [
-        [(min(alive for alive, _ in time), all(kept for _, kept in time)) for time in problem.standing(rank)]
-        for rank in range(problem.pp)
-    ]
+def _times(problem: StageProblem) -> list[Holding]:
+    """What every stage holds at least: at a time of each rank when most is in flight, and at one when all of its stages
+    keep gradients."""
+    ranks = [[least_holding(time) for time in problem.standing(rank)] for rank in range(problem.pp)]
     most = [max(times) for times in ranks]
     found = [most]
     if not all(kept for _, kept in most) and all(any(kept for _, kept in times) for times in ranks):
         found.append([max(time for time in times if time[1]) for times in ranks])
-    return [(min(alive for alive, _ in times), all(kept for _, kept in times)) for times in found]
+    return [least_holding(times) for times in found]
 
 
 def _main(problem: StageProblem) -> int:

@@ -106,13 +106,24 @@ def _in_turns(queue: _Queue, first: int, forwards: list[int], backwards: list[in
 
 
 def _interleaved(rank: int, ranks: int, vpp: int, micro_batches: int) -> Iterator[Action]:
-    each = micro_batches // max(1, micro_batches // ranks)
-    total = vpp * micro_batches
-    laps = [(place // each) % vpp for place in range(total)]
+    each, first = interleaved_begin(rank, ranks, vpp, micro_batches)
+    laps = [(place // each) % vpp for place in range(vpp * micro_batches)]
     forwards = [lap * ranks + rank for lap in laps]
     backwards = [(vpp - 1 - lap) * ranks + rank for lap in laps]
-    first = min((vpp - 1) * each + 2 * (ranks - 1 - rank), total)
     return _in_turns(_Queue(), first, forwards, backwards, "F")
+
+
+def interleaved_begin(rank: int, ranks: int, vpp: int, micro_batches: int) -> tuple[int, int]:
+    """Micro-batches of a round, and forwards of a rank before forwards and backwards take turns."""
+    each = micro_batches // max(1, micro_batches // ranks)
+    return each, min((vpp - 1) * each + 2 * (ranks - 1 - rank), vpp * micro_batches)
+
+
+def in_laps(count: int, each: int, vpp: int) -> list[int]:
+    """Of the first ``count`` forwards of a rank (or backwards, whose laps go the other way), those in each lap, in
+    rounds of ``each``."""
+    rounds, rest = divmod(count, each * vpp)
+    return [rounds * each + min(max(rest - lap * each, 0), each) for lap in range(vpp)]
 
 
 def _zbv(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
@@ -193,9 +204,8 @@ def warm_up(schedule: str, ranks: int, vpp: int, micro_batches: int) -> tuple[He
         elif schedule == "1f1b":
             counts = [ranks - rank]
         elif schedule == "interleaved":
-            each = micro_batches // max(1, micro_batches // ranks)
-            rounds, rest = divmod((vpp - 1) * each + 2 * (ranks - 1 - rank) + 1, each * vpp)
-            counts = [rounds * each + min(max(rest - lap * each, 0), each) for lap in range(vpp)]
+            each, first = interleaved_begin(rank, ranks, vpp, micro_batches)
+            counts = in_laps(first + 1, each, vpp)
         else:
             counts = [2 * ranks - rank - 1, rank + 1]
         found.append(tuple((min(count, micro_batches), 0) for count in counts))

@@ -12,14 +12,17 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from autopar.schedule import SCHEDULES
-from autopar.solver.orders import backwards_of_rank, warm_up
+from autopar.solver.orders import backwards_of_rank, in_laps, interleaved_begin, warm_up
 
 MOST_ACTIONS = 4_000
 """Schedules of several stages without a closed form are not walked through if they have more actions."""
 
-Standing = tuple[tuple[int, bool], ...]
-"""For each stage of a rank, in the model's order: micro-batches in flight at least, and whether it surely keeps
-gradients (`MemoryModel.least_gradients`)."""
+Holding = tuple[int, bool]
+"""Of a stage: micro-batches in flight at least, and whether it surely keeps gradients (`MemoryModel.least_gradients`).
+"""
+
+Standing = tuple[Holding, ...]
+"""For each stage of a rank, in the model's order."""
 
 _Counted = tuple[Sequence[int], Sequence[int]]
 """By stage: micro-batches in flight, and backwards done."""
@@ -43,6 +46,12 @@ def standing(
     return tuple(found)
 
 
+def least_holding(stages: Iterable[Holding]) -> Holding:
+    """What each of these stages holds at least."""
+    alive, kept = zip(*stages, strict=True)
+    return min(alive), all(kept)
+
+
 def _later(schedule: str, rank: int, ranks: int, vpp: int, micro_batches: int, first: int) -> Iterable[_Counted]:
     """``first``: micro-batches in flight at the first backward."""
     if vpp == 1:
@@ -59,20 +68,15 @@ def _later(schedule: str, rank: int, ranks: int, vpp: int, micro_batches: int, f
 
 def _interleaved(rank: int, ranks: int, vpp: int, micro_batches: int) -> list[_Counted]:
     """See `orders` for the order in which laps follow each other."""
-    each = micro_batches // max(1, micro_batches // ranks)
+    each, first = interleaved_begin(rank, ranks, vpp, micro_batches)
     if micro_batches % each:
         return []
     total = vpp * micro_batches
-    first = min((vpp - 1) * each + 2 * (ranks - 1 - rank), total)
-
-    def laps(count: int) -> list[int]:
-        """Of so many actions, those in each lap."""
-        rounds, rest = divmod(count, vpp * each)
-        return [rounds * each + min(max(rest - lap * each, 0), each) for lap in range(vpp)]
 
     def counted(backward: int) -> _Counted:
         """When the backward of this number begins."""
-        forwards, done = laps(min(total, first + 1 + backward)), laps(backward)[::-1]
+        forwards = in_laps(min(total, first + 1 + backward), each, vpp)
+        done = in_laps(backward, each, vpp)[::-1]
         return [ahead - back for ahead, back in zip(forwards, done, strict=True)], done
 
     turns = total - first - 1

@@ -22,6 +22,7 @@ import numpy as np
 
 from autopar.solver.chain import Floats, bytes_of, chain_of, least_of_stages, work_of
 from autopar.solver.stages import StageProblem
+from autopar.solver.standing import Holding, least_holding
 
 PRICES = 24
 """Prices of a byte that are tried at most."""
@@ -47,17 +48,13 @@ def whole_blocks_fit(problem: StageProblem, index: int) -> bool:
     return sum(fits) >= run.count
 
 
-_Held = tuple[int, bool]
-"""What a stage holds at a time: micro-batches in flight, and whether it keeps gradients."""
-
-
 class _Time(NamedTuple):
     """A time of ``rank``: what each stage holds that surely has a block of the run, what every stage holds at least,
     and bytes of room."""
 
     rank: int
-    sure: list[_Held]
-    least: _Held
+    sure: list[Holding]
+    least: Holding
     room: float
 
 
@@ -68,7 +65,7 @@ def _times(problem: StageProblem, index: int) -> list[_Time]:
         _Time(
             rank,
             [held for stage, held in zip(problem.own(rank), time, strict=True) if sure[stage]],
-            (min(alive for alive, _ in time), all(kept for _, kept in time)),
+            least_holding(time),
             max(problem.spare(rank), 0.0),
         )
         for rank in range(problem.pp)
@@ -76,7 +73,7 @@ def _times(problem: StageProblem, index: int) -> list[_Time]:
     ]
 
 
-def _held(times: Sequence[_Time]) -> list[_Held]:
+def _held(times: Sequence[_Time]) -> list[Holding]:
     """All that stages hold."""
     return sorted({held for time in times for held in (*time.sure, time.least)})
 
